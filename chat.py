@@ -1,0 +1,689 @@
+"""Messages to token ids, and sampled ids to tool calls, with the tokenizer's own chat template.
+
+    chat = Chat(tokenizer, "hermes", [get_json_schema(add)])  # proves the template, or UserError
+    ids = chat.prompt([{"role": "user", "content": "2+3?"}])  # ends with the generation prompt
+    text, calls = chat.parse(sampled)                         # [Call("add", {"a": 2, "b": 3})]
+    ids += sampled + chat.observation([(calls[0], "5")], closed=True)
+
+A trajectory is a concatenation: prompt, sampled turn, observation, sampled turn, ... Sampled ids
+are never decoded and encoded again. An observation is the *suffix* that the template writes after
+a closed assistant turn: the glue behind its stop token (Qwen's newline), the tool messages, the
+next generation prompt. To get it, a dummy conversation that ends in these tool messages is
+rendered, and what follows the dummy's turn is kept. That takes 0.1 ms, as long as encoding the
+text, so nothing is cached, and whatever a template does to a result (trim, quote) is simply done.
+`render` makes the ids and the mask of SFT from the same pieces.
+
+Is that concatenation what the model was trained to read? `Chat(...)` proves it on a few dummy
+conversations: the template's rendering of the whole is the concatenation, in text and in ids, or
+differs in ways that `differences` then lists. Otherwise a UserError says what was seen.
+
+How a turn calls tools is a format, one small class each. The first two are a template's own and
+are refused on a template that writes another syntax; the others suit almost any template:
+
+    hermes   <tool_call>{"name": ..., "arguments": {...}}</tool_call>    Qwen2.5, Qwen3, ...
+    llama3   the whole turn is {"name": ..., "parameters": {...}}        Llama 3.1, 3.2
+    fence    ```python ... ```, answered in place by ```output ... ```   one tool
+    tags     <search> ... </search>, answered by <information> ... </information>
+
+A call that servers' parsers would not accept is not guessed at: it is an error that says why.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from os.path import commonprefix
+
+import jinja2
+
+from config import UserError
+
+THINK = re.compile(r"<think>(.*?)</think>\s*", re.DOTALL)
+SENTINEL = "zqSENTINELqz"  # letters only: no template trims, quotes or escapes it
+# Stands for the n-th added token typed in somebody's text; code points for private use.
+MARK, MARKED = "\ue0f3{}\ue0f4", re.compile("\ue0f3([0-9]+)\ue0f4")
+# Templates that write the date get this one: a run resumed tomorrow sees the same prompts.
+TODAY = datetime(2024, 7, 26)
+
+
+@dataclass
+class Call:
+    """One tool call as the model wrote it. error "bad_json": malformed, and message says how."""
+
+    name: str
+    arguments: dict | None
+    error: str = ""
+    message: str = ""
+    raw: str = ""  # the very text of the call, tags included
+
+
+# Formats: write(text, calls) -> the turn's text, parse(text) -> its calls. `inline` formats leave
+# the turn open for result(content); describe() is their part of the system prompt.
+
+
+class Hermes:
+    """Any number of <tool_call> blocks in a turn, outside <think>."""
+
+    inline, stop_strings = False, ()
+    example = '<tool_call>\n{"name": "<tool>", "arguments": {"<key>": <value>}}\n</tool_call>'
+
+    def __init__(self, tools: list[dict]):
+        pass  # the template renders them
+
+    def write(self, text: str, calls: list[Call]) -> str:
+        blocks = [f"<tool_call>\n{_object(call, 'arguments')}\n</tool_call>" for call in calls]
+        return "\n".join([text] * bool(text) + blocks)
+
+    def parse(self, text: str) -> list[Call]:
+        calls, at = [], 0
+        while match := re.compile("<think>|<tool_call>").search(text, at):
+            if match[0] == "<think>":
+                at = text.find("</think>", match.end())
+                if at < 0:
+                    break  # still thinking when the turn ended: nothing was called
+                continue
+            call, end = _decode(text, match.end(), ("arguments",))
+            # The next tag should be this call's end, with nothing in between. At the end of a turn
+            # it may be missing: the object is whole, and servers accept it.
+            tag = re.compile("</?tool_call>").search(text, end)
+            stop = tag.start() if tag else len(text)
+            if junk := text[end:stop].strip():
+                call.error = call.error or f"{junk[:40]!r} follows the object"
+            elif tag and tag[0] == "<tool_call>":
+                call.error = call.error or "</tool_call> is missing"
+            at = tag.end() if tag and tag[0] == "</tool_call>" else stop
+            calls.append(_finish(call, text[match.start() : at], self.example))
+        return calls
+
+
+class Llama3:
+    """The whole turn is one JSON object, with or without <|python_tag|>. A turn that does not
+    begin like a call is an answer."""
+
+    inline, stop_strings = False, ()
+    example = '{"name": "<tool>", "parameters": {"<key>": <value>}} and nothing else'
+
+    def __init__(self, tools: list[dict]):
+        pass  # the template renders them
+
+    def write(self, text: str, calls: list[Call]) -> str:
+        if len(calls) > 1:
+            raise UserError(f"format llama3 writes one call in a turn, got {len(calls)}: split it")
+        return _object(calls[0], "parameters") if calls else text
+
+    def parse(self, text: str) -> list[Call]:
+        body = THINK.sub("", text).strip()
+        if not re.match(r'<\|python_tag\|>|\{\s*"(name|parameters|arguments|type)"', body):
+            return []
+        body = body.removeprefix("<|python_tag|>")
+        call, end = _decode(body, 0, ("parameters", "arguments"))
+        if junk := body[end:].strip():
+            call.error = call.error or f"{junk[:40]!r} follows the object"
+        return [_finish(call, text.strip(), self.example)]
+
+
+class Fence:
+    """A ```python block; the result follows in the same turn.
+
+    The stop string has line breaks on both sides, because "\\n```" is also in the opening
+    "\\n```python". A turn that ends right behind the fence is closed by its stop token instead."""
+
+    inline = True
+    example = "```python\n<code>\n```"
+
+    def __init__(self, tools: list[dict]):
+        if len(tools) > 1:
+            names = ", ".join(tool["function"]["name"] for tool in tools)
+            raise UserError(f"format fence has one tool, got {names}: give one, or format=tags")
+        self.tools = _text_tools(tools, "fence")
+        self.stop_strings = ("\n```\n",) if tools else ()
+
+    def describe(self) -> str:
+        [(_, description)] = self.tools.values()
+        return (
+            f"You can use python. {description}\nWrite it as\n```python\nprint(6 * 7)\n```\n"
+            "and the result follows as\n```output\n42\n```\nThen go on."
+        )
+
+    def write(self, text: str, calls: list[Call]) -> str:
+        blocks = [f"```python\n{next(iter(call.arguments.values()))}\n```" for call in calls]
+        return "\n".join([text] * bool(text) + blocks)
+
+    def result(self, content: str) -> str:
+        return f"```output\n{content}\n```\n"
+
+    def parse(self, text: str) -> list[Call]:
+        calls = []
+        for block in re.finditer(r"^```(.*)\n((?:.*\n)*?)```[ \t]*$\n?", text, re.MULTILINE):
+            for name, (argument, _) in self.tools.items() if block[1].strip() == "python" else ():
+                calls.append(Call(name, {argument: block[2].removesuffix("\n")}, raw=block[0]))
+        return calls or _unmatched(text, self.stop_strings, self.example)
+
+
+class Tags:
+    """<tool>argument</tool> for each tool; the result follows in the same turn."""
+
+    inline = True
+    information = "information"  # the one tag around every result, as in Search-R1
+
+    def __init__(self, tools: list[dict]):
+        self.tools = _text_tools(tools, "tags")
+        self.stop_strings = tuple(f"</{name}>" for name in [*self.tools, "answer"])
+        self.example = " or ".join(f"<{name}>...</{name}>" for name in self.tools)
+
+    def describe(self) -> str:
+        lines = [f"<{name}>{arg}</{name}>: {text}" for name, (arg, text) in self.tools.items()]
+        start = f"Use tools by writing tags; a result follows in <{self.information}>."
+        return "\n".join([start, *lines, "Write the answer as <answer>...</answer>."])
+
+    def write(self, text: str, calls: list[Call]) -> str:
+        blocks = [f"<{c.name}>{next(iter(c.arguments.values()))}</{c.name}>" for c in calls]
+        return "\n".join([text] * bool(text) + blocks)
+
+    def result(self, content: str) -> str:
+        return f"\n<{self.information}>{content}</{self.information}>\n"
+
+    def parse(self, text: str) -> list[Call]:
+        calls = []
+        names = "|".join(map(re.escape, self.tools)) or "(?!)"
+        for tag in re.finditer(rf"<({names})>((?:(?!<\1>).)*?)</\1>", text, re.DOTALL):
+            # A query loses its blanks, code of several lines keeps its indentation.
+            body = tag[2].strip("\n") if "\n" in tag[2].strip() else tag[2].strip()
+            calls.append(Call(tag[1], {self.tools[tag[1]][0]: body}, raw=tag[0]))
+        return calls or _unmatched(text, self.stop_strings[:-1], self.example)
+
+
+FORMATS = {"hermes": Hermes, "llama3": Llama3, "fence": Fence, "tags": Tags}
+
+
+def _json(value) -> str:
+    return json.dumps(value, ensure_ascii=False)  # as transformers' tojson
+
+
+def _object(call, key) -> str:
+    return f'{{"name": "{call.name}", "{key}": {_json(call.arguments)}}}'
+
+
+def _decode(text, start, keys) -> tuple[Call, int]:
+    """The JSON object at text[start:] -> the call, its error a plain reason, and where JSON ended.
+
+    A real decoder, not a search for the end tag: `</tool_call>` may stand inside a string."""
+    start += len(text[start:]) - len(text[start:].lstrip())
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, start)
+    except json.JSONDecodeError as e:
+        reason = f"no valid JSON: {e.msg}, at {text[e.pos : e.pos + 12]!r}"
+        if "control character" in e.msg:
+            reason += " (a line break in a string is written \\n)"
+        return Call("", None, reason), e.pos
+    except (ValueError, RecursionError):  # an integer of 5000 digits, a thousand open brackets
+        return Call("", None, "no valid JSON: too large or too deep"), start
+    if not isinstance(value, dict):
+        return Call("", None, f"expected an object, got {_json(value)[:40]}"), end
+    name, key = value.get("name"), next((key for key in keys if key in value), "")
+    if not isinstance(name, str) or not name:
+        return Call("", None, 'the object has no "name"'), end
+    if not key:
+        return Call(name, None, f'the object has no "{keys[0]}"'), end
+    if not isinstance(value[key], dict):
+        reason = f'"{key}" must be an object, got {_json(value[key])[:40]}'
+        return Call(name, None, reason), end
+    return Call(name, value[key]), end
+
+
+def _finish(call, raw, example) -> Call:
+    call.raw = raw
+    if call.error:
+        call.message = f"malformed call: {call.error}; write {example}"
+        call.error, call.arguments = "bad_json", None
+    return call
+
+
+def _unmatched(text, stop_strings, example) -> list[Call]:
+    """A stop string cut the turn but there is no call in it, nor is it an answer."""
+    found = [stop.strip() for stop in stop_strings if stop in text]
+    return [_finish(Call("", None, "nothing to run"), stop, example) for stop in found[:1]]
+
+
+def _text_tools(tools, format) -> dict[str, tuple[str, str]]:
+    """{name: (argument, description)}; a text format fills one argument: a string, the only one
+    that is required."""
+    found = {}
+    for function in [tool["function"] for tool in tools]:
+        properties = function["parameters"].get("properties", {})
+        needed = function["parameters"].get("required", []) or list(properties)[:1]
+        if len(needed) != 1 or properties[needed[0]].get("type") != "string":
+            raise UserError(
+                f"format {format} passes one string, but {function['name']} needs "
+                f"({', '.join(needed)}): use a format with JSON arguments, such as hermes"
+            )
+        found[function["name"]] = needed[0], function["description"]
+    return found
+
+
+# Messages, in OpenAI form.
+
+
+def _say(text, *calls: Call) -> dict:
+    functions = [{"name": call.name, "arguments": call.arguments} for call in calls]
+    calls = {"tool_calls": [{"type": "function", "function": f} for f in functions]}
+    return {"role": "assistant", "content": text} | (calls if functions else {})
+
+
+def _read(message) -> tuple[str, list[Call]]:
+    """An assistant message -> its text, with the thinking, and its calls."""
+    text, calls = _flat(message.get("content")), []
+    if message.get("reasoning_content"):
+        text = f"<think>\n{message['reasoning_content']}\n</think>\n\n{text}"
+    for call in message.get("tool_calls") or []:
+        call = call.get("function", call)
+        arguments = call["arguments"]
+        try:
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        except ValueError as e:
+            what = f"arguments = {arguments!r} of a call of {call['name']}"
+            raise UserError(f"{what}: expected an object or its JSON") from e
+        calls.append(Call(call["name"], arguments))
+    return text, calls
+
+
+def _user(text) -> dict:
+    return {"role": "user", "content": text}
+
+
+def _result(name, content) -> dict:
+    return {"role": "tool", "name": name or "unknown", "content": content}
+
+
+def _flat(content) -> str:
+    if isinstance(content, list):
+        return "".join(part.get("text", "") for part in content)
+    return content or ""
+
+
+def _any_of(tokens) -> re.Pattern:
+    return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+
+
+class Chat:
+    """One tokenizer, one call format, one set of tools (JSON schemas as `get_json_schema` makes).
+
+    stop_ids: ids that close an assistant turn. stop_strings: text that ends a turn in an inline
+    format; the ids stay as sampled even if the last token goes on behind it. differences:
+    sentences on where the template itself would write a conversation in another way.
+    UserError: the template cannot be proved."""
+
+    def __init__(self, tokenizer, format: str = "hermes", tools: list[dict] = ()):
+        if format not in FORMATS:
+            raise UserError(f"format = {format!r}: expected one of {', '.join(FORMATS)}")
+        self.tokenizer, self.format_name, self.tools = tokenizer, format, list(tools)
+        self.format = FORMATS[format](self.tools)
+        self.stop_strings: tuple[str, ...] = self.format.stop_strings
+        self.differences: tuple[str, ...] = ()
+        try:
+            template = tokenizer.get_chat_template(tools=self.tools or None)
+        except ValueError as e:
+            raise self._refusal("there is none; use an Instruct model") from e
+        added = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
+        self._added = sorted({t.content for t in added}, key=len, reverse=True)
+        # Text typed by a user or a tool must not become a control token. In a result that includes
+        # the template's own markers (</tool_response>), which are often not called special.
+        control = {t.content for t in added if t.special}
+        user = [t for t in self._added if t in control]
+        tool = [t for t in self._added if t in control or t in template]
+        self._guards = {"user": _any_of(user), "tool": _any_of(tool), "assistant": _any_of([])}
+        self._probe()
+        if self.tools and not self.format.inline:
+            self._probe_calls()
+        if "strftime_now" in template:
+            self._declare(f"the date in prompts is always {TODAY:%d %b %Y}")
+        for messages in self._conversations():
+            self._compare(messages)
+
+    # What the loop uses.
+
+    def prompt(self, messages: list[dict]) -> list[int]:
+        """Ids of the messages before the first sampled turn, tool schemas, generation prompt."""
+        return self._encode(self._render(messages, generate=True, start=True), first=True)
+
+    def parse(self, ids: list[int]) -> tuple[str, list[Call]]:
+        """A sampled turn -> its text without the stop token, and its calls in order. A tool
+        response that the model wrote itself is text like any other."""
+        ids = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
+        text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return text, self.format.parse(self._opening + text) if self.tools else []
+
+    def observation(self, results: list[tuple[Call, str]], closed: bool) -> list[int]:
+        """The ids (mask 0) between a turn and the next. results: in call order; a content is a
+        string, or a list of content parts if the template takes them. closed: the turn ended in
+        one of stop_ids. If not, the missing close comes first, or an inline format goes on."""
+        messages = [_result(call.name, content) for call, content in results]
+        if not self.format.inline:
+            return self._encode(self._between(messages, closed))
+        text = self._inline(messages)
+        # In a turn that the model closed itself the result has to come as a user's message.
+        return self._encode(self._between([_user(text)], closed) if closed else text)
+
+    def render(self, messages: list[dict]) -> tuple[list[int], list[int]]:
+        """A whole conversation -> ids, mask: 1 on what the model is to write, stop tokens too."""
+        ids, mask = [], []
+        for text, bit in self._pieces(messages):
+            new = self._encode(text, first=not ids)
+            ids, mask = ids + new, mask + [bit] * len(new)
+        return ids, mask
+
+    def message(self, text: str, calls: list[Call]) -> dict:
+        """The sampled turn in OpenAI form. Its calls stay in the text if the format is inline, or
+        if tool_calls would not say exactly the same (malformed calls, words between them)."""
+        text = self._opening + text
+        if calls and not self.format.inline:
+            content = text[: text.index(calls[0].raw)].removesuffix("\n")
+            if self.format.write(content, calls) == text:
+                return _say(content, *calls)
+        return _say(text)
+
+    # Text. Everything here works on what the template writes.
+
+    def _render(self, messages, generate=False, start=False) -> str:
+        """start: a conversation from its beginning, with the tools described."""
+        messages = self._shape(self._merge(self._describe(messages) if start else messages))
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=self.tools if start and self.tools and not self.format.inline else None,
+                tokenize=False,
+                add_generation_prompt=generate,
+                strftime_now=TODAY.strftime,
+            )
+        # What templates raise, and what their expressions do on messages they do not expect.
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as e:
+            raise self._refusal(f"it raises {str(e)!r}") from e
+
+    def _pieces(self, messages) -> list[tuple[str, int]]:
+        """A conversation -> [(text, mask)]: prompt, turn, what is between, turn, ..."""
+        roles = [message["role"] for message in messages] + ["assistant"]
+        at = roles.index("assistant")
+        pieces = [(self._render(messages[:at], generate=True, start=True), 0)]
+        goes_on = False  # in an open turn, behind an inline result
+        while at < len(messages):
+            text = self._turn(messages[at], goes_on)
+            end = roles.index("assistant", at + 1)
+            between, at = messages[at + 1 : end], end
+            goes_on = self.format.inline and bool(between) and between[0]["role"] == "tool"
+            if goes_on:
+                results = [m for m in between if m["role"] == "tool"]
+                between = [m for m in between if m["role"] != "tool"]
+                pieces += [(self._stopped(text), 1), (self._inline(results), 0)]
+            else:
+                pieces.append((text + self._close, 1))
+            if between or (at < len(messages) and not goes_on):
+                pieces.append((self._between(between, closed=not goes_on), 0))
+                goes_on = False
+        return pieces
+
+    def _turn(self, message, goes_on) -> str:
+        """What the model is to write for this message, without the stop token."""
+        text = self._guard(self.format.write(*_read(message)), "assistant")
+        if goes_on:
+            return text.removeprefix(self._opening)
+        for opening in (self._opening, "<think>") if self._opening else ():
+            if text.startswith(opening):  # the generation prompt has it already
+                return text.removeprefix(opening)
+        if self._opening:
+            return f"\n</think>\n\n{text}"
+        return text if text.startswith(self._lead) else self._lead + text
+
+    def _between(self, messages, closed) -> str:
+        """The text from the end of a turn to the next, generation prompt included."""
+        names = [m.get("name") or "unknown" for m in messages if m["role"] == "tool"]
+        calls = [Call(name, {"x": SENTINEL}) for name in names]
+        turn = _say("", *calls) if calls else _say(SENTINEL)
+        text = self._render([_user("x"), turn, *messages], generate=True)
+        tail = text.split(SENTINEL, len(calls) or 1)[-1]
+        suffix = tail[tail.index(self._close) + len(self._close) :]
+        return suffix if closed else self._close + suffix
+
+    def _inline(self, results) -> str:
+        text = "".join(self.format.result(_flat(result["content"])) for result in results)
+        return self._guard(text, "tool")
+
+    def _stopped(self, text) -> str:
+        """An engine stops at a stop string: a "```" is not whole without its line break."""
+        for stop in self.stop_strings:
+            if text.endswith(stop.rstrip()):
+                return text.removesuffix(stop.rstrip()) + stop
+        return text
+
+    def _merge(self, messages) -> list[dict]:
+        """In an inline format a turn, its result and what follows in it are one message."""
+        if not self.format.inline:
+            return messages
+        merged, goes_on = [], False
+        for message in messages:
+            if message["role"] == "assistant":
+                text = self.format.write(*_read(message))
+                if goes_on:
+                    text = merged.pop()["content"] + text.removeprefix(self._opening)
+                message, goes_on = _say(text), False
+            elif message["role"] == "tool" and merged:
+                text = self._stopped(merged.pop()["content"]) + self._inline([message])
+                message, goes_on = _say(text), True
+            else:
+                goes_on = False
+            merged.append(message)
+        return merged
+
+    def _shape(self, messages) -> list[dict]:
+        """Messages in the form that this template takes, control tokens in their texts guarded."""
+        shaped, ids = [], []
+        for i, message in enumerate(messages):
+            role, content = message["role"], message.get("content")
+            new = {"role": role}
+            if role == "assistant":
+                content, calls = _read(message)
+                ids = [f"call{i:03d}{n:02d}" for n in range(len(calls))]  # 9 letters for Mistral
+                for id, call in zip(ids, calls, strict=True):
+                    function = {"name": call.name, "arguments": self._arguments(call.arguments)}
+                    call = {"id": id, "type": "function", "function": function}
+                    new.setdefault("tool_calls", []).append(call)
+            elif role == "tool":
+                new["name"] = message.get("name") or "unknown"
+                new["tool_call_id"] = ids.pop(0) if ids else "call00000"
+            if isinstance(content, list):
+                new["content"] = [
+                    part | {"text": self._guard(part["text"], role)} if "text" in part else part
+                    for part in content
+                ]
+            else:
+                text = self._guard(content or "", role)
+                new["content"] = [{"type": "text", "text": text}] if self._as_parts else text
+            shaped.append(new)
+        return shaped
+
+    def _describe(self, messages) -> list[dict]:
+        """Inline formats describe the tools in the system prompt, and a template without a system
+        role gets that at the head of the first user message."""
+        has = bool(messages) and messages[0]["role"] == "system"
+        system, rest = (_flat(messages[0]["content"]), messages[1:]) if has else ("", messages)
+        if self.format.inline and self.tools:
+            system = f"{system}\n\n{self.format.describe()}".lstrip("\n")
+        if not system or not rest:
+            return messages
+        if self._has_system:
+            return [{"role": "system", "content": system}, *rest]
+        content = rest[0]["content"]
+        if isinstance(content, str):
+            content = f"{system}\n\n{content}"
+        else:
+            content = [{"type": "text", "text": f"{system}\n\n"}, *content]
+        return [rest[0] | {"content": content}, *rest[1:]]
+
+    # Ids.
+
+    def _guard(self, text, role) -> str:
+        """Put marks for the control tokens in a text; _encode writes them out as ordinary text."""
+        guard = self._guards.get(role, self._guards["user"])
+        return guard.sub(lambda m: MARK.format(self._added.index(m[0])), text)
+
+    def _encode(self, text, first=False) -> list[int]:
+        """Template text -> ids. A marked control token becomes ordinary tokens of the same text:
+        its first character is encoded apart from the rest, and neither of the two is a token.
+
+        Anything but a conversation's start is encoded behind a stop token, which is then dropped:
+        tokenizers may treat the start of a text in their own way (put a blank in front)."""
+        ids = []
+        for i, part in enumerate(MARKED.split(text)):
+            token = self._added[int(part) % len(self._added)] if i % 2 else ""
+            for segment in (token[0], token[1:]) if token else (part,):
+                anchor = "" if first and not ids else self._anchor
+                new = self.tokenizer.encode(anchor + segment, add_special_tokens=False)
+                ids += new[1:] if anchor else new
+        return ids
+
+    # The proof.
+
+    def _refusal(self, reason) -> UserError:
+        name = self.tokenizer.name_or_path or "this tokenizer"
+        what = f"the chat template of {name} cannot be used with format={self.format_name}"
+        return UserError(f"{what}: {reason}")
+
+    def _declare(self, sentence):
+        if sentence not in self.differences:
+            self.differences += (sentence,)
+
+    def _attempt(self, *messages, start=False) -> str:
+        try:
+            return self._render(messages, start=start)
+        except UserError:
+            return ""
+
+    def _probe(self):
+        """Find out what the template takes and writes: content as parts, a system role, the token
+        that closes a turn, what stands between the generation prompt and an answer."""
+        self._as_parts, self._arguments = False, dict
+        self._lead = self._opening = self._anchor = ""
+        self._as_parts = SENTINEL not in self._attempt(_user(SENTINEL))
+        if SENTINEL not in self._render([_user(SENTINEL)]):
+            raise self._refusal("it drops what the user says")
+        system = {"role": "system", "content": SENTINEL}
+        self._has_system = SENTINEL in self._attempt(system, _user("x"))
+        if not self._has_system:
+            self._declare("no system role: its text is put at the head of the first user message")
+
+        prompt = self._render([_user("x")], generate=True)
+        before, found, after = self._render([_user("x"), _say(SENTINEL)]).partition(SENTINEL)
+        if not found:
+            raise self._refusal("it drops what the assistant says")
+        # An answer is closed by one token, or by several up to the eos token (Cohere).
+        added, eos = _any_of(self._added), self.tokenizer.eos_token or ""
+        run = re.match(f"({added.pattern})+", after)
+        if not run:
+            raise self._refusal(f"no token closes the assistant's turn, {after[:40]!r} follows it")
+        several = eos and eos in run[0]
+        self._close = run[0].partition(eos)[0] + eos if several else added.match(after)[0]
+        close = self.tokenizer.encode(self._close, add_special_tokens=False)
+        names = [eos] + ["<|eom_id|>"] * (self.format_name == "llama3")
+        names = [name for name in names if name in self._added]
+        stops = [close[-1], *self.tokenizer.convert_tokens_to_ids(names)]
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(stops))
+        stops = self.tokenizer.convert_ids_to_tokens(stops)
+        self._anchor, self._guards["assistant"] = stops[0], _any_of(stops)
+
+        if thinking := re.search(r"<think>\s*$", prompt):
+            self._opening = thinking[0]
+        header = prompt[len(commonprefix([prompt, self._render([_user("x")])])) :]
+        self._header = THINK.sub("", header.removesuffix(self._opening)).rstrip()
+        if before.startswith(prompt):
+            lead = before.removeprefix(prompt)
+            if THINK.sub("", self._opening + lead).strip():
+                raise self._refusal(f"{lead!r} stands between generation prompt and answer")
+            self._lead = lead[: len(lead) - len(lead.lstrip())]
+        padded = f"  {SENTINEL} \n"
+        if padded + self._close not in self._render([_user("x"), _say(padded)]):
+            self._declare("trims the assistant's text")
+
+    def _probe_calls(self):
+        """Are schemas, calls and results rendered, and calls in the syntax of this format?"""
+        name, other = self.tools[0]["function"]["name"], "use format=fence or format=tags"
+        prompt = self._render([_user("x")], generate=True, start=True)
+        if any(tool["function"]["name"] not in prompt for tool in self.tools):
+            raise self._refusal(f"it ignores tools; {other}")
+        call, seen = Call(name, {"x": SENTINEL}), ""
+        conversation = [_user("x"), _say("", call)]
+        for self._arguments in (dict, _json):  # templates take an object, or its JSON
+            text = self._attempt(*conversation, start=True)
+            start = len(commonprefix([text, prompt.removesuffix(self._opening)]))
+            written = THINK.sub("", text[start:]).lstrip()
+            if written.startswith(self.format.write("", [call]) + self._close):
+                break
+            seen = seen or written
+        else:
+            if not seen:
+                self._render(conversation, start=True)  # raises, and says why
+            if SENTINEL not in seen:
+                raise self._refusal(f"it ignores tool calls; {other}")
+            for format in {"hermes", "llama3"} - {self.format_name}:
+                if [c.error for c in FORMATS[format]([]).parse(seen.split("<|eot")[0])] == [""]:
+                    other = f"use format={format}"
+            raise self._refusal(f"it writes a call as {seen[:160]!r}; {other}")
+        result = _result(name, SENTINEL)
+        if SENTINEL not in self._render([_user("x"), _say("", Call(name, {})), result]):
+            raise self._refusal(f"it ignores tool results; {other}")
+
+    def _conversations(self):
+        """What the proof renders: one round and two, thinking, one call and two, odd results."""
+        system, user, again = {"role": "system", "content": "Be brief."}, _user("2+3?"), _user("3?")
+        last, thought = _say("It is 5."), "<think>\nhm\n</think>\n\n"
+        yield [system, user, last]
+        yield [user, last, again, last]
+        yield [system, user, _say(f"{thought}It is 5."), again, last]
+        if not self.tools:
+            return
+        name = self.tools[0]["function"]["name"]
+        call = Call(name, {"x": 'print("ü")'})
+        words = "" if self.format_name == "llama3" else "I compute."  # there a call is all
+        for content in ("5", ' "quoted" \\ \n', '{"a": [1, 2]}', "\nünï ✓ 漢\n\n", ""):
+            yield [system, user, _say("", call), _result(name, content), last]
+        five, seven = _result(name, "5"), _result(name, "7")
+        first = _say(words and thought + words, call)
+        yield [user, first, five, last, again, _say("", call), seven, last]
+        yield [user, first, five, _say("", call), seven, last]
+        if self.format_name == "hermes":
+            yield [user, _say(words, call, call), five, seven, last]
+
+    def _compare(self, messages):
+        """The concatenation is the template's own rendering, as text and as ids, or UserError."""
+        ours = "".join(text for text, _ in self._pieces(messages))
+        theirs = self._render(messages, start=True)
+        ids, whole = self.render(messages)[0], self._encode(ours, first=True)
+        if not self._same(ours, theirs):
+            mine, kept = THINK.findall(ours), THINK.findall(theirs)
+            if not (mine or kept) or not self._same(self._bare(ours), self._bare(theirs)):
+                raise self._refusal(self._first_difference(ids, self._encode(theirs, first=True)))
+            if len([t for t in mine if t.strip()]) > len([t for t in kept if t.strip()]):
+                self._declare("strips the thinking of earlier turns")
+            elif len(kept) > len(mine):
+                self._declare("adds an empty <think></think>")
+            else:
+                self._declare("writes other whitespace around thinking")
+        # An inline result is encoded apart from the turn that it goes on in, as in a rollout.
+        if ids != whole and not (self.format.inline and "tool" in [m["role"] for m in messages]):
+            raise self._refusal(f"pieces and whole differ: {self._first_difference(ids, whole)}")
+
+    def _bare(self, text) -> str:
+        """Without thinking, and without the whitespace that it leaves at the start of a turn."""
+        text = THINK.sub("", text)
+        return (
+            re.sub(re.escape(self._header) + r"\s*", self._header, text) if self._header else text
+        )
+
+    def _same(self, ours, theirs) -> bool:
+        # Behind the last stop token a template may still write a line break or the eos token.
+        rest = _any_of(self._added).sub("", theirs.removeprefix(ours))
+        return theirs.startswith(ours) and not rest.strip()
+
+    def _first_difference(self, ours, theirs) -> str:
+        same = commonprefix([ours, theirs])
+        at, show = len(same), self.tokenizer.convert_ids_to_tokens
+        mine, other = show(ours[at : at + 8]), show(theirs[at : at + 8])
+        return f"token {at}, after {show(same[-6:])}, is {mine} in the pieces, {other} in the whole"

@@ -1,0 +1,286 @@
+"""A flat dataclass, a python file and --key=value: how every script here is configured.
+
+    cfg = config.parse(Config, ["--config", "calc.py", "--learning_rate=1e-4"], check)
+
+Defaults < config file < command line; every key and value of all three is checked before anything
+slow happens. `--config calc.py` is ./calc.py, or else configs/calc.py beside this file; it holds
+plain assignments (imports, arithmetic and names that start with _ are fine). On the command line
+`1` is a fine float, `1e3` a fine int, `true` a bool, `a,b` a tuple, nothing (`--tools=`) the empty
+tuple, `none` None. What a script has beside its Config:
+
+    if __name__ == "__main__":
+        config.answer_help(__file__)  # above `import torch`: --help is answered in a moment
+    ...
+    if __name__ == "__main__":
+        config.main(lambda argv: train(config.parse(Config, argv, check)))
+"""
+
+import ast
+import dataclasses
+import math
+import os
+import sys
+import types
+import typing
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """A user's mistake. The message is one sentence: the value, what was expected, what to do."""
+
+
+def parse(cls, argv, check=None, keys=None, base=None):
+    """An instance of the flat dataclass `cls`: its defaults (or the values of `base`, an instance),
+    `--config file.py`, `--key=value`.
+
+    check(cfg) comes last, for rules across keys. keys: names that have an effect in the calling
+    script; any other is refused on the command line (a config file is shared between scripts and
+    may hold all). Raises UserError for everything that a user can get wrong.
+    """
+    kinds = typing.get_type_hints(cls)  # also of `from __future__ import annotations`
+    default = base or cls()
+    for name, kind in kinds.items():
+        try:  # a default that does not fit would be saved, then refused by the next --config
+            _cast(kind, getattr(default, name), typed=False)
+        except ValueError:
+            raise AssertionError(f"the default of {name} is not {_say(kind)}") from None
+    keys = list(kinds if keys is None else keys)
+
+    texts, items = {}, list(argv)
+    while items:
+        item = items.pop(0)
+        key, equals, text = item.removeprefix("--").partition("=")
+        if item == "--config" and items and not items[0].startswith("--"):
+            text = items.pop(0)
+        if not item.startswith("--") or (key == "config" and not text):
+            raise UserError(f"cannot read {item!r}: write {_instead(item)}")
+        if key in texts:
+            raise UserError(f"--{key} is given twice: keep one of them")
+        if key != "config" and key not in kinds:
+            raise UserError(_unknown(key, keys))
+        if key != "config" and key not in keys:
+            script = Path(sys.argv[0]).name
+            raise UserError(f"{key} has no effect in {script}: its keys are {', '.join(keys)}")
+        if key != "config" and not equals:
+            follows = items and not items[0].startswith("--") and "=" not in items[0]
+            value = items[0] if follows else _text(getattr(default, key))
+            raise UserError(f"cannot read {item!r}: write --{key}={value}")
+        texts[key] = text
+
+    file, values = texts.pop("config", None), {}
+    for key, value in (_run_file(file, kinds) if file else {}).items():
+        values[key] = _checked(key, kinds[key], value, f" in {file}", typed=False)
+    for key, text in texts.items():
+        values[key] = _checked(key, kinds[key], text, "", typed=True)
+    cfg = dataclasses.replace(default, **values)
+    if check is not None:
+        check(cfg)
+    return cfg
+
+
+def split(argv, names):
+    """(mine, rest): `mine` are the `--key=value` (or bare `--key`) of argv whose key is in `names`.
+
+    For a script with keys of its own beside those of another's Config: give both lists to `parse`.
+    What is not understood (`k=4`, `--kk=4`) stays in the rest, where `parse` says what is wrong.
+    """
+    flags = {f"--{name}" for name in names}
+    mine = [item for item in argv if item.partition("=")[0] in flags]
+    return mine, [item for item in argv if item.partition("=")[0] not in flags]
+
+
+def main(run):
+    """Call run(arguments of the script). A UserError is one line on stderr and exit code 2."""
+    try:
+        run(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)  # what a shell reports for a program that Ctrl-C ended
+
+
+def answer_help(*files):
+    """If sys.argv has -h or --help: print the first file's docstring and the source of every file's
+    `class Config` (relative names are beside this file), and exit 0. Nothing is imported."""
+    if not {"-h", "--help"} & set(sys.argv[1:]):
+        return
+    for file in files:
+        source = (HERE / file).read_text(encoding="utf-8")
+        tree, lines = ast.parse(source), source.splitlines()
+        if file == files[0]:
+            print(ast.get_docstring(tree), end="\n\n")
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and node.name == "Config":
+                end = node.end_lineno  # whole lines, and comments below: a segment has neither
+                while end < len(lines) and lines[end].startswith(" "):
+                    end += 1
+                print("\n".join(lines[node.lineno - 1 : end]), end="\n\n")
+    sys.exit(0)
+
+
+def save(cfg, path):
+    """Write all fields as a python file: parse(cls, ["--config", path]) gives an equal cfg."""
+    lines = [f"{f.name} = {getattr(cfg, f.name)!r}\n" for f in dataclasses.fields(cfg)]
+    Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def changed(cfg):
+    """The names of the fields that differ from their default, for rules like "has no effect"."""
+    default = type(cfg)()
+    names = [field.name for field in dataclasses.fields(cfg)]
+    return {name for name in names if getattr(cfg, name) != getattr(default, name)}
+
+
+def fresh_dir(path, way_out="remove it"):
+    """Create the folder of a new run and return its Path; one that holds something is refused."""
+    path, other = Path(path), "give another with --out_dir=…"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        empty = not any(path.iterdir())
+    except OSError as error:  # a file in its place, no permission, a read-only disk
+        raise UserError(f"cannot use out_dir '{path}' ({error.strerror}): {other}") from None
+    if not empty:
+        raise UserError(f"out_dir '{path}' is not empty: {other}, or {way_out}")
+    if not os.access(path, os.W_OK):
+        raise UserError(f"cannot write to out_dir '{path}': {other}")
+    return path
+
+
+def near(name, names):
+    """': did you mean learning_rate?' for a misspelt name, '' where nothing is near."""
+    import difflib
+
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f": did you mean {close[0]}?" if close else ""
+
+
+def _unknown(key, names, where=""):
+    own = ", and a name of your own starts with _" if where else ""
+    return f"unknown key {key!r}{where}{near(key, names) or ': --help lists the keys' + own}"
+
+
+def _instead(item):
+    """What to write for an item that is no --key=value."""
+    bare = item.lstrip("-")
+    if item.removesuffix("=") == "--config":
+        return "--config calc.py"
+    if "=" in bare:
+        return f"--{bare}"
+    return f"--config {item}" if item.endswith(".py") else "--key=value or --config file.py"
+
+
+def _text(value):
+    """A default as one would type it, for messages: 2e-5, none, true, a,b."""
+    if isinstance(value, tuple):
+        return ",".join(_text(item) for item in value)
+    if value is None or isinstance(value, bool):  # who writes a bare --flag means true
+        return "none" if value is None else "true"
+    if isinstance(value, float):
+        return repr(value).replace("e-0", "e-").replace("e+", "e")
+    return repr(value) if " " in str(value) else str(value) or "…"
+
+
+def _run_file(name, kinds):
+    """Execute the config file and return {key: value}, unchecked but for the names."""
+    path = next((p for p in (Path(name), HERE / "configs" / name) if p.is_file()), None)
+    if path is None:
+        looked = "" if Path(name).is_absolute() else f"; looked for {name} and configs/{name}"
+        raise UserError(f"no config file {name!r}{looked}")
+    try:
+        tree = ast.parse(path.read_bytes(), str(path))
+    except SyntaxError as error:  # no line: bytes that are no text
+        raise UserError(f"{name}, line {error.lineno or 1}: {error.msg}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror}") from None
+    found = {"__name__": "__config__", "__file__": str(path)}
+    try:
+        exec(compile(tree, str(path), "exec"), found)
+    except Exception as error:
+        line = error.__traceback__.tb_next.tb_lineno  # the first frame is ours, the next the file's
+        raise UserError(f"{name}, line {line}: {type(error).__name__}: {error}") from error
+
+    aliases = [node for node in ast.walk(tree) if isinstance(node, ast.alias)]
+    imported = {(alias.asname or alias.name).split(".")[0] for alias in aliases}
+    values = {}
+    for key, value in found.items():
+        if key in kinds:
+            values[key] = value
+        elif isinstance(value, (types.FunctionType, type)) and key not in imported:
+            raise UserError(f"{key} in {name} is code: a config file holds plain values")
+        elif not key.startswith("_") and key not in imported:
+            raise UserError(_unknown(key, kinds, f" in {name}"))
+    return values
+
+
+def _checked(key, kind, value, where, typed):
+    try:
+        return _cast(kind, value, typed)
+    except ValueError:
+        raise UserError(f"{key} = {value!r}{where}: expected {_say(kind)}") from None
+
+
+def _say(kind):
+    """A type as it reads in a message."""
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(str, args))}"
+    if typing.get_origin(kind) is tuple:
+        return f"a tuple of {args[0].__name__}"
+    if args:
+        return " or ".join(_say(arm) for arm in args)
+    return {bool: "true or false", types.NoneType: "none"}.get(kind) or kind.__name__
+
+
+def _cast(kind, value, typed):
+    """`value` as a `kind`, or ValueError. typed: text of the command line, else a python value."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        for option in args:
+            if value == str(option) if typed else (type(value), value) == (type(option), option):
+                return option  # the type is compared because True == 1
+    elif origin in (typing.Union, types.UnionType):
+        for arm in sorted(args, key=lambda arm: arm is not types.NoneType):
+            try:  # None first: for `str | None`, none is not the text "none"
+                return _cast(arm, value, typed)
+            except ValueError:
+                pass
+    elif origin is tuple:
+        assert args[1:] == (...,), f"a field of type {kind}: write tuple[{args[0].__name__}, ...]"
+        if typed:
+            value = [item.strip() for item in value.split(",")] if value else []
+        if isinstance(value, (list, tuple)) and not (typed and "" in value):
+            return tuple(_cast(args[0], item, typed) for item in value)
+    elif kind is types.NoneType:
+        if value is None or (typed and value.lower() == "none"):
+            return None
+    elif kind is bool:
+        if isinstance(value, bool) or (typed and value.lower() in ("true", "false")):
+            return value.lower() == "true" if typed else value
+    elif kind is str:
+        if isinstance(value, str):
+            return value
+    elif kind in (int, float):
+        if typed or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+            return _number(kind, value)
+    else:
+        raise AssertionError(f"config fields of type {kind} are not supported")
+    raise ValueError
+
+
+def _number(kind, value):
+    try:
+        if kind is int and not isinstance(value, float):
+            return int(value)  # not by way of a float, which has 53 bits
+    except ValueError:
+        pass
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError from None
+    if not math.isfinite(number) or (kind is int and not number.is_integer()):
+        raise ValueError
+    return kind(number)

@@ -1,0 +1,271 @@
+"""How tokens are sampled. One small interface, several engines:
+
+    completion = await engine.generate(ids, images, sampling)    # token ids in, token ids out
+
+`TransformersEngine` needs no extra install: a decode loop over the trajectories that wait. It is the
+default on a CPU and for the tiny tasks. `ScriptedEngine` says what a test tells it to, so that loop,
+masks and loss are testable in milliseconds.
+
+Shapes: B rows in the batch, T tokens, V vocabulary.
+"""
+
+import asyncio
+import concurrent.futures
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one turn is sampled. The whole distribution is sampled from: there is no top_p, top_k or
+    penalty, because the logprobs of a cut distribution are not those that the loss computes."""
+
+    temperature: float = 1.0  # 0 = greedy; its logprobs are those at temperature 1
+    max_new_tokens: int = 256
+    seed: int = 0  # of this one turn; nobody else's noise depends on it, nor it on theirs
+    stop_ids: tuple[int, ...] = ()  # a sampled stop token ends the turn and is part of it
+    stop_strings: tuple[str, ...] = ()  # text formats; the ids that made the string stay as sampled
+
+
+@dataclass
+class Completion:
+    ids: list[int]  # as sampled, the stop token included
+    logprobs: list[float]  # of each, at the temperature used
+    finish: str  # "stop" (a stop token), "stop_string", or "length"
+
+
+class Engine(Protocol):
+    version: int  # of the weights it samples from
+
+    def join(self) -> None: ...  # a trajectory starts: it will call generate
+    def leave(self) -> None: ...  # and ends: nobody needs to wait for it any more
+    async def generate(self, ids: list[int], images: list, sampling: Sampling) -> Completion: ...
+    async def sync(self, model, version: int) -> None: ...  # from now on, sample from these weights
+    async def sleep(self) -> None: ...  # give the GPU's memory to the trainer
+    async def wake(self) -> None: ...  # take it back
+    async def close(self) -> None: ...
+
+
+@dataclass
+class _Request:
+    ids: list[int]
+    sampling: Sampling
+    future: asyncio.Future
+    rng: random.Random
+    new: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class TransformersEngine:
+    """Samples with the trainer's own model object, so a sync copies nothing.
+
+    The trajectories that wait are gathered into one batch, left-padded, and decoded with a KV cache;
+    a row that finishes leaves the batch and its trajectory goes on (runs its tools) at once. Equal
+    prompts (a group) are prefilled once.
+
+    deterministic=True: a batch is formed only when every unfinished trajectory waits, and in an order
+    that does not depend on who came first, so equal seeds give equal bits. False lets fast ones go
+    ahead while others wait for a slow tool.
+    """
+
+    def __init__(self, model, tokenizer, deterministic: bool = True, max_batch: int = 256):
+        self.model, self.tokenizer = model, tokenizer
+        self.deterministic, self.max_batch = deterministic, max_batch
+        self.version, self.unfinished, self.busy = 0, 0, False
+        self.waiting: list[_Request] = []
+        self.thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="decode")
+
+    def join(self) -> None:
+        self.unfinished += 1
+
+    def leave(self) -> None:
+        self.unfinished -= 1
+        self._start()  # the others may have waited only for this one
+
+    async def sync(self, model, version: int) -> None:
+        self.model, self.version = model, version
+
+    async def sleep(self) -> None:
+        """Nothing to give back: the cache of a batch is freed at its end."""
+
+    async def wake(self) -> None:
+        """Nothing to take back."""
+
+    async def close(self) -> None:
+        self.thread.shutdown(wait=False, cancel_futures=True)
+
+    async def generate(self, ids: list[int], images: list, sampling: Sampling) -> Completion:
+        if images:
+            raise ValueError("images were given to a text-only engine: use a vision model")
+        future = asyncio.get_running_loop().create_future()
+        self.waiting.append(_Request(ids, sampling, future, random.Random(sampling.seed)))
+        self._start()
+        return await future
+
+    def _start(self) -> None:
+        self.waiting = [r for r in self.waiting if not r.future.done()]  # a deadline may cancel one
+        if self.busy or not self.waiting:
+            return
+        if self.deterministic and len(self.waiting) < self.unfinished:
+            return
+        # equal prompts become neighbours, and lengths that differ little share a batch
+        self.waiting.sort(key=lambda r: (len(r.ids), r.ids, r.sampling.seed))
+        self.busy, batch, self.waiting = True, self.waiting, []
+        loop = asyncio.get_running_loop()
+        done = loop.run_in_executor(self.thread, self._run, batch, loop)
+        done.add_done_callback(lambda done: self._finished(done, batch))
+
+    def _finished(self, done: asyncio.Future, batch: list[_Request]) -> None:
+        self.busy = False
+        if not done.cancelled() and done.exception():
+            for request in batch:
+                if not request.future.done():
+                    request.future.set_exception(done.exception())
+        self._start()
+
+    def _run(self, batch: list[_Request], loop) -> None:
+        self.model.eval()  # dropout would make other logprobs than the trainer's
+        for start in range(0, len(batch), self.max_batch):
+            self._decode(batch[start : start + self.max_batch], loop)
+
+    @torch.inference_mode()
+    def _decode(self, rows: list[_Request], loop) -> None:
+        device = self.model.device
+        prompts = sorted({tuple(r.ids) for r in rows}, key=lambda ids: (len(ids), ids))
+        longest = len(prompts[-1])
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)  # (B, T), padded on the left
+        attention_mask = torch.zeros_like(ids)
+        for i, prompt in enumerate(prompts):
+            ids[i, longest - len(prompt) :] = torch.tensor(prompt)
+            attention_mask[i, longest - len(prompt) :] = 1
+        ids, attention_mask = ids.to(device), attention_mask.to(device)
+        positions = (attention_mask.cumsum(1) - 1).clamp(
+            min=0
+        )  # the first real token is position 0
+        out = self._forward(ids, attention_mask, positions, None)
+        cache = out.past_key_values
+
+        which = {prompt: i for i, prompt in enumerate(prompts)}
+        take = torch.tensor([which[tuple(r.ids)] for r in rows], device=device)
+        cache.batch_select_indices(take)
+        logits, attention_mask = out.logits[take, -1], attention_mask[take]  # (B, V)
+        positions = positions[take, -1:]
+        while True:
+            tokens = self._sample(logits, rows)
+            keep = [i for i, row in enumerate(rows) if not self._ended(row, loop)]
+            if not keep:
+                return
+            if len(keep) < len(rows):
+                rows, take = [rows[i] for i in keep], torch.tensor(keep, device=device)
+                cache.batch_select_indices(take)
+                tokens, attention_mask = tokens[take], attention_mask[take]
+                positions = positions[take]
+            positions = positions + 1
+            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], 1)
+            logits = self._forward(tokens[:, None], attention_mask, positions, cache).logits[:, -1]
+
+    def _forward(self, ids, attention_mask, positions, cache):
+        return self.model(
+            input_ids=ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+
+    def _sample(self, logits: torch.Tensor, rows: list[_Request]) -> torch.Tensor:
+        """Next tokens (B,): each row draws one uniform number and inverts its own distribution, so
+        its noise is the same whoever else is in the batch."""
+        heat = torch.tensor([r.sampling.temperature for r in rows], device=logits.device)
+        greedy = heat == 0
+        logits = logits.float() / torch.where(greedy, 1.0, heat)[:, None]
+        logprobs = logits.log_softmax(-1)  # (B, V)
+        # in double precision: in single, the tail of a large vocabulary is lost in the sum
+        cumulative = logprobs.double().exp().cumsum(-1)
+        uniform = torch.tensor([r.rng.random() for r in rows], dtype=torch.double)
+        uniform = uniform.to(logits.device)[:, None] * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, uniform, right=True)[:, 0]
+        tokens = torch.where(greedy, logits.argmax(-1), drawn.clamp(max=logits.shape[-1] - 1))
+        chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
+        for row, token, logprob in zip(rows, tokens.tolist(), chosen.tolist(), strict=True):
+            row.new.append(token)
+            row.logprobs.append(logprob)
+        return tokens
+
+    def _ended(self, row: _Request, loop) -> bool:
+        """Whether the row has just ended; if so, its trajectory goes on now."""
+        finish = finished(row.new, row.sampling, self.tokenizer)
+        if finish:
+            completion = Completion(row.new, row.logprobs, finish)
+            loop.call_soon_threadsafe(_resolve, row.future, completion)
+        return bool(finish) or row.future.cancelled()
+
+
+def _resolve(future: asyncio.Future, completion: Completion) -> None:
+    if not future.done():  # its trajectory may have met a deadline
+        future.set_result(completion)
+
+
+def finished(new: list[int], sampling: Sampling, tokenizer) -> str:
+    """Why a turn ends after the tokens `new`, or "" if it goes on."""
+    if new and new[-1] in sampling.stop_ids:
+        return "stop"
+    if sampling.stop_strings and new:
+        # A token is at least a byte, so the string cannot have begun before this window.
+        window = 4 * max(map(len, sampling.stop_strings))
+        tail = tokenizer.decode(new[-window:], skip_special_tokens=False)
+        if any(string in tail for string in sampling.stop_strings):
+            return "stop_string"
+    return "length" if len(new) >= sampling.max_new_tokens else ""
+
+
+class ScriptedEngine:
+    """Says what it is told: for tests, and to try a config without a model.
+
+    script: a list of turns, said one after the other whoever asks, or a function (ids, sampling) ->
+    turn, for many trajectories at once; it may be async, to be slow. A turn is a list of token ids
+    (each with logprob -1), or a Completion. A list is cut at max_new_tokens, as a model would be.
+    `requests` keeps the (ids, sampling) of every call, in order.
+    """
+
+    def __init__(self, script: Sequence | Callable, tokenizer=None):
+        self.script, self.tokenizer = script, tokenizer
+        self.version, self.requests = 0, []
+
+    def join(self) -> None:
+        """Nobody waits for anybody here."""
+
+    def leave(self) -> None:
+        """Nobody waits for anybody here."""
+
+    async def generate(self, ids: list[int], images: list, sampling: Sampling) -> Completion:
+        self.requests.append((list(ids), sampling))
+        if callable(self.script):
+            turn = self.script(ids, sampling)
+            turn = await turn if asyncio.iscoroutine(turn) else turn
+        elif len(self.requests) > len(self.script):
+            raise IndexError(f"the script has {len(self.script)} turns and one more was asked for")
+        else:
+            turn = self.script[len(self.requests) - 1]
+        if isinstance(turn, Completion):
+            return turn
+        new = list(turn)[: sampling.max_new_tokens]
+        finish = finished(new, sampling, self.tokenizer) or "stop"
+        return Completion(new, [-1.0] * len(new), finish)
+
+    async def sync(self, model, version: int) -> None:
+        self.version = version
+
+    async def sleep(self) -> None:
+        """It holds no memory."""
+
+    async def wake(self) -> None:
+        """It holds no memory."""
+
+    async def close(self) -> None:
+        """It holds nothing."""

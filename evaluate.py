@@ -1,0 +1,197 @@
+"""Evaluation with tools: avg@k, pass@k, maj@k, tool calls, errors and stop reasons, with intervals.
+
+    python evaluate.py --run=out/calc                                   # a run, by its own config
+    python evaluate.py --run=out/calc --n=8 --k=1,4,8 --temperature=1
+    python evaluate.py --model=Qwen/Qwen2.5-0.5B-Instruct --config gsm8k.py --limit=200
+    python evaluate.py --config gsm8k.py --run=out/calc --data=gsm8k_test.jsonl --limit=50
+
+Three layers, each over the one before: the run's config.py, --config, --key=value. With --run the model is
+the run's, whatever the other config says; --model on the command line wins over all. By default it is
+greedy (temperature 0) with one sample a problem, on the "test" split where the data has splits.
+"""
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import config
+
+if __name__ == "__main__":
+    config.answer_help(
+        __file__, "train_grpo.py"
+    )  # --key=value of these too, where it has an effect
+
+import report
+import rewards as reward_functions
+import train_grpo
+from config import UserError
+from engine import TransformersEngine
+from rollout import KEYS, Settings, Trajectory, rollouts, stats, wait
+
+
+@dataclass
+class Config:
+    run: str = ""  # the out_dir of a training run: its model and its config
+    n: int = 1  # samples per problem; more than 1 needs a temperature above 0
+    k: tuple[int, ...] = (1,)  # pass@k and maj@k for each of these, n at most
+    limit: int | None = None  # the first so many problems
+    split: str = "test"  # of a task or a hub data set; a file has no splits
+    temperature: float = 0.0  # 0 = greedy
+    seed: int = 1_000_000  # of sampling: another stream than training's
+    batch: int = 256  # problems that are played at once
+    save_to: str = ""  # folder of eval.json and rollouts.jsonl; "" = eval/ in the run, or out/eval
+
+
+def check(cfg: Config) -> None:
+    """Rules across keys."""
+    if cfg.n < 1 or cfg.batch < 1:
+        raise UserError(f"n = {cfg.n}, batch = {cfg.batch}: expected at least 1")
+    if cfg.n > 1 and cfg.temperature == 0:
+        raise UserError(f"n = {cfg.n} samples at temperature 0 are all alike: use --temperature=1")
+    if not cfg.k or min(cfg.k) < 1 or max(cfg.k) > cfg.n:
+        raise UserError(f"k = {cfg.k}: expected numbers from 1 to n = {cfg.n}")
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Probability that at least one of k samples, drawn from the n without putting back, is right:
+    1 - C(n - right, k) / C(n, k), unbiased (Chen et al. 2021, arXiv:2107.03374). Needs n >= k."""
+    if k > n:
+        raise ValueError(f"pass@{k} needs at least {k} samples, got {n}")
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """95 % interval of the mean of one value per problem: Wilson's where all are 0 or 1, which stays
+    inside [0, 1] and is right for small n too, else the normal one."""
+    n, mean, z = len(values), sum(values) / len(values), 1.96
+    if all(v in (0, 1) for v in values):
+        centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    else:
+        variance = sum((v - mean) ** 2 for v in values) / max(1, n - 1)
+        centre, half = mean, z * math.sqrt(variance / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def majority(answers: list[str | None], scores: list[float]) -> float:
+    """The score of the answer given most often, the earlier one in a tie; None has no vote."""
+    votes = []  # [answer, its score, how many gave it or one that equals it]
+    for answer, score in zip(answers, scores, strict=True):
+        same = [v for v in votes if answer is not None and reward_functions.equal(answer, v[0])]
+        if same:
+            same[0][2] += 1
+        elif answer is not None:
+            votes.append([answer, score, 1])
+    return max(votes, key=lambda vote: vote[2])[1] if votes else 0.0
+
+
+def summarize(trajectories: list[Trajectory], outcome: str, ks: tuple[int, ...]) -> dict:
+    """All numbers of an evaluation. `outcome` names the reward that says right or wrong."""
+    by_problem = defaultdict(list)
+    for t in trajectories:
+        by_problem[t.group].append(t)
+    scores = [[t.rewards[outcome] or 0.0 for t in ts] for ts in by_problem.values()]
+    n = len(scores[0])
+    means = [sum(s) / n for s in scores]
+    low, high = interval(means)
+    out = {"problems": len(scores), "samples": n, f"avg@{n}": sum(means) / len(means)}
+    out |= {"ci95_low": low, "ci95_high": high}
+    for k in ks:
+        values = [pass_at_k(n, sum(x >= 1 for x in s), k) for s in scores]
+        out[f"pass@{k}"] = sum(values) / len(values)
+        if k > 1:
+            answers = [
+                [reward_functions.answer(t, t.example) for t in ts[:k]]
+                for ts in by_problem.values()
+            ]
+            votes = [majority(a, s[:k]) for a, s in zip(answers, scores, strict=True)]
+            out[f"maj@{k}"] = sum(votes) / len(votes)
+    metrics = stats(trajectories, outcome)
+    dropped = ("rollouts", "equal_groups", "tool_seconds")
+    return out | {key: value for key, value in metrics.items() if key not in dropped}
+
+
+def load_config(argv: list[str], own: Config) -> train_grpo.Config:
+    """The training config that describes the rollouts: the run's, --config, then --key=value."""
+    layers = []
+    if own.run:
+        file = Path(own.run) / "config.py"
+        if not file.is_file():
+            raise UserError(f"run = {own.run!r}: no config.py in it: give the out_dir of a run")
+        layers = ["--config", str(file)]
+    base = config.parse(train_grpo.Config, layers)
+    cfg = config.parse(train_grpo.Config, argv, keys=KEYS, base=base)
+    if own.run and not any(item.startswith("--model=") for item in argv):
+        cfg = replace(cfg, model=own.run)
+    cfg = replace(cfg, split=own.split, temperature=own.temperature, seed=own.seed)
+    train_grpo.check(cfg)
+    return cfg
+
+
+def evaluate(cfg: train_grpo.Config, own: Config) -> dict:
+    """Plays the problems of cfg, writes eval.json and rollouts.jsonl, returns the numbers."""
+    folder = Path(own.save_to or (Path(own.run) / "eval" if own.run else "out/eval"))
+    folder = config.fresh_dir(folder) if own.save_to else _numbered(folder)
+    model, tokenizer, chat, toolbox, selected, rows = train_grpo.setup(
+        cfg, "none", own.split, own.limit
+    )
+    engine = TransformersEngine(model, tokenizer, cfg.deterministic)
+    outcome, trajectories = next(iter(selected)), []
+    with report.progress() as bars:
+        done = report.counter(bars, bars.add_task("rollouts", total=len(rows) * own.n, note=""))
+        for start in range(0, len(rows), own.batch):
+            part = rows[start : start + own.batch]
+            played = wait(
+                rollouts(
+                    part,
+                    chat,
+                    engine,
+                    toolbox,
+                    Settings.of(cfg),
+                    step=start,
+                    samples=own.n,
+                    rewards=selected,
+                    on_done=done,
+                )
+            )
+            for t in played:
+                t.group += start
+            trajectories += played
+            report.write_rollouts(folder / "rollouts.jsonl", played, tokenizer)
+    wait(engine.close())
+    numbers = {"model": cfg.model, "data": cfg.data, "split": own.split, "seed": own.seed}
+    numbers |= {"temperature": own.temperature, **summarize(trajectories, outcome, own.k)}
+    (folder / "eval.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    return numbers | {"saved": str(folder)}
+
+
+def _numbered(folder: Path) -> Path:
+    """`folder`, or folder-2, folder-3, …: an earlier evaluation is never overwritten."""
+    names = [folder] + [folder.with_name(f"{folder.name}-{i}") for i in range(2, 1000)]
+    return config.fresh_dir(next(name for name in names if not name.exists()))
+
+
+def table(numbers: dict) -> None:
+    """Prints the numbers as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    out = Table(title=f"{numbers['model']} on {numbers['data']}", title_justify="left")
+    out.add_column("metric")
+    out.add_column("value", justify="right")
+    for key, value in numbers.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+        out.add_row(key, shown)
+    Console(highlight=False).print(out)
+
+
+def main(argv: list[str]) -> None:
+    mine, rest = config.split(argv, Config.__dataclass_fields__)
+    own = config.parse(Config, mine, check)
+    table(evaluate(load_config(rest, own), own))
+
+
+if __name__ == "__main__":
+    config.main(main)

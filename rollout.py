@@ -1,0 +1,372 @@
+"""The multi-turn tool loop: a prompt becomes a trajectory of token ids with an exact loss mask.
+
+    python rollout.py --config calc.py                 # plays one episode and prints it in colour
+    python rollout.py --config calc.py --temperature=0 --seed=3
+
+    trajectories = await rollouts(examples, chat, engine, toolbox, Settings(temperature=1.0))
+
+Every trajectory is its own asyncio task, so a slow tool delays only the trajectory that called it. What
+the engine sampled is appended as it came (mask 1); what the template and the tools add is tokenised
+once and appended (mask 0). No text is ever turned back into sampled ids.
+"""
+
+import asyncio
+import functools
+import hashlib
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field, fields
+
+import config
+
+if __name__ == "__main__":
+    config.answer_help(__file__, "train_grpo.py")  # a rollout is configured as its training run is
+
+import rewards as reward_functions
+from chat import Chat
+from engine import Engine, Sampling
+from tools import ToolCall, Toolbox
+
+# The keys of train_grpo's Config that shape a rollout: those that --key=value may set here.
+KEYS = (
+    *("model", "dtype", "engine", "data", "split", "prompt_column", "answer_column"),
+    *("answer_after", "system_prompt", "prompt_template", "format", "tools", "tool_timeout"),
+    *(
+        "tool_concurrency",
+        "rewards",
+        "temperature",
+        "max_tokens",
+        "max_new_tokens",
+        "max_turns",
+        "max_tool_calls",
+    ),
+    *("max_observation_tokens", "trajectory_timeout", "final_turn", "seed"),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a trajectory is played. All turns of it are sampled alike. Limits are checked in the order
+    in which they stand here."""
+
+    temperature: float = 1.0
+    max_tokens: int = 2048  # of the whole trajectory, prompt and observations included
+    max_new_tokens: int = 512  # of one turn
+    max_turns: int = 4
+    max_tool_calls: int = 8
+    trajectory_timeout: float = 300.0  # seconds
+    max_observation_tokens: int = 512  # of one turn's results; longer ones are cut in the middle
+    final_turn: bool = False  # at max_turns, one more turn without tools
+    seed: int = 0
+
+    @classmethod
+    def of(cls, cfg) -> "Settings":
+        """From any config that has the same names."""
+        return cls(**{f.name: getattr(cfg, f.name) for f in fields(cls)})
+
+
+@dataclass
+class Trajectory:
+    """One rollout, as four parallel lists and what happened on the way. T = len(ids)."""
+
+    example: dict  # the data row
+    group: int = 0  # which prompt of the step: all samples of one prompt share it
+    sample: int = 0  # which sample of the group
+    ids: list[int] = field(default_factory=list)  # every token as the engine saw and returned it
+    mask: list[int] = field(default_factory=list)  # 1 = sampled by the policy, stop token included
+    logprobs: list[float] = field(
+        default_factory=list
+    )  # of sampled tokens, from the engine; else 0.0
+    images: list = field(default_factory=list)  # in the order of their placeholders in ids
+    messages: list[dict] = field(
+        default_factory=list
+    )  # for rewards, logs and people; never for ids
+    calls: list[ToolCall] = field(default_factory=list)
+    turn_starts: list[int] = field(default_factory=list)  # index of each turn's first sampled token
+    stop: str = ""  # "answered" "length" "max_turns" "max_tool_calls" "timeout" "error"
+    rewards: dict[str, float | None] = field(default_factory=dict)  # each under its own name
+    reward: float | None = None  # their weighted sum; None = not to be learnt from
+    version: int = 0  # of the weights that sampled it
+    seconds: float = 0.0
+
+    def add(self, ids: list[int], mask: int, logprobs: list[float] | None = None) -> None:
+        """The only way to append: `mask` is 1 with logprobs (sampled), 0 without (all the rest)."""
+        assert mask in (0, 1), f"mask {mask}: expected 0 or 1"
+        assert (logprobs is not None) == bool(mask), "sampled ids, and only they, have logprobs"
+        logprobs = [0.0] * len(ids) if logprobs is None else logprobs
+        assert len(ids) == len(logprobs), f"{len(ids)} ids but {len(logprobs)} logprobs"
+        self.ids += ids
+        self.mask += [mask] * len(ids)
+        self.logprobs += logprobs
+
+    @property
+    def new_tokens(self) -> int:
+        return sum(self.mask)
+
+
+def seed_of(*parts: int) -> int:
+    """A 63-bit seed from (run seed, step, prompt, sample, turn): who finishes first changes nothing,
+    and no two turns share their noise."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+async def rollouts(
+    examples: list[dict],
+    chat: Chat,
+    engine: Engine,
+    toolbox: Toolbox,
+    settings: Settings,
+    step: int = 0,
+    samples: int = 1,
+    rewards: dict | None = None,
+    on_done=None,
+) -> list[Trajectory]:
+    """Plays `samples` trajectories for each example, all at once.
+
+    rewards: of rewards.select(); each trajectory is scored as soon as it ends. on_done(trajectory) is
+    called then too. Returns them in the order of the examples, the samples of one side by side.
+    """
+    prompts = [chat.prompt(example["messages"]) for example in examples]
+    tasks = []
+
+    async def one(trajectory, prompt):
+        started = time.monotonic()
+        try:
+            await play(trajectory, prompt, chat, engine, toolbox, settings, step)
+        finally:
+            engine.leave()
+        trajectory.seconds = time.monotonic() - started
+        if rewards:
+            trajectory.rewards = await asyncio.to_thread(
+                reward_functions.score, trajectory, trajectory.example, rewards
+            )
+            trajectory.reward = reward_functions.total(trajectory.rewards, rewards)
+        if on_done:
+            on_done(trajectory)
+        return trajectory
+
+    for group, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
+        for sample in range(samples):
+            engine.join()  # all of them before the first starts: the engine knows whom to wait for
+            trajectory = Trajectory(example, group, sample, version=engine.version)
+            tasks.append(asyncio.create_task(one(trajectory, prompt)))
+    try:
+        return await asyncio.gather(*tasks)
+    finally:  # if one raised, the others must not go on in the background
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def play(
+    trajectory: Trajectory,
+    prompt: list[int],
+    chat: Chat,
+    engine: Engine,
+    toolbox: Toolbox,
+    settings: Settings,
+    step: int = 0,
+) -> Trajectory:
+    """Plays one trajectory to its end, whatever the model and the tools do; sets `stop`."""
+    trajectory.add(prompt, 0)
+    trajectory.messages = list(trajectory.example["messages"])
+    try:
+        session = toolbox.open()
+    except Exception as error:  # a tool whose state cannot be made: this trajectory, not the run
+        toolbox.errors["open"] += 1
+        trajectory.calls.append(ToolCall(0, "", None, f"{error}", "exception", 0.0))
+        trajectory.stop = "error"
+        return trajectory
+    try:
+        async with asyncio.timeout(settings.trajectory_timeout):
+            while not trajectory.stop:
+                await _turn(trajectory, chat, engine, session, toolbox, settings, step)
+    except TimeoutError:
+        trajectory.stop = "timeout"  # whole turns and observations only: add() is all or nothing
+    finally:
+        await session.close()
+    return trajectory
+
+
+async def _turn(trajectory, chat, engine, session, toolbox, settings, step) -> None:
+    """One assistant turn and the results of its calls. Sets trajectory.stop when it was the last."""
+    room = settings.max_tokens - len(trajectory.ids)
+    if room <= 0:
+        trajectory.stop = "length"
+        return
+    turn = len(trajectory.turn_starts)
+    sampling = Sampling(
+        temperature=settings.temperature,
+        max_new_tokens=min(settings.max_new_tokens, room),
+        seed=seed_of(settings.seed, step, trajectory.group, trajectory.sample, turn),
+        stop_ids=chat.stop_ids,
+        stop_strings=chat.stop_strings,
+    )
+    out = await engine.generate(trajectory.ids, trajectory.images, sampling)
+    trajectory.turn_starts.append(len(trajectory.ids))
+    trajectory.add(out.ids, 1, out.logprobs)
+    text, calls = chat.parse(out.ids)
+    trajectory.messages.append(chat.message(text, calls))
+    if out.finish == "length":
+        trajectory.stop = "length"  # a call in a turn that was cut is never executed
+    elif not calls:
+        trajectory.stop = "answered"
+    elif turn + 1 >= settings.max_turns + settings.final_turn:
+        trajectory.stop = "max_turns"  # nobody would read the results
+    elif len(trajectory.calls) + len(calls) > settings.max_tool_calls:
+        trajectory.stop = "max_tool_calls"
+    if trajectory.stop:
+        return
+
+    done = await asyncio.gather(*(_call(call, turn, session, toolbox) for call in calls))
+    trajectory.calls += done  # in call order, whatever finished first
+    last = settings.final_turn and turn + 1 == settings.max_turns
+    limit = settings.max_observation_tokens // len(calls)
+    results = []
+    for call, ran in zip(calls, done, strict=True):
+        ran.result = cut(ran.result, limit, chat.tokenizer)
+        note = "\n(This was the last call: answer now, without tools.)" if last else ""
+        results.append((call, ran.result + note))
+    ids = chat.observation(results, closed=out.finish == "stop")
+    if len(trajectory.ids) + len(ids) >= settings.max_tokens:
+        trajectory.stop = "length"  # not even one token could follow: stop without it
+        return
+    trajectory.add(ids, 0)
+    for call, result in results:
+        trajectory.messages.append({"role": "tool", "name": call.name, "content": result})
+
+
+async def _call(call, turn, session, toolbox) -> ToolCall:
+    """Runs one parsed call; whatever goes wrong is its result."""
+    if call.error:
+        toolbox.errors[call.error] += 1
+        return ToolCall(turn, call.name, call.arguments, call.message, call.error, 0.0)
+    content, error, seconds = await session.call(call.name, call.arguments)
+    parts = content if isinstance(content, list) else [content]
+    # A text-only model cannot see an image: it is told so, and the episode goes on.
+    texts = [p if isinstance(p, str) else "(an image, which this model cannot see)" for p in parts]
+    return ToolCall(turn, call.name, call.arguments, "\n".join(texts), error, seconds)
+
+
+def cut(text: str, limit: int, tokenizer) -> str:
+    """`text` with its middle taken out so that it has about `limit` tokens; the cut is marked."""
+    if len(text) <= limit:  # a token is at least one character, but for rare byte pieces
+        return text
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) <= limit:
+        return text
+    head, tail = ids[: limit // 2], ids[len(ids) - (limit - limit // 2) :]
+    mark = f"\n[... {len(ids) - limit} tokens cut ...]\n"
+    return tokenizer.decode(head) + mark + tokenizer.decode(tail)
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="rollouts", daemon=True).start()
+    return loop
+
+
+def wait(coroutine):
+    """The result of a coroutine, from ordinary code. It runs on one event loop in a thread of its own:
+    engines and tools keep their connections between calls, and it works in notebooks too, whose own
+    loop is already running."""
+    future = asyncio.run_coroutine_threadsafe(coroutine, _loop())
+    try:
+        return future.result()
+    except BaseException:  # Ctrl-C too: nothing goes on behind the caller's back
+        future.cancel()
+        raise
+
+
+def spans(trajectory: Trajectory, tokenizer) -> list[tuple[str, str]]:
+    """The trajectory as (kind, text) pieces, for people: kind is "trained", "context" or "tool"."""
+    pieces, start = [], 0
+    results = [call.result for call in trajectory.calls]
+    for end in range(1, len(trajectory.ids) + 1):
+        if end < len(trajectory.ids) and trajectory.mask[end] == trajectory.mask[start]:
+            continue
+        text = tokenizer.decode(trajectory.ids[start:end], skip_special_tokens=False)
+        if trajectory.mask[start]:
+            pieces.append(("trained", text))
+        else:
+            while start > 0 and results and results[0] in text:
+                before, _, text = text.partition(results[0])
+                pieces += [("context", before), ("tool", results.pop(0))]
+            pieces.append(("context", text))
+        start = end
+    return [(kind, text) for kind, text in pieces if text]
+
+
+def show(trajectory: Trajectory, tokenizer) -> None:
+    """Prints it: green is trained, grey is context, yellow is what a tool said."""
+    from rich.console import Console
+    from rich.text import Text
+
+    colours = {"trained": "green", "context": "bright_black", "tool": "yellow"}
+    console = Console(highlight=False)
+    text = Text()
+    for kind, piece in spans(trajectory, tokenizer):
+        text.append(piece, style=colours[kind])
+    console.print(text)
+    console.rule(style="bright_black")
+    for call in trajectory.calls:
+        state = f"[red]{call.error}[/red]" if call.error else "ok"
+        console.print(f"call     turn {call.turn}: ", end="")
+        console.print(f"{call.name}({call.arguments})", markup=False, end="")
+        console.print(f" {state} in {1000 * call.seconds:.0f} ms")
+    rewards = ", ".join(f"{name} {value}" for name, value in trajectory.rewards.items())
+    console.print(f"reward   {trajectory.reward} ({rewards}); the answer is ", end="")
+    console.print(f"{trajectory.example.get('answer')!r}", markup=False)
+    console.print(
+        f"stop     {trajectory.stop}, {len(trajectory.turn_starts)} turns, {len(trajectory.ids)} "
+        f"tokens of which [green]{trajectory.new_tokens} trained[/green]"
+    )
+
+
+def stats(trajectories: list[Trajectory], outcome: str) -> dict:
+    """The metrics of a set of trajectories. accuracy is the mean of the reward named `outcome`."""
+    n, calls = len(trajectories), [call for t in trajectories for call in t.calls]
+    errors = Counter(call.error for call in calls if call.error)
+    rewards = [t.reward for t in trajectories if t.reward is not None]
+    out = {"rollouts": n, "reward": _mean(rewards), "reward_none": n - len(rewards)}
+    for name in trajectories[0].rewards:
+        values = [t.rewards[name] for t in trajectories if t.rewards[name] is not None]
+        out[f"reward_{name}"] = _mean(values)
+    out["accuracy"] = out[f"reward_{outcome}"]
+    groups = {}
+    for t in trajectories:
+        groups.setdefault(t.group, set()).add(t.reward)
+    out["equal_groups"] = _mean([len(seen) == 1 for seen in groups.values()])
+    out["tool_call_rate"] = _mean([bool(t.calls) for t in trajectories])
+    out["tool_calls"] = len(calls) / n
+    out["tool_error_rate"] = sum(errors.values()) / max(1, len(calls))
+    out["empty_observation_rate"] = _mean([not c.result or "(no output" in c.result for c in calls])
+    out |= {f"tool_errors_{kind}": count for kind, count in sorted(errors.items())}
+    out["tool_seconds"] = _mean([call.seconds for call in calls])
+    out["turns"] = _mean([len(t.turn_starts) for t in trajectories])
+    out["new_tokens"] = _mean([t.new_tokens for t in trajectories])
+    out["tokens"] = _mean([len(t.ids) for t in trajectories])
+    stops = Counter(t.stop for t in trajectories)
+    return out | {f"stop_{stop}": count / n for stop, count in sorted(stops.items())}
+
+
+def _mean(values: list) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def main(argv: list[str]) -> None:
+    import train_grpo
+    from engine import TransformersEngine
+
+    cfg = config.parse(train_grpo.Config, argv, train_grpo.check, keys=KEYS)
+    policy, tokenizer, chat, toolbox, selected, rows = train_grpo.setup(cfg, "none", limit=1)
+    engine = TransformersEngine(policy, tokenizer)
+    (trajectory,) = wait(rollouts(rows, chat, engine, toolbox, Settings.of(cfg), rewards=selected))
+    show(trajectory, tokenizer)
+
+
+if __name__ == "__main__":
+    config.main(main)

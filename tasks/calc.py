@@ -1,0 +1,96 @@
+"""calc: word problems with two-digit numbers that a model made from scratch learns to solve with python.
+
+`rows` are the problems for RL and evaluation, `demos` the demonstrations for SFT. The demonstrators
+are people: they type multiplications into python, but do most sums and differences in their heads,
+where they round; and of the code they type, one line in six has the wrong operator. So a model that
+copies them well is often wrong, and GRPO has something to find: always call python, with the right code.
+
+Train and held-out problems are disjoint by construction: a problem is (operation, a, b), and its
+hash says which of the two it belongs to.
+"""
+
+import random
+import zlib
+
+from config import UserError
+
+HELD_OUT = 5  # one problem in five is held out
+
+# {a} and {b} always stand in this order in the code: what is to be learnt is copying, not parsing.
+STORIES = {
+    "+": (
+        "{name} has {a} {thing} and buys {b} more. How many {thing} are there now?",
+        "{name} counts {a} {thing} in one box and {b} in another. How many {thing} in all?",
+        "There are {a} {thing} on the table and {b} on the floor. How many {thing} are there?",
+        "{name} picked {a} {thing} on Monday and {b} on Tuesday. How many {thing} in two days?",
+    ),
+    "-": (
+        "{name} had {a} {thing} and gave away {b}. How many {thing} are left?",
+        "A shop had {a} {thing} and sold {b} of them. How many {thing} are left?",
+        "{name} needs {a} {thing} and has {b} so far. How many {thing} are missing?",
+        "Of {a} {thing}, {name} lost {b}. How many {thing} remain?",
+    ),
+    "*": (
+        "{name} fills {a} boxes with {b} {thing} each. How many {thing} is that?",
+        "A shop sells {a} bags, each with {b} {thing}. How many {thing} is that?",
+        "{name} makes {a} {thing} a day for {b} days. How many {thing} is that?",
+        "There are {a} rows of {b} {thing}. How many {thing} are there?",
+    ),
+}
+NAMES = ("Ana", "Ben", "Chen", "Dora", "Emil", "Fatima", "Goran", "Hana")
+THINGS = ("apples", "books", "coins", "eggs", "nails", "pens", "shells", "stamps")
+USES_TOOL = {"+": 0.4, "-": 0.4, "*": 0.9}  # share of the demonstrations that call python
+WRONG_CODE = 1 / 6  # share of the calls whose operator is wrong
+
+
+def held_out(op: str, a: int, b: int) -> bool:
+    return zlib.crc32(f"{a}{op}{b}".encode()) % HELD_OUT == 0
+
+
+def problem(rng: random.Random, split: str) -> dict:
+    """One problem of the split: prompt, answer, and the op, a, b it was made from."""
+    if split not in ("train", "test"):
+        raise UserError(f"split = {split!r}: task:calc has train and test")
+    while True:
+        op, a, b = rng.choice("+-*"), rng.randint(10, 99), rng.randint(10, 99)
+        if op == "-" and a < b:
+            a, b = b, a
+        if held_out(op, a, b) == (split == "test"):
+            break
+    story = rng.choice(STORIES[op])
+    prompt = story.format(name=rng.choice(NAMES), thing=rng.choice(THINGS), a=a, b=b)
+    answer = {"+": a + b, "-": a - b, "*": a * b}[op]
+    return {"prompt": prompt, "answer": str(answer), "op": op, "a": a, "b": b}
+
+
+def rows(split: str, seed: int = 0, n: int | None = None) -> list[dict]:
+    """n problems of "train" (default 8192) or "test" (default 512), always the same for a seed."""
+    rng = random.Random(f"calc {split} {seed}")
+    return [problem(rng, split) for _ in range(n or (8192 if split == "train" else 512))]
+
+
+def demo(rng: random.Random) -> list[dict]:
+    """One demonstration on a train problem, as chat messages: with a call to python, or a guess."""
+    row = problem(rng, "train")
+    messages = [{"role": "user", "content": row["prompt"]}]
+    op, a, b = row["op"], row["a"], row["b"]
+    answer = round(int(row["answer"]), -1)  # in the head, to the nearest ten
+    if rng.random() < USES_TOOL[op]:
+        if rng.random() < WRONG_CODE:
+            op = rng.choice("+-*".replace(op, ""))
+        answer = {"+": a + b, "-": a - b, "*": a * b}[op]
+        call = {"name": "python", "arguments": {"code": f"print({a} {op} {b})"}}
+        messages += [
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"type": "function", "function": call}],
+            },
+            {"role": "tool", "name": "python", "content": str(answer)},
+        ]
+    return messages + [{"role": "assistant", "content": f"The answer is \\boxed{{{answer}}}."}]
+
+
+def demos(n: int, seed: int = 0) -> list[list[dict]]:
+    rng = random.Random(f"calc demos {seed}")
+    return [demo(rng) for _ in range(n)]

@@ -1,0 +1,262 @@
+"""Pins data.py: what an example is made of, and the sentence for every row that does not fit.
+
+pytest tests/test_data.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import data
+from config import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+needs_real_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no real data in ../shared/data")
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write(*rows, name="x.jsonl"):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    Path(name).write_text("\n".join(lines), encoding="utf-8")
+    return name
+
+
+def row(prompt="What?", answer="18", **columns):
+    return {"prompt": prompt, "answer": answer, **columns}
+
+
+def complaint(*args, **options):
+    with pytest.raises(UserError) as caught:
+        data.load(*args, **options)
+    return str(caught.value)
+
+
+def test_an_example_is_its_index_messages_answer_and_the_other_columns():
+    examples = data.load(write(row(level=3, id="a"), "", row("Who?", "Ann")))
+    user = {"role": "user", "content": "What?"}
+    assert examples[0] == row(level=3, id=0, messages=[user])
+    assert [(e["id"], e["answer"]) for e in examples] == [(0, "18"), (1, "Ann")]
+
+
+def test_limit_takes_the_first_rows_and_does_not_read_on():
+    name = write(row("1"), row("2"), "{broken")
+    assert [e["prompt"] for e in data.load(name, limit=2)] == ["1", "2"]
+    assert complaint(name, limit=3).startswith("x.jsonl:3: broken JSON: Expecting property name")
+    assert complaint(name, limit=0) == "limit = 0: expected at least 1, or none for all rows"
+
+
+@pytest.mark.parametrize(
+    "value, answer",
+    [
+        (18, "18"),
+        (1.5, "1.5"),
+        (" a b ", "a b"),
+        (["x", 2], ["x", "2"]),
+        ("1,234", "1,234"),
+        (0, "0"),
+    ],
+)
+def test_an_answer_is_text_or_a_list_of_texts(value, answer):
+    assert data.load(write(row(answer=value)))[0]["answer"] == answer
+
+
+def test_answer_after_keeps_what_follows_the_last_marker_without_commas():
+    name = write(row(answer="so #### 3\n#### 1,234 "))
+    assert data.load(name, answer_after="####")[0]["answer"] == "1234"
+    name = write(row(answer="#### 1"), row(answer="2"))
+    says = "x.jsonl, row 2: no '####' in its 'answer': check answer_after"
+    assert complaint(name, answer_after="####") == says
+
+
+def test_a_template_names_columns_and_leaves_all_other_braces_alone():
+    name = write(row("{x} {hint} {}", hint="f{1}", question="Q"))
+    template = r"{hint}: {prompt} Put it in \boxed{} or {a b}."
+    message = data.load(name, prompt_template=template)[0]["messages"][0]
+    assert message["content"] == r"f{1}: {x} {hint} {} Put it in \boxed{} or {a b}."
+    told = data.load(name, prompt_column="question", prompt_template="{prompt}={question}")
+    assert told[0]["messages"][0]["content"] == "Q=Q"
+
+
+def test_a_template_that_cannot_be_filled_is_refused():
+    name = write(row(hint=None))
+    columns = "there are prompt, answer, hint: choose with --prompt_template=…"
+    assert (
+        complaint(name, prompt_template="{prmpt}")
+        == f"x.jsonl, row 1: no column 'prmpt', {columns}"
+    )
+    assert complaint(name, prompt_template="{hint}") == "x.jsonl, row 1: its 'hint' is empty"
+    assert "names no column: write {prompt}" in complaint(name, prompt_template="Hello")
+
+
+def test_a_template_does_not_show_the_answer():
+    says = r"x.jsonl, row 1: prompt_template would show the answer: it names {answer}"
+    assert complaint(write(row()), prompt_template=r"{prompt} \boxed{answer}") == says
+
+
+def test_the_system_prompt_goes_in_front_unless_there_is_one():
+    system, user = {"role": "system", "content": "S"}, {"role": "user", "content": "U"}
+    name = write(row("U"), row([user]), row([system, user]))
+    examples = data.load(name, system_prompt="S")
+    assert [e["messages"] for e in examples] == [[system, user]] * 3
+    assert examples[1]["prompt"] == [user]  # the row's own list is not changed
+
+
+def test_messages_are_taken_as_they_are():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    name = write(row([{"role": "user", "content": "U", "tool_calls": None}, call]))
+    expected = [{"role": "user", "content": "U"}, call]  # parquet fills missing keys with None
+    assert data.load(name)[0]["messages"] == expected
+    says = "x.jsonl, row 1: prompt_template has no effect: 'prompt' holds chat messages"
+    assert complaint(name, prompt_template="Q: {prompt}") == says
+    says = "x.jsonl, row 1: 'prompt' is a list, but not of messages with a role and content"
+    assert complaint(write(row(["U"]))) == says
+
+
+@pytest.mark.parametrize("answer", [None, "", [], "  ", [""], float("nan")])
+def test_a_row_without_an_answer_is_named(answer):
+    name = write(row(), row(answer=answer))
+    assert complaint(name) == "x.jsonl, row 2: its 'answer' is empty"
+
+
+def test_rows_without_answers_are_fine_where_none_is_required():
+    examples = data.load(write({"prompt": "a"}, row(answer=None), row()), require_answer=False)
+    assert [e["answer"] for e in examples] == ["", "", "18"]
+
+
+def test_a_missing_column_is_answered_with_those_there_are():
+    name = write({"question": "a", "answer": "b"}, {"question": "a"})
+    says = "x.jsonl, row 1: no column 'prompt', there are question, answer"
+    assert complaint(name) == says + ": choose with --prompt_column=…"
+    says = "x.jsonl, row 2: no column 'answer', there are question: choose with --answer_column=…"
+    assert complaint(name, prompt_column="question") == says
+    assert complaint(write(row(""))) == "x.jsonl, row 1: its 'prompt' is empty"
+    says = "x.jsonl, row 1: 'answer' is an object: expected text, a number or a list of them"
+    assert complaint(write(row(answer={"a": 1}))) == says
+
+
+def test_a_missing_file_is_answered_with_the_nearest_name():
+    write(row(), name="gsm8k_test.jsonl")
+    assert complaint("gsm8k_tset.jsonl") == (
+        "no file 'gsm8k_tset.jsonl': did you mean gsm8k_test.jsonl?"
+    )
+    assert complaint("no/x.parquet") == "no file 'no/x.parquet'"
+    assert complaint("./calc") == "no file './calc'"
+    write(row(), name="x.csv")
+    assert complaint("x.csv") == "cannot read 'x.csv': expected a .jsonl, .json or .parquet file"
+
+
+def test_a_broken_line_is_named_with_its_file_and_number():
+    assert complaint(write(row(), "", '{"prompt": ')).startswith("x.jsonl:3: broken JSON: ")
+    assert complaint(write("[1, 2]")) == "x.jsonl:1: expected an object {…}, got a list"
+    Path("x.jsonl").write_bytes(b'{"prompt": "\xff\xfe"}')
+    assert complaint("x.jsonl").startswith("x.jsonl:1: broken JSON: 'utf-8' codec")
+    assert complaint(write("", "")) == "x.jsonl has no rows"
+
+
+def test_a_json_file_may_be_lines_or_one_array():
+    array = json.dumps([row("1"), row("2")], indent=1)
+    assert [e["prompt"] for e in data.load(write(array, name="x.json"))] == ["1", "2"]
+    assert len(data.load(write(row(), row(), name="y.json"))) == 2
+    assert complaint(write("[", "{},", "{", name="z.json")).startswith("z.json:3: broken JSON")
+    assert complaint(write("[1]", name="z.json")) == "z.json:1: expected an object {…}, got a int"
+
+
+def test_parquet_gives_the_rows_that_jsonl_gives():
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    chat = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A", "name": "x"}]
+    rows = [row(chat, 1), row(chat, 2), row(chat, 3)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), "x.parquet")
+    assert [e["messages"] for e in data.load("x.parquet", limit=2)] == [chat] * 2
+    assert [e["answer"] for e in data.load("x.parquet")] == ["1", "2", "3"]
+    Path("y.parquet").write_text("hello")
+    assert complaint("y.parquet").startswith("cannot read 'y.parquet' as parquet: ")
+
+
+def test_a_task_is_a_file_in_tasks_that_makes_rows(monkeypatch):
+    sys.modules.pop("tasks.dice", None)
+    os.mkdir("tasks")
+    code = "def rows(split, seed=0):\n    return [dict(prompt=split, answer=seed)] * 3\n"
+    Path("tasks/dice.py").write_text(code)
+    Path("tasks/__init__.py").write_text("")
+    monkeypatch.setattr(data, "TASKS", Path("tasks").resolve())
+    monkeypatch.syspath_prepend(os.getcwd())
+    for name in [name for name in sys.modules if name.split(".")[0] == "tasks"]:
+        monkeypatch.delitem(sys.modules, name)
+    examples = data.load("task:dice", split="test", seed=7, limit=2)
+    assert [(e["prompt"], e["answer"]) for e in examples] == [("test", "7")] * 2
+    assert complaint("task:dise") == "no task 'dise'; there are dice"
+    says = "expected a .jsonl, .json or .parquet file, a task (task:dice) or a hub id such as"
+    assert complaint("dice") == f"data = 'dice': {says} openai/gsm8k"
+    for name in [name for name in sys.modules if name.split(".")[0] == "tasks"]:
+        del sys.modules[name]  # the real tasks again, for the tests after this one
+
+
+HUB = """
+import json, sys, time, data
+from config import UserError
+rows = data.load("folder", split="test")
+assert [(r["prompt"], r["answer"]) for r in rows] == [("q", "1"), ("r", "2")], rows
+for name, split in [("folder", "tset"), ("no/where", "train"), ("no/where:main", "train")]:
+    start = time.time()
+    try:
+        data.load(name, split=split)
+    except UserError as error:
+        print(error)
+    assert time.time() - start < 3
+"""
+
+
+def hub(tmp_path, **env):
+    os.makedirs("folder", exist_ok=True)
+    write(row("q", 1), row("r", 2), name="folder/test.jsonl")
+    write(row("t", 3), name="folder/train.jsonl")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf"), **env}
+    command = [sys.executable, "-c", HUB]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_folder_is_read_by_datasets_and_what_is_not_there_is_said_at_once_offline(tmp_path):
+    split, missing, named = hub(tmp_path, HF_HUB_OFFLINE="1")
+    expected = "Unknown split \"tset\". Should be one of ['train', 'test']."
+    assert split == f"cannot load 'folder': {expected}".replace(
+        "'folder'", repr(str(Path("folder")))
+    )
+    assert missing.startswith("cannot load 'no/where': Couldn't reach 'no/where' on the Hub")
+    assert named == missing
+
+
+def test_a_hub_out_of_reach_is_said_at_once_too(tmp_path):
+    _, missing, _ = hub(tmp_path, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
+    assert missing.startswith("cannot reach the hub for 'no/where' (")
+    assert missing.endswith(
+        "check the network, or set HF_HUB_OFFLINE=1 if it was downloaded before"
+    )
+
+
+@needs_real_data
+def test_gsm8k_has_1319_numbers_as_answers():
+    path = str(SHARED / "gsm8k_test.jsonl")
+    examples = data.load(path, prompt_column="question", answer_after="####")
+    assert len(examples) == 1319 and examples[0]["answer"] == "18"
+    assert all(float(e["answer"]) is not None and "," not in e["answer"] for e in examples)
+    assert examples[5]["messages"] == [{"role": "user", "content": examples[5]["question"]}]
+
+
+@needs_real_data
+def test_aime_and_natural_questions_load_as_they_are():
+    aime = data.load(str(SHARED / "aime24.jsonl"), prompt_column="problem")
+    assert len(aime) == 30 and [e["id"] for e in aime] == list(range(30))
+    assert all(0 <= int(e["answer"]) <= 999 for e in aime)
+    nq = data.load(str(SHARED / "nq_open_dev.jsonl"), prompt_column="question", limit=100)
+    assert len(nq) == 100 and nq[0]["answer"] == ["14 December 1972 UTC", "December 1972"]

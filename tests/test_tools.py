@@ -1,0 +1,499 @@
+"""How tools are loaded, described and called: names, schemas, arguments, error kinds, deadlines.
+
+pytest tests/test_tools.py
+"""
+
+import asyncio
+import sys
+import threading
+import time
+from typing import Literal
+
+import pytest
+
+from config import UserError
+from tools import MAX_RESULT_CHARS, Toolbox, ToolError
+
+
+def add(a: int, b: float = 1.0) -> str:
+    """Adds.
+
+    Args:
+        a: one
+        b: other
+    """
+    return str(a + b)
+
+
+def nap(seconds: float) -> str:
+    """Sleeps.
+
+    Args:
+        seconds: how long
+    """
+    time.sleep(seconds)
+    return "awake"
+
+
+async def async_nap(seconds: float) -> str:
+    """Sleeps.
+
+    Args:
+        seconds: how long
+    """
+    await asyncio.sleep(seconds)
+    return "awake"
+
+
+class Counter:
+    made = []
+
+    def __init__(self):
+        self.n, self.closed = 0, False
+        Counter.made.append(self)
+
+    def __call__(self, step: int) -> int:
+        """Counts.
+
+        Args:
+            step: how far
+        """
+        seen = self.n
+        time.sleep(0.01)  # two calls at once would lose one
+        self.n = seen + step
+        return self.n
+
+    def close(self):
+        self.closed = True
+        raise ValueError("close failed")
+
+
+def making(result):
+    def make() -> str:
+        """Makes."""
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    return make
+
+
+def call(box, name, arguments):
+    async def run():
+        session = box.open()
+        try:
+            return await session.call(name, arguments)
+        finally:
+            await session.close()
+
+    return asyncio.run(run())
+
+
+# -- loading and describing
+
+
+def test_a_wrong_name_is_reported_before_anything_slow_is_imported():
+    import subprocess
+
+    code = (
+        "import sys, tools\n"
+        "try: tools.Toolbox(['pyton'])\n"
+        "except tools.UserError as e: print(e, 'transformers' in sys.modules)\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert shown.startswith("unknown tool 'pyton': did you mean python? (tools: ")
+    assert shown.endswith("or give file.py:function) False\n")
+
+
+def test_a_function_of_a_users_file_is_a_tool(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        'def twice(x: int) -> int:\n    """Doubles.\n\n    Args:\n        x: it\n    """\n'
+        "    return 2 * x\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    box = Toolbox(["mine.py:twice"])
+    assert box.schemas[0]["function"]["name"] == "twice"
+    assert call(box, "twice", {"x": 4})[:2] == ("8", None)
+    with pytest.raises(UserError, match="no function 'twise' in .*mine.py: did you mean twice?"):
+        Toolbox(["mine.py:twise"])
+    with pytest.raises(UserError, match="no file .*other.py"):
+        Toolbox(["other.py:twice"])
+    (tmp_path / "broken.py").write_text("def f():\n    pass\n1 / 0\n")
+    with pytest.raises(UserError, match="importing .*broken.py.* failed: ZeroDivisionError"):
+        Toolbox(["broken.py:f"])
+
+
+def no_docstring(a: int):
+    return a
+
+
+def no_argument_line(a: int):
+    """Does."""
+
+
+def no_type(a):
+    """Does.
+
+    Args:
+        a: it
+    """
+
+
+def odd_type(a: asyncio.Lock):
+    """Does.
+
+    Args:
+        a: it
+    """
+
+
+def star(*a: int):
+    """Does.
+
+    Args:
+        a: it
+    """
+
+
+@pytest.mark.parametrize("function", [no_docstring, no_argument_line, no_type, odd_type, star])
+def test_a_tool_that_cannot_be_described_is_refused_with_its_name_and_a_remedy(function):
+    with pytest.raises(UserError, match=f"tool '{function.__name__}' cannot be .*: give each arg"):
+        Toolbox([function])
+
+
+def test_what_is_no_tool_and_two_tools_of_one_name_are_refused():
+    with pytest.raises(UserError, match="is no tool"):
+        Toolbox([3])
+    with pytest.raises(UserError, match="class Lock without __call__ is no tool"):
+        Toolbox([asyncio.Lock])
+    with pytest.raises(UserError, match="two tools are named 'add'"):
+        Toolbox([add, add])
+
+
+# -- arguments
+
+
+def plan(
+    n: int,
+    kind: Literal["a", "b"] = "a",
+    names: list[str] | None = None,
+    table: dict[str, list[int]] | None = None,
+    flag: bool = False,
+    some: int | str = 0,
+) -> str:
+    """Plans.
+
+    Args:
+        n: a
+        kind: b
+        names: c
+        table: d
+        flag: e
+        some: f
+    """
+    return "planned"
+
+
+@pytest.mark.parametrize(
+    "arguments, wrong",
+    [
+        ({}, "plan got no argument 'n' (integer)"),
+        ({"n": 1, "m": 2}, "plan has no argument 'm'"),
+        ({"n": "1"}, 'n must be integer, not "1"'),
+        ({"n": 1.0}, "n must be integer, not 1.0"),
+        ({"n": True}, "n must be integer, not true"),
+        ({"n": 1, "kind": "c"}, 'kind must be one of "a", "b", not "c"'),
+        ({"n": 1, "names": ["x", 3]}, "names[1] must be string, not 3"),
+        ({"n": 1, "table": {"k": [1, None]}}, "table['k'][1] must be integer, not null"),
+        ({"n": 1, "flag": 1}, "flag must be boolean, not 1"),
+        ({"n": 1, "some": 1.5}, "some must be integer or string, not 1.5"),
+        ([1], "the arguments of plan must be a JSON object"),
+        (None, "the arguments of plan must be a JSON object"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named_and_nothing_is_coerced(arguments, wrong):
+    """Pitfall 9: wrong argument types are an observation and a count of their own."""
+    box = Toolbox([plan])
+    content, error, _ = call(box, "plan", arguments)
+    assert content.startswith(f"error: {wrong}; call it as plan(n: integer, kind?: one of ")
+    assert error == "bad_arguments" and box.errors == {"bad_arguments": 1}
+
+
+def test_arguments_that_fit_are_passed_as_they_are():
+    box = Toolbox([plan, add])
+    full = {"n": 1, "kind": "b", "names": ["x"], "table": {"k": [1]}, "flag": True, "some": "s"}
+    assert call(box, "plan", full)[:2] == ("planned", None)
+    assert call(box, "plan", {"n": 1, "names": None})[1] is None
+    assert call(box, "add", {"a": 1, "b": 2})[0] == "3"  # an int is a fine float
+    content, error, _ = call(box, "add", {})
+    assert content == (
+        "error: add got no argument 'a' (integer); call it as add(a: integer, b?: number)"
+    )
+
+
+# -- error kinds and results
+
+
+def test_every_error_is_an_observation_with_its_own_counter():
+    """Pitfall 9: unknown tool, arguments, exception, timeout, oversized; none raises."""
+    box = Toolbox([add, nap, making("x" * (MAX_RESULT_CHARS + 1))], timeout=0.05)
+    content, error, _ = call(box, "ad", {})
+    assert error == "unknown_tool" and "add(a: integer, b?: number), nap(" in content
+    assert call(box, None, {})[1] == "unknown_tool"
+    assert call(box, "add", {"a": "x"})[1] == "bad_arguments"
+    assert call(box, "nap", {"seconds": -1})[:2] == (
+        "error: nap raised ValueError: sleep length must be non-negative",
+        "exception",
+    )
+    assert call(box, "nap", {"seconds": 0.3})[1] == "timeout"
+    content, error, _ = call(box, "make", {})
+    assert error == "oversized" and MAX_RESULT_CHARS < len(content) < MAX_RESULT_CHARS + 100
+    assert box.errors == {
+        "unknown_tool": 2,
+        "bad_arguments": 1,
+        "exception": 1,
+        "timeout": 1,
+        "oversized": 1,
+    }
+
+
+@pytest.mark.parametrize("leave", [SystemExit(3), TimeoutError("mine"), asyncio.CancelledError()])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_tool_that_exits_or_cancels_itself_does_not_end_the_run(leave, is_async):
+    """Pitfall 9: a tool's own TimeoutError is an exception, not our deadline."""
+    make = making(leave)
+
+    async def async_make() -> str:
+        """Makes."""
+        return make()
+
+    box = Toolbox([async_make if is_async else make])
+    name = "async_make" if is_async else "make"
+    content, error, _ = call(box, name, {})
+    assert error == "exception" and content.startswith(f"error: {name} raised ")
+
+
+def test_a_tool_may_choose_the_kind_and_the_words():
+    box = Toolbox([making(ToolError("timeout", "too slow"))])
+    assert call(box, "make", {})[:2] == ("too slow", "timeout")
+
+
+class Mute:
+    def __str__(self):
+        raise ValueError("no words")
+
+
+@pytest.mark.parametrize(
+    "result, content",
+    [
+        (None, "(no output)"),
+        (7, "7"),
+        ({"a": [1, "é"]}, '{"a": [1, "é"]}'),
+        ([1, 2], "[1, 2]"),
+        ({1, 2}, "{1, 2}"),
+        ("a\ud800b", "a?b"),
+        (Mute(), "error: make raised ValueError: no words"),
+    ],
+)
+def test_any_result_becomes_text(result, content):
+    """Found broken in the wild: a result of an unexpected type ends as text, not as a reset."""
+    assert call(Toolbox([making(result)]), "make", {})[0] == content
+
+
+def test_images_alone_or_among_text_are_kept():
+    from PIL import Image
+
+    image = Image.new("RGB", (2, 2))
+    assert call(Toolbox([making(image)]), "make", {})[0] == [image]
+    assert call(Toolbox([making(["see", image, 3])]), "make", {})[0] == ["see", image, "3"]
+
+
+# -- deadlines and concurrency
+
+
+def test_a_hung_thread_is_left_at_the_deadline_and_counted_until_it_ends():
+    """Pitfall 37."""
+    released = threading.Event()
+
+    def hang() -> str:
+        """Hangs."""
+        released.wait(10)
+
+    box = Toolbox([hang], timeout=0.1)
+    start = time.perf_counter()
+    content, error, seconds = call(box, "hang", {})
+    assert content == "error: hang took longer than 0.1 s and was stopped" and error == "timeout"
+    assert time.perf_counter() - start < 1 and 0.1 <= seconds < 1
+    assert box.leaked == 1
+    released.set()
+    for _ in range(100):
+        if not box.leaked:
+            break
+        time.sleep(0.01)
+    assert box.leaked == 0
+
+
+def test_an_async_tool_is_cancelled_and_one_that_swallows_it_is_counted():
+    """Pitfall 37."""
+    cancelled = []
+
+    async def polite() -> str:
+        """Waits."""
+        try:
+            await asyncio.sleep(10)
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    async def stubborn() -> str:
+        """Waits."""
+        end = time.perf_counter() + 0.5
+        while time.perf_counter() < end:
+            try:
+                await asyncio.sleep(0.02)
+            except asyncio.CancelledError:
+                pass
+
+    async def run():
+        box = Toolbox([polite, stubborn], timeout=0.05)
+        session = box.open()
+        assert (await session.call("polite", {}))[1] == "timeout"
+        assert cancelled and box.leaked == 0
+        assert (await session.call("stubborn", {}))[1] == "timeout"
+        assert box.leaked == 1
+        await asyncio.sleep(0.6)
+        assert box.leaked == 0
+
+    asyncio.run(run())
+
+
+def test_the_deadline_covers_making_and_closing_an_instance():
+    """Pitfall 37: hooks before and after the call."""
+
+    class Slow:
+        def __init__(self):
+            time.sleep(0.3)
+
+        def __call__(self) -> str:
+            """Does."""
+
+    class SlowClose:
+        def __call__(self) -> str:
+            """Does."""
+            return "done"
+
+        def close(self):
+            time.sleep(0.3)
+
+    box = Toolbox([Slow, SlowClose], timeout=0.05)
+    assert call(box, "Slow", {})[1] == "timeout"
+    start = time.perf_counter()
+    assert call(box, "SlowClose", {})[:2] == ("done", None)
+    assert time.perf_counter() - start < 0.25 and box.errors["close"] == 1
+
+
+def test_cancelling_the_caller_cancels_the_tool():
+    async def run():
+        box = Toolbox([async_nap])
+        task = asyncio.ensure_future(box.open().call("async_nap", {"seconds": 10}))
+        await asyncio.sleep(0.02)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.sleep(0.01)
+        assert box.leaked == 0 and not box.errors
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("tool", [nap, async_nap])
+def test_waits_run_at_once_not_one_after_the_other(tool):
+    """Pitfall 38: 64 calls of 0.2 s take about 0.2 s."""
+
+    async def run(box):
+        name = tool.__name__
+        start = time.perf_counter()
+        results = await asyncio.gather(
+            *[box.open().call(name, {"seconds": 0.2}) for _ in range(64)]
+        )
+        assert {error for _, error, _ in results} == {None}
+        return time.perf_counter() - start
+
+    box = Toolbox([tool], concurrency=64)
+    for _ in range(2):  # a second event loop may use the same toolbox
+        assert asyncio.run(run(box)) < 0.2 + 0.5
+
+
+def test_no_more_than_concurrency_run_at_once_and_waiting_is_not_on_the_tools_clock():
+    """Pitfall 38: with 8 slots at most 8 run; the deadline starts with the tool."""
+    running, most, lock = 0, 0, threading.Lock()
+
+    def work() -> str:
+        """Works."""
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.03)
+        with lock:
+            running -= 1
+
+    async def run():
+        box = Toolbox([work], concurrency=8, timeout=0.15)
+        start = time.perf_counter()
+        results = await asyncio.gather(*[box.open().call("work", {}) for _ in range(64)])
+        assert time.perf_counter() - start > 0.2  # longer than the deadline of each
+        assert {error for _, error, _ in results} == {None} and most == 8
+
+    asyncio.run(run())
+
+
+# -- state
+
+
+def test_sessions_never_share_an_instance_and_all_are_closed_though_close_raises():
+    """Pitfall 40."""
+
+    async def run():
+        Counter.made.clear()
+        box = Toolbox([Counter])
+        first, second = box.open(), box.open()
+        results = await asyncio.gather(*[first.call("Counter", {"step": 1}) for _ in range(5)])
+        assert [content for content, _, _ in results] == ["1", "2", "3", "4", "5"]
+        assert (await second.call("Counter", {"step": 10}))[0] == "10"
+        assert len(Counter.made) == 2
+        await first.close()
+        assert [counter.closed for counter in Counter.made] == [True, False]
+        await second.close()
+        await second.close()
+        assert all(counter.closed for counter in Counter.made)
+        assert box.errors == {"close": 2}
+
+    asyncio.run(run())
+
+
+def test_the_state_behind_a_hung_call_is_not_used_again():
+    """Pitfall 40: the abandoned thread still holds the old instance."""
+
+    class Sticky:
+        def __init__(self):
+            self.n = 0
+
+        def __call__(self, seconds: float) -> int:
+            """Counts.
+
+            Args:
+                seconds: pause
+            """
+            self.n += 1
+            time.sleep(seconds)
+            return self.n
+
+    async def run():
+        session = Toolbox([Sticky], timeout=0.1).open()
+        assert (await session.call("Sticky", {"seconds": 0}))[0] == "1"
+        content, error, _ = await session.call("Sticky", {"seconds": 0.3})
+        assert error == "timeout" and content.endswith("; its state is lost")
+        assert (await session.call("Sticky", {"seconds": 0}))[0] == "1"
+
+    asyncio.run(run())
