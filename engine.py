@@ -2,9 +2,9 @@
 
     completion = await engine.generate(ids, images, sampling)    # token ids in, token ids out
 
-`TransformersEngine` needs no extra install: a decode loop over the trajectories that wait. It is the
-default on a CPU and for the tiny tasks. `ScriptedEngine` says what a test tells it to, so that loop,
-masks and loss are testable in milliseconds.
+`TransformersEngine` needs no extra install: a decode loop over the trajectories that wait. It is
+the default on a CPU and for the tiny tasks. `ScriptedEngine` says what a test tells it to, so that
+loop, masks and loss are testable in milliseconds.
 
 Shapes: B rows in the batch, T tokens, V vocabulary.
 """
@@ -63,20 +63,21 @@ class _Request:
 class TransformersEngine:
     """Samples with the trainer's own model object, so a sync copies nothing.
 
-    The trajectories that wait are gathered into one batch, left-padded, and decoded with a KV cache;
-    a row that finishes leaves the batch and its trajectory goes on (runs its tools) at once. Equal
-    prompts (a group) are prefilled once.
+    The trajectories that wait are gathered into one batch, left-padded, and decoded with a KV
+    cache; a row that finishes leaves the batch and its trajectory goes on (runs its tools) at once.
+    Equal prompts (a group) are prefilled once. One event loop at a time.
 
-    deterministic=True: a batch is formed only when every unfinished trajectory waits, and in an order
-    that does not depend on who came first, so equal seeds give equal bits. False lets fast ones go
-    ahead while others wait for a slow tool.
+    deterministic=True: a batch is formed only when every unfinished trajectory waits, and in an
+    order that does not depend on who came first, so equal seeds give equal bits. False lets fast
+    ones go ahead while others wait for a slow tool.
     """
 
     def __init__(self, model, tokenizer, deterministic: bool = True, max_batch: int = 256):
         self.model, self.tokenizer = model, tokenizer
         self.deterministic, self.max_batch = deterministic, max_batch
-        self.version, self.unfinished, self.busy = 0, 0, False
+        self.version, self.unfinished = 0, 0
         self.waiting: list[_Request] = []
+        self.loop = None  # the event loop that hears when the running batch is done
         self.thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="decode")
 
     def join(self) -> None:
@@ -97,6 +98,7 @@ class TransformersEngine:
 
     async def close(self) -> None:
         self.thread.shutdown(wait=False, cancel_futures=True)
+        _fail(self.waiting, RuntimeError("the engine was closed while a turn waited"))
 
     async def generate(self, ids: list[int], images: list, sampling: Sampling) -> Completion:
         if images:
@@ -108,32 +110,31 @@ class TransformersEngine:
 
     def _start(self) -> None:
         self.waiting = [r for r in self.waiting if not r.future.done()]  # a deadline may cancel one
-        if self.busy or not self.waiting:
+        if not self.waiting or (self.deterministic and len(self.waiting) < self.unfinished):
             return
-        if self.deterministic and len(self.waiting) < self.unfinished:
+        if self.loop and not self.loop.is_closed():  # a closed one never hears that its batch ended
             return
         # equal prompts become neighbours, and lengths that differ little share a batch
-        self.waiting.sort(key=lambda r: (len(r.ids), r.ids, r.sampling.seed))
-        self.busy, batch, self.waiting = True, self.waiting, []
+        batch = sorted(self.waiting, key=lambda r: (len(r.ids), r.ids, r.sampling.seed))
         loop = asyncio.get_running_loop()
-        done = loop.run_in_executor(self.thread, self._run, batch, loop)
+        done = loop.run_in_executor(self.thread, self._run, batch)  # raises if the engine is closed
+        self.loop, self.waiting = loop, []
         done.add_done_callback(lambda done: self._finished(done, batch))
 
     def _finished(self, done: asyncio.Future, batch: list[_Request]) -> None:
-        self.busy = False
-        if not done.cancelled() and done.exception():
-            for request in batch:
-                if not request.future.done():
-                    request.future.set_exception(done.exception())
+        self.loop = None
+        closed = RuntimeError("the engine was closed before a turn was sampled")
+        if error := closed if done.cancelled() else done.exception():
+            _fail(batch, error)
         self._start()
 
-    def _run(self, batch: list[_Request], loop) -> None:
+    def _run(self, batch: list[_Request]) -> None:
         self.model.eval()  # dropout would make other logprobs than the trainer's
         for start in range(0, len(batch), self.max_batch):
-            self._decode(batch[start : start + self.max_batch], loop)
+            self._decode(batch[start : start + self.max_batch])
 
     @torch.inference_mode()
-    def _decode(self, rows: list[_Request], loop) -> None:
+    def _decode(self, rows: list[_Request]) -> None:
         device = self.model.device
         prompts = sorted({tuple(r.ids) for r in rows}, key=lambda ids: (len(ids), ids))
         longest = len(prompts[-1])
@@ -143,9 +144,7 @@ class TransformersEngine:
             ids[i, longest - len(prompt) :] = torch.tensor(prompt)
             attention_mask[i, longest - len(prompt) :] = 1
         ids, attention_mask = ids.to(device), attention_mask.to(device)
-        positions = (attention_mask.cumsum(1) - 1).clamp(
-            min=0
-        )  # the first real token is position 0
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # the first real token is at 0
         out = self._forward(ids, attention_mask, positions, None)
         cache = out.past_key_values
 
@@ -156,7 +155,7 @@ class TransformersEngine:
         positions = positions[take, -1:]
         while True:
             tokens = self._sample(logits, rows)
-            keep = [i for i, row in enumerate(rows) if not self._ended(row, loop)]
+            keep = [i for i, row in enumerate(rows) if not self._ended(row)]
             if not keep:
                 return
             if len(keep) < len(rows):
@@ -197,18 +196,24 @@ class TransformersEngine:
             row.logprobs.append(logprob)
         return tokens
 
-    def _ended(self, row: _Request, loop) -> bool:
+    def _ended(self, row: _Request) -> bool:
         """Whether the row has just ended; if so, its trajectory goes on now."""
         finish = finished(row.new, row.sampling, self.tokenizer)
         if finish:
             completion = Completion(row.new, row.logprobs, finish)
-            loop.call_soon_threadsafe(_resolve, row.future, completion)
+            row.future.get_loop().call_soon_threadsafe(_resolve, row.future, completion)
         return bool(finish) or row.future.cancelled()
 
 
 def _resolve(future: asyncio.Future, completion: Completion) -> None:
     if not future.done():  # its trajectory may have met a deadline
         future.set_result(completion)
+
+
+def _fail(requests: list[_Request], error: BaseException) -> None:
+    for request in requests:
+        if not request.future.done():
+            request.future.set_exception(error)
 
 
 def finished(new: list[int], sampling: Sampling, tokenizer) -> str:
@@ -229,7 +234,7 @@ class ScriptedEngine:
 
     script: a list of turns, said one after the other whoever asks, or a function (ids, sampling) ->
     turn, for many trajectories at once; it may be async, to be slow. A turn is a list of token ids
-    (each with logprob -1), or a Completion. A list is cut at max_new_tokens, as a model would be.
+    (each with logprob -1), or a Completion. A list is cut where a model would have been stopped.
     `requests` keeps the (ids, sampling) of every call, in order.
     """
 
@@ -254,9 +259,12 @@ class ScriptedEngine:
             turn = self.script[len(self.requests) - 1]
         if isinstance(turn, Completion):
             return turn
-        new = list(turn)[: sampling.max_new_tokens]
-        finish = finished(new, sampling, self.tokenizer) or "stop"
-        return Completion(new, [-1.0] * len(new), finish)
+        new, finish = [], ""
+        for token in turn:
+            new.append(token)
+            if finish := finished(new, sampling, self.tokenizer):
+                break
+        return Completion(new, [-1.0] * len(new), finish or "stop")
 
     async def sync(self, model, version: int) -> None:
         self.version = version

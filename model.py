@@ -22,9 +22,8 @@ TEMPLATE = """\
   {{- '<|im_start|>system\\n' -}}
   {{- messages[0].content if messages[0].role == 'system' -}}
   {%- if tools -%}
-    {{- '\\n\\nTools:' -}}
-    {%- for tool in tools -%}{{- '\\n' + (tool | tojson) -}}{%- endfor -%}
-    {{- '\\nTo call one: <tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>' -}}
+    {{- '\\nTools: ' + (tools | tojson) -}}
+    {{- ' Call one as <tool_call>{"name": ..., "arguments": ...}</tool_call>' -}}
   {%- endif -%}
   {{- '<|im_end|>\\n' -}}
 {%- endif -%}
@@ -54,8 +53,9 @@ MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 def tiny_tokenizer(conversations: list[list[dict]], tools: list[dict], vocab_size: int = 768):
     """A byte-level BPE tokenizer trained on the conversations, with TEMPLATE as its chat template.
 
-    Digits and line breaks are tokens of their own, so numbers are copied digit by digit; all else may
-    merge across words, so the parts of a task that never change take few tokens.
+    Digits are single tokens, so numbers are copied digit by digit, and a line break ends a token, as
+    the roles of the template do. All else may merge, across words too, so the parts of a task that never
+    change take few tokens.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -74,7 +74,8 @@ def tiny_tokenizer(conversations: list[list[dict]], tools: list[dict], vocab_siz
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\d|\n"), "isolated"),
+            pre_tokenizers.Split(Regex(r"\d"), "isolated"),
+            pre_tokenizers.Split("\n", "merged_with_previous"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

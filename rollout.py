@@ -5,9 +5,9 @@
 
     trajectories = await rollouts(examples, chat, engine, toolbox, Settings(temperature=1.0))
 
-Every trajectory is its own asyncio task, so a slow tool delays only the trajectory that called it. What
-the engine sampled is appended as it came (mask 1); what the template and the tools add is tokenised
-once and appended (mask 0). No text is ever turned back into sampled ids.
+Every trajectory is its own asyncio task, so a slow tool delays only the trajectory that called it.
+What the engine sampled is appended as it came (mask 1); what the template and the tools add is
+tokenised once and appended (mask 0). No text is ever turned back into sampled ids.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ if __name__ == "__main__":
 import rewards as reward_functions
 from chat import Chat
 from engine import Engine, Sampling
-from tools import ToolCall, Toolbox
+from tools import Toolbox, ToolCall
 
 # The keys of train_grpo's Config that shape a rollout: those that --key=value may set here.
 KEYS = (
@@ -47,8 +47,8 @@ KEYS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """How a trajectory is played. All turns of it are sampled alike. Limits are checked in the order
-    in which they stand here."""
+    """How a trajectory is played. All turns of it are sampled alike. Limits are checked in the
+    order in which they stand here."""
 
     temperature: float = 1.0
     max_tokens: int = 2048  # of the whole trajectory, prompt and observations included
@@ -106,8 +106,8 @@ class Trajectory:
 
 
 def seed_of(*parts: int) -> int:
-    """A 63-bit seed from (run seed, step, prompt, sample, turn): who finishes first changes nothing,
-    and no two turns share their noise."""
+    """A 63-bit seed from (run seed, step, prompt, sample, turn): who finishes first changes
+    nothing, and no two turns share their noise."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -125,17 +125,19 @@ async def rollouts(
 ) -> list[Trajectory]:
     """Plays `samples` trajectories for each example, all at once.
 
-    rewards: of rewards.select(); each trajectory is scored as soon as it ends. on_done(trajectory) is
-    called then too. Returns them in the order of the examples, the samples of one side by side.
+    rewards: of rewards.select(); each trajectory is scored as soon as it ends. on_done(trajectory)
+    is called then too. Returns them in the order of the examples, the samples of one side by side.
     """
     prompts = [chat.prompt(example["messages"]) for example in examples]
-    tasks = []
+    tasks, left = [], 0
 
     async def one(trajectory, prompt):
+        nonlocal left
         started = time.monotonic()
         try:
             await play(trajectory, prompt, chat, engine, toolbox, settings, step)
         finally:
+            left += 1
             engine.leave()
         trajectory.seconds = time.monotonic() - started
         if rewards:
@@ -158,6 +160,8 @@ async def rollouts(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for _ in range(len(tasks) - left):  # cancelled before their first step
+            engine.leave()
 
 
 async def play(
@@ -180,10 +184,12 @@ async def play(
         trajectory.stop = "error"
         return trajectory
     try:
-        async with asyncio.timeout(settings.trajectory_timeout):
+        async with asyncio.timeout(settings.trajectory_timeout) as deadline:
             while not trajectory.stop:
                 await _turn(trajectory, chat, engine, session, toolbox, settings, step)
     except TimeoutError:
+        if not deadline.expired():  # somebody else's: an engine that does not answer
+            raise
         trajectory.stop = "timeout"  # whole turns and observations only: add() is all or nothing
     finally:
         await session.close()
@@ -191,7 +197,7 @@ async def play(
 
 
 async def _turn(trajectory, chat, engine, session, toolbox, settings, step) -> None:
-    """One assistant turn and the results of its calls. Sets trajectory.stop when it was the last."""
+    """One assistant turn and the results of its calls. Sets trajectory.stop if it was the last."""
     room = settings.max_tokens - len(trajectory.ids)
     if room <= 0:
         trajectory.stop = "length"
@@ -242,24 +248,32 @@ async def _call(call, turn, session, toolbox) -> ToolCall:
     """Runs one parsed call; whatever goes wrong is its result."""
     if call.error:
         toolbox.errors[call.error] += 1
-        return ToolCall(turn, call.name, call.arguments, call.message, call.error, 0.0)
-    content, error, seconds = await session.call(call.name, call.arguments)
+        content, error, seconds = call.message, call.error, 0.0
+    else:
+        content, error, seconds = await session.call(call.name, call.arguments)
     parts = content if isinstance(content, list) else [content]
     # A text-only model cannot see an image: it is told so, and the episode goes on.
     texts = [p if isinstance(p, str) else "(an image, which this model cannot see)" for p in parts]
-    return ToolCall(turn, call.name, call.arguments, "\n".join(texts), error, seconds)
+    # A lone surrogate, which JSON can spell and an error message then quotes, crashes tokenizers.
+    text = "\n".join(texts).encode("utf-8", "replace").decode()
+    return ToolCall(turn, call.name, call.arguments, text, error, seconds)
 
 
 def cut(text: str, limit: int, tokenizer) -> str:
     """`text` with its middle taken out so that it has about `limit` tokens; the cut is marked."""
-    if len(text) <= limit:  # a token is at least one character, but for rare byte pieces
+    if len(text.encode()) <= limit:  # a token is at least one byte
         return text
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) <= limit:
+    # Only the ends of a long text are encoded: a megabyte takes a second, in which nobody plays.
+    reach = max(16 * limit, 256)  # characters
+    long = len(text) > 2 * reach
+    head = tokenizer.encode(text[:reach] if long else text, add_special_tokens=False)
+    tail = tokenizer.encode(text[-reach:], add_special_tokens=False) if long else head
+    if not long and len(head) <= limit:
         return text
-    head, tail = ids[: limit // 2], ids[len(ids) - (limit - limit // 2) :]
-    mark = f"\n[... {len(ids) - limit} tokens cut ...]\n"
-    return tokenizer.decode(head) + mark + tokenizer.decode(tail)
+    half = limit // 2
+    head = tokenizer.decode(head[:half])
+    tail = tokenizer.decode(tail[max(0, len(tail) - limit + half) :])
+    return f"{head}\n[... {len(text) - len(head) - len(tail)} characters cut ...]\n{tail}"
 
 
 @functools.cache
@@ -270,21 +284,30 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 
 def wait(coroutine):
-    """The result of a coroutine, from ordinary code. It runs on one event loop in a thread of its own:
-    engines and tools keep their connections between calls, and it works in notebooks too, whose own
-    loop is already running."""
-    future = asyncio.run_coroutine_threadsafe(coroutine, _loop())
+    """The result of a coroutine, from ordinary code. It runs on one event loop in a thread of its
+    own: engines and tools keep their connections between calls, and it works in notebooks too,
+    whose own loop is already running."""
+    ended = threading.Event()
+
+    async def run():
+        try:
+            return await coroutine
+        finally:
+            ended.set()
+
+    future = asyncio.run_coroutine_threadsafe(run(), _loop())
     try:
         return future.result()
     except BaseException:  # Ctrl-C too: nothing goes on behind the caller's back
         future.cancel()
+        ended.wait(10)  # tools close their sandboxes; the process may end right after this
         raise
 
 
 def spans(trajectory: Trajectory, tokenizer) -> list[tuple[str, str]]:
     """The trajectory as (kind, text) pieces, for people: kind is "trained", "context" or "tool"."""
     pieces, start = [], 0
-    results = [call.result for call in trajectory.calls]
+    results = [call.result for call in trajectory.calls if call.result]
     for end in range(1, len(trajectory.ids) + 1):
         if end < len(trajectory.ids) and trajectory.mask[end] == trajectory.mask[start]:
             continue
@@ -336,10 +359,10 @@ def stats(trajectories: list[Trajectory], outcome: str) -> dict:
         values = [t.rewards[name] for t in trajectories if t.rewards[name] is not None]
         out[f"reward_{name}"] = _mean(values)
     out["accuracy"] = out[f"reward_{outcome}"]
-    groups = {}
+    groups = {t.group: set() for t in trajectories}
     for t in trajectories:
-        groups.setdefault(t.group, set()).add(t.reward)
-    out["equal_groups"] = _mean([len(seen) == 1 for seen in groups.values()])
+        groups[t.group] |= set() if t.reward is None else {t.reward}
+    out["equal_groups"] = _mean([len(seen) < 2 for seen in groups.values()])  # nothing to learn
     out["tool_call_rate"] = _mean([bool(t.calls) for t in trajectories])
     out["tool_calls"] = len(calls) / n
     out["tool_error_rate"] = sum(errors.values()) / max(1, len(calls))

@@ -1,0 +1,564 @@
+"""How tokens are sampled: exactly from the model's own distribution, whoever else is in the batch.
+
+    pytest tests/test_engine.py
+
+Pinned here: greedy decoding is transformers' own, logprobs are the trainer's, padding and company
+change nothing, a row leaves when it is done, nobody waits for who has left, and a crash, a deadline
+or a closed loop stops no other. Models are random and have two layers.
+"""
+
+import asyncio
+import random
+import threading
+import time
+from collections import Counter
+
+import pytest
+import torch
+
+import model as models
+from engine import Completion, Sampling, ScriptedEngine, TransformersEngine, _Request
+
+PROMPTS = [[7], [9, 30, 41, 7, 55, 60], [9, 30, 41], [88, 12, 12, 5, 200, 31, 3, 77, 120, 11, 6]]
+
+
+@pytest.fixture(scope="module")
+def policy(tokenizer):
+    """Qwen3-shaped; its weights are larger than at birth, so that it has preferences."""
+    made = models.tiny(tokenizer, hidden_size=32, layers=2, heads=2).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    return made
+
+
+def others(tokenizer, kind):
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    config, cls = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+    }[kind]
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}  # shared keys and values
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    made = cls(config(vocab_size=len(tokenizer), initializer_range=0.3, **shape, **heads, **ids))
+    return made.eval()
+
+
+@pytest.fixture
+def engine(policy, tokenizer):
+    made = TransformersEngine(policy, tokenizer)
+    yield made
+    asyncio.run(made.close())
+
+
+def sample(engine, requests):
+    """Completions of [(ids, Sampling)], all asked for at once."""
+
+    async def main():
+        for _ in requests:
+            engine.join()
+        try:
+            return await asyncio.gather(*(engine.generate(ids, [], s) for ids, s in requests))
+        finally:
+            for _ in requests:
+                engine.leave()
+
+    return asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def greedy(n, **settings):
+    return Sampling(temperature=0, max_new_tokens=n, **settings)
+
+
+def gate(engine, monkeypatch, calls):
+    """The model waits, from its n-th forward on, until the event that this returns is set."""
+    opened, forward, count = threading.Event(), engine._forward, []
+
+    def slow(*args):
+        count.append(1)
+        if len(count) > calls:
+            assert opened.wait(20)
+        return forward(*args)
+
+    monkeypatch.setattr(engine, "_forward", slow)
+    return opened
+
+
+# The distribution
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
+def test_greedy_tokens_are_those_of_transformers_own_generate(tokenizer, policy, kind):
+    """Prompts of four lengths in one batch, each against `generate` on its own."""
+    made = policy if kind == "qwen3" else others(tokenizer, kind)
+    engine = TransformersEngine(made, tokenizer)
+    done = sample(engine, [(ids, greedy(24)) for ids in PROMPTS])
+    for ids, completion in zip(PROMPTS, done, strict=True):
+        theirs = made.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=24,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert completion.ids == theirs[0, len(ids) :].tolist()
+        assert (completion.finish, len(completion.logprobs)) == ("length", 24)
+    asyncio.run(engine.close())
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+def test_logprobs_are_the_trainers_at_the_same_temperature(engine, policy, temperature):
+    """Pitfalls 14, 17, 26: in float32 to 1e-5, padded on the other side and in another batch."""
+    sampling = [Sampling(temperature, 30 - 5 * i, seed=i) for i in range(len(PROMPTS))]
+    done = sample(engine, list(zip(PROMPTS, sampling, strict=True)))
+    rows = [ids + c.ids for ids, c in zip(PROMPTS, done, strict=True)]
+    mask = [[0] * len(i) + [1] * len(c.ids) for i, c in zip(PROMPTS, done, strict=True)]
+    attention = models.pad([[1] * len(row) for row in rows])
+    got, _ = models.token_logprobs(
+        policy, models.pad(rows), attention, models.pad(mask), temperature
+    )
+    for row, ids, completion in zip(got, PROMPTS, done, strict=True):
+        ours = row[len(ids) : len(ids) + len(completion.ids)]
+        assert torch.allclose(ours, torch.tensor(completion.logprobs), atol=1e-5, rtol=0)
+
+
+def test_left_padding_changes_nothing(engine):
+    """Pitfall 17: a short prompt beside one of 300 tokens, and alone."""
+    long = [random.Random(0).randrange(300) for _ in range(300)]
+    request = (PROMPTS[0], Sampling(1.0, 20, seed=3))
+    alone, (beside, _) = sample(engine, [request])[0], sample(engine, [request, (long, greedy(3))])
+    assert beside.ids == alone.ids
+    assert beside.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
+
+
+def test_company_changes_no_sampled_token(engine):
+    """Each (trajectory, turn) has its own noise, whoever else is in the batch and how long."""
+    requests = [(PROMPTS[i % 4], Sampling(1.0, 3 + 4 * i, seed=i)) for i in range(10)]
+    together = sample(engine, requests)
+    for i in (0, 3, 8, 9):
+        assert sample(engine, [requests[i]])[0].ids == together[i].ids
+    back = sample(engine, requests[::-1])[::-1]
+    assert [c.ids for c in back] == [c.ids for c in together]
+    assert [c.logprobs for c in back] == [c.logprobs for c in together]  # to the last bit
+
+
+def test_members_of_a_group_differ_and_equal_seeds_do_not(engine):
+    """Pitfall 54: nor does greedy decoding depend on a seed."""
+    group = [(PROMPTS[1], Sampling(1.0, 12, seed=i)) for i in range(8)]
+    first, again = sample(engine, group), sample(engine, group)
+    assert [c.ids for c in first] == [c.ids for c in again]
+    assert len({tuple(c.ids) for c in first}) == 8
+    same = sample(engine, [(PROMPTS[1], greedy(12, seed=i)) for i in range(4)])
+    assert len({tuple(c.ids) for c in same}) == 1
+
+
+def test_equal_prompts_are_prefilled_once_and_sample_as_if_apart(engine, monkeypatch):
+    """Three distinct prompts of ten rows go through the model, and ten rows come out."""
+    shapes, forward = [], engine._forward
+
+    def spy(ids, *args):
+        shapes.append(tuple(ids.shape))
+        return forward(ids, *args)
+
+    monkeypatch.setattr(engine, "_forward", spy)
+    requests = [(PROMPTS[i % 3], Sampling(1.0, 9, seed=i)) for i in range(10)]
+    together = sample(engine, requests)
+    assert shapes[:2] == [(3, 6), (10, 1)] and len(shapes) == 9
+    for request, completion in zip(requests, together, strict=True):
+        assert sample(engine, [request])[0].ids == completion.ids
+
+
+def test_a_row_at_temperature_zero_beside_one_at_one(engine, policy):
+    """The greedy one is greedy, and its logprobs are those at temperature 1."""
+    warm, cold = (PROMPTS[1], Sampling(1.0, 9, seed=1)), (PROMPTS[1], greedy(9))
+    drawn, best = sample(engine, [warm, cold])
+    assert drawn.ids == sample(engine, [warm])[0].ids != best.ids
+    assert best.ids == sample(engine, [cold])[0].ids
+    ids = torch.tensor([PROMPTS[1] + best.ids])
+    with torch.no_grad():
+        logprobs = policy(ids).logits[0].log_softmax(-1)[len(PROMPTS[1]) - 1 : -1]
+    assert logprobs.argmax(-1).tolist() == best.ids
+    assert best.logprobs == pytest.approx(logprobs.max(-1).values.tolist(), abs=1e-5)
+
+
+def draw(engine, logits, temperature, n=10_000):
+    """How often each token is drawn from the same logits by n rows with the seeds 0 .. n - 1."""
+    rows = [_Request([], Sampling(temperature), None, random.Random(seed)) for seed in range(n)]
+    tokens = engine._sample(logits.expand(n, -1), rows)
+    logprobs = (logits / temperature).log_softmax(-1)
+    assert [r.new[0] for r in rows] == tokens.tolist()
+    assert torch.allclose(torch.tensor([r.logprobs[0] for r in rows]), logprobs[tokens])
+    return Counter(tokens.tolist()), logprobs.exp()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_are_drawn_as_often_as_their_probability_says(engine, temperature):
+    """Chi-square with 7 degrees of freedom: below 24.3 but once in a thousand seeds."""
+    logits = torch.tensor([2.0, -1.0, 0.5, 0.0, -3.0, 1.5, 1.0, -0.5])
+    counts, p = draw(engine, logits, temperature)
+    expected = p * sum(counts.values())
+    assert sum((counts[i] - e) ** 2 / e for i, e in enumerate(expected.tolist())) < 24.3
+
+
+def test_a_token_of_probability_zero_is_never_drawn(engine):
+    """At the start, in the middle and at the end, where rounding would be seen first."""
+    inf = float("inf")
+    counts, _ = draw(engine, torch.tensor([-inf, 0.0, -inf, 0.0, -inf, -inf]), 1.0)
+    assert set(counts) == {1, 3}
+
+
+def test_the_tail_of_a_large_vocabulary_is_sampled(engine):
+    """Fifty thousand tokens of 1e-5 each share a half, the last ones as well as the first."""
+    logits = torch.full((50_001,), -20.0)
+    logits[0] = -20.0 + torch.tensor(50_000.0).log()
+    counts, _ = draw(engine, logits, 1.0, n=300)
+    tail = [token for token in counts if token]
+    assert 110 < sum(counts[t] for t in tail) < 190
+    assert min(tail) < 5_000 and max(tail) > 45_000
+
+
+# The end of a turn
+
+
+def test_a_stop_token_ends_the_turn_and_is_part_of_it(engine):
+    """Pitfall 13: it has its logprob like any other; what it stops depends on nobody else."""
+    (free,) = sample(engine, [(PROMPTS[1], Sampling(1.0, 12, seed=4))])
+    stop = free.ids[5]
+    at = free.ids.index(stop) + 1
+    stopping = Sampling(1.0, 12, seed=4, stop_ids=(stop, 399_999))
+    done, other = sample(engine, [(PROMPTS[1], stopping), (PROMPTS[2], greedy(12))])
+    assert (done.ids, done.finish) == (free.ids[:at], "stop")
+    assert done.logprobs == pytest.approx(free.logprobs[:at], abs=1e-5)
+    assert len(other.ids) == 12
+
+
+@pytest.mark.parametrize(
+    ("text", "string"),
+    [
+        ("So:\n```python\n1\n```\nmore", "\n```\n"),  # and not at the opening "\n```"
+        ("<search>ham</search> and on", "</search>"),
+        ("the sum 漢字 is", "漢字"),  # each character is three tokens
+    ],
+)
+def test_a_stop_string_over_several_tokens_ends_the_turn_and_keeps_its_ids(
+    engine, tokenizer, monkeypatch, text, string
+):
+    """Pitfalls 1, 11: as sampled, even where the last token goes on behind the string."""
+    ids, forward, said = tokenizer.encode(text, add_special_tokens=False), engine._forward, []
+
+    def says(*args):
+        out = forward(*args)
+        out.logits.fill_(-100.0)[..., ids[len(said)]] = 100.0
+        said.append(1)
+        return out
+
+    monkeypatch.setattr(engine, "_forward", says)
+    stopping = Sampling(1.0, len(ids), seed=1, stop_strings=("no such thing", string))
+    (done,) = sample(engine, [(PROMPTS[0], stopping)])
+    n = len(done.ids)
+    assert done.finish == "stop_string" and done.ids == ids[:n] and n < len(ids)
+    assert string in tokenizer.decode(ids[:n]) and string not in tokenizer.decode(ids[: n - 1])
+    assert all(string not in tokenizer.decode([i]) for i in ids)
+
+
+def test_a_turn_that_ends_at_its_limit_says_how_it_ended(engine, tokenizer):
+    """Length is the last reason: a stop token or string in the last place counts as such."""
+    (free,) = sample(engine, [(PROMPTS[3], greedy(6))])
+    last = free.ids[-1]
+    at = free.ids.index(last) + 1
+    (done,) = sample(engine, [(PROMPTS[3], greedy(at, stop_ids=(last,)))])
+    assert (done.ids, done.finish) == (free.ids[:at], "stop")
+    (done,) = sample(engine, [(PROMPTS[3], greedy(1))])
+    assert (done.ids, done.finish) == (free.ids[:1], "length")
+
+
+# The batch
+
+
+def test_a_finished_row_goes_on_while_the_others_are_sampled(engine, monkeypatch):
+    """Its future resolves at its last token, not at the end of the batch."""
+
+    async def main():
+        opened = gate(engine, monkeypatch, calls=2)
+        long = asyncio.create_task(engine.generate(PROMPTS[1], [], greedy(40)))
+        short = asyncio.create_task(engine.generate(PROMPTS[2], [], greedy(2)))
+        engine.join(), engine.join()
+        done = await asyncio.wait_for(short, 10)
+        assert not long.done()
+        opened.set()
+        return done, await long
+
+    short, long = asyncio.run(main())
+    assert len(short.ids) == 2 and len(long.ids) == 40
+    monkeypatch.undo()
+    engine.unfinished = 0
+    assert [long.ids] == [c.ids for c in sample(engine, [(PROMPTS[1], greedy(40))])]
+
+
+def test_finished_rows_cost_nothing(engine, monkeypatch):
+    """The batch gets smaller as rows end."""
+    sizes, forward = [], engine._forward
+
+    def spy(ids, *args):
+        sizes.append(len(ids))
+        return forward(ids, *args)
+
+    monkeypatch.setattr(engine, "_forward", spy)
+    sample(engine, [(ids, greedy(2 + 2 * i)) for i, ids in enumerate(PROMPTS)])
+    assert sizes == [4, 4, 3, 3, 2, 2, 1, 1]
+
+
+def test_more_rows_than_max_batch_are_sampled_in_parts(policy, tokenizer):
+    """The same tokens, at most two rows at a time."""
+    requests = [(PROMPTS[i % 4], Sampling(1.0, 6 + i, seed=i)) for i in range(5)]
+    engines = [TransformersEngine(policy, tokenizer, max_batch=n) for n in (2, 256)]
+    small, large = (sample(engine, requests) for engine in engines)
+    assert [c.ids for c in small] == [c.ids for c in large]
+    for engine in engines:
+        asyncio.run(engine.close())
+
+
+def test_deterministic_waits_for_all_who_have_joined(engine):
+    """And for nobody who has left."""
+
+    async def main():
+        for _ in range(3):
+            engine.join()
+        first = asyncio.create_task(engine.generate(PROMPTS[0], [], greedy(2)))
+        await asyncio.sleep(0.1)
+        second = asyncio.create_task(engine.generate(PROMPTS[1], [], greedy(2)))
+        await asyncio.sleep(0.1)
+        assert not first.done() and not second.done() and len(engine.waiting) == 2
+        engine.leave()  # the third one has ended without another turn
+        await asyncio.wait_for(asyncio.gather(first, second), 10)
+        engine.leave()
+        (again,) = await asyncio.wait_for(
+            asyncio.gather(engine.generate(PROMPTS[2], [], greedy(2))), 10
+        )
+        engine.leave()
+        assert engine.unfinished == 0 and len(again.ids) == 2
+
+    asyncio.run(main())
+
+
+def test_without_deterministic_nobody_waits(policy, tokenizer):
+    """A trajectory goes ahead while others wait for their tools."""
+
+    async def main():
+        for _ in range(3):
+            engine.join()
+        await asyncio.wait_for(engine.generate(PROMPTS[0], [], greedy(2)), 10)
+        await engine.close()
+
+    engine = TransformersEngine(policy, tokenizer, deterministic=False)
+    asyncio.run(main())
+
+
+def test_turns_asked_for_during_a_batch_are_sampled_after_it(engine, monkeypatch):
+    """They wait in line, and the end of the batch starts the next."""
+
+    async def main():
+        opened = gate(engine, monkeypatch, calls=1)
+        first = asyncio.create_task(engine.generate(PROMPTS[0], [], greedy(2)))
+        await asyncio.sleep(0.05)
+        late = [asyncio.create_task(engine.generate(p, [], greedy(2))) for p in PROMPTS]
+        await asyncio.sleep(0.05)
+        assert len(engine.waiting) == 4
+        opened.set()
+        return await asyncio.wait_for(asyncio.gather(first, *late), 10)
+
+    first, *late = asyncio.run(main())
+    assert late[0].ids == first.ids and all(len(c.ids) == 2 for c in late)
+
+
+# When something goes wrong
+
+
+def test_a_deadline_takes_its_row_out_of_the_batch_and_blocks_nobody(engine):
+    """Pitfall 37's like in the engine: the row is dropped at its next token."""
+
+    async def main():
+        engine.join(), engine.join()
+        endless = asyncio.create_task(engine.generate(PROMPTS[0], [], greedy(10**9)))
+        other = engine.generate(PROMPTS[1], [], greedy(8))
+        done = await asyncio.wait_for(other, 10)
+        endless.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await endless
+        engine.leave()
+        again = await asyncio.wait_for(engine.generate(PROMPTS[1], [], greedy(8)), 10)
+        engine.leave()
+        return done, again
+
+    done, again = asyncio.run(main())
+    assert done.ids == again.ids and len(done.ids) == 8
+
+
+def test_a_deadline_while_waiting_leaves_the_line(engine):
+    """Whoever gave up is not sampled, and is not waited for once it has left."""
+
+    async def main():
+        engine.join(), engine.join(), engine.join()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.generate(PROMPTS[0], [], greedy(2)), 0.05)
+        others = [asyncio.create_task(engine.generate(p, [], greedy(2))) for p in PROMPTS[1:3]]
+        await asyncio.sleep(0.05)
+        assert not any(task.done() for task in others)
+        engine.leave()
+        await asyncio.wait_for(asyncio.gather(*others), 10)
+        engine.leave(), engine.leave()
+
+    asyncio.run(main())
+    assert engine.unfinished == 0 and engine.waiting == []
+
+
+def test_an_error_in_the_model_reaches_all_who_wait_and_the_next_turn_works(engine, monkeypatch):
+    """Out of memory, say: every row of the batch that is not done gets it."""
+    forward, calls = engine._forward, []
+
+    def breaks(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return forward(*args)
+
+    async def main():
+        turns = [engine.generate(p, [], greedy(2 if i else 9)) for i, p in enumerate(PROMPTS)]
+        turns += [engine.generate(PROMPTS[0], [], greedy(7))]
+        engine.unfinished = 5
+        return await asyncio.wait_for(asyncio.gather(*turns, return_exceptions=True), 10)
+
+    monkeypatch.setattr(engine, "_forward", breaks)
+    failed, *early, failed_too = asyncio.run(main())
+    assert str(failed) == str(failed_too) == "out of memory"
+    assert [len(c.ids) for c in early] == [2, 2, 2]  # they were done before
+    engine.unfinished = 0
+    assert len(sample(engine, [(PROMPTS[0], greedy(5))])[0].ids) == 5
+
+
+def test_an_engine_serves_one_event_loop_after_the_other(engine, monkeypatch):
+    """Also when the first was closed in the middle of a batch, whose end then nobody hears."""
+
+    async def first():
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.generate(PROMPTS[0], [], greedy(9)), 0.1)
+
+    opened = gate(engine, monkeypatch, calls=1)
+    asyncio.run(first())
+    threading.Timer(0.1, opened.set).start()
+    (done,) = sample(engine, [(PROMPTS[1], greedy(4))])
+    assert len(done.ids) == 4
+
+
+def test_a_closed_engine_says_so_and_leaves_nobody_waiting(engine, monkeypatch):
+    """A batch that runs is finished; who waits behind it, and who comes later, gets an error."""
+
+    async def main():
+        opened = gate(engine, monkeypatch, calls=1)
+        running = asyncio.create_task(engine.generate(PROMPTS[0], [], greedy(3)))
+        await asyncio.sleep(0.05)
+        waiting = asyncio.create_task(engine.generate(PROMPTS[1], [], greedy(3)))
+        await asyncio.sleep(0.05)
+        await engine.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            await asyncio.wait_for(waiting, 10)
+        opened.set()
+        assert len((await asyncio.wait_for(running, 10)).ids) == 3
+        await asyncio.sleep(0.05)
+        with pytest.raises(RuntimeError, match="shutdown"):
+            await asyncio.wait_for(engine.generate(PROMPTS[1], [], greedy(3)), 10)
+
+    asyncio.run(main())
+
+
+def test_a_batch_that_had_not_begun_when_the_engine_was_closed_is_told(engine):
+    """Its thread is busy with the rest of an older batch."""
+
+    async def main():
+        blocked = threading.Event()
+        engine.thread.submit(blocked.wait, 10)
+        turn = asyncio.create_task(engine.generate(PROMPTS[0], [], greedy(3)))
+        await asyncio.sleep(0.05)
+        await engine.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            await asyncio.wait_for(turn, 5)
+        blocked.set()
+
+    asyncio.run(main())
+
+
+def test_images_are_refused_in_a_sentence(engine):
+    with pytest.raises(ValueError, match="text-only engine: use a vision model"):
+        asyncio.run(engine.generate([1], ["an image"], Sampling()))
+    assert engine.waiting == []
+
+
+def test_sync_samples_from_the_new_weights_and_in_eval_mode(engine, tokenizer):
+    """Pitfalls 28, 35: the next turn is the new model's own; dropout is off."""
+    other = others(tokenizer, "llama")
+    before = sample(engine, [(PROMPTS[1], greedy(8))])
+    other.train()
+    asyncio.run(engine.sync(other, 3))
+    after = sample(engine, [(PROMPTS[1], greedy(8))])
+    assert engine.version == 3 and not other.training and after[0].ids != before[0].ids
+
+
+# The scripted engine
+
+
+def run(engine, *settings, ids=(1, 2)):
+    return [asyncio.run(engine.generate(list(ids), [], s)) for s in settings]
+
+
+def test_a_script_is_said_turn_by_turn_and_its_end_is_an_error():
+    engine = ScriptedEngine([[5, 6], Completion([7], [-0.5], "length")])
+    first, second = run(engine, Sampling(seed=1), Sampling(seed=2))
+    assert first == Completion([5, 6], [-1.0, -1.0], "stop")
+    assert second == Completion([7], [-0.5], "length")
+    assert [(ids, s.seed) for ids, s in engine.requests] == [([1, 2], 1), ([1, 2], 2)]
+    with pytest.raises(IndexError, match="2 turns and one more"):
+        run(engine, Sampling())
+
+
+def test_a_script_is_cut_where_a_model_would_have_been_stopped(tokenizer):
+    """By length, at a stop token, at a stop string: the same function decides in both engines."""
+    text = tokenizer.encode("print(1 + 2) def return", add_special_tokens=False)
+    engine = ScriptedEngine(lambda ids, sampling: text, tokenizer)
+    whole, short, stopped, string = run(
+        engine,
+        Sampling(),
+        Sampling(max_new_tokens=2),
+        Sampling(stop_ids=(text[2],)),
+        Sampling(stop_strings=("2)",)),
+    )
+    assert (whole.ids, whole.finish) == (text, "stop")
+    assert (short.ids, short.finish) == (text[:2], "length")
+    assert (stopped.ids, stopped.finish) == (text[:3], "stop")
+    assert string.finish == "stop_string" and "def" not in tokenizer.decode(string.ids)
+
+
+def test_a_script_may_be_a_function_of_what_is_asked_and_slow():
+    async def script(ids, sampling):
+        await asyncio.sleep(0.05)
+        return [*ids, sampling.seed]
+
+    engine = ScriptedEngine(script)
+
+    async def main():
+        began = time.monotonic()
+        turns = [engine.generate([i], [], Sampling(seed=9)) for i in range(20)]
+        done = await asyncio.gather(*turns)
+        assert time.monotonic() - began < 0.7
+        await engine.sync(None, 4)
+        await engine.sleep()
+        await engine.wake()
+        await engine.close()
+        return done
+
+    assert [c.ids for c in asyncio.run(main())] == [[i, 9] for i in range(20)]
+    assert engine.version == 4
