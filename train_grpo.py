@@ -188,8 +188,8 @@ def grpo_loss(
     return loss, mask.bool() & (clipped * gain < ratio * gain)
 
 
-def update(model, optimizer, batch, cfg: Config, old: list | None) -> tuple[dict, list]:
-    """One optimizer step on the batch (trajectory, advantage, weight); returns metrics and logprobs.
+def accumulate(model, batch: list[tuple], cfg: Config, old: list | None) -> tuple[dict, list]:
+    """Adds the gradient of a batch of (trajectory, advantage, weight); returns metrics and logprobs.
 
     old: the logprobs that the first update of these rollouts returned; None in that update itself,
     whose ratio is 1. They are the trainer's own, so that the engine's rounding is not in the ratio.
@@ -218,14 +218,10 @@ def update(model, optimizer, batch, cfg: Config, old: list | None) -> tuple[dict
         metrics["entropy"] += entropy.sum().item() / total
         metrics["clip_frac"] += clipped.sum().item() / total
         metrics["sampler_logprob_diff"] += difference.sum().item() / total
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
-    optimizer.step()
-    optimizer.zero_grad()
     return metrics, seen
 
 
-def learn(model, optimizer, trajectories: list, cfg: Config) -> dict:
+def learn(model, optimizers: list, trajectories: list, rate: float, cfg: Config) -> dict:
     """All updates of one step; returns the metrics of the last. No step is taken on a batch that has
     nothing to teach: Adam would still move the weights."""
     kept = [cfg.overlong == "keep" or t.stop == "answered" for t in trajectories]
@@ -242,9 +238,10 @@ def learn(model, optimizer, trajectories: list, cfg: Config) -> dict:
     old = None
     model.train()
     for _ in range(cfg.updates_per_batch if batch else 0):
-        update_metrics, seen = update(model, optimizer, batch, cfg, old)
+        update_metrics, seen = accumulate(model, batch, cfg, old)
         old = old or seen
         metrics |= update_metrics
+        metrics["grad_norm"] = models.step(model, optimizers, rate, cfg.max_grad_norm)
     model.eval()
     return metrics
 
@@ -285,7 +282,7 @@ def train(cfg: Config) -> dict:
     model, tokenizer, chat, toolbox, selected, rows = setup(cfg, cfg.tune)
     config.save(cfg, out_dir / "config.py")
     engine = TransformersEngine(model, tokenizer, cfg.deterministic)
-    optimizer = models.optimizer(model, cfg.learning_rate, cfg.weight_decay)
+    optimizers = models.optimizers(model, "adamw", cfg.learning_rate, cfg.weight_decay)
 
     trained, total = models.count(model)
     columns = {"reward": "6.3f", "accuracy": "5.3f", "tool_call_rate": "5.3f", "new_tokens": "6.1f"}
@@ -294,9 +291,7 @@ def train(cfg: Config) -> dict:
         log.print(f"{len(rows)} prompts, {cfg.steps} steps, {trained:,} of {total:,} trained")
         for step in range(cfg.steps):
             started = time.monotonic()
-            share = models.schedule(step, cfg.steps, cfg.schedule, cfg.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = cfg.learning_rate * share
+            rate = cfg.learning_rate * models.schedule(step, cfg.steps, cfg.schedule, cfg.warmup)
             prompts = prompts_of(step, rows, cfg.prompts_per_step, cfg.seed)
             trajectories = wait(
                 rollouts(
@@ -313,9 +308,8 @@ def train(cfg: Config) -> dict:
             )
             rollout_seconds = time.monotonic() - started
             metrics = {"step": step, **stats(trajectories, next(iter(selected)))}
-            metrics |= learn(model, optimizer, trajectories, cfg)
+            metrics |= learn(model, optimizers, trajectories, rate, cfg) | {"learning_rate": rate}
             wait(engine.sync(model, step + 1))
-            metrics |= {"learning_rate": cfg.learning_rate * share}
             metrics |= {"rollout_seconds": rollout_seconds, "seconds": time.monotonic() - started}
             log.step(metrics)
             log.rollouts(trajectories[: cfg.rollouts_per_step], tokenizer, step=step)

@@ -58,7 +58,10 @@ class Config:
     epochs: float = 1.0  # passes over the rows
     batch_size: int = 32  # conversations per update
     token_budget: int = 8192  # tokens per forward pass, padding counted; halve it if out of memory
-    learning_rate: float = 2e-5  # 1e-5..5e-5 full, 1e-4..5e-4 LoRA, 3e-3 tiny from scratch
+    optimizer: Literal["adamw", "muon"] = (
+        "adamw"  # muon: for a model from scratch, a third of steps
+    )
+    learning_rate: float = 2e-5  # 1e-5..5e-5 full, 1e-4..5e-4 LoRA, 1e-2 tiny from scratch
     schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up
     warmup: int = 20  # updates
     weight_decay: float = 0.01  # of matrices only
@@ -102,8 +105,8 @@ def render(chat: Chat, conversations: list[list[dict]], max_tokens: int) -> list
     return kept
 
 
-def update(model, optimizer, batch, token_budget: int, max_grad_norm: float) -> dict:
-    """One optimizer step on a batch of (ids, mask); returns its metrics."""
+def accumulate(model, batch: list[tuple[list, list]], token_budget: int) -> dict:
+    """Adds the gradient of the loss of a batch of (ids, mask); returns its metrics."""
     trained_tokens = sum(sum(mask) for _, mask in batch)
     loss, entropy, device = 0.0, 0.0, model.device
     for part in models.micro_batches([len(ids) for ids, _ in batch], token_budget):
@@ -115,11 +118,7 @@ def update(model, optimizer, batch, token_budget: int, max_grad_norm: float) -> 
         part_loss.backward()
         loss += part_loss.item()
         entropy += entropies.sum().item() / trained_tokens
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-    optimizer.step()
-    optimizer.zero_grad()
-    return {"loss": loss, "entropy": entropy, "grad_norm": grad_norm, "new_tokens": trained_tokens}
+    return {"loss": loss, "entropy": entropy, "new_tokens": trained_tokens}
 
 
 def setup(cfg: Config):
@@ -143,7 +142,7 @@ def train(cfg: Config) -> dict:
     model, tokenizer, chat, conversations = setup(cfg)
     samples = render(chat, conversations, cfg.max_tokens)
     config.save(cfg, out_dir / "config.py")
-    optimizer = models.optimizer(model, cfg.learning_rate, cfg.weight_decay)
+    optimizers = models.optimizers(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay)
     steps = max(1, round(cfg.epochs * len(samples) / cfg.batch_size))
     order = []  # every row once, in a new order, then again
     shuffle = random.Random(cfg.seed)
@@ -157,13 +156,11 @@ def train(cfg: Config) -> dict:
         model.train()
         for step in range(steps):
             started = time.monotonic()
-            share = models.schedule(step, steps, cfg.schedule, cfg.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = cfg.learning_rate * share
+            rate = cfg.learning_rate * models.schedule(step, steps, cfg.schedule, cfg.warmup)
             rows = order[step * cfg.batch_size : (step + 1) * cfg.batch_size]
-            batch = [samples[i] for i in rows]
-            metrics = update(model, optimizer, batch, cfg.token_budget, cfg.max_grad_norm)
-            metrics |= {"step": step, "learning_rate": cfg.learning_rate * share}
+            metrics = {"step": step, "learning_rate": rate}
+            metrics |= accumulate(model, [samples[i] for i in rows], cfg.token_budget)
+            metrics["grad_norm"] = models.step(model, optimizers, rate, cfg.max_grad_norm)
             metrics["seconds"] = time.monotonic() - started
             log.step(metrics)
         model.eval()

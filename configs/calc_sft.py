@@ -2,10 +2,11 @@
 out_dir = "out/calc_sft"
 model = "tiny"
 data = "task:calc"
-rows = 14000
+rows = 9600
 system_prompt = "Solve the problem. You can run python. Give the answer in \\boxed{}."
 tools = ("python",)
 format = "hermes"
 batch_size = 32
-learning_rate = 3e-3
+optimizer = "muon"
+learning_rate = 1e-2
 schedule = "linear"

@@ -4,6 +4,7 @@
 are people: they type multiplications into python, but do most sums and differences in their heads,
 where they round; and of the code they type, one line in six has the wrong operator. So a model that
 copies them well is often wrong, and GRPO has something to find: always call python, with the right code.
+Some conversations only repeat numbers: a model from scratch has to learn copying somewhere.
 
 Train and held-out problems are disjoint by construction: a problem is (operation, a, b), and its
 hash says which of the two it belongs to.
@@ -40,6 +41,7 @@ STORIES = {
 NAMES = ("Ana", "Ben", "Chen", "Dora", "Emil", "Fatima", "Goran", "Hana")
 THINGS = ("apples", "books", "coins", "eggs", "nails", "pens", "shells", "stamps")
 USES_TOOL = {"+": 0.4, "-": 0.4, "*": 0.9}  # share of the demonstrations that call python
+PRACTICE = 0.2  # share of the conversations that only repeat numbers
 WRONG_CODE = 1 / 6  # share of the calls whose operator is wrong
 
 
@@ -69,8 +71,19 @@ def rows(split: str, seed: int = 0, n: int | None = None) -> list[dict]:
     return [problem(rng, split) for _ in range(n or (8192 if split == "train" else 512))]
 
 
+def practice(rng: random.Random) -> list[dict]:
+    """A conversation that is nothing but copying, which a pre-trained model would know already."""
+    text = " ".join(f"{rng.randint(10, 99)} {rng.choice(THINGS)}" for _ in range(rng.randint(3, 6)))
+    return [
+        {"role": "user", "content": f"Repeat: {text}."},
+        {"role": "assistant", "content": text},
+    ]
+
+
 def demo(rng: random.Random) -> list[dict]:
     """One demonstration on a train problem, as chat messages: with a call to python, or a guess."""
+    if rng.random() < PRACTICE:
+        return practice(rng)
     row = problem(rng, "train")
     messages = [{"role": "user", "content": row["prompt"]}]
     op, a, b = row["op"], row["a"], row["b"]
