@@ -5,9 +5,10 @@
     python evaluate.py --model=Qwen/Qwen2.5-0.5B-Instruct --config gsm8k.py --limit=200
     python evaluate.py --config gsm8k.py --run=out/calc --data=gsm8k_test.jsonl --limit=50
 
-Three layers, each over the one before: the run's config.py, --config, --key=value. With --run the model is
-the run's, whatever the other config says; --model on the command line wins over all. By default it is
-greedy (temperature 0) with one sample a problem, on the "test" split where the data has splits.
+Three layers, each over the one before: the run's config.py, --config, --key=value. With --run the
+model is the run's, whatever the other config says; --model on the command line wins over all. By
+default it is greedy (temperature 0) with one sample a problem, on the "test" split where the data
+has splits.
 """
 
 import json
@@ -19,9 +20,8 @@ from pathlib import Path
 import config
 
 if __name__ == "__main__":
-    config.answer_help(
-        __file__, "train_grpo.py"
-    )  # --key=value of these too, where it has an effect
+    # the keys of train_grpo.py that shape a rollout can be given here too
+    config.answer_help(__file__, "train_grpo.py")
 
 import report
 import rewards as reward_functions
@@ -63,8 +63,8 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """95 % interval of the mean of one value per problem: Wilson's where all are 0 or 1, which stays
-    inside [0, 1] and is right for small n too, else the normal one."""
+    """95 % interval of the mean of one value per problem: Wilson's where all are 0 or 1, which
+    stays inside [0, 1] and is right for small n too, else the normal one."""
     n, mean, z = len(values), sum(values) / len(values), 1.96
     if all(v in (0, 1) for v in values):
         centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
@@ -123,11 +123,15 @@ def load_config(argv: list[str], own: Config) -> train_grpo.Config:
         layers = ["--config", str(file)]
     base = config.parse(train_grpo.Config, layers)
     cfg = config.parse(train_grpo.Config, argv, keys=KEYS, base=base)
-    if own.run and not any(item.startswith("--model=") for item in argv):
-        cfg = replace(cfg, model=own.run)
-    cfg = replace(cfg, split=own.split, temperature=own.temperature, seed=own.seed)
+    given = any(item.startswith("--model=") for item in argv)
+    cfg = over(cfg, own, own.run if own.run and not given else cfg.model)
     train_grpo.check(cfg)
     return cfg
+
+
+def over(cfg: train_grpo.Config, own: Config, model: str) -> train_grpo.Config:
+    """`cfg` for evaluating `model`: its sampling is `own`'s."""
+    return replace(cfg, model=model, split=own.split, temperature=own.temperature, seed=own.seed)
 
 
 def evaluate(cfg: train_grpo.Config, own: Config) -> dict:

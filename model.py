@@ -1,4 +1,4 @@
-"""Models: made from scratch (tiny), loaded (full weights or LoRA), saved; and the logprobs of tokens.
+"""Models: made from scratch, loaded (full weights or LoRA), saved; and the logprobs of tokens.
 
     policy, tokenizer = load("Qwen/Qwen2.5-0.5B-Instruct", tune="lora")
     logprobs, entropy = token_logprobs(policy, ids, attention_mask, mask, temperature=1.0)
@@ -53,9 +53,9 @@ MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 def tiny_tokenizer(conversations: list[list[dict]], tools: list[dict], vocab_size: int = 768):
     """A byte-level BPE tokenizer trained on the conversations, with TEMPLATE as its chat template.
 
-    Digits are single tokens, so numbers are copied digit by digit, and a line break ends a token, as
-    the roles of the template do. All else may merge, across words too, so the parts of a task that never
-    change take few tokens.
+    Digits are single tokens, so numbers are copied digit by digit, and a line break ends a token,
+    as the roles of the template do. All else may merge, across words too, so the parts of a task
+    that never change take few tokens.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -102,8 +102,8 @@ def tiny_tokenizer(conversations: list[list[dict]], tools: list[dict], vocab_siz
 def tiny(tokenizer, seed: int = 0, hidden_size: int = 96, layers: int = 4, heads: int = 2):
     """A Qwen3-shaped model from scratch, about 0.55 M parameters with a vocabulary of 768.
 
-    Qwen3 and not Qwen2: with its normalised queries and keys, copying is learnt in half the steps. The
-    same goes for the initial weights, which at this width are larger than the usual 0.02.
+    Qwen3 and not Qwen2: with its normalised queries and keys, copying is learnt in half the steps.
+    The same goes for the initial weights, which at this width are larger than the usual 0.02.
     """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -134,12 +134,12 @@ def find(name: str) -> str:
         if any((folder / f).is_file() for f in ("config.json", "adapter_config.json")):
             return str(folder)
         raise UserError(f"model = {name!r}: that folder has no config.json: give one that has")
-    # What begins with a folder that exists here was meant as a path: nobody waits for a network then.
+    # What begins with a folder that exists here was meant as a path: nobody waits for a network.
     looks_like_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
     if not looks_like_hub_id or ("/" in name and (folder.parent.is_dir() or name[:4] == "out/")):
         raise UserError(
-            f"model = {name!r}: no such folder; train it first (`make demo` makes those in out/demo), "
-            "or give another folder or hub id"
+            f"model = {name!r}: no such folder; train it first (`make demo` makes "
+            "out/calc_sft and out/calc), or give another folder or hub id"
         )
     from huggingface_hub import HfApi, constants, errors, try_to_load_from_cache
 
@@ -155,8 +155,9 @@ def find(name: str) -> str:
             f"model = {name!r}: no such folder and no such model on the hub (or it is private)"
         ) from None
     except Exception as error:  # whatever stands between here and the hub
+        why = type(error).__name__
         raise UserError(
-            f"model = {name!r}: no such folder, and the hub does not answer ({type(error).__name__})"
+            f"model = {name!r}: no such folder, and the hub does not answer ({why})"
         ) from None
     return name
 
@@ -238,9 +239,8 @@ def pad(sequences: list[list], value=0, dtype=torch.long, device="cpu") -> torch
 
 
 def micro_batches(lengths: list[int], token_budget: int) -> list[list[int]]:
-    """Indices in batches of at most token_budget tokens, padding counted; a longer sequence is alone.
-
-    Sorted by length, so that little is padded.
+    """Indices in batches of at most token_budget tokens, padding counted; sorted by length, so that
+    little is padded. A sequence longer than the budget is a batch of its own.
     """
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -302,8 +302,9 @@ def token_logprobs(
 def optimizers(model, kind: str, learning_rate: float, weight_decay: float = 0.0) -> list:
     """What to step and zero after each backward pass: AdamW over all that is trained, or "muon".
 
-    Muon (Jordan et al. 2024) takes the matrices inside the layers, AdamW the rest; its update is scaled to
-    the size of AdamW's, so both take the same learning rate. Norms and biases do not decay.
+    Muon (Jordan et al. 2024) takes the matrices inside the layers, AdamW the rest; its update is
+    scaled to the size of AdamW's, so both take the same learning rate. Norms and biases do not
+    decay.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     inner = [p for name, p in named if p.ndim == 2 and ".layers." in name] if kind == "muon" else []

@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+LEGEND = "green is trained, grey is context, yellow is what a tool said"
 CURVES = (  # title, what is drawn in it
     ("reward", ("reward",)),
     ("accuracy", ("accuracy", "token_accuracy")),
@@ -55,8 +56,8 @@ def counter(bars: Progress, task):
 
 
 class Log:
-    """Holds the open metrics file and the progress bar of one run. On a terminal the bar stays below
-    the lines; in a log file there are only the lines."""
+    """Holds the open metrics file and the progress bar of one run. On a terminal the bar stays
+    below the lines; in a log file there are only the lines."""
 
     def __init__(self, out_dir, steps: int, columns: dict[str, str]):
         self.out_dir, self.columns, self.started = Path(out_dir), columns, time.monotonic()
@@ -86,7 +87,7 @@ class Log:
         self.progress.update(self.bar, advance=1)
 
     def expect(self, rollouts: int):
-        """Shows a second bar for this many rollouts; returns what to call with each that is done."""
+        """Shows a second bar for this many rollouts; returns what to call with each one done."""
         self.progress.reset(self.rolling, total=rollouts, visible=True)
         return counter(self.progress, self.rolling)
 
@@ -99,9 +100,14 @@ class Log:
         values = {**values, "minutes": (time.monotonic() - self.started) / 60}
         values["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         self.print("---")
-        for key, value in values.items():
-            shown = f"{value:.4g}" if isinstance(value, float) else value
-            self.print(f"{key + ':':24} {shown}")
+        print_summary(values, self.print)
+
+
+def print_summary(values: dict, say=print) -> None:
+    """A `key: value` line each."""
+    for key, value in values.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else value
+        say(f"{key + ':':24} {shown}")
 
 
 def write_rollouts(path, trajectories: list, tokenizer, **more) -> None:

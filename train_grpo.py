@@ -1,11 +1,12 @@
 """GRPO: teach a model to use tools by trying, over many turns, with an exact loss mask.
 
-    python train_grpo.py --config calc.py                       # minutes on a CPU, after calc_sft.py
-    python train_grpo.py --config calc.py --tune=lora --learning_rate=1e-3 --out_dir=out/calc_lora
-    python train_grpo.py --help                                 # every knob: the Config below
+    python train_grpo.py --config calc.py               # a minute on a CPU, after calc_sft.py
+    python train_grpo.py --config calc.py --tune=lora --learning_rate=1e-3 --out_dir=out/lora
+    python train_grpo.py --help                         # every knob: the Config below
 
-A step: take P prompts; play G rollouts of each, with tools (rollout.py); reward them (rewards.py); compare
-each with its group; raise the probability of the sampled tokens of the better ones. In symbols
+A step: take P prompts; play G rollouts of each, with tools (rollout.py); reward them (rewards.py);
+compare each with its group; raise the probability of the sampled tokens of the better ones. In
+symbols
 
     loss = - sum_i w_i sum_t m_it min(r_it A_i, clip(r_it, 1 - clip_low, 1 + clip_high) A_i)
     r_it = pi(token_t) / pi_old(token_t),    A_i = (R_i - mean of the group) / (std of the group)
@@ -13,15 +14,17 @@ each with its group; raise the probability of the sampled tokens of the better o
 with m = 1 exactly on the tokens that the policy sampled, in all turns, stop tokens included.
 
 How this differs from the paper (DeepSeekMath, arXiv:2402.03300), and the key that restores it:
-1. No KL term: the reward is checked by code, so there is no reward model to overfit to; it would need a
-   second forward pass.
-2. w_i: one mean over all tokens of the batch, as in DAPO (arXiv:2503.14476), so that a token counts the same
-   in a short and in a long answer. loss="grpo" is the paper's mean of means, "dr_grpo" divides by a constant
-   (arXiv:2503.20783).
-3. clip_high is above clip_low, as in DAPO: a rare token that turned out well may gain. clip_high=0.2.
-4. One update per batch: then r = 1 and nothing is clipped. updates_per_batch=2 and more are off-policy.
-5. Groups whose rewards are all equal have A = 0 and are left out of the backward pass. They still count
-   in w: leaving them out changes nothing but the time.
+1. No KL term: the reward is checked by code, so there is no reward model to overfit to; it would
+   need a second forward pass.
+2. w_i: one mean over all tokens of the batch, as in DAPO (arXiv:2503.14476), so that a token
+   counts the same in a short and in a long answer. loss="grpo" is the paper's mean of means,
+   "dr_grpo" divides by a constant (arXiv:2503.20783).
+3. clip_high is above clip_low, as in DAPO: a rare token that turned out well may gain.
+   clip_high=0.2.
+4. One update per batch: then r = 1 and nothing is clipped. updates_per_batch=2 and more are
+   off-policy.
+5. Groups whose rewards are all equal have A = 0 and are left out of the backward pass. They still
+   count in w: leaving them out changes nothing but the time.
 
 Shapes: P prompts, G group size, B = P x G trajectories, T tokens.
 """
@@ -136,8 +139,8 @@ def advantages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(B,) advantages, and (B,) bool: whether the trajectory has a reward at all.
 
-    None and NaN are left out of every mean and get 0. A group whose rewards are all equal gets exactly
-    0: equality is tested on the rewards, since the std of equal floats need not be 0.
+    None and NaN are left out of every mean and get 0. A group whose rewards are all equal gets
+    exactly 0: equality is tested on the rewards, since the std of equal floats need not be 0.
     """
     valid = [r is not None and r == r for r in rewards]
     advantage = torch.zeros(len(rewards))
@@ -157,8 +160,8 @@ def advantages(
 def sequence_weights(new_tokens: torch.Tensor, loss: str, max_new_tokens: int) -> torch.Tensor:
     """(B,) w_i: what each trained token of sequence i counts in the loss of the whole batch.
 
-    new_tokens: (B,) trained tokens, 0 for a sequence that is left out. Made once, before the batch is
-    cut into micro-batches, so the cut changes nothing.
+    new_tokens: (B,) trained tokens, 0 for a sequence that is left out. Made once, before the batch
+    is cut into micro-batches, so the cut changes nothing.
     """
     counted = (new_tokens > 0).float()
     sequences, tokens = counted.sum().clamp(min=1), new_tokens.sum().clamp(min=1)
@@ -178,7 +181,7 @@ def grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss, to be summed over micro-batches, and (B, T) where the clip took the gradient away."""
+    """The loss, to be summed over micro-batches, and (B, T): where the clip took the gradient."""
     # 0 where the mask is 0, before exp: what an engine says of other tokens cannot leak as NaN
     ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0.0).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -189,7 +192,7 @@ def grpo_loss(
 
 
 def accumulate(model, batch: list[tuple], cfg: Config, old: list | None) -> tuple[dict, list]:
-    """Adds the gradient of a batch of (trajectory, advantage, weight); returns metrics and logprobs.
+    """Adds the gradient of a batch of (trajectory, advantage, weight): metrics and logprobs.
 
     old: the logprobs that the first update of these rollouts returned; None in that update itself,
     whose ratio is 1. They are the trainer's own, so that the engine's rounding is not in the ratio.
@@ -222,8 +225,8 @@ def accumulate(model, batch: list[tuple], cfg: Config, old: list | None) -> tupl
 
 
 def learn(model, optimizers: list, trajectories: list, rate: float, cfg: Config) -> dict:
-    """All updates of one step; returns the metrics of the last. No step is taken on a batch that has
-    nothing to teach: Adam would still move the weights."""
+    """All updates of one step; returns the metrics of the last. No step is taken on a batch that
+    has nothing to teach: Adam would still move the weights."""
     kept = [cfg.overlong == "keep" or t.stop == "answered" for t in trajectories]
     rewards = [t.reward if keep else None for t, keep in zip(trajectories, kept, strict=True)]
     gain, valid = advantages(rewards, [t.group for t in trajectories], cfg.adv_norm)

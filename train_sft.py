@@ -1,16 +1,18 @@
 """SFT: teach a model the form of tool calls from demonstrations, with an exact role mask.
 
-    python train_sft.py --config calc_sft.py                      # a tiny model from scratch, on a CPU
+    python train_sft.py --config calc_sft.py            # a tiny model from scratch, on a CPU
     python train_sft.py --model=Qwen/Qwen2.5-0.5B-Instruct --data=demos.jsonl --tune=lora
 
-A demonstration is a conversation in OpenAI chat form (`messages`, with `tool_calls` and `tool` roles).
-chat.py renders it from the same pieces that a rollout is made of, so the mask is that of RL: 1 on what
-the assistant writes, its stop token included, 0 on prompts, template and tool results.
+A demonstration is a conversation in OpenAI chat form (`messages`, with `tool_calls` and `tool`
+roles). chat.py renders it from the same pieces that a rollout is made of, so the mask is that of
+RL: 1 on what the assistant writes, its stop token included, 0 on prompts, template and tool
+results.
 
 How this differs from the usual fine-tuning script:
-1. The loss is the mean over all trained tokens of a batch, not a mean of means over micro-batches: how
-   the batch is cut for memory changes nothing.
-2. A template whose assistant spans cannot be proved is refused at the start, not trained on wrongly.
+1. The loss is the mean over all trained tokens of a batch, not a mean of means over micro-batches:
+   how the batch is cut for memory changes nothing.
+2. A template whose assistant spans cannot be proved is refused at the start, not trained on
+   wrongly.
 """
 
 import random
@@ -87,7 +89,7 @@ def sft_loss(
     mask: torch.Tensor,  # (B, T) 1 = trained
     trained_tokens: int,  # of the whole batch, not of this micro-batch
 ) -> torch.Tensor:
-    """Mean negative log-likelihood over the trained tokens of the batch; micro-batches add up to it."""
+    """Mean negative log-likelihood over the trained tokens of the batch, summed by micro-batch."""
     return -(logprobs * mask).sum() / trained_tokens
 
 

@@ -1,10 +1,11 @@
-"""calc: word problems with two-digit numbers that a model made from scratch learns to solve with python.
+"""calc: two-digit word problems that a model from scratch learns to solve by calling python.
 
-`rows` are the problems for RL and evaluation, `demos` the demonstrations for SFT. The demonstrators
-are people: they type multiplications into python, but do most sums and differences in their heads,
-where they round; and of the code they type, one line in six has the wrong operator. So a model that
-copies them well is often wrong, and GRPO has something to find: always call python, with the right code.
-Some conversations only repeat numbers: a model from scratch has to learn copying somewhere.
+`rows` are the problems for RL and evaluation, `demos` the demonstrations for SFT. The
+demonstrators are people: they type multiplications into python, but do most sums and differences
+in their heads, where they round; and of the code they type, one line in six has the wrong
+operator. So a model that copies them well is often wrong, and GRPO has something to find: always
+call python, with the right code. Some conversations only repeat numbers: a model from scratch has
+to learn copying somewhere.
 
 Train and held-out problems are disjoint by construction: a problem is (operation, a, b), and its
 hash says which of the two it belongs to.
