@@ -213,7 +213,27 @@ def load(
             raise UserError(f"lora_targets = {lora_targets}: {error}") from None
     if tune in ("full", "none"):
         model.requires_grad_(tune == "full")
-    return model.eval(), tokenizer
+    model.eval()
+    if tune != "none":
+        prove_head(model, name)
+    return model, tokenizer
+
+
+def prove_head(model, name: str) -> None:
+    """UserError if token_logprobs are not those of the model's own logits, on eight tokens: some
+    models (Granite, Cohere) scale what their head gives, each by a setting of another name."""
+    ids = torch.arange(8, device=model.device)[None]
+    mask = (ids > 0).long()
+    with torch.no_grad():
+        ours, _ = token_logprobs(model, ids, torch.ones_like(ids), mask)
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1]
+    theirs = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    difference = (ours[:, 1:] - theirs).abs().mean().item()
+    if difference > 0.1:  # bfloat16 alone makes a tenth of that
+        raise UserError(
+            f"model = {name!r}: its logprobs differ by {difference:.2g} from those that the loss "
+            "would train on, so it cannot be trained here: give a model of another family"
+        )
 
 
 def save(model, tokenizer, folder) -> None:

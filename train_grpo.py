@@ -216,7 +216,7 @@ def accumulate(model, batch: list[tuple], cfg: Config, old: list | None) -> tupl
         for row, i in enumerate(part):
             seen[i] = before[row, : len(batch[i][0].ids)].tolist()
         sampled = models.pad([t.logprobs for t in rows], 0.0, torch.float32, device)
-        difference = (logprobs.detach() - sampled).abs() * mask
+        difference = torch.where(mask.bool(), logprobs.detach() - sampled, 0.0).abs()
         metrics["loss"] += loss.item()
         metrics["entropy"] += entropy.sum().item() / total
         metrics["clip_frac"] += clipped.sum().item() / total
@@ -239,13 +239,12 @@ def learn(model, optimizers: list, trajectories: list, rate: float, cfg: Config)
     ]
     metrics = {"loss": 0.0, "grad_norm": 0.0, "trained_share": len(batch) / len(trajectories)}
     old = None
-    model.train()
+    model.eval()  # no dropout: old and new logprobs, and the engine's, are of the same function
     for _ in range(cfg.updates_per_batch if batch else 0):
         update_metrics, seen = accumulate(model, batch, cfg, old)
         old = old or seen
         metrics |= update_metrics
         metrics["grad_norm"] = models.step(model, optimizers, rate, cfg.max_grad_norm)
-    model.eval()
     return metrics
 
 

@@ -111,6 +111,20 @@ def test_greedy_tokens_are_those_of_transformers_own_generate(tokenizer, policy,
     asyncio.run(engine.close())
 
 
+def test_the_cache_grows_past_its_block_while_rows_leave(engine, policy):
+    """150 tokens cross the block of 128 that the cache grows by; other rows leave before and after."""
+    lengths = (150, 100, 131, 2)
+    requests = [(ids, greedy(n)) for ids, n in zip(PROMPTS, lengths, strict=True)]
+    for (ids, _), n, done in zip(requests, lengths, sample(engine, requests), strict=True):
+        with torch.no_grad():
+            logits = policy(input_ids=torch.tensor([ids + done.ids])).logits[0]
+        predicted = logits.log_softmax(-1)[len(ids) - 1 : -1]
+        chosen = predicted.gather(-1, torch.tensor(done.ids)[:, None])[:, 0]
+        assert len(done.ids) == n
+        torch.testing.assert_close(chosen, torch.tensor(done.logprobs), atol=1e-4, rtol=0)
+        torch.testing.assert_close(chosen, predicted.amax(-1), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
 def test_logprobs_are_the_trainers_at_the_same_temperature(engine, policy, temperature):
     """Pitfalls 14, 17, 26: in float32 to 1e-5, padded on the other side and in another batch."""
