@@ -230,10 +230,10 @@ def roomy_cache(model_config, block: int = 128):
         def update(self, key_states, value_states, *args, **kwargs):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-            new_and_old = zip(self.stores, (self.keys, self.values), (key_states, value_states))
-            grown = [self._append(*tensors) for tensors in new_and_old]
-            self.stores = tuple(store for store, _ in grown)
-            self.keys, self.values = (view for _, view in grown)
+            key_store, value_store = self.stores
+            key_store, self.keys = self._append(key_store, self.keys, key_states)
+            value_store, self.values = self._append(value_store, self.values, value_states)
+            self.stores = key_store, value_store
             return self.keys, self.values
 
         def _append(self, store, old, new):

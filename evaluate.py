@@ -48,6 +48,10 @@ def check(cfg: Config) -> None:
     """Rules across keys."""
     if cfg.n < 1 or cfg.batch < 1:
         raise UserError(f"n = {cfg.n}, batch = {cfg.batch}: expected at least 1")
+    if cfg.temperature < 0:
+        raise UserError(f"temperature = {cfg.temperature}: expected 0 or more")
+    if cfg.limit is not None and cfg.limit < 1:
+        raise UserError(f"limit = {cfg.limit}: expected at least 1, or none for all")
     if cfg.n > 1 and cfg.temperature == 0:
         raise UserError(f"n = {cfg.n} samples at temperature 0 are all alike: use --temperature=1")
     if not cfg.k or min(cfg.k) < 1 or max(cfg.k) > cfg.n:
@@ -69,10 +73,11 @@ def interval(values: list[float]) -> tuple[float, float]:
     if all(v in (0, 1) for v in values):
         centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-    else:
-        variance = sum((v - mean) ** 2 for v in values) / max(1, n - 1)
-        centre, half = mean, z * math.sqrt(variance / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+        return max(0.0, centre - half), min(1.0, centre + half)
+    variance = sum((v - mean) ** 2 for v in values) / max(1, n - 1)
+    half = z * math.sqrt(variance / n)
+    low, high = (0.0, 1.0) if 0 <= min(values) and max(values) <= 1 else (-math.inf, math.inf)
+    return max(low, mean - half), min(high, mean + half)
 
 
 def majority(answers: list[str | None], scores: list[float]) -> float:
@@ -136,11 +141,11 @@ def over(cfg: train_grpo.Config, own: Config, model: str) -> train_grpo.Config:
 
 def evaluate(cfg: train_grpo.Config, own: Config) -> dict:
     """Plays the problems of cfg, writes eval.json and rollouts.jsonl, returns the numbers."""
-    folder = Path(own.save_to or (Path(own.run) / "eval" if own.run else "out/eval"))
-    folder = config.fresh_dir(folder) if own.save_to else _numbered(folder)
+    folder = config.fresh_dir(own.save_to) if own.save_to else None
     model, tokenizer, chat, toolbox, selected, rows = train_grpo.setup(
         cfg, "none", own.split, own.limit
     )
+    folder = folder or _numbered(Path(own.run) / "eval" if own.run else Path("out/eval"))
     engine = TransformersEngine(model, tokenizer, cfg.deterministic)
     outcome, trajectories = next(iter(selected)), []
     with report.progress() as bars:

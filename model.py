@@ -178,28 +178,37 @@ def load(
     only them. A folder that holds an adapter is loaded with its base model; with tune="lora" that
     adapter is trained on. Raises UserError where a part is missing.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
-    name = find(name)
-    adapter, base = None, name
-    if (Path(name) / "adapter_config.json").is_file():
-        settings = json.loads((Path(name) / "adapter_config.json").read_text())
-        adapter, base = name, find(settings["base_model_name_or_path"])
-        if tune == "full":
-            raise UserError(f"model = {name!r} is an adapter: use tune=lora, or give a whole model")
+    logging.disable_progress_bar()  # of the shards: it would tear our own bar
+    name, lora = find(name), (lora_r, lora_alpha)
+    adapter = Path(name) / "adapter_config.json"
     try:
+        settings = json.loads(adapter.read_text()) if adapter.is_file() else {}
+        base = find(settings["base_model_name_or_path"]) if settings else name
+        if settings and tune == "full":
+            raise UserError(f"model = {name!r} is an adapter: use tune=lora, or give a whole model")
+        if settings and tune == "lora" and (settings["r"], settings["lora_alpha"]) != lora:
+            raise UserError(
+                f"model = {name!r} has lora_r = {settings['r']} and lora_alpha = "
+                f"{settings['lora_alpha']}, and training it cannot change them: give the same"
+            )
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:  # a file is missing, broken, or of an unknown kind
-        raise UserError(f"model = {name!r}: {' '.join(str(error).split())[:300]}") from None
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(device)
-    if adapter:
-        from peft import PeftModel
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = model.to(device)
+        if settings:
+            from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=tune == "lora")
-    elif tune == "lora":
+            # without low_cpu_mem_usage random weights are drawn first: torch's generator moves
+            trained = {"is_trainable": tune == "lora", "low_cpu_mem_usage": True}
+            model = PeftModel.from_pretrained(model, name, **trained)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:  # missing, broken, unknown
+        raise UserError(f"model = {name!r}: {' '.join(str(error).split())[:300]}") from None
+    if tune == "lora" and not settings:
         from peft import LoraConfig, get_peft_model
 
         targets = "all-linear" if lora_targets == ("all-linear",) else list(lora_targets)
@@ -240,7 +249,7 @@ def save(model, tokenizer, folder) -> None:
     """Writes the model, or only its adapter, as `from_pretrained` and `PeftModel` load it."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # "Writing model shards" would tear our own bar
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

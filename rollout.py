@@ -323,30 +323,28 @@ def spans(trajectory: Trajectory, tokenizer) -> list[tuple[str, str]]:
     return [(kind, text) for kind, text in pieces if text]
 
 
-def show(trajectory: Trajectory, tokenizer) -> None:
-    """Prints it: green is trained, grey is context, yellow is what a tool said."""
+def show(trajectory: Trajectory, tokenizer, console=None) -> None:
+    """Prints it: green is trained, grey is context, yellow is what a tool said. console: rich's."""
     from rich.console import Console
     from rich.text import Text
 
     colours = {"trained": "green", "context": "bright_black", "tool": "yellow"}
-    console = Console(highlight=False)
+    console = console or Console(highlight=False, soft_wrap=True)
     text = Text()
     for kind, piece in spans(trajectory, tokenizer):
         text.append(piece, style=colours[kind])
     console.print(text)
     console.rule(style="bright_black")
     for call in trajectory.calls:
-        state = f"[red]{call.error}[/red]" if call.error else "ok"
-        console.print(f"call     turn {call.turn}: ", end="")
-        console.print(f"{call.name}({call.arguments})", markup=False, end="")
-        console.print(f" {state} in {1000 * call.seconds:.0f} ms")
+        line = Text(f"call     turn {call.turn}: {call.name}({call.arguments}) ")
+        line.append(call.error or "ok", style="red" if call.error else "")
+        console.print(line.append(f" in {1000 * call.seconds:.0f} ms"))
     rewards = ", ".join(f"{name} {value}" for name, value in trajectory.rewards.items())
-    console.print(f"reward   {trajectory.reward} ({rewards}); the answer is ", end="")
-    console.print(f"{trajectory.example.get('answer')!r}", markup=False)
-    console.print(
-        f"stop     {trajectory.stop}, {len(trajectory.turn_starts)} turns, {len(trajectory.ids)} "
-        f"tokens of which [green]{trajectory.new_tokens} trained[/green]"
-    )
+    answer = trajectory.example.get("answer")
+    console.print(Text(f"reward   {trajectory.reward} ({rewards}); the answer is {answer!r}"))
+    line = Text(f"stop     {trajectory.stop}, {len(trajectory.turn_starts)} turns, ")
+    line.append(f"{len(trajectory.ids)} tokens of which ")
+    console.print(line.append(f"{trajectory.new_tokens} trained", style="green"))
 
 
 def stats(trajectories: list[Trajectory], outcome: str) -> dict:

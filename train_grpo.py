@@ -125,9 +125,13 @@ def check(cfg: Config) -> None:
         raise UserError("model = 'tiny' is made by train_sft.py: give the folder that it wrote")
     positive = ("steps", "prompts_per_step", "max_tokens", "max_new_tokens", "max_turns", "lora_r")
     positive += ("max_observation_tokens", "updates_per_batch", "token_budget", "tool_concurrency")
-    for name in positive + ("learning_rate", "max_grad_norm", "tool_timeout", "trajectory_timeout"):
+    positive += ("learning_rate", "max_grad_norm", "tool_timeout", "trajectory_timeout")
+    for name in positive + ("lora_alpha", "clip_low", "clip_high"):
         if getattr(cfg, name) <= 0:
             raise UserError(f"{name} = {getattr(cfg, name)}: expected more than 0")
+    for name in ("temperature", "max_tool_calls", "warmup", "weight_decay", "rollouts_per_step"):
+        if getattr(cfg, name) < 0:
+            raise UserError(f"{name} = {getattr(cfg, name)}: expected 0 or more")
     if cfg.group_size < 2:
         raise UserError(
             f"group_size = {cfg.group_size}: a group of one has nothing to compare with"
@@ -216,7 +220,7 @@ def accumulate(model, batch: list[tuple], cfg: Config, old: list | None) -> tupl
         for row, i in enumerate(part):
             seen[i] = before[row, : len(batch[i][0].ids)].tolist()
         sampled = models.pad([t.logprobs for t in rows], 0.0, torch.float32, device)
-        difference = torch.where(mask.bool(), logprobs.detach() - sampled, 0.0).abs()
+        difference = torch.where(mask.bool(), before - sampled, 0.0).abs()  # of equal weights
         metrics["loss"] += loss.item()
         metrics["entropy"] += entropy.sum().item() / total
         metrics["clip_frac"] += clipped.sum().item() / total
@@ -280,6 +284,8 @@ def prompts_of(step: int, rows: list[dict], count: int, seed: int) -> list[dict]
 
 def train(cfg: Config) -> dict:
     """Trains, saves the model or adapter to out_dir, and returns the last step's metrics."""
+    if cfg.temperature == 0:
+        raise UserError("temperature = 0: all of a group would be alike, so give 0.7 to 1.0")
     out_dir = config.fresh_dir(cfg.out_dir)
     model, tokenizer, chat, toolbox, selected, rows = setup(cfg, cfg.tune)
     config.save(cfg, out_dir / "config.py")

@@ -80,8 +80,12 @@ def check(cfg: Config) -> None:
     for name in ("rows", "max_tokens", "batch_size", "token_budget", "lora_r"):
         if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise UserError(f"{name} = {getattr(cfg, name)}: expected at least 1")
-    if cfg.learning_rate <= 0 or cfg.epochs <= 0 or cfg.max_grad_norm <= 0:
-        raise UserError("learning_rate, epochs and max_grad_norm must be above 0")
+    for name in ("learning_rate", "epochs", "max_grad_norm", "lora_alpha"):
+        if getattr(cfg, name) <= 0:
+            raise UserError(f"{name} = {getattr(cfg, name)}: expected more than 0")
+    for name in ("warmup", "weight_decay"):
+        if getattr(cfg, name) < 0:
+            raise UserError(f"{name} = {getattr(cfg, name)}: expected 0 or more")
 
 
 def sft_loss(

@@ -112,7 +112,7 @@ def test_greedy_tokens_are_those_of_transformers_own_generate(tokenizer, policy,
 
 
 def test_the_cache_grows_past_its_block_while_rows_leave(engine, policy):
-    """150 tokens cross the block of 128 that the cache grows by; other rows leave before and after."""
+    """150 tokens cross the block of 128 that it grows by; other rows leave before and after."""
     lengths = (150, 100, 131, 2)
     requests = [(ids, greedy(n)) for ids, n in zip(PROMPTS, lengths, strict=True)]
     for (ids, _), n, done in zip(requests, lengths, sample(engine, requests), strict=True):

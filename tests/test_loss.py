@@ -85,7 +85,7 @@ MODELS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """On a busy machine two threads that wait for each other are a hundred times slower than one."""
+    """Two threads that wait for each other on a busy machine are a hundred times slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,0 +1,515 @@
+"""Whole runs of a few steps: what they leave behind, that they repeat, and what evaluation counts.
+
+    pytest tests/test_train.py
+
+Pinned here: SFT and RL mask alike, runs load in other libraries, equal seeds give equal bits, and
+evaluation has a random stream of its own. The model is made here and knows nothing, so the reward
+is one that differs whatever it says.
+"""
+
+import itertools
+import json
+import math
+import random
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+
+import config
+import evaluate
+import model as models
+import report
+import train_grpo
+import train_sft
+from chat import Chat
+from config import UserError
+from engine import ScriptedEngine
+from rollout import Settings, rollouts, wait
+from tools import Toolbox
+
+SYSTEM = "Solve the problem. You can run python. Give the answer in \\boxed{}."
+REWARD = '''
+def spread(trajectory, example):
+    """Differs between the samples of a group, and says nothing about them."""
+    return sum(trajectory.ids) % 11 / 10
+
+def same(trajectory, example):
+    return 0.1
+'''
+TIMES = ("seconds", "rollout_seconds", "tool_seconds")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads that wait for each other on a busy machine are a hundred times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("runs")
+    (made / "my_rewards.py").write_text(REWARD)
+    return made
+
+
+@pytest.fixture(scope="module")
+def sft_run(folder):
+    """(out_dir, config, last metrics) of three steps from scratch."""
+    cfg = train_sft.Config(
+        out_dir=str(folder / "sft"),
+        model="tiny",
+        rows=48,
+        batch_size=16,
+        system_prompt=SYSTEM,
+        optimizer="muon",
+        learning_rate=1e-2,
+        warmup=1,
+    )
+    return folder / "sft", cfg, train_sft.train(cfg)
+
+
+def grpo_config(folder, name, **options):
+    values = {
+        "out_dir": str(folder / name),
+        "model": str(folder / "sft"),
+        "steps": 2,
+        "limit": 5,
+        "system_prompt": SYSTEM,
+        "prompts_per_step": 3,
+        "group_size": 3,
+        "max_tokens": 200,
+        "max_new_tokens": 6,
+        "max_turns": 2,
+        "rewards": (f"{folder / 'my_rewards.py'}:spread",),
+        "learning_rate": 1e-2,
+        "token_budget": 200,
+    }
+    return train_grpo.Config(**values | options)
+
+
+@pytest.fixture(scope="module")
+def full_run(folder, sft_run):
+    cfg = grpo_config(folder, "full", updates_per_batch=2)
+    return folder / "full", cfg, train_grpo.train(cfg)
+
+
+@pytest.fixture(scope="module")
+def lora_run(folder, sft_run):
+    cfg = grpo_config(folder, "lora", tune="lora", lora_r=4, lora_alpha=8)
+    return folder / "lora", cfg, train_grpo.train(cfg)
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def untimed(rows):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def logprobs_of(model, tokenizer):
+    ids = torch.tensor([tokenizer.encode("Ana has 12 apples and buys 30 more.")])
+    with torch.no_grad():
+        return model.eval()(ids).logits.log_softmax(-1)
+
+
+# SFT
+
+
+def test_sft_trains_the_tokens_that_rl_would_train_in_the_same_conversation(sft_run):
+    """Pitfall 49: a rollout's messages, rendered for SFT, are its ids and its mask."""
+
+    def python(code: str) -> str:
+        """Runs code.
+
+        Args:
+            code: Python.
+        """
+        return "42"
+
+    _, tokenizer = models.load(str(sft_run[0]), device="cpu")
+    box = Toolbox([python])
+    chat = Chat(tokenizer, "hermes", box.schemas)
+    turns = (
+        '<tool_call>\n{"name": "python", "arguments": {"code": "print(6 * 7)"}}\n</tool_call>',
+        "The answer is \\boxed{42}.",
+    )
+    turns = [tokenizer.encode(turn + "<|im_end|>", add_special_tokens=False) for turn in turns]
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "6 * 7?"}]
+    example = {"id": 0, "messages": messages, "answer": "42"}
+    (t,) = wait(rollouts([example], chat, ScriptedEngine(turns, tokenizer), box, Settings()))
+    assert t.stop == "answered" and [m["role"] for m in t.messages][2:] == [
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    ((ids, mask),) = train_sft.render(chat, [t.messages], 2048)
+    end = len(t.ids)  # a conversation that goes on has the template's line break behind it
+    assert (ids[:end], mask[:end]) == (t.ids, t.mask) and not any(mask[end:])
+    assert sum(mask) == sum(map(len, turns))
+    # cut in the middle of the first assistant turn: what is left of it is still trained
+    cut = t.turn_starts[0] + 3
+    assert train_sft.render(chat, [t.messages], cut) == [(ids[:cut], mask[:cut])]
+    assert sum(mask[:cut]) == 3
+    with pytest.raises(UserError, match="max_tokens = 4: in none of the 1 conversations"):
+        train_sft.render(chat, [t.messages], 4)
+
+
+def test_the_sft_loss_does_not_depend_on_micro_batches(sft_run):
+    """Pitfall 21: the mean over all trained tokens of the batch."""
+    policy, tokenizer = models.load(str(sft_run[0]), "full", device="cpu")
+    rng = random.Random(1)
+    batch = []
+    for length in (9, 5, 12, 3):
+        ids = [rng.randrange(len(tokenizer)) for _ in range(length)]
+        batch.append((ids, [0, 1] + [rng.randint(0, 1) for _ in range(length - 2)]))
+    found = []
+    for budget in (10**6, 1, 20):
+        policy.zero_grad()
+        metrics = train_sft.accumulate(policy, batch, budget)
+        found.append((metrics, torch.cat([p.grad.flatten() for p in policy.parameters()])))
+    for metrics, gradient in found[1:]:
+        assert metrics == pytest.approx(found[0][0], rel=1e-5)
+        assert (gradient - found[0][1]).norm() <= 1e-6 * found[0][1].norm()
+    assert metrics["new_tokens"] == sum(sum(mask) for _, mask in batch)
+
+
+def test_an_sft_run_leaves_a_config_metrics_curves_and_a_model_that_transformers_loads(sft_run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out_dir, cfg, last = sft_run
+    assert config.parse(train_sft.Config, ["--config", str(out_dir / "config.py")]) == cfg
+    rows = report.read(out_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2] and rows[-1]["loss"] < rows[0]["loss"]
+    keys = {"step", "learning_rate", "loss", "entropy", "new_tokens", "grad_norm", "seconds"}
+    assert all(set(row) == keys for row in rows) and set(last) == keys
+    assert rows[-1]["loss"] == pytest.approx(last["loss"], rel=1e-5)
+    assert (out_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    tokenizer = AutoTokenizer.from_pretrained(out_dir)
+    model = AutoModelForCausalLM.from_pretrained(out_dir)
+    assert model.config.vocab_size == len(tokenizer) and tokenizer.eos_token == "<|im_end|>"
+    assert [tokenizer.decode(i) for i in tokenizer.encode("42")] == ["4", "2"]
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
+    )
+    assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+# GRPO
+
+
+@pytest.mark.parametrize("run", ["full_run", "lora_run"])
+def test_a_grpo_run_leaves_its_config_metrics_curves_and_rollouts(run, request):
+    """Pitfall 2: ids, mask and logprobs of what is written are parallel."""
+    out_dir, cfg, last = request.getfixturevalue(run)
+    assert config.parse(train_grpo.Config, ["--config", str(out_dir / "config.py")]) == cfg
+    assert (out_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    rows = report.read(out_dir / "metrics.jsonl")
+    expected = "step rollouts reward reward_none reward_spread accuracy equal_groups tool_call_rate"
+    expected += " tool_calls tool_error_rate empty_observation_rate tool_seconds turns new_tokens"
+    expected += " tokens loss grad_norm trained_share entropy clip_frac sampler_logprob_diff"
+    expected += " learning_rate rollout_seconds seconds"
+    assert [row["step"] for row in rows] == [0, 1]
+    for row in rows:
+        assert set(expected.split()) <= set(row)
+        assert row["rollouts"] == 9 and row["learning_rate"] == 1e-2 and row["grad_norm"] > 0
+        assert row["sampler_logprob_diff"] < 1e-5  # the weights that sample are those that train
+        assert row["accuracy"] == row["reward_spread"] == row["reward"]
+        assert sum(v for k, v in row.items() if k.startswith("stop_")) == pytest.approx(1)
+        assert 0 <= row["rollout_seconds"] <= row["seconds"]
+    assert rows[1]["reward"] == pytest.approx(last["reward"], rel=1e-5)
+    written = [json.loads(line) for line in open(out_dir / "rollouts.jsonl")]
+    assert [(r["step"], r["group"], r["sample"]) for r in written] == [
+        (step, 0, sample) for step in (0, 1) for sample in (0, 1)
+    ]
+    for row in written:
+        assert len(row["ids"]) == len(row["mask"]) == len(row["logprobs"]) and 1 in row["mask"]
+        assert set(row["mask"]) == {0, 1} and row["mask"][row["turn_starts"][0]] == 1
+        assert {"stop", "reward", "rewards", "answer", "messages", "calls", "text"} <= set(row)
+        assert row["messages"][0] == {"role": "system", "content": SYSTEM}
+    assert (rows[1]["clip_frac"] > 0) == (run == "full_run")  # its second update has a ratio
+
+
+def test_full_weights_that_were_trained_load_and_differ_from_those_they_began_with(
+    full_run, sft_run
+):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    before, after = weights(sft_run[0]), weights(full_run[0])
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    tokenizer = AutoTokenizer.from_pretrained(full_run[0])
+    pair = [AutoModelForCausalLM.from_pretrained(run[0]) for run in (full_run, sft_run)]
+    assert not torch.allclose(*(logprobs_of(model, tokenizer) for model in pair), atol=1e-3)
+
+
+def test_a_saved_adapter_is_loaded_by_peft_and_differs_from_its_base(lora_run, sft_run):
+    """Pitfall 31: the adapter alone is saved, and the base is as it was."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out_dir = lora_run[0]
+    settings = json.loads((out_dir / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(sft_run[0])
+    assert (settings["r"], settings["lora_alpha"]) == (4, 8)
+    assert [file.name for file in out_dir.glob("*.safetensors")] == ["adapter_model.safetensors"]
+    tokenizer = AutoTokenizer.from_pretrained(out_dir)
+    base = AutoModelForCausalLM.from_pretrained(sft_run[0])
+    plain = logprobs_of(base, tokenizer)
+    adapted = PeftModel.from_pretrained(base, out_dir)
+    trained = logprobs_of(adapted, tokenizer)
+    assert not torch.allclose(trained, plain, atol=1e-3)
+    with adapted.disable_adapter():
+        assert torch.equal(logprobs_of(adapted, tokenizer), plain)
+    ours, _ = models.load(str(out_dir), device="cpu")
+    assert torch.equal(logprobs_of(ours, tokenizer), trained)
+
+
+@pytest.mark.parametrize("run", ["full_run", "lora_run"])
+def test_two_runs_of_one_seed_give_the_same_metrics_and_bits(run, request, folder):
+    """Pitfall 52: whatever else has used torch's and python's generators before."""
+    out_dir, cfg, _ = request.getfixturevalue(run)
+    torch.manual_seed(99)
+    random.seed(99)
+    again = config.dataclasses.replace(cfg, out_dir=str(folder / f"again_{run}"))
+    train_grpo.train(again)
+    first, second = (report.read(d / "metrics.jsonl") for d in (out_dir, folder / f"again_{run}"))
+    assert untimed(first) == untimed(second)
+    one, other = weights(out_dir), weights(folder / f"again_{run}")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_another_seed_gives_other_rollouts(full_run, folder):
+    """Pitfall 54."""
+    _, cfg, _ = full_run
+    other = config.dataclasses.replace(cfg, out_dir=str(folder / "seed1"), seed=1, steps=1)
+    train_grpo.train(other)
+
+    def ids(run):
+        return [json.loads(line)["ids"] for line in open(run / "rollouts.jsonl")][:2]
+
+    first, second = ids(full_run[0])
+    assert first != second  # two samples of one prompt
+    assert not {tuple(first), tuple(second)} & set(map(tuple, ids(folder / "seed1")))
+
+
+def test_an_adapter_is_trained_on_from_where_it_stopped(lora_run, folder):
+    """Pitfalls 25, 55: and not another one beside it, nor with a size that it has not."""
+    cfg = grpo_config(folder, "more", tune="lora", model=str(lora_run[0]), steps=1)
+    with pytest.raises(UserError, match="has lora_r = 4 and lora_alpha = 8, and training it"):
+        train_grpo.train(cfg)  # 32 and 64, the defaults, would be in its config.py and not be true
+    train_grpo.train(config.dataclasses.replace(cfg, lora_r=4, lora_alpha=8))
+    before, after = weights(lora_run[0]), weights(folder / "more")
+    assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+    far = sum((after[k] - before[k]).norm() for k in before)
+    assert 0 < far < sum(v.norm() for v in before.values())
+
+
+def test_a_run_whose_rewards_are_all_equal_leaves_the_weights_as_they_were(folder, sft_run):
+    """Pitfall 22: no optimizer step, not even one of momentum or decay."""
+    rewards = (f"{folder / 'my_rewards.py'}:same",)
+    cfg = grpo_config(folder, "equal", rewards=rewards, weight_decay=0.1)
+    metrics = train_grpo.train(cfg)
+    assert metrics["equal_groups"] == 1 and metrics["trained_share"] == metrics["grad_norm"] == 0
+    before, after = weights(sft_run[0]), weights(folder / "equal")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_every_row_is_a_prompt_once_an_epoch_in_an_order_of_the_seed():
+    """Pitfall 52: also where a step reaches over the end of an epoch, or over several."""
+    rows = [{"id": i} for i in range(7)]
+
+    def ids(count, seed, steps):
+        made = [train_grpo.prompts_of(step, rows, count, seed) for step in range(steps)]
+        assert all(len(step) == count for step in made)
+        return [row["id"] for step in made for row in step]
+
+    for count in (1, 3, 7, 10, 20):
+        seen = ids(count, 0, 42)
+        epochs = [seen[i : i + 7] for i in range(0, len(seen) - 6, 7)]
+        assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+        assert len(set(map(tuple, epochs))) > 1
+        assert seen == ids(1, 0, 42 * count)  # the size of a step changes nothing
+    assert ids(3, 0, 14) != ids(3, 1, 14)
+
+
+@pytest.mark.parametrize("script", [train_grpo, train_sft])
+def test_an_out_dir_that_holds_something_is_refused_at_once(script, tmp_path):
+    (tmp_path / "model.safetensors").write_text("months of work")
+    cfg = script.Config(out_dir=str(tmp_path), model="no/model")
+    with pytest.raises(UserError, match="is not empty: give another with --out_dir="):
+        script.train(cfg)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+# Evaluation
+
+
+def evaluated(run, **options):
+    own = evaluate.Config(**{"run": str(run), "limit": 4, **options})
+    evaluate.check(own)
+    return evaluate.evaluate(evaluate.load_config([], own), own)
+
+
+@pytest.mark.parametrize("run", ["full_run", "lora_run"])
+def test_a_run_is_evaluated_by_its_own_config_without_touching_other_generators(run, request):
+    """Pitfall 51: n, seed and interval are reported; training's random numbers do not move."""
+    out_dir, cfg, _ = request.getfixturevalue(run)
+    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+    numbers = evaluated(out_dir, n=2, k=(1, 2), temperature=1.0, batch=3)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    assert numpy.array_equal(numpy.random.get_state()[1], states[2][1])
+
+    saved = json.loads((out_dir / "eval" / "eval.json").read_text())
+    assert saved == {k: v for k, v in numbers.items() if k != "saved"}
+    assert numbers["saved"] == str(out_dir / "eval") and numbers["model"] == str(out_dir)
+    assert (numbers["problems"], numbers["samples"], numbers["seed"]) == (4, 2, 1_000_000)
+    assert {"avg@2", "pass@1", "pass@2", "maj@2", "ci95_low", "ci95_high"} <= set(numbers)
+    written = [json.loads(line) for line in open(out_dir / "eval" / "rollouts.jsonl")]
+    assert [(row["group"], row["sample"]) for row in written] == [
+        (group, sample) for group in range(4) for sample in range(2)
+    ]
+    rewards = [row["rewards"]["spread"] for row in written]
+    assert numbers["avg@2"] == pytest.approx(sum(rewards) / 8)
+    right = [sum(x >= 1 for x in rewards[i : i + 2]) for i in range(0, 8, 2)]
+    assert numbers["pass@2"] == pytest.approx(sum(x > 0 for x in right) / 4)
+    assert numbers["ci95_low"] <= numbers["avg@2"] <= numbers["ci95_high"]
+
+
+def test_evaluations_are_numbered_and_repeat(folder, sft_run):
+    """Pitfall 51: the same problems, samples and numbers; nothing is overwritten."""
+    cfg = grpo_config(folder, "numbered", steps=1)
+    train_grpo.train(cfg)
+    options = {"n": 2, "temperature": 1.0, "limit": 2}
+    first, second = (evaluated(folder / "numbered", **options) for _ in range(2))
+    third = evaluated(folder / "numbered", **options, seed=7)
+    assert [r["saved"] for r in (first, second, third)] == [
+        str(folder / "numbered" / name) for name in ("eval", "eval-2", "eval-3")
+    ]
+
+    def ids(numbers):
+        return [json.loads(line)["ids"] for line in open(f"{numbers['saved']}/rollouts.jsonl")]
+
+    assert ids(first) == ids(second) != ids(third) and ids(first)[0] != ids(first)[1]
+    assert {**first, "saved": ""} == {**second, "saved": ""}
+
+
+def test_an_evaluation_that_cannot_start_leaves_no_folder(full_run, folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    cfg = config.dataclasses.replace(full_run[1], model=str(folder / "nowhere"))
+    with pytest.raises(UserError, match="no such folder"):
+        evaluate.evaluate(cfg, evaluate.Config())
+    assert not any(tmp_path.iterdir())
+
+
+def test_evaluation_can_be_saved_elsewhere_but_not_over_something(full_run, tmp_path):
+    place = tmp_path / "here"
+    assert evaluated(full_run[0], save_to=str(place), limit=1)["saved"] == str(place)
+    assert sorted(f.name for f in place.iterdir()) == ["eval.json", "rollouts.jsonl"]
+    with pytest.raises(UserError, match="is not empty"):
+        evaluated(full_run[0], save_to=str(place), limit=1)
+
+
+def test_a_config_is_the_runs_then_the_files_then_the_command_lines(full_run, lora_run, tmp_path):
+    (tmp_path / "other.py").write_text("max_turns = 7\nmodel = 'some/model'\nlimit = 3\n")
+    own = evaluate.Config(run=str(full_run[0]), split="test")
+    cfg = evaluate.load_config(["--config", str(tmp_path / "other.py"), "--max_tokens=99"], own)
+    assert (cfg.max_turns, cfg.max_tokens, cfg.max_new_tokens) == (7, 99, 6)
+    assert (cfg.model, cfg.split) == (str(full_run[0]), "test")
+    assert evaluate.load_config(["--model=a/b"], own).model == "a/b"
+    assert (cfg.temperature, cfg.seed) == (0.0, 1_000_000)
+    own = evaluate.Config(run=str(lora_run[0]))
+    assert evaluate.load_config([], own).model == str(lora_run[0])
+    with pytest.raises(UserError, match="give the out_dir of a run"):
+        evaluate.load_config([], evaluate.Config(run=str(tmp_path)))
+
+
+def test_main_prints_a_table(full_run, tmp_path, capsys):
+    argv = [
+        f"--run={full_run[0]}",
+        "--limit=2",
+        f"--save_to={tmp_path / 'x'}",
+        "--max_new_tokens=3",
+    ]
+    evaluate.main(argv)
+    printed = capsys.readouterr().out
+    assert "avg@1" in printed and "ci95_low" in printed and "max_new_tokens" not in printed
+    row = json.loads(open(tmp_path / "x" / "rollouts.jsonl").readline())
+    assert sum(row["mask"]) <= 3 * len(row["turn_starts"])
+
+
+def test_pass_at_k_is_the_share_of_all_subsets_with_a_right_sample():
+    """Pitfall 51: by counting every choice of k of the n; fewer samples than k are refused."""
+    for n in range(1, 8):
+        for right in range(n + 1):
+            samples = [1] * right + [0] * (n - right)
+            for k in range(1, n + 1):
+                subsets = list(itertools.combinations(samples, k))
+                share = sum(map(any, subsets)) / len(subsets)
+                assert evaluate.pass_at_k(n, right, k) == pytest.approx(share, abs=1e-12)
+    with pytest.raises(ValueError, match="pass@3 needs at least 3 samples, got 2"):
+        evaluate.pass_at_k(2, 1, 3)
+
+
+def test_the_interval_is_wilsons_for_right_and_wrong_and_the_normal_one_else():
+    low, high = evaluate.interval([1.0] * 8 + [0.0] * 2)
+    assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert evaluate.interval([1.0] * 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert evaluate.interval([0.0] * 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    low, high = evaluate.interval([0.5, 1.0, 0.0, 0.5])
+    half = 1.96 * math.sqrt((0.25 + 0.25) / 3 / 4)
+    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half))
+    low, high = evaluate.interval([-3.0, -1.0, -2.0, 2.5])  # a reward that is no probability
+    assert low < -0.875 < high
+    assert evaluate.interval([0.25]) == (0.25, 0.25)
+
+
+def test_right_shares_fall_into_their_wilson_interval_about_95_times_in_100():
+    for p, n in ((0.5, 40), (0.9, 40), (0.98, 100)):
+        covered = 0.0
+        for right in range(n + 1):
+            low, high = evaluate.interval([1.0] * right + [0.0] * (n - right))
+            chance = math.comb(n, right) * p**right * (1 - p) ** (n - right)
+            covered += chance * (low <= p <= high)
+        assert 0.92 < covered < 0.99
+
+
+def test_the_majority_is_of_equal_answers_and_a_tie_goes_to_the_earlier():
+    """Pitfall 51: 0.5 and 1/2 are one answer; who gives none has no vote."""
+    assert evaluate.majority(["7", "0.5", "1/2"], [0.0, 1.0, 1.0]) == 1.0
+    assert evaluate.majority(["7", "8", "8", "7"], [0.0, 1.0, 1.0, 0.0]) == 0.0
+    assert evaluate.majority([None, None, None, "8"], [0.0, 0.0, 0.0, 1.0]) == 1.0
+    assert evaluate.majority([None, None], [0.0, 0.0]) == 0.0
+
+
+def test_a_summary_of_a_set_made_by_hand(monkeypatch):
+    """Pitfall 51: avg, pass and maj at k, per problem."""
+    monkeypatch.setattr(evaluate, "stats", lambda trajectories, outcome: {"turns": 1.0})
+    monkeypatch.setattr(evaluate.reward_functions, "answer", lambda t, example: t.said)
+    table = {
+        0: [("7", 0.0), ("8", 1.0), ("8", 1.0)],
+        1: [("7", 0.0), ("7", 0.0), ("9", 1.0)],
+        2: [(None, 0.0), (None, None), ("3", 0.0)],
+    }
+    trajectories = [
+        SimpleNamespace(group=g, said=said, rewards={"correct": value}, example={})
+        for g, samples in table.items()
+        for said, value in samples
+    ]
+    out = evaluate.summarize(trajectories, "correct", (1, 2, 3))
+    counts = Counter({0: 2, 1: 1})
+    assert (out["problems"], out["samples"], out["turns"]) == (3, 3, 1.0)
+    assert out["avg@3"] == pytest.approx(3 / 9) and out["pass@1"] == pytest.approx(3 / 9)
+    assert out["pass@2"] == pytest.approx((1 + (1 - 1 / 3) + 0) / 3)
+    assert out["pass@3"] == pytest.approx(len(counts) / 3)
+    assert out["maj@3"] == pytest.approx(1 / 3) and "maj@1" not in out
+    assert out["maj@2"] == 0.0  # of the first two: 7 before 8, 7, and none
