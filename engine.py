@@ -18,6 +18,8 @@ from typing import Protocol
 
 import torch
 
+from config import UserError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -191,6 +193,8 @@ class TransformersEngine:
         drawn = torch.searchsorted(cumulative, uniform, right=True)[:, 0]
         tokens = torch.where(greedy, logits.argmax(-1), drawn.clamp(max=logits.shape[-1] - 1))
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
+        if chosen.isnan().any():  # else every next token would be the last of the vocabulary
+            raise UserError("the model's logits are NaN: its weights have diverged or are broken")
         for row, token, logprob in zip(rows, tokens.tolist(), chosen.tolist(), strict=True):
             row.new.append(token)
             row.logprobs.append(logprob)

@@ -98,7 +98,7 @@ def score(trajectory, example, selected):
             rewards[name] = float(value) if value is not None and math.isfinite(value) else None
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # exit() would end the loop's thread, silently
             what = f"row {example['id'] + 1}: {type(error).__name__}: {error}"
             raise RuntimeError(f"reward {name} failed on {what}") from error
     return rewards

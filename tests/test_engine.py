@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import model as models
+from config import UserError
 from engine import Completion, Sampling, ScriptedEngine, TransformersEngine, _Request
 
 PROMPTS = [[7], [9, 30, 41, 7, 55, 60], [9, 30, 41], [88, 12, 12, 5, 200, 31, 3, 77, 120, 11, 6]]
@@ -576,3 +577,10 @@ def test_a_script_may_be_a_function_of_what_is_asked_and_slow():
 
     assert [c.ids for c in asyncio.run(main())] == [[i, 9] for i in range(20)]
     assert engine.version == 4
+
+
+def test_logits_that_are_nan_end_the_run_in_a_sentence(engine):
+    """Else a diverged model would say the last token of its vocabulary until the limit."""
+    rows = [_Request([1], Sampling(), None, random.Random(0))]
+    with pytest.raises(UserError, match="logits are NaN"):
+        engine._sample(torch.full((1, 8), float("nan")), rows)

@@ -409,3 +409,11 @@ def test_every_accepted_answer_of_natural_questions_is_right():
         assert all(is_correct(f"<answer>{a}</answer>", answers) == 1.0 for a in answers)
         if not set(answers) & set(others):
             assert is_correct(f"The answer is {others[0]}", answers) == 0.0
+
+
+def test_a_reward_that_exits_stops_the_run_with_its_name(tmp_path):
+    """exit() would else end only the thread that scores, and the run would hang."""
+    (tmp_path / "bad.py").write_text("def quits(trajectory, example):\n    exit()\n")
+    selected = rewards.select((f"{tmp_path}/bad.py:quits",))
+    with pytest.raises(RuntimeError, match="reward quits failed"):
+        rewards.score(None, {"id": 0}, selected)

@@ -1,0 +1,298 @@
+"""Every mistake on the command line ends within seconds in one sentence, exit code 2, no traceback.
+
+    pytest tests/test_cli.py -s      # -s: see the seconds of the real processes
+
+Pinned here: wrong keys, values, files, models, tools, rewards, data, columns, formats and folders of
+all four scripts, keys that would have no effect, what an import costs, and --help. A few run as
+real processes, side by side; the others run the same `__main__` lines here.
+"""
+
+import ast
+import json
+import os
+import runpy
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import config
+import model as models
+
+ROOT = Path(config.HERE)
+SECONDS = 10  # 3 on a machine that has nothing else to do
+SCRIPTS = ["train_grpo.py", "train_sft.py", "evaluate.py", "rollout.py"]
+HEAVY = ["vllm", "peft", "bitsandbytes", "datasets", "deepspeed"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tokenizer):
+    """A folder with whole and broken models, data, configs, tools and rewards. All runs start in it."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
+    model = Qwen3ForCausalLM(Qwen3Config(**shape))
+    for name in ("model", "torn"):
+        models.save(model, tokenizer, folder / name)
+    os.truncate(folder / "torn" / "model.safetensors", 500)
+    (folder / "empty").mkdir()
+    (folder / "used").mkdir()
+    (folder / "used" / "model.safetensors").write_text("months of work")
+    (folder / "run").mkdir()
+    (folder / "run" / "config.py").write_text("model = 'model'\ndata = 'good.jsonl'\n")
+    row = {"prompt": "2 + 3?", "answer": "5"}
+    chat = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]
+    (folder / "good.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "torn.jsonl").write_text(json.dumps(row) + '\n{"prompt": "2 +')
+    (folder / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    (folder / "silent.jsonl").write_text(json.dumps({"messages": chat[:1]}) + "\n")
+    (folder / "unknown.py").write_text("learnig_rate = 1\n")
+    (folder / "wrong.py").write_text("steps = 'many'\nrows = 'many'\n".split("\n")[0] + "\n")
+    (folder / "torn.py").write_text("steps = (\n")
+    (folder / "my.py").write_text("def untyped(x):\n    return x\n")
+    return folder
+
+
+def command(script, *argv):
+    """The command line of a run that would work, but for argv."""
+    usual = {
+        "train_grpo.py": ["--model=model", "--data=good.jsonl"],
+        "train_sft.py": ["--model=model", "--data=chats.jsonl"],
+        "evaluate.py": ["--model=model", "--data=good.jsonl"],
+        "rollout.py": ["--model=model", "--data=good.jsonl"],
+    }[script]
+    given = {item.partition("=")[0] for item in argv}
+    return [script, *(item for item in usual if item.partition("=")[0] not in given), *argv]
+
+
+def one_line(stderr):
+    """The error's text, after what must hold for every mistake."""
+    lines = stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), stderr
+    assert "Traceback" not in stderr and len(lines[0]) < 500
+    return lines[0].removeprefix("error: ")
+
+
+def complaint(place, monkeypatch, capsys, script, *argv):
+    """What the script says, run here by its own `__main__` lines."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", command(script, *argv))
+    capsys.readouterr()
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert ended.value.code == 2 and time.monotonic() - began < SECONDS
+    return one_line(capsys.readouterr().err)
+
+
+# Of any script that trains or plays: what is given, and what is said.
+SHARED = [
+    ("--learnig_rate=1", "unknown key 'learnig_rate'"),
+    ("--max_tokns=1", "unknown key 'max_tokns': did you mean max_tokens?"),
+    ("--max_tokens", "cannot read '--max_tokens': write --max_tokens=2048"),
+    ("max_tokens=3", "cannot read 'max_tokens=3': write --max_tokens=3"),
+    ("calc.py", "cannot read 'calc.py': write --config calc.py"),
+    ("--max_tokens=many", "max_tokens = 'many': expected int"),
+    ("--max_tokens=0", "max_tokens = 0: expected"),
+    ("--format=hermez", "format = 'hermez': expected one of hermes, "),
+    ("--config=nope.py", "no config file 'nope.py'; looked for nope.py and configs/nope.py"),
+    (
+        "--config=unknown.py",
+        "unknown key 'learnig_rate' in unknown.py: did you mean learning_rate?",
+    ),
+    ("--config=torn.py", "torn.py, line 1: "),
+    ("--model=out/nowhere", "model = 'out/nowhere': no such folder"),
+    ("--model=./nowhere", "model = './nowhere': no such folder"),
+    ("--model=empty", "model = 'empty': that folder has no config.json"),
+    ("--model=some/model", "model = 'some/model': no such folder, and not in the hub's cache"),
+    ("--model=torn", "model = 'torn': "),
+    ("--tools=pyton", "unknown tool 'pyton': did you mean python?"),
+    ("--tools=nowhere.py:f", "nowhere.py for the tool 'nowhere.py:f'"),
+    ("--tools=my.py:other", "no function 'other' in "),
+    ("--tools=my.py:untyped", "untyped"),
+    ("--data=nowhere.jsonl", "no file 'nowhere.jsonl'"),
+    ("--data=nonsense", "data = 'nonsense': expected a .jsonl, .json or .parquet file, a task"),
+    ("--data=task:cal", "no task 'cal'; there are calc"),
+    ("--data=torn.jsonl", "torn.jsonl:2: broken JSON"),
+    ("--format=llama3", "llama3"),
+]
+PLAYED = [  # train_grpo.py, evaluate.py, rollout.py
+    ("--rewards=corect", "unknown reward 'corect' in 'corect': did you mean correct?"),
+    ("--rewards=nowhere.py:f", "no reward file 'nowhere.py'"),
+    ("--rewards=correct:much", "cannot read the weight of 'correct:much'"),
+    ("--rewards=", "rewards is empty"),
+    ("--prompt_column=question", "no column 'question', there are prompt, answer"),
+    ("--answer_column=solution", "no column 'solution', there are prompt, answer"),
+    ("--answer_after=####", "no '####' in its 'answer'"),
+    ("--prompt_template=hello", "prompt_template = 'hello' names no column"),
+    ("--max_turns=0", "max_turns = 0: expected more than 0"),
+    ("--tool_timeout=0", "tool_timeout = 0.0: expected more than 0"),
+    ("--temperature=-1", "temperature = -1.0: expected 0 or more"),
+]
+OWN = {
+    "train_grpo.py": [
+        ("--rows=3", "unknown key 'rows'"),
+        ("--config=wrong.py", "steps = 'many' in wrong.py: expected int"),
+        ("--steps=0", "steps = 0: expected more than 0"),
+        ("--group_size=1", "group_size = 1: a group of one has nothing to compare with"),
+        ("--temperature=0", "temperature = 0: all of a group would be alike"),
+        ("--loss=dapoo", "loss = 'dapoo': expected one of dapo, grpo, dr_grpo"),
+        ("--learning_rate=0", "learning_rate = 0.0: expected more than 0"),
+        ("--weight_decay=-1", "weight_decay = -1.0: expected 0 or more"),
+        ("--warmup=-1", "warmup = -1: expected 0 or more"),
+        ("--limit=0", "limit = 0: expected at least 1"),
+        ("--model=tiny", "model = 'tiny' is made by train_sft.py"),
+        ("--out_dir=used", "out_dir 'used' is not empty: give another with --out_dir="),
+        ("--out_dir=good.jsonl", "cannot use out_dir 'good.jsonl'"),
+        ("--data=task:calc --split=tset", "split = 'tset': task:calc has train and test"),
+        ("--tune=lora --lora_targets=nothing", "lora_targets = ('nothing',): "),
+    ],
+    "train_sft.py": [
+        ("--steps=3", "unknown key 'steps'"),
+        ("--optimizer=sgd", "optimizer = 'sgd': expected one of adamw, muon"),
+        ("--learning_rate=-1", "learning_rate = -1.0: expected more than 0"),
+        ("--epochs=0", "epochs = 0.0: expected more than 0"),
+        ("--weight_decay=-1", "weight_decay = -1.0: expected 0 or more"),
+        ("--warmup=-1", "warmup = -1: expected 0 or more"),
+        ("--rows=0", "rows = 0: expected at least 1"),
+        ("--max_tokens=3", "max_tokens = 3: in none of the 1 conversations"),
+        ("--data=good.jsonl", "no column 'messages', there are prompt, answer"),
+        ("--data=silent.jsonl", "silent.jsonl, row 1: no assistant message"),
+        ("--out_dir=used", "out_dir 'used' is not empty: give another with --out_dir="),
+    ],
+    "evaluate.py": [
+        ("--k=2", "k = (2,): expected numbers from 1 to n = 1"),
+        ("--n=0", "n = 0"),
+        ("--n=4", "n = 4 samples at temperature 0 are all alike: use --temperature=1"),
+        ("--limit=0", "limit = 0: expected at least 1"),
+        ("--run=nowhere", "run = 'nowhere': no config.py in it"),
+        ("--run=empty", "run = 'empty': no config.py in it"),
+        ("--data=task:calc --split=tset", "split = 'tset': task:calc has train and test"),
+        ("--save_to=used", "'used' is not empty"),
+    ],
+    "rollout.py": [
+        ("--n=4", "unknown key 'n'"),
+        ("--data=task:calc --split=tset", "split = 'tset': task:calc has train and test"),
+    ],
+}
+WITHOUT_EFFECT = [
+    ("train_grpo.py", "--lora_r=8", "lora_r has no effect with tune=full"),
+    ("train_grpo.py", "--lora_targets=q_proj", "lora_targets has no effect with tune=full"),
+    ("train_grpo.py", "--clip_high=0.3", "clip_high has no effect with updates_per_batch=1"),
+    ("train_grpo.py", "--prompt_template=Q:{prompt} --data=chats.jsonl --prompt_column=messages "
+     "--answer_column=messages", "prompt_template has no effect"),
+    ("train_sft.py", "--lora_alpha=8", "lora_alpha has no effect with tune=full"),
+    ("train_sft.py", "--model=tiny --tune=lora", "tune = 'lora' on model = 'tiny'"),
+    ("evaluate.py", "--learning_rate=1", "learning_rate has no effect in evaluate.py"),
+    ("evaluate.py", "--group_size=4", "group_size has no effect in evaluate.py"),
+    ("evaluate.py", "--out_dir=x", "out_dir has no effect in evaluate.py"),
+    ("rollout.py", "--steps=4", "steps has no effect in rollout.py"),
+    ("rollout.py", "--tune=lora", "tune has no effect in rollout.py"),
+]  # fmt: skip
+CASES = [
+    (script, argv, says)
+    for script in SCRIPTS
+    for argv, says in SHARED + (PLAYED if script != "train_sft.py" else []) + OWN[script]
+]
+
+
+@pytest.mark.parametrize("script, argv, says", CASES, ids=lambda value: value[:40])
+def test_a_mistake_is_one_line_on_stderr_that_names_it(
+    place, monkeypatch, capsys, script, argv, says
+):
+    said = complaint(place, monkeypatch, capsys, script, *argv.split(" "))
+    assert says in said
+
+
+@pytest.mark.parametrize("script, argv, says", WITHOUT_EFFECT, ids=lambda value: value[:40])
+def test_a_key_that_would_have_no_effect_is_refused(place, monkeypatch, capsys, script, argv, says):
+    """Pitfall 55."""
+    assert says in complaint(place, monkeypatch, capsys, script, *argv.split(" "))
+
+
+def test_a_refused_run_has_written_nothing(place):
+    """After all of the above: an evaluation leaves no folder, a training run at most an empty one."""
+    found = [p for p in place.glob("out/**/*") if p.is_file()]
+    assert found == [] and [p.name for p in (place / "used").iterdir()] == ["model.safetensors"]
+    assert [p.name for p in (place / "run").iterdir()] == ["config.py"]
+
+
+# Real processes
+
+
+def start(place, *argv):
+    """(finished process, seconds) of python with these arguments, offline, in `place`."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, *argv], capture_output=True, text=True, cwd=place, env=env, timeout=120
+    )
+    return done, time.monotonic() - began
+
+
+def side_by_side(place, commands):
+    with ThreadPoolExecutor(3) as pool:
+        return list(pool.map(lambda argv: start(place, *argv), commands))
+
+
+def test_real_processes_end_in_one_line_and_exit_code_2(place):
+    """Also those whose model was loaded: no library adds a line of its own."""
+    mistakes = [
+        ("train_grpo.py", "--learnig_rate=1", "did you mean learning_rate?"),
+        ("train_grpo.py", "--model=out/nowhere", "no such folder"),
+        ("train_grpo.py", "--model=some/model", "not in the hub's cache"),
+        ("train_grpo.py", "--format=llama3", "llama3"),
+        ("train_grpo.py", "--data=some/rows", "cannot load 'some/rows'"),
+        ("train_grpo.py", "--prompt_column=question", "no column 'question'"),
+        ("train_sft.py", "--out_dir=used", "is not empty"),
+        ("train_sft.py", "--model=torn", "model = 'torn'"),
+        ("evaluate.py", "--k=2", "expected numbers from 1 to n"),
+        ("evaluate.py", "--rewards=corect", "did you mean correct?"),
+        ("rollout.py", "--tools=pyton", "did you mean python?"),
+    ]
+    commands = [command(script, argv) for script, argv, _ in mistakes]
+    commands = [[str(ROOT / script), *argv] for script, *argv in commands]
+    for (script, argv, says), (done, seconds) in zip(
+        mistakes, side_by_side(place, commands), strict=True
+    ):
+        print(f"{seconds:5.1f} s  {script} {argv}")
+        assert says in one_line(done.stderr) and done.returncode == 2
+        assert seconds < SECONDS
+
+
+@pytest.mark.parametrize("module", ["train_grpo", "evaluate"])
+def test_an_import_is_silent_quick_and_light(place, module):
+    code = f"import {module}, sys; assert not (heavy := set({HEAVY}) & set(sys.modules)), heavy"
+    done, seconds = start(place, "-c", code)
+    print(f"{seconds:5.1f} s  import {module}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and seconds < SECONDS
+
+
+def test_help_is_the_source_of_the_config_and_comes_at_once(place):
+    scripts = [ROOT / name for name in [*SCRIPTS, "demo.py"] if (ROOT / name).is_file()]
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda script: start(place, str(script), "--help"), scripts))
+    for script, (done, seconds) in zip(scripts, answers, strict=True):
+        print(f"{seconds:5.2f} s  {script.name} --help")
+        assert done.returncode == 0 and done.stderr == "" and seconds < 3  # 1 on an idle machine
+        source = (
+            ROOT / ("train_grpo.py" if script.name == "rollout.py" else script.name)
+        ).read_text()
+        (node,) = [
+            node
+            for node in ast.parse(source).body
+            if isinstance(node, ast.ClassDef) and node.name == "Config"
+        ]
+        lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
+        assert "\n".join(lines) in done.stdout and len(lines) > 2
+        assert done.stdout.startswith(ast.get_docstring(ast.parse(script.read_text())))
