@@ -209,23 +209,25 @@ def load(
     except (OSError, ValueError, KeyError, SafetensorError) as error:  # missing, broken, unknown
         raise UserError(f"model = {name!r}: {' '.join(str(error).split())[:300]}") from None
     if tune == "lora" and not settings:
-        from peft import LoraConfig, get_peft_model
-
-        targets = "all-linear" if lora_targets == ("all-linear",) else list(lora_targets)
-        torch.manual_seed(seed)  # of the A matrices
-        lora = LoraConfig(
-            r=lora_r, lora_alpha=lora_alpha, target_modules=targets, task_type="CAUSAL_LM"
-        )
-        try:
-            model = get_peft_model(model, lora)
-        except ValueError as error:  # no module of that name
-            raise UserError(f"lora_targets = {lora_targets}: {error}") from None
+        model = _with_adapter(model, lora_r, lora_alpha, lora_targets, seed)
     if tune in ("full", "none"):
         model.requires_grad_(tune == "full")
     model.eval()
     if tune != "none":
         prove_head(model, name)
     return model, tokenizer
+
+
+def _with_adapter(model, r: int, alpha: int, targets: tuple[str, ...], seed: int):
+    from peft import LoraConfig, get_peft_model
+
+    chosen = "all-linear" if targets == ("all-linear",) else list(targets)
+    lora = LoraConfig(r=r, lora_alpha=alpha, target_modules=chosen, task_type="CAUSAL_LM")
+    torch.manual_seed(seed)  # of the A matrices
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:  # no module of that name
+        raise UserError(f"lora_targets = {targets}: {error}") from None
 
 
 def prove_head(model, name: str) -> None:

@@ -82,7 +82,7 @@ class Config:
     tool_timeout: float = 10.0  # seconds a call may take
     tool_concurrency: int = 16  # calls that run at once, over all trajectories
     # rollout
-    prompts_per_step: int = 24  # P
+    prompts_per_step: int = 24  # P: each step plays P groups
     group_size: int = 8  # G: more find rarer successes, and cost as much more
     temperature: float = 1.0  # 0.7..1.0; at 0 all of a group would be alike
     max_tokens: int = 2048  # of a whole trajectory, prompt and tool results included
@@ -93,9 +93,7 @@ class Config:
     trajectory_timeout: float = 300.0  # seconds
     final_turn: bool = False  # at max_turns, one more turn to answer without tools
     # rewards
-    rewards: tuple[str, ...] = (
-        "correct",
-    )  # name[:weight], file.py:name[:weight]; first = accuracy
+    rewards: tuple[str, ...] = ("correct",)  # name or file.py:name, each [:weight]; 1st = accuracy
     overlong: Literal["keep", "mask"] = "keep"  # mask: do not learn from what a limit cut short
     # loss
     loss: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # how tokens are averaged, see above

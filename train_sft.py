@@ -52,17 +52,13 @@ class Config:
     rows: int | None = None  # use the first n; for a task: make n (default 8192)
     system_prompt: str = ""  # put in front of conversations that have none
     format: Literal["hermes", "llama3", "fence", "tags"] = "hermes"  # how calls are written
-    tools: tuple[str, ...] = (
-        "python",
-    )  # described in the prompt: tools/<name>.py, or file.py:name
+    tools: tuple[str, ...] = ("python",)  # shown in the prompt: tools/<name>.py, or file.py:name
     max_tokens: int = 2048  # a longer conversation is cut on the right
     # optimisation
     epochs: float = 1.0  # passes over the rows
     batch_size: int = 32  # conversations per update
     token_budget: int = 8192  # tokens per forward pass, padding counted; halve it if out of memory
-    optimizer: Literal["adamw", "muon"] = (
-        "adamw"  # muon: for a model from scratch, a third of steps
-    )
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: from scratch, in a third of the steps
     learning_rate: float = 2e-5  # 1e-5..5e-5 full, 1e-4..5e-4 LoRA, 1e-2 tiny from scratch
     schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up
     warmup: int = 20  # updates

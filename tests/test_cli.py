@@ -2,8 +2,8 @@
 
     pytest tests/test_cli.py -s      # -s: see the seconds of the real processes
 
-Pinned here: wrong keys, values, files, models, tools, rewards, data, columns, formats and folders of
-all four scripts, keys that would have no effect, what an import costs, and --help. A few run as
+Pinned here: wrong keys, values, files, models, tools, rewards, data, columns, formats and folders
+of all four scripts, keys that would have no effect, what an import costs, and --help. A few run as
 real processes, side by side; the others run the same `__main__` lines here.
 """
 
@@ -13,6 +13,7 @@ import os
 import runpy
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,14 +25,14 @@ import config
 import model as models
 
 ROOT = Path(config.HERE)
-SECONDS = 10  # 3 on a machine that has nothing else to do
+SECONDS = 10  # 1.5 to 4.5 where nothing else runs, most of it the import of torch
 SCRIPTS = ["train_grpo.py", "train_sft.py", "evaluate.py", "rollout.py"]
 HEAVY = ["vllm", "peft", "bitsandbytes", "datasets", "deepspeed"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tokenizer):
-    """A folder with whole and broken models, data, configs, tools and rewards. All runs start in it."""
+    """Where all runs start: models, data, configs and tools, whole and broken."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     folder = tmp_path_factory.mktemp("cli")
@@ -50,11 +51,11 @@ def place(tmp_path_factory, tokenizer):
     row = {"prompt": "2 + 3?", "answer": "5"}
     chat = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]
     (folder / "good.jsonl").write_text(json.dumps(row) + "\n")
-    (folder / "torn.jsonl").write_text(json.dumps(row) + '\n{"prompt": "2 +')
+    (folder / "torn.jsonl").write_text('\n{"prompt": "2 +')
     (folder / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
     (folder / "silent.jsonl").write_text(json.dumps({"messages": chat[:1]}) + "\n")
     (folder / "unknown.py").write_text("learnig_rate = 1\n")
-    (folder / "wrong.py").write_text("steps = 'many'\nrows = 'many'\n".split("\n")[0] + "\n")
+    (folder / "wrong.py").write_text("steps = 'many'\n")
     (folder / "torn.py").write_text("steps = (\n")
     (folder / "my.py").write_text("def untyped(x):\n    return x\n")
     return folder
@@ -122,6 +123,7 @@ SHARED = [
     ("--tools=my.py:untyped", "untyped"),
     ("--data=nowhere.jsonl", "no file 'nowhere.jsonl'"),
     ("--data=nonsense", "data = 'nonsense': expected a .jsonl, .json or .parquet file, a task"),
+    ("--data=some/rows", "cannot load 'some/rows': "),
     ("--data=task:cal", "no task 'cal'; there are calc"),
     ("--data=torn.jsonl", "torn.jsonl:2: broken JSON"),
     ("--format=llama3", "llama3"),
@@ -221,7 +223,7 @@ def test_a_key_that_would_have_no_effect_is_refused(place, monkeypatch, capsys, 
 
 
 def test_a_refused_run_has_written_nothing(place):
-    """After all of the above: an evaluation leaves no folder, a training run at most an empty one."""
+    """After all of the above: an evaluation leaves no folder, training at most an empty one."""
     found = [p for p in place.glob("out/**/*") if p.is_file()]
     assert found == [] and [p.name for p in (place / "used").iterdir()] == ["model.safetensors"]
     assert [p.name for p in (place / "run").iterdir()] == ["config.py"]
@@ -231,17 +233,21 @@ def test_a_refused_run_has_written_nothing(place):
 
 
 def start(place, *argv):
-    """(finished process, seconds) of python with these arguments, offline, in `place`."""
+    """(exit code, stdout, stderr, seconds) of python with these arguments, offline, in `place`. The
+    seconds are those of the processor, so that a busy machine fails no test."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, *argv], capture_output=True, text=True, cwd=place, env=env, timeout=120
-    )
-    return done, time.monotonic() - began
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = subprocess.Popen(
+            [sys.executable, *argv], stdout=out, stderr=err, cwd=place, env=env
+        )
+        _, status, used = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0), err.seek(0)
+        return child.returncode, out.read(), err.read(), used.ru_utime + used.ru_stime
 
 
 def side_by_side(place, commands):
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda argv: start(place, *argv), commands))
 
 
@@ -249,50 +255,42 @@ def test_real_processes_end_in_one_line_and_exit_code_2(place):
     """Also those whose model was loaded: no library adds a line of its own."""
     mistakes = [
         ("train_grpo.py", "--learnig_rate=1", "did you mean learning_rate?"),
-        ("train_grpo.py", "--model=out/nowhere", "no such folder"),
         ("train_grpo.py", "--model=some/model", "not in the hub's cache"),
         ("train_grpo.py", "--format=llama3", "llama3"),
-        ("train_grpo.py", "--data=some/rows", "cannot load 'some/rows'"),
-        ("train_grpo.py", "--prompt_column=question", "no column 'question'"),
+        ("train_grpo.py", "--config=nope.py", "no config file 'nope.py'"),
         ("train_sft.py", "--out_dir=used", "is not empty"),
-        ("train_sft.py", "--model=torn", "model = 'torn'"),
-        ("evaluate.py", "--k=2", "expected numbers from 1 to n"),
+        ("evaluate.py", "--k=2", "expected numbers from 1 to n = 1"),
         ("evaluate.py", "--rewards=corect", "did you mean correct?"),
         ("rollout.py", "--tools=pyton", "did you mean python?"),
     ]
     commands = [command(script, argv) for script, argv, _ in mistakes]
-    commands = [[str(ROOT / script), *argv] for script, *argv in commands]
-    for (script, argv, says), (done, seconds) in zip(
-        mistakes, side_by_side(place, commands), strict=True
-    ):
+    ended = side_by_side(place, [[str(ROOT / script), *argv] for script, *argv in commands])
+    for (script, argv, says), (code, _, stderr, seconds) in zip(mistakes, ended, strict=True):
         print(f"{seconds:5.1f} s  {script} {argv}")
-        assert says in one_line(done.stderr) and done.returncode == 2
+        assert says in one_line(stderr) and code == 2
         assert seconds < SECONDS
 
 
-@pytest.mark.parametrize("module", ["train_grpo", "evaluate"])
-def test_an_import_is_silent_quick_and_light(place, module):
-    code = f"import {module}, sys; assert not (heavy := set({HEAVY}) & set(sys.modules)), heavy"
-    done, seconds = start(place, "-c", code)
-    print(f"{seconds:5.1f} s  import {module}")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and seconds < SECONDS
+def test_an_import_is_silent_quick_and_light(place):
+    code = "import train_grpo, train_sft, evaluate, rollout, sys; "
+    code += f"assert not (heavy := set({HEAVY}) & set(sys.modules)), heavy"
+    *ended, seconds = start(place, "-c", code)
+    print(f"{seconds:5.1f} s  import train_grpo, train_sft, evaluate, rollout")
+    assert ended == [0, "", ""] and seconds < 3
 
 
 def test_help_is_the_source_of_the_config_and_comes_at_once(place):
     scripts = [ROOT / name for name in [*SCRIPTS, "demo.py"] if (ROOT / name).is_file()]
-    with ThreadPoolExecutor(2) as pool:
-        answers = list(pool.map(lambda script: start(place, str(script), "--help"), scripts))
-    for script, (done, seconds) in zip(scripts, answers, strict=True):
+    answers = side_by_side(place, [[str(script), "--help"] for script in scripts])
+    for script, (code, stdout, stderr, seconds) in zip(scripts, answers, strict=True):
         print(f"{seconds:5.2f} s  {script.name} --help")
-        assert done.returncode == 0 and done.stderr == "" and seconds < 3  # 1 on an idle machine
-        source = (
-            ROOT / ("train_grpo.py" if script.name == "rollout.py" else script.name)
-        ).read_text()
+        assert (code, stderr) == (0, "") and seconds < 1
+        owner = ROOT / "train_grpo.py" if script.name == "rollout.py" else script
         (node,) = [
             node
-            for node in ast.parse(source).body
+            for node in ast.parse(owner.read_text()).body
             if isinstance(node, ast.ClassDef) and node.name == "Config"
         ]
-        lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
-        assert "\n".join(lines) in done.stdout and len(lines) > 2
-        assert done.stdout.startswith(ast.get_docstring(ast.parse(script.read_text())))
+        lines = owner.read_text().splitlines()[node.lineno - 1 : node.end_lineno]
+        assert "\n".join(lines) in stdout and len(lines) > 2
+        assert stdout.startswith(ast.get_docstring(ast.parse(script.read_text())))

@@ -37,6 +37,15 @@ def gemma(**options):
     return Gemma2ForCausalLM(config)
 
 
+def gpt2():
+    """Its positions are learnt, so a shift shows; rotary ones are relative."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": 32}
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(**shape, initializer_range=0.3, eos_token_id=None))
+
+
 def phi(**options):
     from transformers import PhiConfig, PhiForCausalLM
 
@@ -511,17 +520,19 @@ def test_models_whose_head_is_proved_are_trained_in_bfloat16_too(name):
         models.prove_head(MODELS[name]().eval().to(dtype), name)
 
 
-def test_padding_on_either_side_and_neighbours_change_nothing(tied):
+@pytest.mark.parametrize("make", [MODELS["tied"], gpt2], ids=["rotary", "learnt positions"])
+def test_padding_on_either_side_and_neighbours_change_nothing(make):
     """Pitfall 17: alone, right-padded and left-padded."""
+    model = make().eval()
     ids, attention_mask, mask = sequences()
-    right, _ = models.token_logprobs(tied, ids, attention_mask, mask)
+    right, _ = models.token_logprobs(model, ids, attention_mask, mask)
     left_batch = sequences("left")
-    left, _ = models.token_logprobs(tied, *left_batch)
+    left, _ = models.token_logprobs(model, *left_batch)
     assert torch.allclose(right[mask == 1], left[left_batch[2] == 1], atol=2e-6)
     for row in range(3):
         n = attention_mask[row].sum()
         alone = ids[row : row + 1, :n], attention_mask[row : row + 1, :n], mask[row : row + 1, :n]
-        single, _ = models.token_logprobs(tied, *alone)
+        single, _ = models.token_logprobs(model, *alone)
         assert torch.allclose(single[0], right[row, :n], atol=2e-6)
 
 
