@@ -135,18 +135,18 @@ def changed(cfg):
     return {name for name in names if getattr(cfg, name) != getattr(default, name)}
 
 
-def fresh_dir(path, way_out="remove it"):
+def fresh_dir(path, way_out="remove it", key="out_dir"):
     """Create the folder of a new run and return its Path; one that holds something is refused."""
-    path, other = Path(path), "give another with --out_dir=…"
+    path, other = Path(path), f"give another with --{key}=…"
     try:
         path.mkdir(parents=True, exist_ok=True)
         empty = not any(path.iterdir())
     except OSError as error:  # a file in its place, no permission, a read-only disk
-        raise UserError(f"cannot use out_dir '{path}' ({error.strerror}): {other}") from None
+        raise UserError(f"cannot use {key} '{path}' ({error.strerror}): {other}") from None
     if not empty:
-        raise UserError(f"out_dir '{path}' is not empty: {other}, or {way_out}")
+        raise UserError(f"{key} '{path}' is not empty: {other}, or {way_out}")
     if not os.access(path, os.W_OK):
-        raise UserError(f"cannot write to out_dir '{path}': {other}")
+        raise UserError(f"cannot write to {key} '{path}': {other}")
     return path
 
 

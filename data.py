@@ -88,6 +88,13 @@ def conversations(data, rows=None, seed=0, system_prompt="") -> list[list[dict]]
     return [m if any(x["role"] == "system" for x in m) else [system, *m] for m in found]
 
 
+def is_file(data) -> bool:
+    """Whether `data` names a file, which has no splits, and not a task, hub data set or folder."""
+    return not data.startswith("task:") and (
+        Path(data).suffix in (".json", ".jsonl", ".parquet") or Path(data).expanduser().is_file()
+    )
+
+
 def _rows(data, split, seed):
     """An iterator over the rows, as dicts: what comes after `limit` is not read."""
     path = Path(data).expanduser()

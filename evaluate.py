@@ -23,6 +23,7 @@ if __name__ == "__main__":
     # the keys of train_grpo.py that shape a rollout can be given here too
     config.answer_help(__file__, "train_grpo.py")
 
+import data
 import report
 import rewards as reward_functions
 import train_grpo
@@ -39,7 +40,7 @@ class Config:
     limit: int | None = None  # the first so many problems
     split: str = "test"  # of a task or a hub data set; a file has no splits
     temperature: float = 0.0  # 0 = greedy
-    seed: int = 1_000_000  # of sampling: another stream than training's
+    seed: int = 1_000_000  # of sampling (another stream than training's) and of a task's problems
     batch: int = 256  # problems that are played at once
     save_to: str = ""  # folder of eval.json and rollouts.jsonl; "" = eval/ in the run, or out/eval
 
@@ -126,9 +127,17 @@ def load_config(argv: list[str], own: Config) -> train_grpo.Config:
         if not file.is_file():
             raise UserError(f"run = {own.run!r}: no config.py in it: give the out_dir of a run")
         layers = ["--config", str(file)]
-    base = config.parse(train_grpo.Config, layers)
+    try:
+        base = config.parse(train_grpo.Config, layers)
+    except UserError as error:
+        advice = f"for another's model use --model={own.run} --config …"
+        raise UserError(
+            f"run = {own.run!r} is no run of train_grpo.py ({error}); {advice}"
+        ) from None
     cfg = config.parse(train_grpo.Config, argv, keys=KEYS, base=base)
     given = any(item.startswith("--model=") for item in argv)
+    if own.split != Config.split and data.is_file(cfg.data):
+        raise UserError(f"split has no effect on {cfg.data!r}: a file has no splits, so drop it")
     cfg = over(cfg, own, own.run if own.run and not given else cfg.model)
     train_grpo.check(cfg)
     return cfg
@@ -136,15 +145,14 @@ def load_config(argv: list[str], own: Config) -> train_grpo.Config:
 
 def over(cfg: train_grpo.Config, own: Config, model: str) -> train_grpo.Config:
     """`cfg` for evaluating `model`: its sampling is `own`'s."""
-    return replace(cfg, model=model, split=own.split, temperature=own.temperature, seed=own.seed)
+    split = train_grpo.Config.split if data.is_file(cfg.data) else own.split
+    return replace(cfg, model=model, split=split, temperature=own.temperature, seed=own.seed)
 
 
 def evaluate(cfg: train_grpo.Config, own: Config) -> dict:
     """Plays the problems of cfg, writes eval.json and rollouts.jsonl, returns the numbers."""
-    folder = config.fresh_dir(own.save_to) if own.save_to else None
-    model, tokenizer, chat, toolbox, selected, rows = train_grpo.setup(
-        cfg, "none", own.split, own.limit
-    )
+    folder = config.fresh_dir(own.save_to, key="save_to") if own.save_to else None
+    model, tokenizer, chat, toolbox, selected, rows = train_grpo.setup(cfg, "none", limit=own.limit)
     folder = folder or _numbered(Path(own.run) / "eval" if own.run else Path("out/eval"))
     engine = TransformersEngine(model, tokenizer, cfg.deterministic)
     outcome, trajectories = next(iter(selected)), []
@@ -159,18 +167,16 @@ def evaluate(cfg: train_grpo.Config, own: Config) -> dict:
                     engine,
                     toolbox,
                     Settings.of(cfg),
-                    step=start,
                     samples=own.n,
+                    first_group=start,
                     rewards=selected,
                     on_done=done,
                 )
             )
-            for t in played:
-                t.group += start
             trajectories += played
             report.write_rollouts(folder / "rollouts.jsonl", played, tokenizer)
     wait(engine.close())
-    numbers = {"model": cfg.model, "data": cfg.data, "split": own.split, "seed": own.seed}
+    numbers = {"model": cfg.model, "data": cfg.data, "split": cfg.split, "seed": own.seed}
     numbers |= {"temperature": own.temperature, **summarize(trajectories, outcome, own.k)}
     (folder / "eval.json").write_text(json.dumps(numbers, indent=2) + "\n")
     return numbers | {"saved": str(folder)}

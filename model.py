@@ -6,6 +6,7 @@
 Shapes: B sequences, T tokens, H hidden size, V vocabulary, N tokens that are trained.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -353,10 +354,22 @@ def optimizers(model, kind: str, learning_rate: float, weight_decay: float = 0.0
     return made
 
 
+@contextlib.contextmanager
+def memory_advice(*knobs: str):
+    """Turns "out of memory" into a sentence that names what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what = " ".join(str(error).split())[:200]
+        raise UserError(f"out of memory: lower {', '.join(knobs)} ({what})") from None
+
+
 def step(model, optimizers: list, learning_rate: float, max_grad_norm: float) -> float:
     """One step of all optimizers on the gradient, clipped to max_grad_norm; returns its norm."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+    if not math.isfinite(norm):  # a step with it would make every weight NaN
+        raise UserError(f"grad_norm = {norm}: training has diverged; lower learning_rate")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 LEGEND = "green is trained, grey is context, yellow is what a tool said"
 CURVES = (  # title, what is drawn in it
     ("reward", ("reward",)),
-    ("accuracy", ("accuracy", "token_accuracy")),
+    ("accuracy", ("accuracy",)),
     ("tool-call rate", ("tool_call_rate", "tool_error_rate")),
     ("tokens per trajectory", ("new_tokens",)),
     ("loss", ("loss",)),
@@ -98,7 +98,8 @@ class Log:
     def summary(self, values: dict) -> None:
         """The last lines of a run, one `key: value` each, for people and for grep."""
         values = {**values, "minutes": (time.monotonic() - self.started) / 60}
-        values["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, others KiB
+        values["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         self.print("---")
         print_summary(values, self.print)
 

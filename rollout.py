@@ -30,7 +30,7 @@ from tools import Toolbox, ToolCall
 
 # The keys of train_grpo's Config that shape a rollout: those that --key=value may set here.
 KEYS = (
-    *("model", "dtype", "engine", "data", "split", "prompt_column", "answer_column"),
+    *("model", "dtype", "deterministic", "data", "split", "prompt_column", "answer_column"),
     *("answer_after", "system_prompt", "prompt_template", "format", "tools", "tool_timeout"),
     *(
         "tool_concurrency",
@@ -122,11 +122,14 @@ async def rollouts(
     samples: int = 1,
     rewards: dict | None = None,
     on_done=None,
+    first_group: int = 0,
 ) -> list[Trajectory]:
     """Plays `samples` trajectories for each example, all at once.
 
     rewards: of rewards.select(); each trajectory is scored as soon as it ends. on_done(trajectory)
-    is called then too. Returns them in the order of the examples, the samples of one side by side.
+    is called then too. first_group: the number of the first example, where a long list is played
+    in parts; seeds depend on it. Returns them in the order of the examples, the samples of one side
+    by side.
     """
     prompts = [chat.prompt(example["messages"]) for example in examples]
     tasks, left = [], 0
@@ -149,7 +152,8 @@ async def rollouts(
             on_done(trajectory)
         return trajectory
 
-    for group, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
+    pairs = zip(examples, prompts, strict=True)
+    for group, (example, prompt) in enumerate(pairs, first_group):
         for sample in range(samples):
             engine.join()  # all of them before the first starts: the engine knows whom to wait for
             trajectory = Trajectory(example, group, sample, version=engine.version)

@@ -65,11 +65,10 @@ class Config:
     lora_alpha: int = 64  # their scale is lora_alpha / lora_r
     lora_targets: tuple[str, ...] = ("all-linear",)  # names of linear layers, or all of them
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bfloat16 halves memory
-    engine: Literal["transformers"] = "transformers"  # what samples
     deterministic: bool = True  # equal seeds give equal bits; false: nobody waits for slow tools
     # data
     data: str = "task:calc"  # task:name, .jsonl, .parquet, or a hub id such as openai/gsm8k:main
-    split: str = "train"  # of a task or a hub data set
+    split: str = "train"  # of a task or a hub data set; a file has none
     limit: int | None = None  # use the first n rows
     prompt_column: str = "prompt"  # text, or a list of chat messages
     answer_column: str = "answer"  # text, a number, or a list of accepted ones
@@ -119,6 +118,8 @@ def check(cfg: Config) -> None:
         raise UserError(f"{min(useless)} has no effect with tune=full: use --tune=lora, or drop it")
     if cfg.updates_per_batch == 1 and (useless := {"clip_low", "clip_high"} & changed):
         raise UserError(f"{min(useless)} has no effect with updates_per_batch=1: the ratio is 1")
+    if "split" in changed and data.is_file(cfg.data):
+        raise UserError(f"split has no effect on {cfg.data!r}: a file has no splits, so drop it")
     if cfg.model == "tiny":
         raise UserError("model = 'tiny' is made by train_sft.py: give the folder that it wrote")
     positive = ("steps", "prompts_per_step", "max_tokens", "max_new_tokens", "max_turns", "lora_r")
@@ -127,9 +128,12 @@ def check(cfg: Config) -> None:
     for name in positive + ("lora_alpha", "clip_low", "clip_high"):
         if getattr(cfg, name) <= 0:
             raise UserError(f"{name} = {getattr(cfg, name)}: expected more than 0")
-    for name in ("temperature", "max_tool_calls", "warmup", "weight_decay", "rollouts_per_step"):
+    zero = ("temperature", "max_tool_calls", "warmup", "weight_decay", "rollouts_per_step", "seed")
+    for name in zero:
         if getattr(cfg, name) < 0:
             raise UserError(f"{name} = {getattr(cfg, name)}: expected 0 or more")
+    if cfg.seed >= 2**63:
+        raise UserError(f"seed = {cfg.seed}: expected less than 2**63")
     if cfg.group_size < 2:
         raise UserError(
             f"group_size = {cfg.group_size}: a group of one has nothing to compare with"
@@ -250,22 +254,24 @@ def learn(model, optimizers: list, trajectories: list, rate: float, cfg: Config)
     return metrics
 
 
-def examples(cfg: Config, split: str = "", limit: int | None = None) -> list[dict]:
-    """The data rows as the config says."""
+def examples(cfg: Config, limit: int | None = None) -> list[dict]:
+    """The data rows as the config says, the first `limit` of them."""
     columns = (cfg.prompt_column, cfg.answer_column, cfg.answer_after)
     prompts = (cfg.system_prompt, cfg.prompt_template)
-    return data.load(cfg.data, split or cfg.split, *columns, *prompts, limit or cfg.limit, cfg.seed)
+    return data.load(cfg.data, cfg.split, *columns, *prompts, limit or cfg.limit, cfg.seed)
 
 
-def setup(cfg: Config, tune: str, split: str = "", limit: int | None = None):
+def setup(cfg: Config, tune: str, limit: int | None = None):
     """(model, tokenizer, chat, toolbox, rewards, examples); what is cheap to check comes first."""
     selected = reward_functions.select(cfg.rewards)
     toolbox = Toolbox(cfg.tools, cfg.tool_concurrency, cfg.tool_timeout)
     models.find(cfg.model)
-    rows = examples(cfg, split, limit)
+    rows = examples(cfg, limit)
     lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
     model, tokenizer = models.load(cfg.model, tune, cfg.dtype, "auto", *lora)
     chat = Chat(tokenizer, cfg.format, toolbox.schemas)
+    if (length := len(chat.prompt(rows[0]["messages"]))) >= cfg.max_tokens:
+        raise UserError(f"max_tokens = {cfg.max_tokens}: the first prompt alone has {length}")
     return model, tokenizer, chat, toolbox, selected, rows
 
 
@@ -293,7 +299,8 @@ def train(cfg: Config) -> dict:
     trained, total = models.count(model)
     columns = {"reward": "6.3f", "accuracy": "5.3f", "tool_call_rate": "5.3f", "new_tokens": "6.1f"}
     columns |= {"loss": "8.4f", "grad_norm": "6.2f", "seconds": "5.2f"}
-    with report.Log(out_dir, cfg.steps, columns) as log:
+    knobs = "token_budget", "max_tokens", "group_size"
+    with report.Log(out_dir, cfg.steps, columns) as log, models.memory_advice(*knobs):
         log.print(f"{len(rows)} prompts, {cfg.steps} steps, {trained:,} of {total:,} trained")
         for step in range(cfg.steps):
             started = time.monotonic()

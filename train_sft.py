@@ -79,7 +79,9 @@ def check(cfg: Config) -> None:
     for name in ("learning_rate", "epochs", "max_grad_norm", "lora_alpha"):
         if getattr(cfg, name) <= 0:
             raise UserError(f"{name} = {getattr(cfg, name)}: expected more than 0")
-    for name in ("warmup", "weight_decay"):
+    if cfg.seed >= 2**63:
+        raise UserError(f"seed = {cfg.seed}: expected less than 2**63")
+    for name in ("warmup", "weight_decay", "seed"):
         if getattr(cfg, name) < 0:
             raise UserError(f"{name} = {getattr(cfg, name)}: expected 0 or more")
 
@@ -153,7 +155,8 @@ def train(cfg: Config) -> dict:
 
     trained, total = models.count(model)
     columns = {"loss": "7.4f", "entropy": "6.4f", "grad_norm": "6.2f", "seconds": "5.2f"}
-    with report.Log(out_dir, steps, columns) as log:
+    knobs = "token_budget", "max_tokens", "batch_size"
+    with report.Log(out_dir, steps, columns) as log, models.memory_advice(*knobs):
         log.print(f"{len(samples)} conversations, {steps} steps, {trained:,} of {total:,} trained")
         model.train()
         for step in range(steps):

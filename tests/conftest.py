@@ -1,6 +1,11 @@
 """Fixtures for every test: `tokenizer`, made here, with a ChatML template that has tools."""
 
+import os
+
 import pytest
+
+# Tiny tensors: a second thread gains nothing, and on a busy machine waiting costs 100 times.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A ChatML template in the manner of Qwen2.5: schemas in the system prompt, calls in <tool_call>,
 # consecutive results in one user turn, a line break after every <|im_end|>.

@@ -298,9 +298,12 @@ def test_a_plain_answer_costs_microseconds_and_no_text_much_more():
         part * (20_000 // len(part)) for part in ("<answer>", "{", "```", "answer: ", "\\boxed{")
     ]
     for text, limit in zip(texts, [0.001] + [0.2] * 5, strict=True):  # 0.00004 and 0.01 in truth
-        start = time.perf_counter()
-        correct(trajectory(row, text), row)
-        assert time.perf_counter() - start < limit
+        spent = []
+        for _ in range(3):  # CPU time, and the best of three: a busy machine fails nothing
+            start = time.process_time()
+            correct(trajectory(row, text), row)
+            spent.append(time.process_time() - start)
+        assert min(spent) < limit
 
 
 def test_select_reads_names_weights_and_files(tmp_path, monkeypatch):
