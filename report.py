@@ -159,7 +159,7 @@ def curves(out_dir) -> None:
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(Path(out_dir) / "curves.png", dpi=110)
+    figure.savefig(Path(out_dir) / "curves.png", dpi=100)
 
 
 def _smooth(values, window: int = 5) -> list[float]:

@@ -29,19 +29,13 @@ from engine import Engine, Sampling
 from tools import Toolbox, ToolCall
 
 # The keys of train_grpo's Config that shape a rollout: those that --key=value may set here.
-KEYS = (
-    *("model", "dtype", "deterministic", "data", "split", "prompt_column", "answer_column"),
-    *("answer_after", "system_prompt", "prompt_template", "format", "tools", "tool_timeout"),
-    *(
-        "tool_concurrency",
-        "rewards",
-        "temperature",
-        "max_tokens",
-        "max_new_tokens",
-        "max_turns",
-        "max_tool_calls",
-    ),
-    *("max_observation_tokens", "trajectory_timeout", "final_turn", "seed"),
+KEYS = tuple(
+    """
+    model dtype deterministic data split prompt_column answer_column answer_after system_prompt
+    prompt_template format tools tool_timeout tool_concurrency rewards temperature max_tokens
+    max_new_tokens max_turns max_tool_calls max_observation_tokens trajectory_timeout final_turn
+    seed
+    """.split()
 )
 
 

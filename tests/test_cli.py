@@ -48,6 +48,8 @@ def place(tmp_path_factory, tokenizer):
     (folder / "used" / "model.safetensors").write_text("months of work")
     (folder / "run").mkdir()
     (folder / "run" / "config.py").write_text("model = 'model'\ndata = 'good.jsonl'\n")
+    (folder / "sft").mkdir()
+    (folder / "sft" / "config.py").write_text("model = 'tiny'\nrows = 3\n")
     row = {"prompt": "2 + 3?", "answer": "5"}
     chat = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]
     (folder / "good.jsonl").write_text(json.dumps(row) + "\n")
@@ -140,6 +142,8 @@ PLAYED = [  # train_grpo.py, evaluate.py, rollout.py
     ("--max_turns=0", "max_turns = 0: expected more than 0"),
     ("--tool_timeout=0", "tool_timeout = 0.0: expected more than 0"),
     ("--temperature=-1", "temperature = -1.0: expected 0 or more"),
+    ("--max_tokens=5", "max_tokens = 5: the first prompt alone has "),
+    ("--seed=1e30", "expected less than 2**63"),
 ]
 OWN = {
     "train_grpo.py": [
@@ -180,7 +184,8 @@ OWN = {
         ("--run=nowhere", "run = 'nowhere': no config.py in it"),
         ("--run=empty", "run = 'empty': no config.py in it"),
         ("--data=task:calc --split=tset", "split = 'tset': task:calc has train and test"),
-        ("--save_to=used", "'used' is not empty"),
+        ("--save_to=used", "save_to 'used' is not empty: give another with --save_to="),
+        ("--run=sft", "run = 'sft' is no run of train_grpo.py (unknown key 'rows'"),
     ],
     "rollout.py": [
         ("--n=4", "unknown key 'n'"),
@@ -193,6 +198,9 @@ WITHOUT_EFFECT = [
     ("train_grpo.py", "--clip_high=0.3", "clip_high has no effect with updates_per_batch=1"),
     ("train_grpo.py", "--prompt_template=Q:{prompt} --data=chats.jsonl --prompt_column=messages "
      "--answer_column=messages", "prompt_template has no effect"),
+    ("train_grpo.py", "--split=test", "split has no effect on 'good.jsonl'"),
+    ("evaluate.py", "--split=train", "split has no effect on 'good.jsonl'"),
+    ("rollout.py", "--split=test", "split has no effect on 'good.jsonl'"),
     ("train_sft.py", "--lora_alpha=8", "lora_alpha has no effect with tune=full"),
     ("train_sft.py", "--model=tiny --tune=lora", "tune = 'lora' on model = 'tiny'"),
     ("evaluate.py", "--learning_rate=1", "learning_rate has no effect in evaluate.py"),

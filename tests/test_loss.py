@@ -675,3 +675,18 @@ def test_a_step_clips_the_gradient_uses_the_rate_it_is_given_and_clears_it(tied,
     assert all(p.grad is None for p in policy.parameters())
     moments = torch.cat([state["exp_avg"].flatten() for state in optimizers[0].state.values()])
     assert moments.unique().tolist() == [pytest.approx(0.1 * 0.5 / math.sqrt(count), rel=1e-3)]
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_and_changes_no_weight():
+    model = torch.nn.Linear(2, 1)
+    before = model.weight.detach().clone()
+    (model(torch.ones(1, 2)) * float("nan")).sum().backward()
+    with pytest.raises(UserError, match="training has diverged; lower learning_rate"):
+        models.step(model, models.optimizers(model, "adamw", 0.1), 0.1, 1.0)
+    assert torch.equal(model.weight, before)
+
+
+def test_out_of_memory_is_a_sentence_that_names_the_knobs():
+    with pytest.raises(UserError, match="out of memory: lower token_budget, group_size"):
+        with models.memory_advice("token_budget", "group_size"):
+            raise torch.OutOfMemoryError("tried to allocate\n20 GiB")
