@@ -75,10 +75,16 @@ def conversations(data, rows=None, seed=0, system_prompt="") -> list[list[dict]]
     if data.startswith("task:"):
         found = _task(data.removeprefix("task:")).demos(rows or 8192, seed)
     else:
-        found = [
-            example["messages"]
-            for example in load(data, prompt_column="messages", limit=rows, require_answer=False)
-        ]
+        found = []
+        for number, row in enumerate(itertools.islice(_rows(data, "train", seed), rows), 1):
+            if "messages" not in row:
+                there = f"no column 'messages', there are {', '.join(row)}"
+                raise UserError(f"{data}, row {number}: {there}: SFT takes whole conversations")
+            if not isinstance(row["messages"], list):
+                raise UserError(f"{data}, row {number}: 'messages' is not a list of chat messages")
+            found.append(_chat(row["messages"], "messages", "{prompt}"))
+        if not found:
+            raise UserError(f"{data} has no rows")
     for number, messages in enumerate(found, 1):
         if not any(message["role"] == "assistant" for message in messages):
             raise UserError(f"{data}, row {number}: no assistant message, so nothing to learn")

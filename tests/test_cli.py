@@ -56,6 +56,8 @@ def place(tmp_path_factory, tokenizer):
     (folder / "torn.jsonl").write_text('\n{"prompt": "2 +')
     (folder / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
     (folder / "silent.jsonl").write_text(json.dumps({"messages": chat[:1]}) + "\n")
+    (folder / "nolist.jsonl").write_text('{"messages": "hello"}\n')
+    (folder / "norows.jsonl").write_text("\n")
     (folder / "unknown.py").write_text("learnig_rate = 1\n")
     (folder / "wrong.py").write_text("steps = 'many'\n")
     (folder / "torn.py").write_text("steps = (\n")
@@ -172,7 +174,9 @@ OWN = {
         ("--warmup=-1", "warmup = -1: expected 0 or more"),
         ("--rows=0", "rows = 0: expected at least 1"),
         ("--max_tokens=3", "max_tokens = 3: in none of the 1 conversations"),
-        ("--data=good.jsonl", "no column 'messages', there are prompt, answer"),
+        ("--data=good.jsonl", "no column 'messages', there are prompt, answer: SFT takes whole"),
+        ("--data=nolist.jsonl", "nolist.jsonl, row 1: 'messages' is not a list of chat messages"),
+        ("--data=norows.jsonl", "norows.jsonl has no rows"),
         ("--data=silent.jsonl", "silent.jsonl, row 1: no assistant message"),
         ("--out_dir=used", "out_dir 'used' is not empty: give another with --out_dir="),
     ],
