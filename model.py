@@ -163,6 +163,17 @@ def find(name: str) -> str:
     return name
 
 
+def load_tokenizer(name: str):
+    """The tokenizer of a folder or hub id; takes a moment, so a template is judged before weights
+    are loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(find(name))
+    except (OSError, ValueError, KeyError) as error:  # a file is missing or broken
+        raise UserError(f"model = {name!r}: {' '.join(str(error).split())[:300]}") from None
+
+
 def load(
     name: str,
     tune: str = "none",
@@ -180,7 +191,7 @@ def load(
     adapter is trained on. Raises UserError where a part is missing.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of the shards: it would tear our own bar
@@ -196,7 +207,7 @@ def load(
                 f"model = {name!r} has lora_r = {settings['r']} and lora_alpha = "
                 f"{settings['lora_alpha']}, and training it cannot change them: give the same"
             )
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = load_tokenizer(name)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -267,11 +267,12 @@ def setup(cfg: Config, tune: str, limit: int | None = None):
     toolbox = Toolbox(cfg.tools, cfg.tool_concurrency, cfg.tool_timeout)
     models.find(cfg.model)
     rows = examples(cfg, limit)
-    lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
-    model, tokenizer = models.load(cfg.model, tune, cfg.dtype, "auto", *lora)
-    chat = Chat(tokenizer, cfg.format, toolbox.schemas)
+    tokenizer = models.load_tokenizer(cfg.model)
+    chat = Chat(tokenizer, cfg.format, toolbox.schemas)  # proved before any weights are loaded
     if (length := len(chat.prompt(rows[0]["messages"]))) >= cfg.max_tokens:
         raise UserError(f"max_tokens = {cfg.max_tokens}: the first prompt alone has {length}")
+    lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
+    model, _ = models.load(cfg.model, tune, cfg.dtype, "auto", *lora)
     return model, tokenizer, chat, toolbox, selected, rows
 
 

@@ -131,13 +131,18 @@ def setup(cfg: Config):
     if cfg.model != "tiny":
         models.find(cfg.model)
     conversations = data.conversations(cfg.data, cfg.rows, cfg.seed, cfg.system_prompt)
-    if cfg.model == "tiny":
+    tiny = cfg.model == "tiny"
+    if tiny:
         tokenizer = models.tiny_tokenizer(conversations[:4096], toolbox.schemas)
+    else:
+        tokenizer = models.load_tokenizer(cfg.model)
+    chat = Chat(tokenizer, cfg.format, toolbox.schemas)  # proved before any weights are loaded
+    if tiny:
         model = models.tiny(tokenizer, cfg.seed).to(getattr(torch, cfg.dtype))
     else:
         lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
-        model, tokenizer = models.load(cfg.model, cfg.tune, cfg.dtype, "auto", *lora)
-    return model, tokenizer, Chat(tokenizer, cfg.format, toolbox.schemas), conversations
+        model, _ = models.load(cfg.model, cfg.tune, cfg.dtype, "auto", *lora)
+    return model, tokenizer, chat, conversations
 
 
 def train(cfg: Config) -> dict:
