@@ -48,7 +48,7 @@ def run(cfg: Config) -> dict:
     train_grpo.train(cfg_grpo)
     after = evaluated(cfg_grpo, grpo, f"{grpo}/eval")
 
-    print(f"\n3. One rollout: {report.LEGEND}\n")
+    print("\n3. One rollout: green is trained, grey is context, yellow is what a tool said\n")
     rollout.main(["--config", "calc.py", f"--model={grpo}", "--split=test", "--temperature=0"])
     results = {"problems": after["problems"], "curves": f"{grpo}/curves.png"}
     for name in ("accuracy", "tool_call_rate"):

@@ -16,7 +16,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-LEGEND = "green is trained, grey is context, yellow is what a tool said"
 CURVES = (  # title, what is drawn in it
     ("reward", ("reward",)),
     ("accuracy", ("accuracy",)),
