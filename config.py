@@ -125,7 +125,9 @@ def answer_help(*files):
 def save(cfg, path):
     """Write all fields as a python file: parse(cls, ["--config", path]) gives an equal cfg."""
     lines = [f"{f.name} = {getattr(cfg, f.name)!r}\n" for f in dataclasses.fields(cfg)]
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    aside = Path(f"{path}.aside")  # whole or not at all: a run is gone on with by it
+    aside.write_text("".join(lines), encoding="utf-8")
+    os.replace(aside, path)
 
 
 def changed(cfg):
@@ -133,6 +135,28 @@ def changed(cfg):
     default = type(cfg)()
     names = [field.name for field in dataclasses.fields(cfg)]
     return {name for name in names if getattr(cfg, name) != getattr(default, name)}
+
+
+def useless(cfg, rules):
+    """UserError for a key that was given but has no effect. rules: (condition, "key key", why)."""
+    given = changed(cfg)
+    for condition, names, why in rules:
+        if condition and (found := sorted(given & set(names.split()))):
+            raise UserError(f"{found[0]} has no effect {why}")
+
+
+def positive(cfg, names):
+    """UserError for a number that is not above 0; names: "key key"."""
+    for name in names.split():
+        if getattr(cfg, name) <= 0:
+            raise UserError(f"{name} = {getattr(cfg, name)}: expected more than 0")
+
+
+def not_negative(cfg, names):
+    """UserError for a number below 0; names: "key key"."""
+    for name in names.split():
+        if getattr(cfg, name) < 0:
+            raise UserError(f"{name} = {getattr(cfg, name)}: expected 0 or more")
 
 
 def fresh_dir(path, way_out="remove it", key="out_dir"):

@@ -9,6 +9,7 @@ Hugging Face hub id, with the name of its configuration after a colon, or task:c
 task: tasks/calc.py, whose rows(split, seed=0) returns dicts with prompt and answer.
 """
 
+import contextlib
 import importlib
 import itertools
 import json
@@ -18,6 +19,8 @@ from pathlib import Path
 from config import UserError, near
 
 TASKS = Path(__file__).resolve().parent / "tasks"
+ROLES = ("system", "user", "assistant", "tool")
+NO_IMAGES = "no model that sees images can be trained yet, so leave the row out or make it text"
 
 
 def load(
@@ -69,29 +72,80 @@ def load(
     return examples
 
 
-def conversations(data, rows=None, seed=0, system_prompt="") -> list[list[dict]]:
-    """Demonstrations in OpenAI chat form for SFT: `rows` of a task's (default 8192), or the first
-    `rows` of a file's or hub data set's `messages` column. system_prompt as in `load`."""
+def conversations(data, rows=None, seed=0, system_prompt="") -> list[dict]:
+    """What SFT trains on: `rows` demonstrations of a task (default 8192), or the first `rows` rows
+    of a file or hub data set, each in one of two forms. "row" is its number, from 1.
+
+    {"row", "messages", "tools"}: a conversation in OpenAI chat form. Contents are text, arguments
+    objects, results in the order of their calls; tools is a list of JSON schemas, or None.
+    {"row", "ids", "mask"}: a trajectory as in rollouts.jsonl, to be used as it is: its messages
+    are left out. Both keep the columns `reward` and `text`.
+
+    system_prompt as in `load`. Raises UserError, with the row's number, where a row does not fit.
+    """
     if data.startswith("task:"):
-        found = _task(data.removeprefix("task:")).demos(rows or 8192, seed)
+        demos = _task(data.removeprefix("task:")).demos(rows or 8192, seed)
+        source, json_text = ({"messages": messages} for messages in demos), True
     else:
-        found = []
-        for number, row in enumerate(itertools.islice(_rows(data, "train", seed), rows), 1):
-            if "messages" not in row:
-                there = f"no column 'messages', there are {', '.join(row)}"
-                raise UserError(f"{data}, row {number}: {there}: SFT takes whole conversations")
-            if not isinstance(row["messages"], list):
-                raise UserError(f"{data}, row {number}: 'messages' is not a list of chat messages")
-            found.append(_chat(row["messages"], "messages", "{prompt}"))
-        if not found:
-            raise UserError(f"{data} has no rows")
-    for number, messages in enumerate(found, 1):
-        if not any(message["role"] == "assistant" for message in messages):
-            raise UserError(f"{data}, row {number}: no assistant message, so nothing to learn")
-    if not system_prompt:
-        return found
-    system = {"role": "system", "content": system_prompt}
-    return [m if any(x["role"] == "system" for x in m) else [system, *m] for m in found]
+        source = itertools.islice(_rows(data, "train", seed), rows)
+        json_text = Path(data).suffix in (".json", ".jsonl")
+    found = []
+    for number, row in enumerate(source, 1):
+        try:
+            recorded = row.get("ids") is not None and row.get("mask") is not None
+            made = _recorded(row) if recorded else _conversation(row, json_text)
+        except UserError as error:
+            raise UserError(f"{data}, row {number}: {error}") from None
+        kept = {name: row[name] for name in ("reward", "text") if name in row}
+        found.append({"row": number, **made, **kept})
+    if not found:
+        raise UserError(f"{data} has no rows")
+    if system_prompt:
+        lists = [row["messages"] for row in found if "messages" in row]
+        lists = [messages for messages in lists if all(m["role"] != "system" for m in messages)]
+        if not lists:
+            why = "every row has a system message, or is recorded with its prompt"
+            raise UserError(f"system_prompt has no effect on {data}: {why}")
+        for messages in lists:
+            messages.insert(0, {"role": "system", "content": system_prompt})
+    return found
+
+
+def rewarded(rows, min_reward, name) -> list[dict]:
+    """Those of `conversations` whose reward is at least min_reward (None: all of them). A reward of
+    None, not to be learnt from, is below. name: the data set's, for messages."""
+    if min_reward is None:
+        return rows
+    for row in rows:
+        if not isinstance(row.get("reward", ""), int | float | None):
+            has = f"its reward is {row['reward']!r}" if "reward" in row else "it has no reward"
+            remedy = "give it a number, or drop min_reward"
+            raise UserError(f"{name}, row {row['row']}: min_reward has no effect, {has}: {remedy}")
+    kept = [row for row in rows if row["reward"] is not None and row["reward"] >= min_reward]
+    if not kept:
+        raise UserError(f"min_reward = {min_reward}: no row of {name} reaches it: lower it")
+    return kept
+
+
+def check_calls(messages, shown) -> None:
+    """UserError if a conversation calls a tool that is not among those shown in its prompt. Where
+    none is, the template is not proved for calls and results: then it may have neither."""
+    called = [c["function"]["name"] for m in messages for c in m.get("tool_calls", ())]
+    called += ["a tool" for m in messages if m["role"] == "tool" and not shown]
+    if unknown := [name for name in called if name not in shown]:
+        there = ", ".join(shown) or "none"
+        remedy = "name it in --tools=…, or give the row a `tools` column"
+        raise UserError(f"it calls {unknown[0]}, the tools of its prompt are {there}: {remedy}")
+
+
+def check_ids(row, tokenizer) -> None:
+    """UserError if a trajectory was recorded with another tokenizer."""
+    known = max(row["ids"], default=0) < len(tokenizer)
+    text = row.get("text") if known else ""
+    if not known or (text and tokenizer.decode(row["ids"], skip_special_tokens=False) != text):
+        what = "other text than the row's" if known else f"none above {len(tokenizer) - 1}"
+        remedy = "give the model that recorded it, or one with its tokenizer"
+        raise UserError(f"to the model's tokenizer its ids are {what}: {remedy}")
 
 
 def is_file(data) -> bool:
@@ -214,6 +268,130 @@ def _chat(messages, column, template):
         raise UserError(f"prompt_template has no effect: {column!r} holds chat messages")
     # Parquet gives every message the keys of all messages, with None where one has no such key.
     return [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
+
+
+def _recorded(row):
+    """The ids and the mask of a recorded trajectory."""
+    ids, mask = row["ids"], row["mask"]
+    _refuse_images(row)
+    if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
+        raise UserError("its 'ids' and 'mask' are not two lists of one length")
+    for name, values, fit in (("ids", ids, range(2**31)), ("mask", mask, (0, 1))):
+        if wrong := [value for value in values if type(value) is not int or value not in fit]:
+            what = "0 or 1" if name == "mask" else "token ids"
+            raise UserError(f"its {name!r} holds {wrong[0]!r}: expected {what}")
+    if mask[:1] == [1]:
+        raise UserError("its 'mask' begins with 1, but nothing stands before the first token")
+    return {"ids": ids, "mask": mask}
+
+
+def _conversation(row, json_text):
+    """The messages and the tools of a demonstration, in one form whatever the source wrote."""
+    if "messages" not in row:
+        there = f"no column 'messages', there are {', '.join(row)}"
+        raise UserError(f"{there}: SFT takes whole conversations, or trajectories (ids and mask)")
+    if not isinstance(row["messages"], list):
+        raise UserError("'messages' is not a list of chat messages")
+    _refuse_images(row)
+    messages, tools = row["messages"], row.get("tools")
+    if not json_text:
+        # Parquet gives every object the keys of all, with None where one has no such key.
+        messages, tools = _without_none(messages), _without_none(tools)
+    messages = [_message(message) for message in _chat(messages, "messages", "{prompt}")]
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise UserError("no assistant message, so nothing to learn")
+    if roles[0] == "assistant":
+        raise UserError("it begins with an assistant message: there has to be a prompt before it")
+    return {"messages": _in_call_order(messages), "tools": _schemas(tools)}
+
+
+def _refuse_images(row):
+    for column in ("images", "image"):
+        if row.get(column):
+            raise UserError(f"its {column!r} would not be seen: {NO_IMAGES}")
+
+
+def _without_none(value):
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _message(message):
+    """A chat message whose content is text and whose calls have objects as arguments."""
+    role, content = message["role"], message.get("content")
+    if role not in ROLES:
+        raise UserError(f"role {role!r}: expected one of {', '.join(ROLES)}")
+    if "function_call" in message:
+        raise UserError("'function_call' is OpenAI's old form: write it as tool_calls")
+    if message.get("weight") == 0:  # OpenAI's "do not train on this one"
+        raise UserError("weight = 0 of one message has no effect here: leave the row out")
+    if isinstance(content, list):
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise UserError(f"a content part of type {kind!r} would not be seen: {NO_IMAGES}")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str | None):
+        raise UserError(f"its content {content!r:.80}: expected text, or a list of content parts")
+    message = message | {"content": content or ""}
+    if calls := message.pop("tool_calls", None):
+        message["tool_calls"] = [_call(call) for call in calls]
+    return message
+
+
+def _call(call):
+    function = call.get("function", call) if isinstance(call, dict) else {}
+    name, arguments = function.get("name"), function.get("arguments")
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError):  # what is no JSON stays text, and is refused below
+            arguments = json.loads(arguments)
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        form = '{"function": {"name": …, "arguments": an object or its JSON}}'
+        raise UserError(f"its tool call {call!r:.160}: expected {form}")
+    id = {"id": call["id"]} if call.get("id") else {}
+    return {**id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _in_call_order(messages):
+    """Results in the order of their calls, as a rollout has them, and under the call's name:
+    OpenAI's form has neither, it has the id of the call."""
+    ordered = []
+    for is_result, group in itertools.groupby(messages, lambda m: m["role"] == "tool"):
+        run, calls = list(group), ordered[-1].get("tool_calls") if ordered else None
+        ordered += _by_call(run, calls) if is_result and calls else run
+    return ordered
+
+
+def _by_call(results, calls):
+    if len(results) > len(calls):
+        raise UserError(f"{len(results)} tool results follow {len(calls)} tool calls")
+    ids = [call.get("id") for call in calls]
+    named = [result.get("tool_call_id") for result in results]
+    if not all(ids + named) or len({*ids}) < len(ids):
+        ids = named = range(len(calls))  # no ids that tell them apart: the order is all there is
+    if not {*named} <= {*ids} or len({*named}) < len(named):
+        raise UserError(f"the tool_call_ids are {named}: expected, once each, those of {ids}")
+    placed = {ids.index(id): result for id, result in zip(named, results, strict=False)}
+    return [{"name": calls[i]["function"]["name"], **placed[i]} for i in sorted(placed)]
+
+
+def _schemas(tools):
+    """A row's tools: a list of JSON schemas, or its JSON text; None where it has none."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError as error:
+            raise UserError(f"its 'tools' is broken JSON: {error}") from None
+    if tools is None:
+        return None
+    for tool in tools if isinstance(tools, list) else [tools]:
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            form = '[{"type": "function", "function": {"name": …, "parameters": …}}]'
+            raise UserError(f"its 'tools' holds {tool!r:.80}: expected {form}, or its JSON")
+    return list(tools)
 
 
 def _fill(template, row, prompt_column, answer_column):

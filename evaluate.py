@@ -29,7 +29,7 @@ import rewards as reward_functions
 import train_grpo
 from config import UserError
 from engine import TransformersEngine
-from rollout import KEYS, Settings, Trajectory, rollouts, stats, wait
+from rollout import KEYS, Settings, Trajectory, rollouts, setup, stats, wait
 
 
 @dataclass
@@ -152,7 +152,7 @@ def over(cfg: train_grpo.Config, own: Config, model: str) -> train_grpo.Config:
 def evaluate(cfg: train_grpo.Config, own: Config) -> dict:
     """Plays the problems of cfg, writes eval.json and rollouts.jsonl, returns the numbers."""
     folder = config.fresh_dir(own.save_to, key="save_to") if own.save_to else None
-    model, tokenizer, chat, toolbox, selected, rows = train_grpo.setup(cfg, "none", limit=own.limit)
+    model, tokenizer, chat, toolbox, selected, rows = setup(cfg, "none", limit=own.limit)
     folder = folder or _numbered(Path(own.run) / "eval" if own.run else Path("out/eval"))
     engine = TransformersEngine(model, tokenizer, cfg.deterministic)
     outcome, trajectories = next(iter(selected)), []

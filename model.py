@@ -8,6 +8,7 @@ Shapes: B sequences, T tokens, H hidden size, V vocabulary, N tokens that are tr
 
 import contextlib
 import json
+import logging
 import math
 import re
 from pathlib import Path
@@ -163,6 +164,11 @@ def find(name: str) -> str:
     return name
 
 
+def is_adapter(name: str) -> bool:
+    """Whether `name` is the folder of an adapter."""
+    return (Path(name).expanduser() / "adapter_config.json").is_file()
+
+
 def load_tokenizer(name: str):
     """The tokenizer of a folder or hub id; takes a moment, so a template is judged before weights
     are loaded."""
@@ -187,47 +193,150 @@ def load(
     """(model, tokenizer) of a folder or hub id, in eval mode.
 
     tune: "none" freezes all, "full" trains all, "lora" adds adapters to `lora_targets` and trains
-    only them. A folder that holds an adapter is loaded with its base model; with tune="lora" that
-    adapter is trained on. Raises UserError where a part is missing.
+    only them; "qlora" too, over a base of 4 bits a weight (NF4 with double quantisation, Dettmers
+    et al. 2023, arXiv:2305.14314). "none4bit" is that base, frozen. A folder that holds an adapter
+    is loaded with its base model; with lora and qlora that adapter is trained on. dtype: of the
+    weights; "mixed" keeps them in float32 and multiplies in bfloat16. Raises UserError where a part
+    is missing.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()  # of the shards: it would tear our own bar
+    disable_progress_bar()  # of the shards: it would tear our own bar
+    # peft imports it, and on a CPU it then warns that a quicker kernel is not installed
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     name, lora = find(name), (lora_r, lora_alpha)
+    adapted, quantised = tune in ("lora", "qlora"), tune in ("qlora", "none4bit")
+    weights = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     adapter = Path(name) / "adapter_config.json"
     try:
         settings = json.loads(adapter.read_text()) if adapter.is_file() else {}
-        base = find(settings["base_model_name_or_path"]) if settings else name
-        if settings and tune == "full":
-            raise UserError(f"model = {name!r} is an adapter: use tune=lora, or give a whole model")
-        if settings and tune == "lora" and (settings["r"], settings["lora_alpha"]) != lora:
-            raise UserError(
-                f"model = {name!r} has lora_r = {settings['r']} and lora_alpha = "
-                f"{settings['lora_alpha']}, and training it cannot change them: give the same"
-            )
+        base = _base(name, settings, tune, lora) if settings else name
         tokenizer = load_tokenizer(name)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = model.to(device)
+        more = _four_bits(weights, device) if quantised else {}
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=weights, **more)
+        model = _one_function(model) if quantised else model.to(device)
         if settings:
             from peft import PeftModel
 
             # without low_cpu_mem_usage random weights are drawn first: torch's generator moves
-            trained = {"is_trainable": tune == "lora", "low_cpu_mem_usage": True}
+            trained = {"is_trainable": adapted, "low_cpu_mem_usage": True}
             model = PeftModel.from_pretrained(model, name, **trained)
     except (OSError, ValueError, KeyError, SafetensorError) as error:  # missing, broken, unknown
         raise UserError(f"model = {name!r}: {' '.join(str(error).split())[:300]}") from None
-    if tune == "lora" and not settings:
+    if adapted and not settings:
         model = _with_adapter(model, lora_r, lora_alpha, lora_targets, seed)
-    if tune in ("full", "none"):
-        model.requires_grad_(tune == "full")
+    if not adapted:
+        model.requires_grad_(False)  # quantised weights have no gradient at all
+    if tune == "full":
+        model.requires_grad_(True)
     model.eval()
-    if tune != "none":
+    if dtype == "mixed":
+        in_dtype(model, dtype)
+    if adapted or tune == "full":
         prove_head(model, name)
     return model, tokenizer
+
+
+def _base(name: str, settings: dict, tune: str, lora: tuple[int, int]) -> str:
+    """The model below an adapter; UserError if the adapter cannot be trained in this way."""
+    if tune == "full":
+        raise UserError(f"model = {name!r} is an adapter: use tune=lora, or give a whole model")
+    r, alpha = settings["r"], settings["lora_alpha"]
+    if tune in ("lora", "qlora") and (r, alpha) != lora:
+        raise UserError(
+            f"model = {name!r} has lora_r = {r} and lora_alpha = {alpha}, and training it cannot "
+            "change them: give the same"
+        )
+    return find(settings["base_model_name_or_path"])
+
+
+def _four_bits(compute: torch.dtype, device: str) -> dict:
+    """What from_pretrained needs to quantise the linear layers; the head and norms stay."""
+    try:
+        import bitsandbytes  # noqa: F401, transformers' own message names another way to get it
+    except ImportError:
+        raise UserError('tune = qlora needs bitsandbytes: pip install -e ".[qlora]"') from None
+    from transformers import BitsAndBytesConfig
+
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+    return {"quantization_config": quantised, "device_map": {"": device}}
+
+
+def _one_function(model):
+    """Switches off bitsandbytes' quick way on CPUs: it packs the weights in place when it first
+    samples and rounds their scales, so that the sampler would not be the model that is trained."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def in_dtype(model, dtype: str):
+    """The model, its weights in `dtype`. "mixed": in float32, but whoever calls the model, its
+    decoder or its head, to sample or to train, does so under autocast to bfloat16: sampler and
+    trainer must be one function."""
+    if dtype != "mixed":
+        return model.to(getattr(torch, dtype))
+    for part in (model, model.get_decoder(), model.get_output_embeddings()):
+        # one autocast each: they nest, and one that is entered twice is never left
+        part.forward = torch.autocast(model.device.type, torch.bfloat16)(part.forward)
+    return model
+
+
+def recompute_layers(model) -> None:
+    """Gradient checkpointing: keeps the input of each layer and makes the rest again in the
+    backward pass: a third more time, a fraction of the memory."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def without_dropout(model) -> None:
+    """Eval mode, so that old, new and the engine's logprobs are of one function. But transformers
+    recomputes only layers that are in train mode: these alone, not what is inside of them."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.eval()
+    if model.is_gradient_checkpointing:
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
+
+
+def load_reference(name: str, model, tune: str, dtype: str):
+    """The model that `beta` holds the policy to: what it was when training began. A frozen copy, or
+    the same model object where its adapters can be switched off or to those it began with."""
+    if tune == "full":
+        return load(name, "none", dtype, str(model.device))[0]
+    if is_adapter(name):
+        model.load_adapter(find(name), adapter_name="reference")
+    return model
+
+
+@contextlib.contextmanager
+def as_it_began(model):
+    """Inside, a model with adapters is the one that training began with."""
+    adapters = adapters_of(model)
+    if "reference" in adapters:
+        model.set_adapter("reference")
+        try:
+            yield
+        finally:
+            model.set_adapter("default")  # which also makes it trainable again
+    elif adapters:
+        with model.disable_adapter():
+            yield
+    else:
+        yield
 
 
 def _with_adapter(model, r: int, alpha: int, targets: tuple[str, ...], seed: int):
@@ -259,12 +368,20 @@ def prove_head(model, name: str) -> None:
         )
 
 
+def adapters_of(model) -> list[str]:
+    """The names of a model's LoRA adapters; [] for a plain model, which has no such attribute
+    (asking peft itself would import it, in two seconds)."""
+    return list(getattr(model, "peft_config", ()))
+
+
 def save(model, tokenizer, folder) -> None:
     """Writes the model, or only its adapter, as `from_pretrained` and `PeftModel` load it."""
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
-    model.save_pretrained(folder)
+    disable_progress_bar()
+    # beside "default" there may be the adapter that `beta` compares with
+    only = {"selected_adapters": ["default"]} if "default" in adapters_of(model) else {}
+    model.save_pretrained(folder, **only)
     tokenizer.save_pretrained(folder)
 
 
@@ -297,25 +414,31 @@ def micro_batches(lengths: list[int], token_budget: int) -> list[list[int]]:
 def token_logprobs(
     model,
     ids: torch.Tensor,
-    attention_mask: torch.Tensor,
+    attention_mask: torch.Tensor | None,
     mask: torch.Tensor,
     temperature: float = 1.0,
     chunk: int = 1024,
+    position_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each token given those before it, and the entropy of its distribution.
 
     ids, attention_mask (1 = not padding), mask (1 = wanted): (B, T). Returns two float32 tensors
-    (B, T), 0 where the mask is 0; only logprobs carries gradient. A token in column 0 has nothing
+    (B, T), 0 where the mask is 0; only logprobs carries gradient. A token at position 0 has nothing
     before it, so its mask must be 0. The distribution is that of logits / temperature.
+
+    Packed samples: position_ids (1, T) that begin again at 0 with every sample, and attention_mask
+    None; transformers then keeps them from attending to each other.
 
     Logits are made for `chunk` wanted tokens at a time and again in the backward pass, so that
     memory holds chunk x V numbers and never T x V.
     """
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    if position_ids is None:
+        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     hidden = model.get_decoder()(
-        input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+        input_ids=ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state  # (B, T, H)
-    wanted = mask[:, 1:].bool()  # the hidden state at t - 1 predicts the token at t
+    # the hidden state at t - 1 predicts the token at t, unless a sample begins there
+    wanted = mask[:, 1:].bool() & (position_ids[:, 1:] > 0)
     hidden, targets = hidden[:, :-1][wanted], ids[:, 1:][wanted]  # (N, H), (N,)
     head = model.get_output_embeddings()
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
@@ -343,7 +466,9 @@ def token_logprobs(
 
 
 def optimizers(model, kind: str, learning_rate: float, weight_decay: float = 0.0) -> list:
-    """What to step and zero after each backward pass: AdamW over all that is trained, or "muon".
+    """What to step and zero after each backward pass: AdamW over all that is trained, "adamw8bit",
+    whose two moments take a byte each instead of four (Dettmers et al. 2021, arXiv:2110.02861), or
+    "muon".
 
     Muon (Jordan et al. 2024) takes the matrices inside the layers, AdamW the rest; its update is
     scaled to the size of AdamW's, so both take the same learning rate. Norms and biases do not
@@ -357,12 +482,24 @@ def optimizers(model, kind: str, learning_rate: float, weight_decay: float = 0.0
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if kind == "adamw8bit":
+        return [_adamw8bit()(groups, lr=learning_rate, betas=(0.9, 0.95))]
     made = [torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)]
     if inner:
         made.append(
             torch.optim.Muon(inner, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
         )
     return made
+
+
+def _adamw8bit():
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError(
+            'optimizer = adamw8bit needs bitsandbytes: pip install -e ".[qlora]"'
+        ) from None
+    return AdamW8bit
 
 
 @contextlib.contextmanager

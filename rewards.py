@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 import types
 from fractions import Fraction
 from pathlib import Path
@@ -60,6 +61,16 @@ def tool_use(trajectory, example):
     return float(any(call.error is None for call in trajectory.calls))
 
 
+def turn_calls(trajectory, example):
+    """For turn_credit, a number for each turn: 1.0 if it made calls and all of them ran, -1.0 if
+    one failed, 0.0 for a turn without calls. Give it a small weight, as with tool_use."""
+    errors = [[] for _ in trajectory.turn_starts]
+    for call in trajectory.calls:
+        if call.turn < len(errors):  # not so where the tools could not even be opened
+            errors[call.turn].append(call.error)
+    return [(-1.0 if any(each) else 1.0) if each else 0.0 for each in errors]
+
+
 def select(names):
     """{name: (function, weight)} of ("correct", "format:0.1", "my_rewards.py:shout:0.5").
 
@@ -74,7 +85,10 @@ def select(names):
                 raise UserError(f"rewards: {text!r} names no function: {there} {', '.join(found)}")
             name, *rest = rest
         else:
-            found, there = {f.__name__: f for f in (correct, format, tool_use)}, "there are"
+            found, there = (
+                {f.__name__: f for f in (correct, format, tool_use, turn_calls)},
+                "there are",
+            )
         if name not in found:
             hint = near(name, found) or f": {there} {', '.join(found)}, or write file.py:function"
             raise UserError(f"unknown reward {name!r} in {text!r}{hint}")
@@ -88,6 +102,7 @@ def select(names):
 
 def score(trajectory, example, selected):
     """{name: value} of all selected rewards, unweighted; None where one is None, NaN or infinite.
+    A value is a number, or a list of numbers, one for each turn of the model.
 
     A reward that raises stops the run: a 0 in its place would be trained on.
     """
@@ -95,13 +110,33 @@ def score(trajectory, example, selected):
     for name, (function, _) in selected.items():
         try:
             value = function(trajectory, example)
-            rewards[name] = float(value) if value is not None and math.isfinite(value) else None
+            values = value if isinstance(value, list) else [value]
+            if isinstance(value, list) and len(value) != len(trajectory.turn_starts):
+                turns = len(trajectory.turn_starts)
+                raise UserError(f"reward {name} gave {len(value)} numbers for {turns} turns")
+            numbers = [float(v) for v in values if v is not None and math.isfinite(v)]
+            whole = numbers if isinstance(value, list) else numbers[0] if numbers else None
+            rewards[name] = whole if len(numbers) == len(values) else None
         except UserError:
             raise
         except (Exception, SystemExit) as error:  # exit() would end the loop's thread, silently
-            what = f"row {example['id'] + 1}: {type(error).__name__}: {error}"
-            raise RuntimeError(f"reward {name} failed on {what}") from error
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"reward {name} failed on row {example['id'] + 1}: {type(error).__name__}: {error} "
+                f"({at.filename}, line {at.lineno}): let it return None where there is no reward"
+            ) from error
     return rewards
+
+
+def summed(scores):
+    """The values of `score` as one number each: the sum over the turns."""
+    return {name: sum(v, 0.0) if isinstance(v, list) else v for name, v in scores.items()}
+
+
+def by_turn(scores, selected):
+    """The weighted sum of the rewards that are lists, turn by turn; None if none of them is."""
+    weighed = [[x * selected[n][1] for x in v] for n, v in scores.items() if isinstance(v, list)]
+    return [sum(turn) for turn in zip(*weighed, strict=True)] if weighed else None
 
 
 def total(rewards, selected):

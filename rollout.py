@@ -13,6 +13,7 @@ tokenised once and appended (mask 0). No text is ever turned back into sampled i
 import asyncio
 import functools
 import hashlib
+import random
 import threading
 import time
 from collections import Counter
@@ -23,8 +24,11 @@ import config
 if __name__ == "__main__":
     config.answer_help(__file__, "train_grpo.py")  # a rollout is configured as its training run is
 
+import data
+import model as models
 import rewards as reward_functions
 from chat import Chat
+from config import UserError
 from engine import Engine, Sampling
 from tools import Toolbox, ToolCall
 
@@ -81,6 +85,8 @@ class Trajectory:
     stop: str = ""  # "answered" "length" "max_turns" "max_tool_calls" "timeout" "error"
     rewards: dict[str, float | None] = field(default_factory=dict)  # each under its own name
     reward: float | None = None  # their weighted sum; None = not to be learnt from
+    turn_rewards: list[float] | None = None  # what of it each turn earned, if a reward says so
+    advantages: list[float] = field(default_factory=list)  # of each turn, once it is learnt from
     version: int = 0  # of the weights that sampled it
     seconds: float = 0.0
 
@@ -138,9 +144,11 @@ async def rollouts(
             engine.leave()
         trajectory.seconds = time.monotonic() - started
         if rewards:
-            trajectory.rewards = await asyncio.to_thread(
+            scores = await asyncio.to_thread(
                 reward_functions.score, trajectory, trajectory.example, rewards
             )
+            trajectory.turn_rewards = reward_functions.by_turn(scores, rewards)
+            trajectory.rewards = reward_functions.summed(scores)
             trajectory.reward = reward_functions.total(trajectory.rewards, rewards)
         if on_done:
             on_done(trajectory)
@@ -376,12 +384,80 @@ def _mean(values: list) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
+def setup(cfg, tune: str, limit: int | None = None):
+    """(model, tokenizer, chat, toolbox, rewards, examples) of train_grpo's Config or one like it;
+    what is cheap to check comes first. limit: use the first so many rows, instead of cfg.limit."""
+    selected = reward_functions.select(cfg.rewards)
+    if cfg.dynamic_sampling not in ("", *selected):
+        names = ", ".join(selected)
+        raise UserError(f"dynamic_sampling = {cfg.dynamic_sampling!r}: expected one of {names}")
+    toolbox = Toolbox(cfg.tools, cfg.tool_concurrency, cfg.tool_timeout)
+    models.find(cfg.model)
+    columns = (cfg.prompt_column, cfg.answer_column, cfg.answer_after)
+    prompts = (cfg.system_prompt, cfg.prompt_template)
+    rows = data.load(cfg.data, cfg.split, *columns, *prompts, limit or cfg.limit, cfg.seed)
+    tokenizer = models.load_tokenizer(cfg.model)
+    chat = Chat(tokenizer, cfg.format, toolbox.schemas)  # proved before any weights are loaded
+    if (length := len(chat.prompt(rows[0]["messages"]))) >= cfg.max_tokens:
+        raise UserError(f"max_tokens = {cfg.max_tokens}: the first prompt alone has {length}")
+    lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
+    if tune == "none" and cfg.tune == "qlora" and models.is_adapter(cfg.model):
+        tune = "none4bit"  # what was trained was an adapter on the rounded base
+    model, _ = models.load(cfg.model, tune, cfg.dtype, "auto", *lora)
+    return model, tokenizer, chat, toolbox, selected, rows
+
+
+def prompts_of(cursor: int, rows: list[dict], count: int, seed: int) -> list[dict]:
+    """The next `count` rows after `cursor` were taken: every row once in a random order, then all
+    again in another."""
+    picked = []
+    for i in range(cursor, cursor + count):
+        epoch, at = divmod(i, len(rows))
+        if not picked or at == 0:
+            order = random.Random(f"{seed} {epoch}").sample(range(len(rows)), len(rows))
+        picked.append(rows[order[at]])
+    return picked
+
+
+def batch_of_groups(rows, cursor: int, cfg, chat, engine, toolbox, selected, step: int, log):
+    """(trajectories to learn from, all that were played, the cursor after them): of a step of
+    train_grpo. With dynamic_sampling, groups whose outcomes are all equal are replaced by those of
+    the next prompts; what is still missing after dynamic_attempts rounds is filled up with them."""
+    size, kept, equal, played = cfg.group_size, [], [], []
+    for _ in range(1 + (cfg.dynamic_attempts if cfg.dynamic_sampling else 0)):
+        prompts = prompts_of(cursor, rows, cfg.prompts_per_step - len(kept), cfg.seed)
+        cursor += len(prompts)
+        new = wait(
+            rollouts(
+                prompts,
+                chat,
+                engine,
+                toolbox,
+                Settings.of(cfg),
+                step=step,
+                samples=size,
+                rewards=selected,
+                on_done=log.expect(len(prompts) * size),
+                first_group=len(played) // size,  # so that no two share a seed
+            )
+        )
+        played += new
+        for group in (new[i : i + size] for i in range(0, len(new), size)):
+            outcomes = {t.rewards[cfg.dynamic_sampling] for t in group if cfg.dynamic_sampling}
+            differ = not cfg.dynamic_sampling or len(outcomes - {None}) > 1
+            (kept if differ else equal).append(group)
+        if len(kept) == cfg.prompts_per_step:
+            break
+    kept += equal[: cfg.prompts_per_step - len(kept)]
+    return [t for group in kept for t in group], played, cursor
+
+
 def main(argv: list[str]) -> None:
     import train_grpo
     from engine import TransformersEngine
 
     cfg = config.parse(train_grpo.Config, argv, train_grpo.check, keys=KEYS)
-    policy, tokenizer, chat, toolbox, selected, rows = train_grpo.setup(cfg, "none", limit=1)
+    policy, tokenizer, chat, toolbox, selected, rows = setup(cfg, "none", limit=1)
     engine = TransformersEngine(policy, tokenizer)
     (trajectory,) = wait(rollouts(rows, chat, engine, toolbox, Settings.of(cfg), rewards=selected))
     show(trajectory, tokenizer)

@@ -1,37 +1,32 @@
 """GRPO: teach a model to use tools by trying, over many turns, with an exact loss mask.
 
-    python train_grpo.py --config calc.py               # a minute on a CPU, after calc_sft.py
-    python train_grpo.py --config calc.py --tune=lora --learning_rate=1e-3 --out_dir=out/lora
-    python train_grpo.py --help                         # every knob: the Config below
+    python train_grpo.py --config calc.py                # a minute on a CPU, after calc_sft.py
+    python train_grpo.py --config calc_lora.py           # only adapters are trained
+    python train_grpo.py --config calc.py --resume=true  # goes on where it was stopped or killed
+    python train_grpo.py --help                          # every knob: the Config below
 
 A step: take P prompts; play G rollouts of each, with tools (rollout.py); reward them (rewards.py);
-compare each with its group; raise the probability of the sampled tokens of the better ones. In
-symbols
-
-    loss = - sum_i w_i sum_t m_it min(r_it A_i, clip(r_it, 1 - clip_low, 1 + clip_high) A_i)
-    r_it = pi(token_t) / pi_old(token_t),    A_i = (R_i - mean of the group) / (std of the group)
-
-with m = 1 exactly on the tokens that the policy sampled, in all turns, stop tokens included.
+compare each with its group (loss.py, advantages); raise the probability of the sampled tokens of
+the better ones (loss.py, grpo_loss).
 
 How this differs from the paper (DeepSeekMath, arXiv:2402.03300), and the key that restores it:
 1. No KL term: the reward is checked by code, so there is no reward model to overfit to; it would
-   need a second forward pass.
-2. w_i: one mean over all tokens of the batch, as in DAPO (arXiv:2503.14476), so that a token
-   counts the same in a short and in a long answer. loss="grpo" is the paper's mean of means,
-   "dr_grpo" divides by a constant (arXiv:2503.20783).
+   need a second forward pass. beta=0.04.
+2. One mean over all tokens of the batch, as in DAPO, so that a token counts the same in a short
+   and in a long answer. loss=grpo is the paper's mean of means; loss.py lists the other kinds.
 3. clip_high is above clip_low, as in DAPO: a rare token that turned out well may gain.
    clip_high=0.2.
-4. One update per batch: then r = 1 and nothing is clipped. updates_per_batch=2 and more are
-   off-policy.
-5. Groups whose rewards are all equal have A = 0 and are left out of the backward pass. They still
-   count in w: leaving them out changes nothing but the time.
+4. One update per batch: then the ratio is 1 and nothing is clipped. updates_per_batch and
+   minibatches above 1 are off-policy.
+5. Groups whose rewards are all equal are left out of the backward pass. They still count in the
+   denominators: leaving them out changes nothing but the time.
 
 Shapes: P prompts, G group size, B = P x G trajectories, T tokens.
 """
 
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import config
@@ -44,27 +39,30 @@ import torch
 import data
 import model as models
 import report
-import rewards as reward_functions
-from chat import Chat
+from checkpoint import Run
 from config import UserError
 from engine import TransformersEngine
-from rollout import Settings, rollouts, stats, wait
-from tools import Toolbox
+from loss import advantages, grpo_loss, importance, sequence_weights, turn_advantages
+from rollout import Trajectory, batch_of_groups, setup, stats, wait
 
 
 @dataclass
 class Config:
     # run
     out_dir: str = "out/grpo"  # must be new or empty
+    resume: bool = False  # go on from out_dir's last checkpoint; without one, begin
     seed: int = 0  # of the order of the prompts, and of every turn that is sampled
-    steps: int = 100  # updates of the sampler's weights
+    steps: int = 100  # batches of rollouts
+    save_every: int = 50  # steps between checkpoints; 0: only when it ends or is stopped
+    keep_last: int = 2  # checkpoints; each takes three times the memory of what is trained
     # model
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # hub id, or a folder that train_sft.py wrote
-    tune: Literal["full", "lora"] = "full"  # lora: a tenth of the optimizer memory
+    tune: Literal["full", "lora", "qlora"] = "full"  # lora: small optimizer; qlora: 4-bit base too
     lora_r: int = 32  # rank of the adapters
     lora_alpha: int = 64  # their scale is lora_alpha / lora_r
     lora_targets: tuple[str, ...] = ("all-linear",)  # names of linear layers, or all of them
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bfloat16 halves memory
+    dtype: Literal["float32", "bfloat16", "mixed"] = "float32"  # mixed: bfloat16 products
+    gradient_checkpointing: bool = False  # a third slower, and long trajectories fit
     deterministic: bool = True  # equal seeds give equal bits; false: nobody waits for slow tools
     # data
     data: str = "task:calc"  # task:name, .jsonl, .parquet, or a hub id such as openai/gsm8k:main
@@ -93,14 +91,25 @@ class Config:
     final_turn: bool = False  # at max_turns, one more turn to answer without tools
     # rewards
     rewards: tuple[str, ...] = ("correct",)  # name or file.py:name, each [:weight]; 1st = accuracy
-    overlong: Literal["keep", "mask"] = "keep"  # mask: do not learn from what a limit cut short
+    overlong: Literal["keep", "mask", "penalise"] = "keep"  # what a limit cut short; mask: unlearnt
+    overlong_penalty: float = 1.0  # penalise: taken from its reward
+    turn_credit: bool = False  # rewards that are lists count for their turn and those before it
+    dynamic_sampling: str = ""  # a reward, such as correct: groups that agree on it are replaced
+    dynamic_attempts: int = 3  # by at most so many rounds of further prompts
     # loss
-    loss: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # how tokens are averaged, see above
-    adv_norm: Literal["group", "batch", "none"] = "group"  # what the advantage is divided by
+    loss: Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"] = "dapo"  # see above
+    adv_norm: Literal["group", "batch", "none"] = "group"  # what the advantage is divided by: a std
+    rloo: bool = False  # compare with the mean of the others, without the trajectory itself
     updates_per_batch: int = 1  # passes over each batch of rollouts
-    clip_low: float = 0.2  # with updates_per_batch > 1: the ratio is clipped at 1 - clip_low
-    clip_high: float = 0.28  # and at 1 + clip_high
+    minibatches: int = 1  # updates in each pass, each on a part of the batch
+    clip_low: float = 0.2  # the ratio is clipped at 1 - clip_low; gspo: 3e-4
+    clip_high: float = 0.28  # and at 1 + clip_high; gspo: 4e-4, cispo: 1 and more
+    beta: float = 0.0  # weight of the KL to the model that training began with, 0.001..0.04
+    is_correction: Literal["none", "truncate", "mask"] = "none"  # weigh by trainer over engine
+    is_level: Literal["token", "sequence"] = "token"  # of whose probability that ratio is
+    is_cap: float = 2.0  # truncate: it is at most this; mask: 0 where outside of 1 / cap .. cap
     # optimisation
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: a quarter of its memory
     learning_rate: float = 1e-6  # 1e-6 full, 1e-5..1e-4 LoRA, 3e-4..1e-3 tiny
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
     warmup: int = 0  # steps
@@ -109,227 +118,230 @@ class Config:
     token_budget: int = 16384  # tokens per forward pass, padding counted; halve it if out of memory
     # log
     rollouts_per_step: int = 2  # trajectories written to rollouts.jsonl
+    logger: Literal["none", "wandb", "tensorboard"] = "none"  # beside metrics.jsonl
 
 
 def check(cfg: Config) -> None:
     """Rules across keys. A key that would have no effect is an error, not a surprise."""
-    changed = config.changed(cfg)
-    if cfg.tune == "full" and (useless := {"lora_r", "lora_alpha", "lora_targets"} & changed):
-        raise UserError(f"{min(useless)} has no effect with tune=full: use --tune=lora, or drop it")
-    if cfg.updates_per_batch == 1 and (useless := {"clip_low", "clip_high"} & changed):
-        raise UserError(f"{min(useless)} has no effect with updates_per_batch=1: the ratio is 1")
-    if "split" in changed and data.is_file(cfg.data):
-        raise UserError(f"split has no effect on {cfg.data!r}: a file has no splits, so drop it")
+    lora = "lora_r lora_alpha lora_targets"
+    on_policy = cfg.updates_per_batch == cfg.minibatches == 1
+    rules = (
+        (cfg.tune == "full", lora, "with tune=full: use --tune=lora, or drop it"),
+        (on_policy, "clip_low clip_high", "with updates_per_batch=1 and minibatches=1: ratio = 1"),
+        (cfg.loss == "cispo", "clip_low", "with loss=cispo: it bounds the ratio only above"),
+        (cfg.overlong != "penalise", "overlong_penalty", f"with overlong={cfg.overlong}"),
+        (not cfg.dynamic_sampling, "dynamic_attempts", "without dynamic_sampling=<a reward>"),
+        (cfg.is_correction == "none", "is_level is_cap", "with is_correction=none"),
+        (data.is_file(cfg.data), "split", f"on {cfg.data!r}: a file has no splits, so drop it"),
+    )
+    config.useless(cfg, rules)
     if cfg.model == "tiny":
         raise UserError("model = 'tiny' is made by train_sft.py: give the folder that it wrote")
-    positive = ("steps", "prompts_per_step", "max_tokens", "max_new_tokens", "max_turns", "lora_r")
-    positive += ("max_observation_tokens", "updates_per_batch", "token_budget", "tool_concurrency")
-    positive += ("learning_rate", "max_grad_norm", "tool_timeout", "trajectory_timeout")
-    for name in positive + ("lora_alpha", "clip_low", "clip_high"):
-        if getattr(cfg, name) <= 0:
-            raise UserError(f"{name} = {getattr(cfg, name)}: expected more than 0")
-    zero = ("temperature", "max_tool_calls", "warmup", "weight_decay", "rollouts_per_step", "seed")
-    for name in zero:
-        if getattr(cfg, name) < 0:
-            raise UserError(f"{name} = {getattr(cfg, name)}: expected 0 or more")
+    if cfg.tune == "qlora" and cfg.dtype == "mixed":
+        raise UserError("dtype = 'mixed' with tune=qlora: its base is not trained, use bfloat16")
+    config.positive(
+        cfg,
+        "steps prompts_per_step max_tokens max_new_tokens max_turns max_observation_tokens lora_r "
+        "lora_alpha updates_per_batch minibatches token_budget tool_concurrency learning_rate "
+        "max_grad_norm tool_timeout trajectory_timeout clip_low clip_high keep_last is_cap "
+        "dynamic_attempts overlong_penalty",
+    )
+    zero = "temperature max_tool_calls warmup weight_decay rollouts_per_step seed beta save_every"
+    config.not_negative(cfg, zero)
     if cfg.seed >= 2**63:
         raise UserError(f"seed = {cfg.seed}: expected less than 2**63")
+    if cfg.is_cap < 1:
+        raise UserError(f"is_cap = {cfg.is_cap}: expected 1 or more, for the ratio should be 1")
     if cfg.group_size < 2:
         raise UserError(
             f"group_size = {cfg.group_size}: a group of one has nothing to compare with"
         )
+    if cfg.minibatches > (size := cfg.prompts_per_step * cfg.group_size):
+        raise UserError(f"minibatches = {cfg.minibatches}: there are {size} trajectories to split")
 
 
-def advantages(
-    rewards: list[float | None], groups: list[int], adv_norm: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B,) advantages, and (B,) bool: whether the trajectory has a reward at all.
-
-    None and NaN are left out of every mean and get 0. A group whose rewards are all equal gets
-    exactly 0: equality is tested on the rewards, since the std of equal floats need not be 0.
-    """
-    valid = [r is not None and r == r for r in rewards]
-    advantage = torch.zeros(len(rewards))
-    for group in set(groups):
-        rows = [i for i, g in enumerate(groups) if g == group and valid[i]]
-        if len({rewards[i] for i in rows}) < 2:
-            continue
-        values = torch.tensor([rewards[i] for i in rows], dtype=torch.float64)
-        centred = values - values.mean()
-        advantage[rows] = (centred / (values.std() if adv_norm == "group" else 1.0)).float()
-    if adv_norm == "batch" and advantage.any():
-        values = torch.tensor([r for r, v in zip(rewards, valid, strict=True) if v])
-        advantage = advantage / values.std()
-    return advantage, torch.tensor(valid)
-
-
-def sequence_weights(new_tokens: torch.Tensor, loss: str, max_new_tokens: int) -> torch.Tensor:
-    """(B,) w_i: what each trained token of sequence i counts in the loss of the whole batch.
-
-    new_tokens: (B,) trained tokens, 0 for a sequence that is left out. Made once, before the batch
-    is cut into micro-batches, so the cut changes nothing.
-    """
-    counted = (new_tokens > 0).float()
-    sequences, tokens = counted.sum().clamp(min=1), new_tokens.sum().clamp(min=1)
-    if loss == "grpo":  # mean over the tokens of a sequence, then over sequences
-        return counted / (sequences * new_tokens.clamp(min=1))
-    if loss == "dapo":  # mean over all tokens
-        return counted / tokens
-    return counted / (sequences * max_new_tokens)  # dr_grpo: a constant, so length is not rewarded
+def credit(trajectories: list[Trajectory], cfg: Config) -> torch.Tensor:
+    """Sets the `advantages` of each trajectory, one for each turn; returns (B,) bool: whether it
+    is learnt from, and counted, at all. Rewards stay as they were."""
+    groups, rewards = [t.group for t in trajectories], [t.reward for t in trajectories]
+    if cfg.turn_credit:
+        if all(t.turn_rewards is None for t in trajectories):
+            raise UserError("turn_credit has no effect: none of the rewards gives a list, by turn")
+        # the turns' part is compared turn by turn below; what is left is the outcome
+        outcomes = ((t.reward, t.turn_rewards) for t in trajectories)
+        rewards = [None if r is None else r - sum(earned) for r, earned in outcomes]
+    for i, t in enumerate(trajectories):
+        if t.stop != "answered" and rewards[i] is not None:  # a limit ended it, not the model
+            rewards[i] = {
+                "keep": rewards[i],
+                "mask": None,
+                "penalise": rewards[i] - cfg.overlong_penalty,
+            }[cfg.overlong]
+    gain, valid = advantages(rewards, groups, cfg.adv_norm, cfg.rloo)
+    for t, value in zip(trajectories, gain.tolist(), strict=True):
+        t.advantages = [value] * len(t.turn_starts)
+    if cfg.turn_credit:
+        kept = [t for t, known in zip(trajectories, valid.tolist(), strict=True) if known]
+        turns = [t.turn_rewards for t in kept], [t.group for t in kept]
+        for t, gains in zip(kept, turn_advantages(*turns, cfg.adv_norm, cfg.rloo), strict=True):
+            t.advantages = [a + b for a, b in zip(t.advantages, gains, strict=True)]
+    return valid
 
 
-def grpo_loss(
-    logprobs: torch.Tensor,  # (B, T) of the policy, with gradient
-    old_logprobs: torch.Tensor,  # (B, T) of the policy that sampled
-    mask: torch.Tensor,  # (B, T) 1 = sampled by the policy
-    advantage: torch.Tensor,  # (B,)
-    weights: torch.Tensor,  # (B,) of sequence_weights
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss, to be summed over micro-batches, and (B, T): where the clip took the gradient."""
-    # 0 where the mask is 0, before exp: what an engine says of other tokens cannot leak as NaN
-    ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0.0).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    gain = advantage[:, None]
-    objective = torch.minimum(ratio * gain, clipped * gain)
-    loss = -(weights[:, None] * mask * objective).sum()
-    return loss, mask.bool() & (clipped * gain < ratio * gain)
+def padded(rows: list[Trajectory], device) -> tuple[torch.Tensor, ...]:
+    """(B, T) each: ids, attention_mask, mask, the engine's logprobs, each token's advantage."""
+    spread = []
+    for t in rows:
+        ends = [*t.turn_starts, len(t.ids)]
+        gains = [0.0] * ends[0]  # the prompt
+        for k, gain in enumerate(t.advantages):  # a turn and the results of its calls
+            gains += [gain] * (ends[k + 1] - ends[k])
+        spread.append(gains)
+    return (
+        models.pad([t.ids for t in rows], device=device),
+        models.pad([[1] * len(t.ids) for t in rows], device=device),
+        models.pad([t.mask for t in rows], device=device),
+        models.pad([t.logprobs for t in rows], 0.0, torch.float32, device),
+        models.pad(spread, 0.0, torch.float32, device),
+    )
 
 
-def accumulate(model, batch: list[tuple], cfg: Config, old: list | None) -> tuple[dict, list]:
-    """Adds the gradient of a batch of (trajectory, advantage, weight): metrics and logprobs.
-
-    old: the logprobs that the first update of these rollouts returned; None in that update itself,
-    whose ratio is 1. They are the trainer's own, so that the engine's rounding is not in the ratio.
-    """
-    device, total = model.device, sum(t.new_tokens for t, _, _ in batch)
-    metrics = {"loss": 0.0, "entropy": 0.0, "clip_frac": 0.0, "sampler_logprob_diff": 0.0}
-    seen = [None] * len(batch)
-    for part in models.micro_batches([len(t.ids) for t, _, _ in batch], cfg.token_budget):
-        rows = [batch[i][0] for i in part]
-        ids = models.pad([t.ids for t in rows], device=device)  # (B, T)
-        mask = models.pad([t.mask for t in rows], device=device)
-        attention_mask = models.pad([[1] * len(t.ids) for t in rows], device=device)
-        logprobs, entropy = models.token_logprobs(model, ids, attention_mask, mask, cfg.temperature)
-        before = logprobs.detach()
-        if old is not None:
-            before = models.pad([old[i] for i in part], 0.0, torch.float32, device)
-        gain, weight = (torch.tensor([batch[i][k] for i in part], device=device) for k in (1, 2))
-        clip = cfg.clip_low, cfg.clip_high
-        loss, clipped = grpo_loss(logprobs, before, mask, gain, weight, *clip)
-        loss.backward()
+@torch.no_grad()
+def score(model, rows: list[Trajectory], cfg: Config) -> list[torch.Tensor]:
+    """(T,) logprobs of each trajectory under the model as it is now."""
+    scored = [None] * len(rows)
+    for part in models.micro_batches([len(t.ids) for t in rows], cfg.token_budget):
+        ids, attention_mask, mask, *_ = padded([rows[i] for i in part], model.device)
+        logprobs, _ = models.token_logprobs(model, ids, attention_mask, mask, cfg.temperature)
         for row, i in enumerate(part):
-            seen[i] = before[row, : len(batch[i][0].ids)].tolist()
-        sampled = models.pad([t.logprobs for t in rows], 0.0, torch.float32, device)
+            scored[i] = logprobs[row, : len(rows[i].ids)]
+    return scored
+
+
+def accumulate(model, rows, weights, cfg: Config, old=None, ref=None) -> dict:
+    """Adds the gradient of one update to what is there; returns its metrics.
+
+    rows: trajectories with their advantages; weights: w_i of each. old, ref: their logprobs
+    (`score`) before the first update and under the reference; old=None: this is that update. The
+    trainer's own are taken and not the engine's, whose rounding then is not in the ratio.
+    """
+    device, total = model.device, sum(t.new_tokens for t in rows)
+    sums = dict.fromkeys(("loss", "entropy", "clip_frac", "sampler_logprob_diff"), 0.0)
+    for part in models.micro_batches([len(t.ids) for t in rows], cfg.token_budget):
+        ids, attention_mask, mask, sampled, gain = padded([rows[i] for i in part], device)
+        logprobs, entropy = models.token_logprobs(model, ids, attention_mask, mask, cfg.temperature)
+        before = logprobs.detach() if old is None else stack([old[i] for i in part])
+        more, weight = {}, torch.tensor([weights[i] for i in part], device=device)
+        if cfg.is_correction != "none":
+            how = cfg.is_correction, cfg.is_level, cfg.is_cap
+            more["importance"] = importance(before, sampled, mask, *how)
+            out = (more["importance"] == 0) | (more["importance"] == cfg.is_cap)
+            for row, i in enumerate(part):  # long trajectories drift more: by number of turns
+                count = (out[row] & mask[row].bool()).sum().item() / total
+                for key in ("is_outside", f"is_outside_turns_{len(rows[i].turn_starts)}"):
+                    sums[key] = sums.get(key, 0.0) + count
+        if cfg.beta:
+            more |= {"beta": cfg.beta, "ref_logprobs": stack([ref[i] for i in part])}
+        clip = cfg.clip_low, cfg.clip_high
+        loss, parts = grpo_loss(logprobs, before, mask, gain, weight, cfg.loss, *clip, **more)
+        loss.backward()
         difference = torch.where(mask.bool(), before - sampled, 0.0).abs()  # of equal weights
-        metrics["loss"] += loss.item()
-        metrics["entropy"] += entropy.sum().item() / total
-        metrics["clip_frac"] += clipped.sum().item() / total
-        metrics["sampler_logprob_diff"] += difference.sum().item() / total
-    return metrics, seen
+        sums["loss"] += loss.item()
+        sums["entropy"] += entropy.sum().item() / total
+        sums["clip_frac"] += parts["clipped"].sum().item() / total
+        sums["sampler_logprob_diff"] += difference.sum().item() / total
+        if cfg.beta:
+            sums["kl"] = sums.get("kl", 0.0) + parts["kl"].sum().item() / total
+    return sums
 
 
-def learn(model, optimizers: list, trajectories: list, rate: float, cfg: Config) -> dict:
-    """All updates of one step; returns the metrics of the last. No step is taken on a batch that
+def stack(rows: list[torch.Tensor]) -> torch.Tensor:
+    """(B, T), padded on the right with 0."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def learn(model, optimizers, trajectories, rate, cfg: Config, step=0, reference=None) -> dict:
+    """All updates of one step; returns the mean of their metrics. No step is taken on a batch that
     has nothing to teach: Adam would still move the weights."""
-    kept = [cfg.overlong == "keep" or t.stop == "answered" for t in trajectories]
-    rewards = [t.reward if keep else None for t, keep in zip(trajectories, kept, strict=True)]
-    gain, valid = advantages(rewards, [t.group for t in trajectories], cfg.adv_norm)
+    valid = credit(trajectories, cfg)
     new_tokens = torch.tensor([t.new_tokens for t in trajectories]) * valid
-    weights = sequence_weights(new_tokens, cfg.loss, cfg.max_new_tokens)
-    batch = [
-        (t, g, w)
-        for t, g, w in zip(trajectories, gain.tolist(), weights.tolist(), strict=True)
-        if g != 0 and w != 0
+    taught = [  # equal rewards teach nothing; the KL, though, is of every token
+        i for i, t in enumerate(trajectories) if new_tokens[i] and (any(t.advantages) or cfg.beta)
     ]
-    metrics = {"loss": 0.0, "grad_norm": 0.0, "trained_share": len(batch) / len(trajectories)}
-    old = None
-    model.eval()  # no dropout: old and new logprobs, and the engine's, are of the same function
-    for _ in range(cfg.updates_per_batch if batch else 0):
-        update_metrics, seen = accumulate(model, batch, cfg, old)
-        old = old or seen
-        metrics |= update_metrics
-        metrics["grad_norm"] = models.step(model, optimizers, rate, cfg.max_grad_norm)
-    return metrics
-
-
-def examples(cfg: Config, limit: int | None = None) -> list[dict]:
-    """The data rows as the config says, the first `limit` of them."""
-    columns = (cfg.prompt_column, cfg.answer_column, cfg.answer_after)
-    prompts = (cfg.system_prompt, cfg.prompt_template)
-    return data.load(cfg.data, cfg.split, *columns, *prompts, limit or cfg.limit, cfg.seed)
-
-
-def setup(cfg: Config, tune: str, limit: int | None = None):
-    """(model, tokenizer, chat, toolbox, rewards, examples); what is cheap to check comes first."""
-    selected = reward_functions.select(cfg.rewards)
-    toolbox = Toolbox(cfg.tools, cfg.tool_concurrency, cfg.tool_timeout)
-    models.find(cfg.model)
-    rows = examples(cfg, limit)
-    tokenizer = models.load_tokenizer(cfg.model)
-    chat = Chat(tokenizer, cfg.format, toolbox.schemas)  # proved before any weights are loaded
-    if (length := len(chat.prompt(rows[0]["messages"]))) >= cfg.max_tokens:
-        raise UserError(f"max_tokens = {cfg.max_tokens}: the first prompt alone has {length}")
-    lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
-    model, _ = models.load(cfg.model, tune, cfg.dtype, "auto", *lora)
-    return model, tokenizer, chat, toolbox, selected, rows
-
-
-def prompts_of(step: int, rows: list[dict], count: int, seed: int) -> list[dict]:
-    """The rows of a step: every row once in a random order, then all again in another."""
-    picked = []
-    for i in range(step * count, (step + 1) * count):
-        epoch, at = divmod(i, len(rows))
-        if not picked or at == 0:
-            order = random.Random(f"{seed} {epoch}").sample(range(len(rows)), len(rows))
-        picked.append(rows[order[at]])
-    return picked
+    models.without_dropout(model)
+    old, ref = {}, {}
+    if cfg.updates_per_batch * cfg.minibatches > 1:
+        old = dict(zip(taught, score(model, [trajectories[i] for i in taught], cfg), strict=True))
+    if cfg.beta:
+        with models.as_it_began(reference):
+            rows = [trajectories[i] for i in taught]
+            ref = dict(zip(taught, score(reference, rows, cfg), strict=True))
+    seen, order = [], list(range(len(trajectories)))
+    for update in range(cfg.updates_per_batch):
+        if cfg.minibatches > 1:
+            random.Random(f"{cfg.seed} {step} {update}").shuffle(order)
+        for first in range(cfg.minibatches):
+            part = order[first :: cfg.minibatches]
+            weights = sequence_weights(new_tokens[part], cfg.loss, cfg.max_new_tokens).tolist()
+            chosen = [(i, w) for i, w in zip(part, weights, strict=True) if i in taught]
+            if not chosen:
+                continue
+            rows, weights = [trajectories[i] for i, _ in chosen], [w for _, w in chosen]
+            given = [[known[i] for i, _ in chosen] if known else None for known in (old, ref)]
+            seen.append(accumulate(model, rows, weights, cfg, *given))
+            seen[-1]["grad_norm"] = models.step(model, optimizers, rate, cfg.max_grad_norm)
+    model.eval()
+    keys = dict.fromkeys(["loss", "grad_norm"] + [key for metrics in seen for key in metrics])
+    mean = {key: sum(m.get(key, 0.0) for m in seen) / max(1, len(seen)) for key in keys}
+    return mean | {"trained_share": len(taught) / len(trajectories)}
 
 
 def train(cfg: Config) -> dict:
     """Trains, saves the model or adapter to out_dir, and returns the last step's metrics."""
     if cfg.temperature == 0:
         raise UserError("temperature = 0: all of a group would be alike, so give 0.7 to 1.0")
-    out_dir = config.fresh_dir(cfg.out_dir)
+    report.check_logger(cfg.logger)
+    run = Run(cfg)
     model, tokenizer, chat, toolbox, selected, rows = setup(cfg, cfg.tune)
-    config.save(cfg, out_dir / "config.py")
+    reference = None
+    if cfg.beta:
+        reference = models.load_reference(cfg.model, model, cfg.tune, cfg.dtype)
+    if cfg.gradient_checkpointing:
+        models.recompute_layers(model)
     engine = TransformersEngine(model, tokenizer, cfg.deterministic)
-    optimizers = models.optimizers(model, "adamw", cfg.learning_rate, cfg.weight_decay)
+    optimizers = models.optimizers(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay)
+    state = run.restore(model, optimizers) or {"step": 0, "cursor": 0, "metrics": {}}
+    first, cursor, metrics = state["step"], state["cursor"], state["metrics"]
 
     trained, total = models.count(model)
     columns = {"reward": "6.3f", "accuracy": "5.3f", "tool_call_rate": "5.3f", "new_tokens": "6.1f"}
     columns |= {"loss": "8.4f", "grad_norm": "6.2f", "seconds": "5.2f"}
     knobs = "token_budget", "max_tokens", "group_size"
-    with report.Log(out_dir, cfg.steps, columns) as log, models.memory_advice(*knobs):
+    log = report.Log(run.out_dir, cfg.steps, columns, first, cfg.logger, asdict(cfg))
+    with log, models.memory_advice(*knobs), run:
         log.print(f"{len(rows)} prompts, {cfg.steps} steps, {trained:,} of {total:,} trained")
-        for step in range(cfg.steps):
+        if cfg.resume:
+            log.print(f"going on with step {first}")
+        for step in range(first, cfg.steps):
             started = time.monotonic()
             rate = cfg.learning_rate * models.schedule(step, cfg.steps, cfg.schedule, cfg.warmup)
-            prompts = prompts_of(step, rows, cfg.prompts_per_step, cfg.seed)
-            trajectories = wait(
-                rollouts(
-                    prompts,
-                    chat,
-                    engine,
-                    toolbox,
-                    Settings.of(cfg),
-                    step=step,
-                    samples=cfg.group_size,
-                    rewards=selected,
-                    on_done=log.expect(len(prompts) * cfg.group_size),
+            kept = (model, tokenizer, optimizers, log)
+            with run.rescue(step, *kept, cursor=cursor, metrics=metrics):
+                trajectories, played, cursor = batch_of_groups(
+                    rows, cursor, cfg, chat, engine, toolbox, selected, step, log
                 )
-            )
             rollout_seconds = time.monotonic() - started
-            metrics = {"step": step, **stats(trajectories, next(iter(selected)))}
-            metrics |= learn(model, optimizers, trajectories, rate, cfg) | {"learning_rate": rate}
+            metrics = {"step": step, **stats(played, next(iter(selected)))}
+            metrics |= learn(model, optimizers, trajectories, rate, cfg, step, reference)
             wait(engine.sync(model, step + 1))
-            metrics |= {"rollout_seconds": rollout_seconds, "seconds": time.monotonic() - started}
+            metrics |= {"learning_rate": rate, "rollout_seconds": rollout_seconds}
+            metrics["seconds"] = time.monotonic() - started
             log.step(metrics)
             log.rollouts(trajectories[: cfg.rollouts_per_step], tokenizer, step=step)
+            run.after(step + 1, cfg.steps, *kept, cursor=cursor, metrics=metrics)
         wait(engine.close())
-        models.save(model, tokenizer, out_dir)
-        log.summary({"saved": str(out_dir), "reward": metrics["reward"]})
+        models.save(model, tokenizer, run.out_dir)
+        log.summary({"saved": str(run.out_dir), "reward": metrics["reward"]})
     return metrics
 
 

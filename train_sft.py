@@ -2,22 +2,27 @@
 
     python train_sft.py --config calc_sft.py            # a tiny model from scratch, on a CPU
     python train_sft.py --model=Qwen/Qwen2.5-0.5B-Instruct --data=demos.jsonl --tune=lora
+    python train_sft.py --model=out/calc --data=out/calc/rollouts.jsonl --min_reward=1
+    python train_sft.py --config calc_sft.py --resume=true    # where it was stopped or killed
 
 A demonstration is a conversation in OpenAI chat form (`messages`, with `tool_calls` and `tool`
-roles). chat.py renders it from the same pieces that a rollout is made of, so the mask is that of
-RL: 1 on what the assistant writes, its stop token included, 0 on prompts, template and tool
-results.
+roles, and maybe `tools` of its own). chat.py renders it from the same pieces that a rollout is made
+of, so the mask is that of RL: 1 on what the assistant writes, its stop token included, 0 on
+prompts, template and tool results. Or it is a trajectory that was recorded (`ids` and `mask`), and
+is trained on token for token: rejection sampling, distillation.
 
 How this differs from the usual fine-tuning script:
 1. The loss is the mean over all trained tokens of a batch, not a mean of means over micro-batches:
-   how the batch is cut for memory changes nothing.
+   how the batch is cut for memory, or packed, changes nothing.
 2. A template whose assistant spans cannot be proved is refused at the start, not trained on
-   wrongly.
+   wrongly. So is packing with a model in which packed samples see each other.
 """
 
+import json
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Literal
 
 import config
@@ -31,34 +36,46 @@ import data
 import model as models
 import report
 from chat import Chat
+from checkpoint import Run
 from config import UserError
 from tools import Toolbox
+
+VALIDATION = ("val_loss", "val_token_accuracy")
 
 
 @dataclass
 class Config:
     # run
     out_dir: str = "out/sft"  # must be new or empty
+    resume: bool = False  # go on from out_dir's last checkpoint; without one, begin
     seed: int = 0  # of the weights made here, the demonstrations, and their order
+    save_every: int = 500  # updates between checkpoints; 0: only when it ends or is stopped
+    keep_last: int = 2  # checkpoints; each takes three times the memory of what is trained
+    logger: Literal["none", "wandb", "tensorboard"] = "none"  # beside metrics.jsonl
     # model
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # hub id, folder, or "tiny": made from scratch
-    tune: Literal["full", "lora"] = "full"  # lora: a tenth of the optimizer memory
+    tune: Literal["full", "lora", "qlora"] = "full"  # lora: small optimizer; qlora: 4-bit base too
     lora_r: int = 32  # rank of the adapters
     lora_alpha: int = 64  # their scale is lora_alpha / lora_r
     lora_targets: tuple[str, ...] = ("all-linear",)  # names of linear layers, or all of them
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bfloat16 halves memory
+    dtype: Literal["float32", "bfloat16", "mixed"] = "float32"  # mixed: bfloat16 products
+    gradient_checkpointing: bool = False  # a third slower, and long conversations fit
     # data
-    data: str = "task:calc"  # a task's demonstrations, or .jsonl/.parquet/hub id with `messages`
+    data: str = "task:calc"  # demonstrations of a task, or rows of .jsonl, .parquet or a hub id
     rows: int | None = None  # use the first n; for a task: make n (default 8192)
+    min_reward: float | None = None  # of these, only rows whose `reward` is at least this
+    val_rows: int = 0  # held out, chosen by the seed, to measure val_loss and val_token_accuracy on
+    val_every: int = 50  # updates between two such measurements; there is one at the end too
     system_prompt: str = ""  # put in front of conversations that have none
     format: Literal["hermes", "llama3", "fence", "tags"] = "hermes"  # how calls are written
-    tools: tuple[str, ...] = ("python",)  # shown in the prompt: tools/<name>.py, or file.py:name
+    tools: tuple[str, ...] = ("python",)  # shown where a row has no `tools`: <name> or file.py:name
     max_tokens: int = 2048  # a longer conversation is cut on the right
     # optimisation
     epochs: float = 1.0  # passes over the rows
     batch_size: int = 32  # conversations per update
     token_budget: int = 8192  # tokens per forward pass, padding counted; halve it if out of memory
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: from scratch, in a third of the steps
+    packing: bool = False  # rows of several samples, no padding: for very uneven lengths
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"  # muon: from scratch, third of steps
     learning_rate: float = 2e-5  # 1e-5..5e-5 full, 1e-4..5e-4 LoRA, 1e-2 tiny from scratch
     schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up
     warmup: int = 20  # updates
@@ -68,22 +85,23 @@ class Config:
 
 def check(cfg: Config) -> None:
     """Rules across keys. A key that would have no effect is an error, not a surprise."""
-    changed = config.changed(cfg)
-    if cfg.tune == "full" and (useless := {"lora_r", "lora_alpha", "lora_targets"} & changed):
-        raise UserError(f"{min(useless)} has no effect with tune=full: use --tune=lora, or drop it")
-    if cfg.model == "tiny" and cfg.tune == "lora":
-        raise UserError("tune = 'lora' on model = 'tiny': random weights need tune=full")
-    for name in ("rows", "max_tokens", "batch_size", "token_budget", "lora_r"):
+    lora = "lora_r lora_alpha lora_targets"
+    rules = (
+        (cfg.tune == "full", lora, "with tune=full: use --tune=lora, or drop it"),
+        (cfg.val_rows == 0, "val_every", "with val_rows=0: use --val_rows=64, or drop it"),
+    )
+    config.useless(cfg, rules)
+    if cfg.model == "tiny" and cfg.tune != "full":
+        raise UserError(f"tune = {cfg.tune!r} on model = 'tiny': random weights need tune=full")
+    if cfg.tune == "qlora" and cfg.dtype == "mixed":
+        raise UserError("dtype = 'mixed' with tune=qlora: its base is not trained, use bfloat16")
+    for name in "rows max_tokens batch_size token_budget lora_r val_every keep_last".split():
         if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise UserError(f"{name} = {getattr(cfg, name)}: expected at least 1")
-    for name in ("learning_rate", "epochs", "max_grad_norm", "lora_alpha"):
-        if getattr(cfg, name) <= 0:
-            raise UserError(f"{name} = {getattr(cfg, name)}: expected more than 0")
+    config.positive(cfg, "learning_rate epochs max_grad_norm lora_alpha")
+    config.not_negative(cfg, "warmup weight_decay seed val_rows save_every")
     if cfg.seed >= 2**63:
         raise UserError(f"seed = {cfg.seed}: expected less than 2**63")
-    for name in ("warmup", "weight_decay", "seed"):
-        if getattr(cfg, name) < 0:
-            raise UserError(f"{name} = {getattr(cfg, name)}: expected 0 or more")
 
 
 def sft_loss(
@@ -95,29 +113,131 @@ def sft_loss(
     return -(logprobs * mask).sum() / trained_tokens
 
 
-def render(chat: Chat, conversations: list[list[dict]], max_tokens: int) -> list[tuple[list, list]]:
-    """(ids, mask) of each conversation, cut at max_tokens; those with nothing to train on are left
-    out. UserError if that leaves none."""
-    rendered = [chat.render(messages) for messages in conversations]
-    rendered = [(ids[:max_tokens], mask[:max_tokens]) for ids, mask in rendered]
-    kept = [(ids, mask) for ids, mask in rendered if any(mask)]
+def check_rows(cfg: Config, rows: list[dict]) -> None:
+    """A key that would have no effect on these rows (of data.conversations) is an error too."""
+    recorded = ["ids" in row for row in rows]
+    useless, why = (), ""
+    if all(recorded):
+        useless, why = {"format", "tools"}, "whose rows are recorded with their prompts"
+    elif all("ids" in row or row["tools"] is not None for row in rows):
+        useless, why = {"tools"}, "whose rows have `tools` of their own"
+    if useless := config.changed(cfg).intersection(useless):
+        raise UserError(f"{min(useless)} has no effect on {cfg.data}, {why}: drop it")
+    if cfg.model == "tiny" and any(recorded):
+        raise UserError("model = 'tiny' has a new tokenizer: recorded ids need their own model")
+
+
+def render(rows: list[dict], tokenizer, format: str, tools: list[dict], name: str) -> list[tuple]:
+    """(ids, mask) of each row: recorded ones as they are; a conversation with the tools of its row,
+    or else these, by one Chat for each set of tools, which proves the template for that set."""
+    chats = {}
+    if any("messages" in row and row["tools"] is None for row in rows):
+        chats[json.dumps(tools)] = Chat(tokenizer, format, tools)
+    samples = []
+    for row in rows:
+        try:
+            if "ids" in row:
+                data.check_ids(row, tokenizer)
+                samples.append((row["ids"], row["mask"]))
+                continue
+            shown = tools if row["tools"] is None else row["tools"]
+            data.check_calls(row["messages"], [tool["function"]["name"] for tool in shown])
+            key = json.dumps(shown)
+            if key not in chats:
+                chats[key] = Chat(tokenizer, format, shown)
+            samples.append(chats[key].render(row["messages"]))
+        except UserError as error:
+            raise UserError(f"{name}, row {row['row']}: {error}") from None
+    return samples
+
+
+def fit(samples: list[tuple], max_tokens: int) -> tuple[list[tuple], int, int]:
+    """(samples cut at max_tokens, how many were cut, how many were left out because nothing in them
+    is trained). UserError if that leaves none."""
+    fitted = [(ids[:max_tokens], mask[:max_tokens]) for ids, mask in samples]
+    kept = [sample for sample in fitted if any(sample[1])]
     if not kept:
         raise UserError(
-            f"max_tokens = {max_tokens}: in none of the {len(rendered)} conversations does the "
+            f"max_tokens = {max_tokens}: in none of the {len(samples)} conversations does the "
             "assistant write anything before that; raise it"
         )
-    return kept
+    long = [len(ids) > max_tokens and any(mask[:max_tokens]) for ids, mask in samples]
+    return kept, sum(long), len(samples) - len(kept)
 
 
-def accumulate(model, batch: list[tuple[list, list]], token_budget: int) -> dict:
+def hold_out(samples: list, val_rows: int, seed: int) -> tuple[list, list]:
+    """(the rest in its order, val_rows samples chosen by the seed). UserError if none is left."""
+    if val_rows >= len(samples):
+        raise UserError(f"val_rows = {val_rows}: of {len(samples)} rows none is left to train on")
+    held = set(random.Random(f"held out {seed}").sample(range(len(samples)), val_rows))
+    return [s for i, s in enumerate(samples) if i not in held], [samples[i] for i in sorted(held)]
+
+
+def packs(lengths: list[int], token_budget: int) -> list[list[int]]:
+    """Indices in rows of at most token_budget tokens, by first-fit decreasing, which takes at most
+    11/9 of the fewest rows (Johnson 1973). What is longer than the budget is a row of its own."""
+    found: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        at = next((at for at, free in enumerate(room) if lengths[i] <= free), len(room))
+        if at == len(room):
+            found.append([])
+            room.append(token_budget)
+        found[at].append(i)
+        room[at] -= lengths[i]
+    return found
+
+
+def parts(samples: list[tuple], token_budget: int, packing: bool) -> list[list[tuple]]:
+    """The samples of each forward pass."""
+    divide = packs if packing else models.micro_batches
+    indices = divide([len(ids) for ids, _ in samples], token_budget)
+    return [[samples[i] for i in part] for part in indices]
+
+
+def score(model, samples: list[tuple], packing: bool, temperature: float = 1.0):
+    """(logprobs, entropy, mask) of one forward pass: (B, T) with padding, packed (1, T)."""
+    ids, mask = zip(*samples, strict=True)
+    attention_mask = positions = None
+    if packing:
+        positions = [list(chain(*(range(len(sample)) for sample in ids)))]
+        positions = models.pad(positions, device=model.device)
+        ids, mask = [list(chain(*ids))], [list(chain(*mask))]
+    else:
+        attention_mask = models.pad([[1] * len(sample) for sample in ids], device=model.device)
+    ids, mask = (models.pad(rows, device=model.device) for rows in (ids, mask))
+    logprobs, entropy = models.token_logprobs(
+        model, ids, attention_mask, mask, temperature, position_ids=positions
+    )
+    return logprobs, entropy, mask
+
+
+def prove_packing(model, name: str) -> None:
+    """UserError if a sample has other logprobs behind another one in its row than alone: where a
+    model ignores that positions begin again, or mixes tokens by other means than attention (Mamba),
+    it sees what is before it."""
+    rng, vocabulary = random.Random(0), model.get_input_embeddings().num_embeddings
+    ids = [[rng.randrange(vocabulary) for _ in range(24)] for _ in range(2)]
+    first, second = ((sample, [0] + [1] * 23) for sample in ids)
+    with torch.no_grad():
+        alone = score(model, [second], packing=False)[0][0]
+        packed = score(model, [first, second], packing=True)[0][0, 24:]
+        exact = model(torch.tensor(ids, device=model.device)).logits.dtype == torch.float32
+    difference = (packed - alone).abs().mean().item()
+    # Seen: 1e-7, in bfloat16 5e-4; 0.006 if random weights see the other sample, 0.3 if trained.
+    if not difference <= (1e-3 if exact else 0.1):  # not: NaN is refused too
+        raise UserError(
+            f"model = {name!r} cannot be packed: behind another sample, logprobs differ by "
+            f"{difference:.2g} from those alone; use packing=false"
+        )
+
+
+def accumulate(model, batch: list[tuple], token_budget: int, packing: bool = False) -> dict:
     """Adds the gradient of the loss of a batch of (ids, mask); returns its metrics."""
     trained_tokens = sum(sum(mask) for _, mask in batch)
-    loss, entropy, device = 0.0, 0.0, model.device
-    for part in models.micro_batches([len(ids) for ids, _ in batch], token_budget):
-        ids = models.pad([batch[i][0] for i in part], device=device)  # (B, T)
-        mask = models.pad([batch[i][1] for i in part], device=device)
-        attention_mask = models.pad([[1] * len(batch[i][0]) for i in part], device=device)
-        logprobs, entropies = models.token_logprobs(model, ids, attention_mask, mask)
+    loss, entropy = 0.0, 0.0
+    for part in parts(batch, token_budget, packing):
+        logprobs, entropies, mask = score(model, part, packing)
         part_loss = sft_loss(logprobs, mask, trained_tokens)
         part_loss.backward()
         loss += part_loss.item()
@@ -125,33 +245,67 @@ def accumulate(model, batch: list[tuple[list, list]], token_budget: int) -> dict
     return {"loss": loss, "entropy": entropy, "new_tokens": trained_tokens}
 
 
+@torch.no_grad()
+def validate(model, samples: list[tuple], token_budget: int, packing: bool = False) -> dict:
+    """The loss on the samples, and the share of trained tokens that greedy decoding would choose
+    given those before them: their probability at a temperature near 0, so a tie counts in part."""
+    trained_tokens, loss, right = sum(sum(mask) for _, mask in samples), 0.0, 0.0
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for part in parts(samples, token_budget, packing):
+        logprobs, _, mask = score(model, part, packing)
+        loss += sft_loss(logprobs, mask, trained_tokens).item()
+        greedy, _, _ = score(model, part, packing, temperature=1e-6)
+        right += (greedy.exp() * mask).sum().item()
+    for module, mode in modes:
+        module.training = mode
+    return dict(zip(VALIDATION, (loss, right / trained_tokens), strict=True))
+
+
 def setup(cfg: Config):
-    """(model, tokenizer, chat, conversations), the cheap checks first."""
+    """(model, tokenizer, samples, held-out samples, a word on the data), the cheap checks first."""
     toolbox = Toolbox(cfg.tools)
     if cfg.model != "tiny":
         models.find(cfg.model)
-    conversations = data.conversations(cfg.data, cfg.rows, cfg.seed, cfg.system_prompt)
+    rows = data.conversations(cfg.data, cfg.rows, cfg.seed, cfg.system_prompt)
+    check_rows(cfg, rows)
+    chosen = data.rewarded(rows, cfg.min_reward, cfg.data)
     tiny = cfg.model == "tiny"
     if tiny:
-        tokenizer = models.tiny_tokenizer(conversations[:4096], toolbox.schemas)
+        conversations = [row["messages"] for row in chosen[:4096]]
+        tokenizer = models.tiny_tokenizer(conversations, toolbox.schemas)
     else:
         tokenizer = models.load_tokenizer(cfg.model)
-    chat = Chat(tokenizer, cfg.format, toolbox.schemas)  # proved before any weights are loaded
+    # rendered, and so proved, before any weights are loaded
+    samples = render(chosen, tokenizer, cfg.format, toolbox.schemas, cfg.data)
+    samples, cut, empty = fit(samples, cfg.max_tokens)
+    samples, held_out = hold_out(samples, cfg.val_rows, cfg.seed)
+    if cfg.batch_size > len(samples):
+        few = f"there are {len(samples)} rows to train on, use --batch_size={len(samples)} or less"
+        raise UserError(f"batch_size = {cfg.batch_size}: {few}")
+    said = f"{len(samples)} rows to train on, {len(held_out)} held out, {cut} cut at max_tokens, "
+    said += f"{empty} left out with nothing to train, {len(rows) - len(chosen)} below min_reward"
     if tiny:
-        model = models.tiny(tokenizer, cfg.seed).to(getattr(torch, cfg.dtype))
+        model = models.in_dtype(models.tiny(tokenizer, cfg.seed), cfg.dtype)
     else:
         lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
         model, _ = models.load(cfg.model, cfg.tune, cfg.dtype, "auto", *lora)
-    return model, tokenizer, chat, conversations
+    if cfg.packing:
+        prove_packing(model, cfg.model)
+    return model, tokenizer, samples, held_out, said
 
 
 def train(cfg: Config) -> dict:
     """Trains, saves the model to out_dir, and returns the last step's metrics."""
-    out_dir = config.fresh_dir(cfg.out_dir)
-    model, tokenizer, chat, conversations = setup(cfg)
-    samples = render(chat, conversations, cfg.max_tokens)
-    config.save(cfg, out_dir / "config.py")
+    report.check_logger(cfg.logger)
+    run = Run(cfg)
+    model, tokenizer, samples, held_out, said = setup(cfg)
+    if cfg.gradient_checkpointing:
+        models.recompute_layers(model)
     optimizers = models.optimizers(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay)
+    torch.manual_seed(cfg.seed)  # of dropout, in a model that has it
+    state = run.restore(model, optimizers) or {"step": 0, "metrics": {}}
+    first, metrics = state["step"], state["metrics"]
     steps = max(1, round(cfg.epochs * len(samples) / cfg.batch_size))
     order = []  # every row once, in a new order, then again
     shuffle = random.Random(cfg.seed)
@@ -161,21 +315,31 @@ def train(cfg: Config) -> dict:
     trained, total = models.count(model)
     columns = {"loss": "7.4f", "entropy": "6.4f", "grad_norm": "6.2f", "seconds": "5.2f"}
     knobs = "token_budget", "max_tokens", "batch_size"
-    with report.Log(out_dir, steps, columns) as log, models.memory_advice(*knobs):
-        log.print(f"{len(samples)} conversations, {steps} steps, {trained:,} of {total:,} trained")
+    log = report.Log(run.out_dir, steps, columns, first, cfg.logger, asdict(cfg))
+    with log, models.memory_advice(*knobs), run:
+        log.print(f"{said}; {steps} steps, {trained:,} of {total:,} parameters")
+        if cfg.resume:
+            log.print(f"going on with step {first}")
         model.train()
-        for step in range(steps):
+        for step in range(first, steps):
             started = time.monotonic()
             rate = cfg.learning_rate * models.schedule(step, steps, cfg.schedule, cfg.warmup)
             rows = order[step * cfg.batch_size : (step + 1) * cfg.batch_size]
+            batch = [samples[i] for i in rows]
             metrics = {"step": step, "learning_rate": rate}
-            metrics |= accumulate(model, [samples[i] for i in rows], cfg.token_budget)
+            metrics |= accumulate(model, batch, cfg.token_budget, cfg.packing)
             metrics["grad_norm"] = models.step(model, optimizers, rate, cfg.max_grad_norm)
             metrics["seconds"] = time.monotonic() - started
+            if held_out and ((step + 1) % cfg.val_every == 0 or step + 1 == steps):
+                metrics |= validate(model, held_out, cfg.token_budget, cfg.packing)
             log.step(metrics)
+            if validation := {key: metrics[key] for key in VALIDATION if key in metrics}:
+                log.print("           " + "  ".join(f"{k} {v:.4f}" for k, v in validation.items()))
+            run.after(step + 1, steps, model, tokenizer, optimizers, log, metrics=metrics)
         model.eval()
-        models.save(model, tokenizer, out_dir)
-        log.summary({"saved": str(out_dir), "loss": metrics["loss"]})
+        models.save(model, tokenizer, run.out_dir)
+        kept = {key: metrics[key] for key in ("loss", *VALIDATION) if key in metrics}
+        log.summary({"saved": str(run.out_dir), **kept})
     return metrics
 
 

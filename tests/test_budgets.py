@@ -91,9 +91,9 @@ def test_every_key_is_used_somewhere(script):
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "cfg"
     }
+    for file in ("checkpoint.py", "evaluate.py", "rollout.py"):
+        read |= set(re.findall(r"\bcfg\.(\w+)", (ROOT / file).read_text()))
     if script is train_grpo:
-        evaluated = (ROOT / "evaluate.py").read_text() + (ROOT / "rollout.py").read_text()
-        read |= set(re.findall(r"\bcfg\.(\w+)", evaluated))
         read |= set(rollout.Settings.__dataclass_fields__)
     # A key with one allowed value says what there will be a choice of.
     single = {key for key in keys if len(getattr(kind(script, key), "__args__", (1, 2))) == 1}

@@ -69,7 +69,7 @@ def command(script, *argv):
     """The command line of a run that would work, but for argv."""
     usual = {
         "train_grpo.py": ["--model=model", "--data=good.jsonl"],
-        "train_sft.py": ["--model=model", "--data=chats.jsonl"],
+        "train_sft.py": ["--model=model", "--data=chats.jsonl", "--batch_size=1"],
         "evaluate.py": ["--model=model", "--data=good.jsonl"],
         "rollout.py": ["--model=model", "--data=good.jsonl"],
     }[script]
@@ -152,9 +152,14 @@ OWN = {
         ("--rows=3", "unknown key 'rows'"),
         ("--config=wrong.py", "steps = 'many' in wrong.py: expected int"),
         ("--steps=0", "steps = 0: expected more than 0"),
+        ("--is_correction=mask --is_cap=0.5", "is_cap = 0.5: expected 1 or more"),
+        ("--minibatches=1000", "minibatches = 1000: there are 192 trajectories to split"),
+        ("--beta=-1", "beta = -1.0: expected 0 or more"),
+        ("--keep_last=0", "keep_last = 0: expected more than 0"),
+        ("--dynamic_sampling=wrong", "dynamic_sampling = 'wrong': expected one of correct"),
         ("--group_size=1", "group_size = 1: a group of one has nothing to compare with"),
         ("--temperature=0", "temperature = 0: all of a group would be alike"),
-        ("--loss=dapoo", "loss = 'dapoo': expected one of dapo, grpo, dr_grpo"),
+        ("--loss=dapoo", "loss = 'dapoo': expected one of dapo, grpo, dr_grpo, gspo"),
         ("--learning_rate=0", "learning_rate = 0.0: expected more than 0"),
         ("--weight_decay=-1", "weight_decay = -1.0: expected 0 or more"),
         ("--warmup=-1", "warmup = -1: expected 0 or more"),
@@ -167,7 +172,7 @@ OWN = {
     ],
     "train_sft.py": [
         ("--steps=3", "unknown key 'steps'"),
-        ("--optimizer=sgd", "optimizer = 'sgd': expected one of adamw, muon"),
+        ("--optimizer=sgd", "optimizer = 'sgd': expected one of adamw, adamw8bit, muon"),
         ("--learning_rate=-1", "learning_rate = -1.0: expected more than 0"),
         ("--epochs=0", "epochs = 0.0: expected more than 0"),
         ("--weight_decay=-1", "weight_decay = -1.0: expected 0 or more"),
@@ -200,6 +205,18 @@ WITHOUT_EFFECT = [
     ("train_grpo.py", "--lora_r=8", "lora_r has no effect with tune=full"),
     ("train_grpo.py", "--lora_targets=q_proj", "lora_targets has no effect with tune=full"),
     ("train_grpo.py", "--clip_high=0.3", "clip_high has no effect with updates_per_batch=1"),
+    (
+        "train_grpo.py",
+        "--loss=cispo --updates_per_batch=2 --clip_low=0.1",
+        "clip_low has no effect with loss=cispo",
+    ),
+    ("train_grpo.py", "--is_cap=3", "is_cap has no effect with is_correction=none"),
+    ("train_grpo.py", "--is_level=sequence", "is_level has no effect with is_correction=none"),
+    ("train_grpo.py", "--overlong_penalty=2", "overlong_penalty has no effect with overlong=keep"),
+    ("train_grpo.py", "--dynamic_attempts=2", "dynamic_attempts has no effect without dynamic_s"),
+    ("train_grpo.py", "--tune=qlora --dtype=mixed", "dtype = 'mixed' with tune=qlora"),
+    ("train_sft.py", "--tune=qlora --dtype=mixed", "dtype = 'mixed' with tune=qlora"),
+    ("train_sft.py", "--val_every=5", "val_every has no effect with val_rows=0"),
     ("train_grpo.py", "--prompt_template=Q:{prompt} --data=chats.jsonl --prompt_column=messages "
      "--answer_column=messages", "prompt_template has no effect"),
     ("train_grpo.py", "--split=test", "split has no effect on 'good.jsonl'"),

@@ -1,4 +1,5 @@
-"""Pins data.py: what an example is made of, and the sentence for every row that does not fit.
+"""Pins data.py: what an example or a conversation is made of, and the sentence for every row that
+does not fit.
 
 pytest tests/test_data.py
 """
@@ -198,6 +199,207 @@ def test_a_task_is_a_file_in_tasks_that_makes_rows(monkeypatch):
     assert complaint("dice") == f"data = 'dice': {says} openai/gsm8k"
     for name in [name for name in sys.modules if name.split(".")[0] == "tasks"]:
         del sys.modules[name]  # the real tasks again, for the tests after this one
+
+
+# SFT: conversations and trajectories
+
+
+USER, SAYS = {"role": "user", "content": "Go."}, {"role": "assistant", "content": "Done."}
+TOOL = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
+
+
+def call(arguments, name="find", **more):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}, **more}
+
+
+def calls(*made, content=""):
+    return {"role": "assistant", "content": content, "tool_calls": list(made)}
+
+
+def result(content, **more):
+    return {"role": "tool", "content": content, **more}
+
+
+def talk(*messages, **columns):
+    return {"messages": list(messages), **columns}
+
+
+def refusal(*rows, **options):
+    """What is said about the rows, behind the file's name."""
+    with pytest.raises(UserError) as caught:
+        data.conversations(write(*rows), **options)
+    return str(caught.value).removeprefix("x.jsonl, ")
+
+
+def test_a_conversation_is_its_messages_and_its_tools():
+    rows = [talk(USER, SAYS, level=3), "", talk(USER, SAYS, tools=[TOOL], reward=0.5)]
+    assert data.conversations(write(*rows)) == [
+        {"row": 1, "messages": [USER, SAYS], "tools": None},
+        {"row": 2, "messages": [USER, SAYS], "tools": [TOOL], "reward": 0.5},
+    ]
+    assert len(data.conversations("x.jsonl", rows=1)) == 1
+    assert refusal("") == "x.jsonl has no rows"
+
+
+def test_tools_may_be_a_list_or_its_json_and_none_of_them_is_not_no_column():
+    made = [[TOOL], json.dumps([TOOL]), [], "[]", None, "", "null"]
+    found = data.conversations(write(*(talk(USER, SAYS, tools=tools) for tools in made)))
+    assert [row["tools"] for row in found] == [[TOOL], [TOOL], [], [], None, None, None]
+
+
+@pytest.mark.parametrize("tools", [["find"], TOOL["function"], [TOOL["function"]], 3, "{}"])
+def test_tools_that_are_no_schemas_are_refused(tools):
+    said = refusal(talk(USER, SAYS), talk(USER, SAYS, tools=tools))
+    assert said.startswith("row 2: its 'tools' holds ") and "expected [{" in said
+    assert refusal(talk(USER, SAYS, tools="[{")).startswith("row 1: its 'tools' is broken JSON: ")
+
+
+def test_contents_become_text_and_arguments_objects():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    silent = {"role": "assistant", "content": None, "tool_calls": [call('{"x": null}')]}
+    shown = talk({"role": "user", "content": parts}, silent, result("1"), SAYS)
+    (found,) = data.conversations(write(shown))
+    expected = [{"role": "user", "content": "ab"}, calls(call({"x": None}))]
+    assert found["messages"] == [*expected, result("1", name="find"), SAYS]
+    bare = {"name": "find", "arguments": {}}  # without the wrapping of OpenAI
+    (found,) = data.conversations(write(talk(USER, calls(bare))))
+    assert found["messages"][1] == calls(call({}))
+
+
+def test_results_stand_in_the_order_of_their_calls_under_their_names():
+    """Pitfall 7: OpenAI's form has them in any order, with the id of the call."""
+    two = calls(call({}, "f", id="a"), call({}, "g", id="b"))
+    given = [result("2", tool_call_id="b"), result("1", tool_call_id="a")]
+    ordered = [result("1", tool_call_id="a", name="f"), result("2", tool_call_id="b", name="g")]
+    (found,) = data.conversations(write(talk(USER, two, *given, SAYS, two, *given)))
+    assert found["messages"] == [USER, two, *ordered, SAYS, two, *ordered]
+    # without ids, or with ids that do not tell them apart, the order given is all there is
+    for ids in ((None, None), ("a", "a"), ("", "")):
+        made = calls(*(call({}, name, id=id) for name, id in zip("fg", ids, strict=True)))
+        both = [result("1", tool_call_id="a"), result("2", tool_call_id="a", name="own")]
+        (found,) = data.conversations(write(talk(USER, made, *both)))
+        names = [(m["content"], m["name"]) for m in found["messages"][2:]]
+        assert names == [("1", "f"), ("2", "own")]
+    # a call that stands in the text, as a rollout writes a malformed one, has results too
+    said = {"role": "assistant", "content": "<tool_call>{</tool_call>"}
+    (found,) = data.conversations(write(talk(USER, said, result("error"), SAYS)))
+    assert found["messages"] == [USER, said, result("error"), SAYS]
+
+
+def test_results_that_belong_to_no_call_are_refused():
+    one = calls(call({}, id="a"))
+    says = "row 1: 2 tool results follow 1 tool calls"
+    assert refusal(talk(USER, one, result("1"), result("2"))) == says
+    says = "row 1: the tool_call_ids are ['c']: expected, once each, those of ['a']"
+    assert refusal(talk(USER, one, result("1", tool_call_id="c"))) == says
+    two = calls(call({}, id="a"), call({}, id="b"))
+    twice = [result("1", tool_call_id="a"), result("2", tool_call_id="a")]
+    says = "row 1: the tool_call_ids are ['a', 'a']: expected, once each, those of ['a', 'b']"
+    assert refusal(talk(USER, two, *twice)) == says
+
+
+@pytest.mark.parametrize(
+    "messages, says",
+    [
+        ("hello", "'messages' is not a list of chat messages"),
+        (["hello"], "'messages' is a list, but not of messages with a role and content"),
+        ([], "no assistant message, so nothing to learn"),
+        ([USER], "no assistant message, so nothing to learn"),
+        ([SAYS, USER], "it begins with an assistant message: there has to be a prompt before it"),
+        ([{"role": "human"}, SAYS], "role 'human': expected one of system, user, assistant, tool"),
+        ([USER, calls({"name": "f"})], "its tool call {'name': 'f'}: expected {\"function\": {"),
+        ([USER, calls(call("{x"))], "its tool call {'type': 'function', 'function': {'name': "),
+        ([USER, calls(call("[1]"))], "its tool call {'type': 'function', 'function': {'name': "),
+        ([USER, calls("find")], "its tool call 'find': expected {"),
+        ([USER, SAYS | {"function_call": {}}], "'function_call' is OpenAI's old form"),
+        ([USER, SAYS | {"weight": 0}], "weight = 0 of one message has no effect here"),
+        ([{"role": "user", "content": 3}, SAYS], "its content 3: expected text, or a list of"),
+    ],
+)
+def test_messages_that_do_not_fit_are_refused_by_row(messages, says):
+    assert refusal(talk(USER, SAYS), {"messages": messages}).startswith(f"row 2: {says}")
+
+
+def test_images_are_refused_and_not_left_out():
+    remedy = "no model that sees images can be trained yet, so leave the row out or make it text"
+    for column, value in (("images", ["a.png"]), ("image", "a.png")):
+        says = f"row 2: its {column!r} would not be seen: {remedy}"
+        assert refusal(talk(USER, SAYS), talk(USER, SAYS, **{column: value})) == says
+        assert refusal(talk(USER, SAYS), {"ids": [1], "mask": [0], column: value}) == says
+    for part in ({"type": "image_url", "image_url": "a.png"}, {"type": "image"}):
+        shown = {"role": "user", "content": [{"type": "text", "text": "See:"}, part]}
+        says = f"row 1: a content part of type {part['type']!r} would not be seen: {remedy}"
+        assert refusal(talk(shown, SAYS)) == says
+    assert len(data.conversations(write(talk(USER, SAYS, images=[], image=None)))) == 1
+
+
+def test_a_trajectory_is_its_ids_and_its_mask():
+    recorded = {"ids": [5, 6, 7], "mask": [0, 1, 1], "reward": None, "text": "abc", "stop": "x"}
+    kept = {key: recorded[key] for key in ("ids", "mask", "reward", "text")}
+    rows = [recorded | {"messages": "not looked at"}, talk(USER, SAYS, ids=None, mask=None)]
+    found = data.conversations(write(*rows))
+    assert found == [{"row": 1, **kept}, {"row": 2, "messages": [USER, SAYS], "tools": None}]
+
+
+@pytest.mark.parametrize(
+    "ids, mask, says",
+    [
+        ([1, 2], [0], "its 'ids' and 'mask' are not two lists of one length"),
+        ("12", [0, 1], "its 'ids' and 'mask' are not two lists of one length"),
+        ([1, -2], [0, 1], "its 'ids' holds -2: expected token ids"),
+        ([1, 2.0], [0, 1], "its 'ids' holds 2.0: expected token ids"),
+        ([1, "a"], [0, 1], "its 'ids' holds 'a': expected token ids"),
+        ([1, 2], [0, 2], "its 'mask' holds 2: expected 0 or 1"),
+        ([1, 2], [0, None], "its 'mask' holds None: expected 0 or 1"),
+        ([1, 2], [1, 1], "its 'mask' begins with 1, but nothing stands before the first token"),
+    ],
+)
+def test_a_trajectory_that_does_not_fit_is_refused_by_row(ids, mask, says):
+    """Pitfall 2."""
+    assert refusal(talk(USER, SAYS), {"ids": ids, "mask": mask}) == f"row 2: {says}"
+
+
+def test_a_row_of_neither_form_is_answered_with_its_columns():
+    form = "SFT takes whole conversations, or trajectories (ids and mask)"
+    says = f"row 1: no column 'messages', there are prompt, answer: {form}"
+    assert refusal(row()) == says
+    assert refusal({"ids": [1]}) == f"row 1: no column 'messages', there are ids: {form}"
+
+
+def test_the_system_prompt_goes_in_front_of_conversations_that_have_none():
+    system = {"role": "system", "content": "S"}
+    recorded = {"ids": [5, 6], "mask": [0, 1]}
+    name = write(talk(USER, SAYS), talk(system, USER, SAYS), recorded)
+    found = data.conversations(name, system_prompt="T")
+    prompts = [row["messages"][0]["content"] for row in found[:2]]
+    assert prompts == ["T", "S"] and found[2] == {"row": 3, **recorded}
+    says = "system_prompt has no effect on x.jsonl: every row has a system message, or is recorded"
+    assert refusal(talk(system, USER, SAYS), recorded, system_prompt="T").startswith(says)
+
+
+def test_the_demonstrations_of_a_task_are_conversations():
+    found = data.conversations("task:calc", 40, seed=3)
+    assert [row["row"] for row in found] == list(range(1, 41))
+    assert found == data.conversations("task:calc", 40, seed=3)
+    assert found != data.conversations("task:calc", 40, seed=4)
+    assert all(row["tools"] is None for row in found)
+    assert any("tool_calls" in m for row in found for m in row["messages"])
+
+
+def test_parquet_gives_the_conversations_that_jsonl_gives():
+    """Without the keys that parquet fills in, with None, in every object."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    other = {"type": "function", "function": {"name": "add", "parameters": {"required": ["a"]}}}
+    both = calls(call({"x": "1"}, id="a"), call({"y": 2}, "add", id="b"))
+    results = [result("2", tool_call_id="b"), result("1", tool_call_id="a")]
+    rows = [talk(USER, both, *results, SAYS, tools=[TOOL, other]), talk(USER, SAYS)]
+    rows += [{"ids": [5, 6], "mask": [0, 1]}]
+    keys = ("messages", "tools", "ids", "mask")
+    filled = [{key: row.get(key) for key in keys} for row in rows]
+    parquet.write_table(pyarrow.Table.from_pylist(filled), "x.parquet")
+    stored = parquet.read_table("x.parquet").to_pylist()
+    assert stored[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["y"] is None
+    assert data.conversations("x.parquet") == data.conversations(write(*rows))
 
 
 HUB = """

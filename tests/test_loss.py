@@ -2,9 +2,10 @@
 
     pytest tests/test_loss.py
 
-Pinned here: groups by prompt, rewards that are equal or missing, hand-computed losses and clips,
-one gradient however the batch is cut or permuted, and token_logprobs against the full log-softmax
-in values and gradients. Models of a few thousand random weights, in float32.
+Pinned here: groups by prompt, rewards that are equal or missing, leave-one-out, turns, losses by
+hand, clips, KL and importance weights, one gradient however the batch is cut or permuted, and
+token_logprobs against the full log-softmax in values and gradients. Models of a few thousand random
+weights, in float32. The same losses are compared with TRL's in test_against_trl.py.
 """
 
 import copy
@@ -17,11 +18,12 @@ import torch
 import model as models
 import train_grpo
 from config import UserError
+from loss import advantages, grpo_loss, importance, sequence_weights, turn_advantages
 from rollout import Trajectory
-from train_grpo import Config, accumulate, advantages, grpo_loss, learn, sequence_weights
+from train_grpo import Config, accumulate, credit, learn, padded, score
 
 VOCABULARY = 61
-LOSSES = ("dapo", "grpo", "dr_grpo")
+LOSSES = ("dapo", "grpo", "dr_grpo", "gspo", "cispo")
 
 
 def qwen(**options):
@@ -106,6 +108,7 @@ def trajectory(rng, group=0, reward=1.0, stop="answered", turns=2, prompt=3, new
         if turn:
             t.add([rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 5))], 0)
         ids = [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, new))]
+        t.turn_starts.append(len(t.ids))
         t.add(ids, 1, [-9.0] * len(ids))
     return t
 
@@ -118,20 +121,21 @@ def some_trajectories(count=7):
 
 
 def weighed(trajectories, loss, advantage=None, max_new_tokens=32):
-    """(trajectory, advantage, weight) as `learn` makes them."""
+    """(trajectories with their advantages, their weights) as `learn` makes them."""
     rewards, groups = [t.reward for t in trajectories], [t.group for t in trajectories]
     gain = advantage or advantages(rewards, groups, "group")[0].tolist()
+    for t, value in zip(trajectories, gain, strict=True):
+        t.advantages = [value] * len(t.turn_starts)
     new_tokens = torch.tensor([t.new_tokens for t in trajectories])
-    weights = sequence_weights(new_tokens, loss, max_new_tokens).tolist()
-    return list(zip(trajectories, gain, weights, strict=True))
+    return trajectories, sequence_weights(new_tokens, loss, max_new_tokens).tolist()
 
 
-def gradient(model, batch, cfg, old=None):
-    """One flat gradient of all trained parameters, and what accumulate returned."""
+def gradient(model, batch, cfg, old=None, ref=None):
+    """One flat gradient of all trained parameters, and the metrics of accumulate."""
     model.zero_grad()
-    metrics, seen = accumulate(model, batch, cfg, old)
+    metrics = accumulate(model, *batch, cfg, old, ref)
     parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return torch.cat(parts).clone(), metrics, seen
+    return torch.cat(parts).clone(), metrics
 
 
 def distance(a, b):
@@ -212,6 +216,7 @@ def test_sequence_weights_by_hand():
     given = {kind: sequence_weights(new_tokens, kind, 10).tolist() for kind in LOSSES}
     assert given["dapo"] == pytest.approx([1 / 8, 0, 1 / 8])
     assert given["grpo"] == pytest.approx([1 / 4, 0, 1 / 12])
+    assert given["gspo"] == given["grpo"] and given["cispo"] == given["dapo"]
     assert given["dr_grpo"] == pytest.approx([1 / 20, 0, 1 / 20])
     for kind in LOSSES:  # a batch of nothing divides by nothing
         assert sequence_weights(torch.zeros(2, dtype=torch.long), kind, 10).tolist() == [0.0, 0.0]
@@ -222,10 +227,101 @@ def test_each_loss_kind_has_its_hand_computed_value():
     mask = torch.tensor([[0, 0, 1, 0], [0, 1, 1, 1]])
     logprobs, gain = torch.full((2, 4), -1.0), torch.tensor([2.0, -1.0])
     expected = {"dapo": -(2 - 3) / 4, "grpo": -(2 - 1) / 2, "dr_grpo": -(2 - 3) / 10}
+    expected |= {"gspo": -(2 - 1) / 2, "cispo": -(-2 + 3) / 4}  # cispo: times the logprob, -1
     for kind, value in expected.items():
         weights = sequence_weights(mask.sum(1), kind, 5)
-        loss, clipped = grpo_loss(logprobs, logprobs, mask, gain, weights)
-        assert loss.item() == pytest.approx(value) and not clipped.any()
+        loss, parts = grpo_loss(logprobs, logprobs, mask, gain, weights, kind)
+        assert loss.item() == pytest.approx(value) and not parts["clipped"].any()
+
+
+def test_gspo_has_one_ratio_for_a_sequence_and_clips_it_whole():
+    """arXiv:2507.18071, equation 7: the geometric mean of the trained tokens' ratios."""
+    mask = torch.tensor([[0, 1, 1, 1], [0, 1, 0, 1]])
+    ratio = torch.tensor([[9.0, 1.2, 0.9, 1.3], [9.0, 1.1, 9.0, 0.7]])
+    logprobs = ratio.log().requires_grad_()
+    weights = sequence_weights(mask.sum(1), "gspo", 1)
+    first, second = (1.2 * 0.9 * 1.3) ** (1 / 3), (1.1 * 0.7) ** (1 / 2)
+    for clip, clipped in ((0.5, [False, False]), (0.1, [True, True])):
+        args = logprobs, torch.zeros(2, 4), mask, torch.tensor([1.0, -2.0]), weights, "gspo"
+        loss, parts = grpo_loss(*args, clip, clip)
+        values = (first, second) if clip == 0.5 else (1.1, 0.9)
+        assert loss.item() == pytest.approx(-(values[0] - 2 * values[1]) / 2)
+        assert parts["clipped"].any(1).tolist() == clipped
+        assert torch.equal(parts["clipped"], mask.bool() & parts["clipped"])
+        (gradient,) = torch.autograd.grad(loss, logprobs)
+        third, half = -first / 2 / 3, 2 * second / 2 / 2  # of the mean log ratio
+        expected = [[0, third, third, third], [0, half, 0, half]] if clip == 0.5 else [[0] * 4] * 2
+        assert gradient.tolist() == [pytest.approx(row) for row in expected]
+
+
+def test_cispo_bounds_the_weight_of_a_token_but_never_takes_its_gradient():
+    """arXiv:2506.13585, equation 4: a detached ratio, bounded above only."""
+    ratio = torch.tensor([[0.1, 1.0, 3.0]])
+    logprobs = ratio.log().requires_grad_()
+    mask, weights = torch.ones(1, 3, dtype=torch.long), torch.tensor([1 / 3])
+    args = logprobs, torch.zeros(1, 3), mask, torch.tensor([2.0]), weights, "cispo"
+    loss, parts = grpo_loss(*args, 0.2, 0.5)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    assert gradient.tolist() == [pytest.approx([-2 * 0.1 / 3, -2 * 1.0 / 3, -2 * 1.5 / 3])]
+    assert parts["clipped"].tolist() == [[False, False, True]]
+
+
+def test_the_kl_is_k3_never_negative_and_zero_where_policy_and_reference_agree():
+    """Pitfall 25, and Schulman's k3: r - 1 - log r with r = reference over policy."""
+    mask = torch.tensor([[0, 1, 1, 1]])
+    logprobs = torch.tensor([[-1.0, -1.0, -2.0, -3.0]], requires_grad=True)
+    ref = torch.tensor([[float("nan"), -1.0, -1.5, -5.0]])
+    gain, weights = torch.zeros(1), torch.tensor([1 / 3])
+    plain = logprobs, logprobs.detach(), mask, gain, weights, "dapo"
+    loss, parts = grpo_loss(*plain, beta=0.5, ref_logprobs=ref)
+    expected = [0.0, 0.0, math.exp(0.5) - 0.5 - 1, math.exp(-2) + 2 - 1]
+    assert parts["kl"].tolist() == [pytest.approx(expected)] and (parts["kl"] >= 0).all()
+    assert loss.item() == pytest.approx(0.5 * sum(expected) / 3)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    slope = [0.0, 0.0, 0.5 / 3 * (1 - math.exp(0.5)), 0.5 / 3 * (1 - math.exp(-2))]
+    assert gradient.tolist() == [pytest.approx(slope)]
+    assert "kl" not in grpo_loss(*plain)[1]
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weights_by_hand(level):
+    """Pitfalls 15, 16: of trained tokens only, whatever the engine says of others."""
+    mask = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]])
+    ratio = torch.tensor([[1.0, 0.3, 1.5, 4.0], [1.0, 1.1, 0.9, 7.0], [3.0, 3.0, 3.0, 3.0]])
+    sampled = torch.full((3, 4), -2.0)
+    old = sampled + ratio.log()
+    sampled[0, 0], sampled[1, 3] = float("nan"), float("-inf")
+    cut = importance(old, sampled, mask, "truncate", level, 2.0)
+    dropped = importance(old, sampled, mask, "mask", level, 2.0)
+    if level == "token":
+        assert cut.tolist()[0] == pytest.approx([1, 0.3, 1.5, 2])
+        assert dropped.tolist()[0] == pytest.approx([1, 0, 1.5, 0])
+        assert cut.tolist()[1] == dropped.tolist()[1] == pytest.approx([1, 1.1, 0.9, 1])
+    else:
+        whole = 0.3 * 1.5 * 4
+        for made in (cut, dropped):
+            assert made.tolist()[0] == pytest.approx([1, whole, whole, whole])
+            assert made.tolist()[1] == pytest.approx([1, 0.99, 0.99, 1])
+        assert importance(old, sampled, mask, "mask", level, 1.5)[0].tolist() == [1, 0, 0, 0]
+        assert importance(old, sampled, mask, "truncate", level, 1.5)[0, 1].item() == 1.5
+    assert cut[2].tolist() == dropped[2].tolist() == [1.0] * 4  # nothing was sampled
+
+
+def test_a_sequence_ratio_of_a_thousand_tokens_is_clamped_before_exp():
+    """Pitfall 16."""
+    mask = torch.ones(1, 1000, dtype=torch.long)
+    for off in (-1.0, 1.0):
+        old = torch.full((1, 1000), off)
+        weight = importance(old, torch.zeros(1, 1000), mask, "truncate", "sequence", 1e30)
+        assert weight.isfinite().all() and weight[0, 0].log().item() == pytest.approx(20 * off)
+
+
+def test_importance_weighs_the_policy_term_and_not_the_kl():
+    mask, weights = torch.tensor([[1, 1]]), torch.tensor([0.5])
+    logprobs, ref = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]])
+    more = {"beta": 0.3, "ref_logprobs": ref, "importance": torch.tensor([[0.5, 0.0]])}
+    loss, parts = grpo_loss(logprobs, logprobs, mask, torch.tensor([2.0]), weights, **more)
+    assert loss.item() == pytest.approx(-0.5 * 2 * 0.5 + 0.5 * 0.3 * parts["kl"].sum().item())
 
 
 def test_the_ratio_is_clipped_only_on_the_side_that_would_gain_more():
@@ -234,69 +330,137 @@ def test_the_ratio_is_clipped_only_on_the_side_that_would_gain_more():
     logprobs = ratio.log().requires_grad_()
     mask, old = torch.ones(2, 3, dtype=torch.long), torch.zeros(2, 3)
     weights = torch.tensor([0.5, 0.25])
-    loss, clipped = grpo_loss(logprobs, old, mask, torch.tensor([2.0, -2.0]), weights, 0.2, 0.28)
+    args = logprobs, old, mask, torch.tensor([2.0, -2.0]), weights, "dapo", 0.2, 0.28
+    loss, parts = grpo_loss(*args)
     better, worse = 1.28 + 0.5 + 1.1, 1.5 + 0.8 + 1.1
     assert loss.item() == pytest.approx(-(0.5 * 2 * better - 0.25 * 2 * worse))
-    assert clipped.tolist() == [[True, False, False], [False, True, False]]
+    assert parts["clipped"].tolist() == [[True, False, False], [False, True, False]]
     (gradient,) = torch.autograd.grad(loss, logprobs)  # of the ratio is the ratio itself
     expected = [[0, -0.5, -1.1], [0.75, 0, 0.55]]
     assert gradient.tolist() == [pytest.approx(row) for row in expected]
 
 
+@pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("odd", [float("nan"), float("-inf"), float("inf"), -1e9])
-def test_what_an_engine_says_of_tokens_it_did_not_sample_does_not_leak(odd):
-    """Pitfall 15: no value and no gradient where the mask is 0."""
+def test_what_an_engine_says_of_tokens_it_did_not_sample_does_not_leak(odd, kind):
+    """Pitfalls 12, 15: no value and no gradient where the mask is 0."""
     mask = torch.tensor([[0, 1, 0, 1]])
     logprobs = torch.tensor([[-1.0, -2.0, -3.0, -4.0]], requires_grad=True)
-    old = torch.tensor([[odd, -2.5, odd, -4.0]])
-    gain, weights = torch.tensor([1.0]), torch.tensor([0.5])
-    loss, clipped = grpo_loss(logprobs, old, mask, gain, weights)
-    loss.backward()
-    assert loss.item() == pytest.approx(-0.5 * (1.28 + 1)) and clipped.tolist()[0][2] is False
-    assert logprobs.grad.tolist() == [[0.0, 0.0, 0.0, -0.5]]
+    old, ref = torch.tensor([[odd, -2.5, odd, -4.0]]), torch.tensor([[odd, -2.0, odd, -4.5]])
+    more = {"beta": 0.1, "ref_logprobs": ref}
+    more["importance"] = importance(old, old, mask, "truncate")
+    results = []
+    for noise in (old, torch.tensor([[-7.0, -2.5, -8.0, -4.0]])):
+        args = logprobs, noise, mask, torch.tensor([1.0]), torch.tensor([0.5]), kind
+        loss, parts = grpo_loss(*args, **more)
+        (gradient,) = torch.autograd.grad(loss, logprobs)
+        assert gradient[0, 0] == gradient[0, 2] == 0 and gradient[0, 3] != 0
+        assert not parts["clipped"][0, [0, 2]].any() and parts["kl"][0, [0, 2]].tolist() == [0, 0]
+        results.append((loss.item(), gradient.tolist()))
+    assert math.isfinite(results[0][0]) and results[0] == results[1]
+
+
+OFF_POLICY = {"beta": 0.1, "is_correction": "truncate", "is_cap": 1.5, "clip_low": 0.1}
+# 0.1 of the ratio's log is enough to leave the clip range: those that hold no token would hide much
 
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_the_gradient_does_not_depend_on_micro_batches_or_order(tied, kind):
-    """Pitfalls 20, 21, 17: one at a time, two, all, permuted; in a first and in a second update."""
+    """Pitfalls 17, 20, 21: micro-batches of 1, 2, 5 and all, permuted, in a first and in a later
+    update, with KL and importance weights: 1e-6."""
     trajectories = some_trajectories()
     batch = weighed(trajectories, kind)
-    old = [[-2.5] * len(t.ids) for t in trajectories]
+    rng = random.Random(8)
+    exact = score(tied, trajectories, Config())  # an old policy and a reference that differ a bit
+    for t, logprobs in zip(trajectories, exact, strict=True):
+        t.logprobs = [p + rng.uniform(-0.5, 0.5) for p in logprobs.tolist()]
+    near = [logprobs + 0.3 * torch.randn(len(logprobs)) for logprobs in exact]
+    ref = [logprobs + 0.3 * torch.randn(len(logprobs)) for logprobs in exact]
     longest = max(len(t.ids) for t in trajectories)
-    for before in (None, old):
-        whole, metrics, seen = gradient(tied, batch, Config(token_budget=10**6), before)
-        assert whole.norm() > 0 and metrics["loss"] != 0
-        assert before is None or metrics["clip_frac"] > 0  # the clip is at work here
-        for budget in (1, 2 * longest):
-            cfg = Config(token_budget=budget)
-            parts = models.micro_batches([len(t.ids) for t in trajectories], budget)
-            assert len(parts) > 1
-            cut, cut_metrics, cut_seen = gradient(tied, batch, cfg, before)
+    for old in (None, near):
+        options = OFF_POLICY | {"loss": kind}
+        whole, metrics = gradient(tied, batch, Config(token_budget=10**6, **options), old, ref)
+        assert whole.norm() > 0 and metrics["loss"] != 0 and metrics["kl"] > 0
+        assert old is None or metrics["clip_frac"] > 0  # the clip is at work here
+        assert 0 < metrics["is_outside"] < 1
+        for size in (1, 2, 5):
+            cfg = Config(token_budget=size * longest, **options)
+            lengths = [len(t.ids) for t in trajectories]
+            parts = models.micro_batches(lengths, cfg.token_budget)
+            assert len(parts) > 1 and (size > 1 or max(map(len, parts)) < 3)
+            cut, cut_metrics = gradient(tied, batch, cfg, old, ref)
             assert distance(cut, whole) <= 1e-6
-            assert cut_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-7)
-            assert all(a == pytest.approx(b, abs=1e-5) for a, b in zip(cut_seen, seen, strict=True))
-        order = random.Random(3).sample(range(len(batch)), len(batch))
-        permuted = before and [before[i] for i in order]
-        cfg = Config(token_budget=2 * longest)
-        again, _, seen_again = gradient(tied, [batch[i] for i in order], cfg, permuted)
-        assert distance(again, whole) <= 1e-6
-        assert seen_again[0] == pytest.approx(seen[order[0]], abs=1e-5)
+            assert cut_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+        for seed in range(3):
+            order = random.Random(seed).sample(range(len(trajectories)), len(trajectories))
+            rows, weights, before, reference = (
+                each and [each[i] for i in order] for each in (*batch, old, ref)
+            )
+            cfg = Config(token_budget=2 * longest, **options)
+            again, _ = gradient(tied, (rows, weights), cfg, before, reference)
+            assert distance(again, whole) <= 1e-6
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_no_token_but_the_trained_ones_has_a_gradient(tied, kind):
+    """Pitfalls 3, 15: of the loss with respect to the logprob of each token."""
+    rows, weights = weighed(some_trajectories(), kind)
+    ids, attention_mask, mask, sampled, gain = padded(rows, "cpu")
+    logprobs, _ = models.token_logprobs(tied, ids, attention_mask, mask)
+    logprobs = logprobs.detach().requires_grad_()
+    more = {"beta": 0.1, "ref_logprobs": torch.randn_like(logprobs)}
+    args = logprobs, logprobs.detach() - 0.05, mask, gain, torch.tensor(weights), kind
+    loss, _ = grpo_loss(*args, **more)
+    loss.backward()
+    assert (logprobs.grad[mask == 0] == 0).all() and (logprobs.grad[mask == 1] != 0).all()
+
+
+def test_padding_gives_each_token_the_advantage_of_its_turn():
+    """A turn's results share its advantage, where their mask is 0 anyway; the prompt has none."""
+    one, two = Trajectory({}, advantages=[0.5, -2.0]), Trajectory({}, advantages=[3.0])
+    for ids, mask in (([1, 2], 0), ([3, 4], 1), ([5], 0), ([6], 1)):
+        if mask:
+            one.turn_starts.append(len(one.ids))
+        one.add(ids, mask, [-1.0] * len(ids) if mask else None)
+    two.add([7], 0)
+    two.turn_starts.append(1)
+    two.add([8], 1, [-3.0])
+    ids, attention_mask, mask, sampled, gain = padded([one, two], "cpu")
+    assert ids.tolist() == [[1, 2, 3, 4, 5, 6], [7, 8, 0, 0, 0, 0]]
+    assert attention_mask.tolist() == [[1] * 6, [1, 1, 0, 0, 0, 0]]
+    assert mask.tolist() == [[0, 0, 1, 1, 0, 1], [0, 1, 0, 0, 0, 0]]
+    assert sampled.tolist() == [[0, 0, -1, -1, 0, -1], [0, -3, 0, 0, 0, 0]]
+    assert gain.tolist() == [[0, 0, 0.5, 0.5, 0.5, -2], [0, 3, 0, 0, 0, 0]]
 
 
 def test_one_update_has_ratio_one_and_is_the_plain_policy_gradient(tied):
     """Pitfall 26: the engine's rounding (here: -9 everywhere) is not in the ratio."""
-    batch = weighed(some_trajectories(), "dapo")
-    got, metrics, _ = gradient(tied, batch, Config())
+    rows, weights = batch = weighed(some_trajectories(), "dapo")
+    got, metrics = gradient(tied, batch, Config())
     assert metrics["clip_frac"] == 0 and metrics["sampler_logprob_diff"] > 1
-    expected = -sum(w * a * t.new_tokens for t, a, w in batch)
+    terms = [(w * t.advantages[0], t) for t, w in zip(rows, weights, strict=True)]
+    expected = -sum(factor * t.new_tokens for factor, t in terms)
     assert metrics["loss"] == pytest.approx(expected, rel=1e-6)
     tied.zero_grad()
-    for t, a, w in batch:
+    for factor, t in terms:
         ids, mask = torch.tensor([t.ids]), torch.tensor([t.mask])
         logprobs, _ = models.token_logprobs(tied, ids, torch.ones_like(ids), mask)
-        (-w * a * logprobs.sum()).backward()
+        (-factor * logprobs.sum()).backward()
     plain = torch.cat([p.grad.flatten() for p in tied.parameters()])
     assert distance(got, plain) <= 1e-6
+    for kind in LOSSES:  # and on policy the kinds differ by their weights alone
+        rows, weights = weighed(some_trajectories(), kind)
+        got, metrics = gradient(tied, (rows, weights), Config(loss=kind))
+        tied.zero_grad()
+        logprobs, mask, gain = _everything(tied, rows)
+        (-(torch.tensor(weights)[:, None] * gain * mask * logprobs).sum()).backward()
+        plain = torch.cat([p.grad.flatten() for p in tied.parameters()])
+        assert distance(got, plain) <= 1e-6 and metrics["clip_frac"] == 0
+
+
+def _everything(model, rows):
+    ids, attention_mask, mask, _, gain = padded(rows, "cpu")
+    return models.token_logprobs(model, ids, attention_mask, mask)[0], mask, gain
 
 
 def test_a_trajectory_without_a_sampled_token_is_no_division_by_zero(tied):
@@ -305,12 +469,14 @@ def test_a_trajectory_without_a_sampled_token_is_no_division_by_zero(tied):
     empty.add([1, 2, 3], 0)
     others = some_trajectories()
     for kind in LOSSES:
-        with_it = weighed([*others, empty], kind, [1.0] * 8)
-        without = weighed(others, kind, [1.0] * 7)
-        assert with_it[-1][2] == 0 and [w for *_, w in with_it[:-1]] == [w for *_, w in without]
-    got, metrics, _ = gradient(tied, with_it, Config())
-    assert distance(got, gradient(tied, without, Config())[0]) <= 1e-6
-    assert all(math.isfinite(value) for value in metrics.values())
+        (_, weights), (_, plain) = (
+            weighed([*others, empty], kind, [1.0] * 8),
+            weighed(others, kind, [1.0] * 7),
+        )
+        assert weights[-1] == 0 and weights[:-1] == plain
+        got, metrics = gradient(tied, ([*others, empty], weights), Config(loss=kind))
+        assert distance(got, gradient(tied, (others, plain), Config(loss=kind))[0]) <= 1e-6
+        assert all(math.isfinite(value) for value in metrics.values())
     frozen = copy.deepcopy(tied.state_dict())
     metrics = learn(tied, models.optimizers(tied, "adamw", 1.0), [empty, empty], 1.0, Config())
     assert metrics["trained_share"] == 0 and all(
@@ -324,49 +490,126 @@ def test_a_second_update_has_the_first_ones_logprobs_as_old(tied):
     trajectories = some_trajectories()
     batch, cfg = weighed(trajectories, "dapo"), Config(updates_per_batch=2, max_grad_norm=1e9)
     optimizers = models.optimizers(policy, "adamw", rate)
-    first, seen = accumulate(policy, batch, cfg, None)
+    old = score(policy, trajectories, cfg)
+    first = accumulate(policy, *batch, cfg, old)
     models.step(policy, optimizers, rate, cfg.max_grad_norm)
-    second, kept = accumulate(policy, batch, cfg, seen)
+    second = accumulate(policy, *batch, cfg, old)
     models.step(policy, optimizers, rate, cfg.max_grad_norm)
     assert second["loss"] < first["loss"] - 0.01 and second["clip_frac"] > first["clip_frac"] == 0
-    assert kept == seen  # old stays that of the first update, for a third one too
 
     learner = copy.deepcopy(tied)
     made = models.optimizers(learner, "adamw", rate)
     metrics = learn(learner, made, trajectories, rate, cfg)
-    assert metrics["loss"] == second["loss"] and metrics["clip_frac"] == second["clip_frac"]
+    for key in ("loss", "clip_frac", "entropy"):  # the mean of the updates
+        assert metrics[key] == pytest.approx((first[key] + second[key]) / 2)
     for a, b in zip(learner.parameters(), policy.parameters(), strict=True):
         assert torch.equal(a, b)
     once = learn(copy.deepcopy(tied), optimizers, trajectories, rate, Config())
     assert once["clip_frac"] == 0
 
 
-@pytest.mark.parametrize("overlong", ["keep", "mask"])
-def test_overlong_mask_leaves_out_all_that_did_not_end_by_their_own_choice(
-    tied, monkeypatch, overlong
-):
-    """Pitfall 24: length, turns, tool calls, wall time and errors alike."""
+def test_minibatches_are_updates_on_parts_each_with_its_own_denominator(tied, monkeypatch):
+    """Pitfalls 21, 54: every trajectory once a pass, in an order of seed, step and pass."""
+    rng, seen = random.Random(3), []
+    trajectories = [trajectory(rng, i // 5, float(i * i)) for i in range(10)]
+
+    def record(model, rows, weights, cfg, old, ref):
+        assert len(old) == len(rows)
+        shares = [w * t.new_tokens for t, w in zip(rows, weights, strict=True)]
+        assert sum(shares) == pytest.approx(1.0)
+        seen.append([t.reward for t in rows])
+        return {"loss": 0.0}
+
+    monkeypatch.setattr(train_grpo, "accumulate", record)
+    cfg = Config(updates_per_batch=2, minibatches=3)
+    learn(copy.deepcopy(tied), [], trajectories, 0.1, cfg, step=4)
+    assert len(seen) == 6 and [len(part) for part in seen[:3]] == [4, 3, 3]
+    for first in (0, 3):
+        assert sorted(sum(seen[first : first + 3], [])) == [float(i * i) for i in range(10)]
+    assert seen[:3] != seen[3:]
+    again, seen = seen, []
+    learn(copy.deepcopy(tied), [], trajectories, 0.1, cfg, step=4)
+    assert seen == again
+    seen = []
+    learn(copy.deepcopy(tied), [], trajectories, 0.1, cfg, step=5)
+    assert seen != again
+
+
+@pytest.mark.parametrize("overlong", ["keep", "mask", "penalise"])
+def test_overlong_is_all_that_did_not_end_by_its_own_choice(tied, monkeypatch, overlong):
+    """Pitfall 24: length, turns, tool calls, wall time and errors alike. Rewards stay."""
     stops = ["answered", "length", "max_turns", "max_tool_calls", "timeout", "error", "answered"]
     rng, batches = random.Random(2), []
     trajectories = [trajectory(rng, 0, float(i), stop) for i, stop in enumerate(stops)]
     monkeypatch.setattr(
-        train_grpo, "accumulate", lambda model, batch, *_: (batches.append(batch) or {}, [])
+        train_grpo,
+        "accumulate",
+        lambda model, rows, weights, *_: batches.append((rows, weights)) or {},
     )
-    cfg = Config(overlong=overlong, adv_norm="none")
+    more = {"overlong_penalty": 2.0} if overlong == "penalise" else {}
+    cfg = Config(overlong=overlong, adv_norm="none", **more)
     metrics = learn(copy.deepcopy(tied), [], trajectories, 0.1, cfg)
-    ((*batch,),) = batches
+    ((rows, weights),) = batches
+    gains = [(t.stop, t.advantages[0]) for t in rows]
     if overlong == "mask":
-        assert [(t.stop, gain) for t, gain, _ in batch] == [("answered", -3), ("answered", 3)]
+        assert gains == [("answered", -3), ("answered", 3)]
         tokens = trajectories[0].new_tokens + trajectories[-1].new_tokens
         assert metrics["trained_share"] == pytest.approx(2 / 7)
-    else:  # the middle one has exactly the mean: no gradient, but its tokens count
-        assert [gain for _, gain, _ in batch] == [-3, -2, -1, 1, 2, 3]
+    else:
         tokens = sum(t.new_tokens for t in trajectories)
-    assert all(weight == pytest.approx(1 / tokens) for *_, weight in batch)
+        rewards = [0, 1, 2, 3, 4, 5, 6] if overlong == "keep" else [0, -1, 0, 1, 2, 3, 6]
+        mean = sum(rewards) / 7
+        kept = [r - mean for r in rewards if r != mean]  # exactly the mean: nothing to learn
+        assert [gain for _, gain in gains] == pytest.approx(kept)
+    assert all(weight == pytest.approx(1 / tokens) for weight in weights)
+    assert [t.reward for t in trajectories] == [float(i) for i in range(7)]
+
+
+def test_rloo_compares_with_the_mean_of_the_others():
+    rewards = [1.0, 0.0, 0.0, 4.0, None, 2.0, 2.0]
+    gain, valid = advantages(rewards, [0, 0, 0, 0, 0, 1, 1], "none", rloo=True)
+    by_hand = [1 - 4 / 3, -5 / 3, -5 / 3, 4 - 1 / 3, 0, 0, 0]
+    assert (
+        gain.tolist() == pytest.approx(by_hand)
+        and valid.tolist() == [True] * 4 + [False] + [True] * 2
+    )
+
+
+def test_turn_advantages_compare_what_was_earned_from_a_turn_on():
+    """Turn k with the k-th turns of its group, by hand; what nobody else reached gets 0."""
+    turns = [[1.0, 0.0], [0.0, 1.0, 5.0], [0.0], [2.0, 2.0]]
+    gains = turn_advantages(turns, [0, 0, 0, 1], "none")
+    # to go: [1, 0], [6, 6, 5], [0]: means 7 / 3 and 3
+    expected = [[1 - 7 / 3, -3], [6 - 7 / 3, 3, 0], [-7 / 3], [0, 0]]
+    assert gains == [pytest.approx(each) for each in expected]
+    assert turn_advantages([], [], "group") == []
+
+
+def test_turn_credit_adds_the_outcomes_advantage_to_that_of_each_turn():
+    """Rewards of turns are not counted twice: what is left of the reward is the outcome."""
+    rng = random.Random(1)
+    trajectories = [trajectory(rng, 0, None, turns=2) for _ in range(3)]
+    for t, outcome, earned in zip(
+        trajectories, (1.0, 0.0, 0.5), ([1.0, 0.0], [0.0, 0.0], [0.0, 0.5]), strict=True
+    ):
+        t.reward, t.turn_rewards = outcome + sum(earned), earned
+    trajectories.append(trajectory(rng, 0, None, turns=1))  # no reward: no list either
+    valid = credit(trajectories, Config(turn_credit=True, adv_norm="none"))
+    assert valid.tolist() == [True, True, True, False]
+    # outcome: mean 0.5; first turns earn 1, 0, 0.5 from there on, second ones 0, 0, 0.5
+    expected = [[0.5 + 0.5, 0.5 - 1 / 6], [-0.5 - 0.5, -0.5 - 1 / 6], [0.0, 0.5 - 1 / 6], [0.0]]
+    assert [t.advantages for t in trajectories] == [pytest.approx(each) for each in expected]
+    plain = [copy.copy(t) for t in trajectories]
+    credit(plain, Config(adv_norm="none"))
+    assert plain[0].advantages == [1.0, 1.0]  # rewards 2, 0 and 1
+    for t in trajectories:
+        t.turn_rewards = None
+    with pytest.raises(UserError, match="^turn_credit has no effect: none of the rewards gives"):
+        credit(trajectories, Config(turn_credit=True))
 
 
 def test_equal_groups_are_left_out_of_the_backward_pass_but_count_in_the_mean(tied, monkeypatch):
-    """Pitfalls 21, 22: leaving them out changes nothing but the time."""
+    """Pitfalls 21, 22: leaving them out changes nothing but the time. A KL is of every token."""
     rng = random.Random(4)
     trajectories = [trajectory(rng, i // 2, [1.0, 0.0, 1.0, 1.0][i]) for i in range(4)]
     full = gradient(tied, weighed(trajectories, "dapo"), Config())[0]
@@ -380,6 +623,25 @@ def test_equal_groups_are_left_out_of_the_backward_pass_but_count_in_the_mean(ti
     metrics = learn(policy, [], trajectories, 0.1, Config(max_grad_norm=1e9))
     part = torch.cat([p.grad.flatten() for p in policy.parameters()])
     assert seen == [2] and metrics["trained_share"] == 0.5 and distance(part, full) <= 1e-6
+    with_kl = learn(policy, [], trajectories, 0.1, Config(beta=0.1), reference=policy)
+    assert seen == [2, 4] and with_kl["trained_share"] == 1 and with_kl["kl"] == 0
+
+
+def test_the_share_outside_of_the_cap_is_logged_by_number_of_turns(tied):
+    """Pitfall 16: long trajectories drift more."""
+    trajectories = some_trajectories()
+    exact = score(tied, trajectories, Config())
+    for t, logprobs in zip(trajectories, exact, strict=True):
+        off = 1.0 if len(t.turn_starts) == 3 else 0.0  # the engine was wrong where turns are many
+        t.logprobs = (logprobs - off).tolist()
+    for correction in ("mask", "truncate"):
+        cfg = Config(is_correction=correction)
+        _, metrics = gradient(tied, weighed(trajectories, "dapo"), cfg)
+        of_three = [t.new_tokens for t in trajectories if len(t.turn_starts) == 3]
+        share = sum(of_three) / sum(t.new_tokens for t in trajectories)
+        assert metrics["is_outside"] == pytest.approx(share) and share > 0
+        assert metrics["is_outside_turns_3"] == pytest.approx(share)
+        assert metrics["is_outside_turns_1"] == metrics["is_outside_turns_2"] == 0
 
 
 def test_a_batch_that_has_nothing_to_teach_takes_no_step(tied):
@@ -574,7 +836,7 @@ def test_gradients_reach_both_matrices_of_an_adapter_and_nothing_else():
     optimizers = models.optimizers(policy, "adamw", 0.1)
     size = {}
     for step in range(2):
-        accumulate(policy, weighed(some_trajectories(), "dapo"), Config(), None)
+        accumulate(policy, *weighed(some_trajectories(), "dapo"), Config())
         for part in ("lora_A", "lora_B"):
             named = [p.grad for n, p in policy.named_parameters() if part in n]
             size[part, step] = min(g.abs().max().item() for g in named)

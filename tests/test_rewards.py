@@ -329,7 +329,7 @@ def test_select_reads_names_weights_and_files(tmp_path, monkeypatch):
         (
             ["style:2"],
             "unknown reward 'style' in 'style:2': there are correct, format, tool_use, "
-            "or write file.py:function",
+            "turn_calls, or write file.py:function",
         ),
         (["format:big"], "rewards: cannot read the weight of 'format:big': expected a number"),
         (["format:nan"], "rewards: cannot read the weight of 'format:nan': expected a number"),
@@ -374,9 +374,12 @@ def test_a_reward_that_fails_stops_the_run_with_its_name():
     def shout(trajectory, example):
         return example["nothing"]
 
-    with pytest.raises(RuntimeError, match="^reward shout failed on row 5: KeyError: 'nothing'$"):
+    says = (
+        r"^reward shout failed on row 5: KeyError: 'nothing' \(.*test_rewards.py, line \d+\): let"
+    )
+    with pytest.raises(UserError, match=says):
         score(None, example(), {"shout": (shout, 1.0)})
-    with pytest.raises(RuntimeError, match="^reward loud failed on row 5: TypeError"):
+    with pytest.raises(UserError, match="^reward loud failed on row 5: TypeError"):
         score(None, example(), {"loud": (lambda t, e: "very", 1.0)})
 
 
@@ -418,5 +421,5 @@ def test_a_reward_that_exits_stops_the_run_with_its_name(tmp_path):
     """exit() would else end only the thread that scores, and the run would hang."""
     (tmp_path / "bad.py").write_text("def quits(trajectory, example):\n    exit()\n")
     selected = rewards.select((f"{tmp_path}/bad.py:quits",))
-    with pytest.raises(RuntimeError, match="reward quits failed"):
+    with pytest.raises(UserError, match="reward quits failed"):
         rewards.score(None, {"id": 0}, selected)

@@ -19,6 +19,7 @@ import pytest
 import rollout
 import tools
 from chat import Chat
+from config import UserError
 from engine import Completion, ScriptedEngine
 from rollout import Settings, Trajectory, cut, play, rollouts, seed_of, spans, stats, wait
 from tools import Toolbox, ToolCall
@@ -705,7 +706,7 @@ def test_a_crash_reaches_the_caller_and_leaves_no_task_behind(tokenizer, who):
         rewards = {"r": (broken if who == "reward" else lambda t, e: 1.0, 1.0)}
         on_done = broken if who == "on_done" else None
         args = [EXAMPLE], chat, engine, box, Settings(), 0, 5, rewards, on_done
-        with pytest.raises(RuntimeError, match=f"{who} "):
+        with pytest.raises((RuntimeError, UserError), match=f"{who} "):
             await rollouts(*args)
         assert asyncio.all_tasks() == {asyncio.current_task()}
 

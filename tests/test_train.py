@@ -22,6 +22,7 @@ import config
 import evaluate
 import model as models
 import report
+import rollout
 import train_grpo
 import train_sft
 from chat import Chat
@@ -143,16 +144,16 @@ def test_sft_trains_the_tokens_that_rl_would_train_in_the_same_conversation(sft_
         "tool",
         "assistant",
     ]
-    ((ids, mask),) = train_sft.render(chat, [t.messages], 2048)
+    ids, mask = chat.render(t.messages)
     end = len(t.ids)  # a conversation that goes on has the template's line break behind it
     assert (ids[:end], mask[:end]) == (t.ids, t.mask) and not any(mask[end:])
     assert sum(mask) == sum(map(len, turns))
     # cut in the middle of the first assistant turn: what is left of it is still trained
     cut = t.turn_starts[0] + 3
-    assert train_sft.render(chat, [t.messages], cut) == [(ids[:cut], mask[:cut])]
+    assert train_sft.fit([(ids, mask)], cut) == ([(ids[:cut], mask[:cut])], 1, 0)
     assert sum(mask[:cut]) == 3
     with pytest.raises(UserError, match="max_tokens = 4: in none of the 1 conversations"):
-        train_sft.render(chat, [t.messages], 4)
+        train_sft.fit([(ids, mask)], 4)
 
 
 def test_the_sft_loss_does_not_depend_on_micro_batches(sft_run):
@@ -320,7 +321,7 @@ def test_every_row_is_a_prompt_once_an_epoch_in_an_order_of_the_seed():
     rows = [{"id": i} for i in range(7)]
 
     def ids(count, seed, steps):
-        made = [train_grpo.prompts_of(step, rows, count, seed) for step in range(steps)]
+        made = [rollout.prompts_of(step * count, rows, count, seed) for step in range(steps)]
         assert all(len(step) == count for step in made)
         return [row["id"] for step in made for row in step]
 

@@ -1,0 +1,257 @@
+"""The calc task from sampling to update: train_grpo.py beside TRL's GRPOTrainer.
+
+    python bench/against_trl.py                    # makes the warm start; 15 minutes on two cores
+    python bench/against_trl.py --model=out/calc_sft --save_to=evidence/against_trl.json
+    python bench/against_trl.py --model=out/calc_sft --steps=6 --seeds=0 --batches=192  # to try it
+
+Equal: the model that training starts with (train_sft.py --config calc_sft.py), the prompts and
+their order, chat template, tool schema, sandbox of the tool, reward function, 24 prompts x 8, at
+most three turns of 32 tokens, temperature 1, loss (dapo, no KL), clip, AdamW and its rate, one
+update a step, float32, threads. That prompts and tool results have the same ids on both sides is
+checked before TRL starts. The random numbers are not the same, so neither are the samples.
+
+Not equal, since it is what is measured. TRL samples with transformers' generate, a turn of all
+trajectories after the other, runs the calls of one trajectory after those of another, and trains on
+all rows in one shape. How many rows it takes at once in the update is tried out first (`batches`).
+Ours is train_grpo.py --config calc.py as it is, with its log of metrics and rollouts; TRL's log is
+off. Checkpoints are off on both sides.
+
+Each run is a process of its own, ours and TRL's by turns. A step is timed from its end to that of
+the next, so with tools, reward and update, and whatever else is done between; the first two are not
+counted. Seconds to a mean reward of 0.9 over five steps count from the beginning of the first step,
+without loading.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import config
+
+if __name__ == "__main__":
+    config.answer_help(__file__)
+
+from trl_side import arguments, in_subprocess, save
+
+import report
+import rewards
+import train_grpo
+import train_sft
+from config import UserError
+from formats import Call
+from rollout import Trajectory, prompts_of, setup
+
+WARM_UP = 2  # steps that are not counted
+GOAL, WINDOW = 0.9, 5  # mean reward over so many steps
+
+
+@dataclass
+class Config:
+    model: str = ""  # the folder to start with; without one it is made, in two minutes
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 60
+    batches: tuple[int, ...] = (192, 96, 48)  # rows of TRL's updates at once: the fastest counts
+    save_to: str = ""  # a .json for the results
+    part: str = ""  # for the subprocesses: ours, or trl:192
+
+
+def check(cfg: Config) -> None:
+    config.positive(cfg, "steps")
+    if cfg.steps < WARM_UP + 2:
+        raise UserError(f"steps = {cfg.steps}: expected at least {WARM_UP + 2}, for a median")
+
+
+def settings(cfg: Config, out_dir: str) -> train_grpo.Config:
+    """Of both sides: configs/calc.py."""
+    options = {"model": cfg.model, "out_dir": out_dir, "steps": cfg.steps, "seed": cfg.seeds[0]}
+    items = ["--config", "calc.py", "--save_every=0", *(f"--{k}={v}" for k, v in options.items())]
+    return config.parse(train_grpo.Config, items, train_grpo.check)
+
+
+# -- the two sides: each returns the times at which steps ended, the first being their beginning,
+# -- and a row of metrics for each step
+
+
+def ours(cfg: Config, folder: str) -> tuple[list[float], list[dict]]:
+    times = []
+
+    class Log(report.Log):
+        def __enter__(self):
+            times.append(time.perf_counter())
+            return super().__enter__()
+
+        def step(self, metrics):
+            super().step(metrics)
+            times.append(time.perf_counter())
+
+    report.Log = Log
+    train_grpo.train(settings(cfg, f"{folder}/run"))
+    rows = report.read(f"{folder}/run/metrics.jsonl")
+    return times, [{"reward": row["reward"], "tool_calls": row["tool_calls"]} for row in rows]
+
+
+def trls(cfg: Config, folder: str, batch: int) -> tuple[list[float], list[dict]]:
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOTrainer
+    from trl.chat_template_utils import qwen3_template
+
+    from tools.python import python
+
+    run, times, rows = settings(cfg, folder), [], []
+    model, tokenizer, chat, _, _, examples = setup(run, "full")
+    tokenizer.response_template = qwen3_template  # how calls are written; our template is like it
+    count = run.prompts_per_step
+    prompts = prompts_of(0, examples, cfg.steps * count, run.seed)
+    room = run.max_tokens - max(len(chat.prompt(row["messages"])) for row in prompts)
+
+    def correct(prompts, completions, completion_ids, example, **_):
+        scores, calls = [], 0
+        for messages, ids, row in zip(completions, completion_ids, example, strict=True):
+            ended = ids[-1] == tokenizer.eos_token_id and not messages[-1].get("tool_calls")
+            said = Trajectory(row, messages=row["messages"] + messages)
+            said.stop = "answered" if ended else "length"
+            scores.append(rewards.correct(said, row))
+            calls += sum(message["role"] == "tool" for message in messages)
+        row = {"reward": statistics.mean(scores), "tool_calls": calls / len(scores)}
+        rows.append(row | {"sample": tokenizer.decode(completion_ids[0])})
+        return scores
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            times.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            times.append(time.perf_counter())
+
+    data = Dataset.from_list([{"prompt": row["messages"], "example": row} for row in prompts])
+    trainer = GRPOTrainer(
+        model,
+        correct,
+        args=arguments(
+            folder,
+            cfg.steps,
+            batch,
+            count * run.group_size,
+            run.learning_rate,
+            seed=run.seed,
+            max_completion_length=room,
+            generation_kwargs={"max_new_tokens": run.max_new_tokens},  # of one turn
+            max_tool_calling_iterations=run.max_turns - 1,  # after the last it answers
+        ),
+        train_dataset=data,
+        processing_class=tokenizer,
+        tools=[python],
+        callbacks=[Clock()],
+    )
+    same_ids(trainer, chat, prompts[0]["messages"])
+    trainer.train()
+    return times, rows
+
+
+def same_ids(trainer, chat, messages: list[dict]) -> None:
+    """A prompt and a tool's result are the same tokens on both sides, or there is no comparison."""
+    (prompt,), *_ = trainer._tokenize_prompts([messages])
+    said = {"role": "tool", "name": "python", "content": "12"}
+    result = chat.observation([(Call("python", {"code": "6 + 6"}), "12")], closed=True)
+    if prompt != chat.prompt(messages) or trainer._get_tool_suffix_ids([said]) != result:
+        raise UserError("TRL does not read this chat template as ours does")
+
+
+# -- what is measured
+
+
+def part(cfg: Config) -> dict:
+    """In a subprocess: one run of one side."""
+    side, _, batch = cfg.part.partition(":")
+    with tempfile.TemporaryDirectory() as folder:
+        times, rows = trls(cfg, folder, int(batch)) if batch else ours(cfg, folder)
+    seconds = [after - before for before, after in zip(times, times[1:], strict=False)]
+    mean = [
+        statistics.mean(row["reward"] for row in rows[i - WINDOW : i])
+        for i in range(WINDOW, len(rows) + 1)
+    ]
+    reached = next((i + WINDOW for i, value in enumerate(mean) if value >= GOAL), None)
+    return {
+        "seconds_per_step": statistics.median(seconds[WARM_UP:]),
+        "steps_to_goal": reached,
+        "seconds_to_goal": reached and times[reached] - times[0],
+        "last_reward": mean[-1] if mean else rows[-1]["reward"],
+        "tool_calls": statistics.mean(row["tool_calls"] for row in rows[WARM_UP:]),
+        "seconds": [round(value, 3) for value in seconds],
+        "rewards": [round(row["reward"], 4) for row in rows],
+        "sample": rows[-1].get("sample"),
+    }
+
+
+def measure(cfg: Config) -> dict:
+    """{"ours": [a result for each seed], "trl": ..., "tried": {rows at once: seconds per step}}"""
+
+    def run(part, seed, steps):
+        items = [f"--model={cfg.model}", f"--part={part}", f"--seeds={seed}", f"--steps={steps}"]
+        return in_subprocess(__file__, items)
+
+    tried = {}
+    for batch in cfg.batches:
+        if len(cfg.batches) > 1:
+            few = min(cfg.steps, 8)
+            tried[batch] = run(f"trl:{batch}", cfg.seeds[0], few)["seconds_per_step"]
+            print(f"TRL with {batch} rows at once: {tried[batch]:.2f} s a step")
+    batch = min(tried, key=tried.get) if tried else cfg.batches[0]
+    found = {"tried": tried, "batch": batch, "ours": [], "trl": []}
+    for seed in cfg.seeds:
+        for name, side in (("ours", "ours"), ("trl", f"trl:{batch}")):
+            found[name].append(run(side, seed, cfg.steps))
+    return found
+
+
+def table(found: dict, cfg: Config) -> None:
+    """A line for each run, then medians and ratios."""
+    keys = ("seconds_per_step", "seconds_to_goal", "steps_to_goal", "last_reward", "tool_calls")
+    heads = ("s/step", f"s to {GOAL}", f"steps to {GOAL}", "last reward", "calls/rollout")
+    print(f"\n{'':12}" + "".join(f"{head:>14}" for head in heads))
+    medians = {}
+    for name, label in (("ours", "ours"), ("trl", "TRL")):
+        for seed, result in zip(cfg.seeds, found[name], strict=True):
+            print(f"{label + ', seed ' + str(seed):12}" + "".join(_cell(result[k]) for k in keys))
+        values = {k: [r[k] for r in found[name] if r[k] is not None] for k in keys}
+        medians[name] = {k: statistics.median(v) if v else None for k, v in values.items()}
+        print(f"{label + ', median':12}" + "".join(_cell(medians[name][k]) for k in keys))
+    for key, what in (("seconds_per_step", "seconds per step"), ("seconds_to_goal", "to 0.9")):
+        a, b = medians["ours"][key], medians["trl"][key]
+        print(f"{what}: ours / TRL = " + (f"{a / b:.2f}" if a and b else "not reached"))
+    found["medians"] = medians
+    print(f"\nTRL's first completion of its last step:\n{found['trl'][0]['sample']}")
+
+
+def _cell(value) -> str:
+    return f"{'-':>14}" if value is None else f"{value:14.2f}"
+
+
+def main(cfg: Config) -> None:
+    if cfg.part:
+        result = part(cfg)
+        print(json.dumps(result))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if not cfg.model:
+            print("making the warm start: train_sft.py --config calc_sft.py")
+            cfg.model = os.path.join(folder, "calc_sft")
+            items = ["--config", "calc_sft.py", f"--out_dir={cfg.model}"]
+            train_sft.train(config.parse(train_sft.Config, items, train_sft.check))
+        found = measure(cfg)
+    table(found, cfg)
+    if cfg.save_to:
+        save(cfg.save_to, {"bench": "against_trl", "config": dataclasses.asdict(cfg)} | found)
+
+
+if __name__ == "__main__":
+    config.main(lambda argv: main(config.parse(Config, argv, check)))

@@ -1,0 +1,19 @@
+# 2-core CPU, about 3 minutes. As calc_lora.py over a base of 4 bits a weight (NF4); needs .[qlora].
+out_dir = "out/calc_qlora"
+model = "out/calc_sft"
+tune = "qlora"
+lora_r = 32
+lora_alpha = 64
+data = "task:calc"
+system_prompt = "Solve the problem. You can run python. Give the answer in \\boxed{}."
+tools = ("python",)
+format = "hermes"
+rewards = ("correct",)
+steps = 40
+token_budget = 4096  # on a CPU, what fits its caches is fastest
+prompts_per_step = 24
+group_size = 8
+max_tokens = 256
+max_new_tokens = 32
+max_turns = 3
+learning_rate = 1e-3

@@ -1,0 +1,154 @@
+"""The loss of GRPO and its relatives: pure functions on tensors, used by train_grpo.py.
+
+    gain, valid = advantages(rewards, groups, "group")            # (B,), (B,)
+    weights = sequence_weights(new_tokens, "dapo", max_new_tokens)  # (B,)
+    loss, parts = grpo_loss(logprobs, old_logprobs, mask, gain, weights, "dapo")
+
+With m = 1 exactly on the tokens that the policy sampled, in all turns, stop tokens included:
+
+    loss = - sum_i w_i sum_t m_it (c_it S_it - beta K_it)
+    S_it = min(r_it A_it, clip(r_it, 1 - clip_low, 1 + clip_high) A_it),   r_it = pi / pi_old
+
+A is the advantage, w what a token of sequence i counts in the batch, c the correction of what the
+engine sampled with other probabilities than the trainer's (1 without one), K the KL to the
+reference model. The kinds of loss, by paper:
+
+    grpo     w_i = 1 / (sequences x tokens of i)          DeepSeekMath, arXiv:2402.03300
+    dapo     w_i = 1 / tokens of the batch                arXiv:2503.14476
+    dr_grpo  w_i = 1 / (sequences x a constant)           arXiv:2503.20783
+    gspo     as grpo, r of a whole sequence: the geometric mean of its tokens'  arXiv:2507.18071
+    cispo    as dapo, S_it = stop_gradient(min(r_it, 1 + clip_high)) A_it log pi   arXiv:2506.13585
+
+w is made once for all sequences of an update, before they are cut into micro-batches, and its
+denominators count exactly the tokens that are summed. So the cut, and the order, change nothing.
+
+Shapes: B sequences, T tokens.
+"""
+
+from itertools import accumulate
+
+import torch
+
+
+def advantages(
+    rewards: list[float | None], groups: list[int], adv_norm: str = "group", rloo: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B,) advantages, and (B,) bool: whether the trajectory has a reward at all.
+
+    groups: the prompt that each belongs to. adv_norm: what the distance to the group's mean is
+    divided by: the std of the "group", of the "batch", or nothing ("none"). rloo: the mean is that
+    of the others (Ahmadian et al. 2024, arXiv:2402.14740).
+
+    None and NaN are left out of every mean and get 0. A group whose rewards are all equal gets
+    exactly 0: equality is tested on the rewards, since the std of equal floats need not be 0.
+    """
+    valid = [r is not None and r == r for r in rewards]
+    gain = torch.zeros(len(rewards))
+    for group in set(groups):
+        rows = [i for i, g in enumerate(groups) if g == group and valid[i]]
+        if len({rewards[i] for i in rows}) < 2:
+            continue
+        values = torch.tensor([rewards[i] for i in rows], dtype=torch.float64)
+        centred = values - values.mean()
+        if rloo:  # r - (sum - r) / (n - 1) is n / (n - 1) times r - mean
+            centred = centred * len(rows) / (len(rows) - 1)
+        gain[rows] = (centred / (values.std() if adv_norm == "group" else 1.0)).float()
+    if adv_norm == "batch" and gain.any():
+        values = torch.tensor([r for r, v in zip(rewards, valid, strict=True) if v])
+        gain = gain / values.std()
+    return gain, torch.tensor(valid, dtype=torch.bool)
+
+
+def turn_advantages(
+    turn_rewards: list[list[float]], groups: list[int], adv_norm: str = "group", rloo: bool = False
+) -> list[list[float]]:
+    """An advantage for each turn: what a trajectory earned in turn k and after it, compared with
+    the k-th turns of its group (after MT-GRPO, arXiv:2505.11821). A turn that no other trajectory
+    reached, or that all earned the same in, gets 0. The outcome's advantage is to be added."""
+    to_go = [list(accumulate(reversed(earned)))[::-1] for earned in turn_rewards]
+    gains = [[0.0] * len(earned) for earned in to_go]
+    for k in range(max(map(len, to_go), default=0)):
+        rows = [i for i, earned in enumerate(to_go) if len(earned) > k]
+        values = [to_go[i][k] for i in rows]
+        gain, _ = advantages(values, [groups[i] for i in rows], adv_norm, rloo)
+        for i, value in zip(rows, gain.tolist(), strict=True):
+            gains[i][k] = value
+    return gains
+
+
+def sequence_weights(new_tokens: torch.Tensor, loss: str, max_new_tokens: int) -> torch.Tensor:
+    """(B,) w_i. new_tokens: (B,) trained tokens, 0 for a sequence that is left out: it then counts
+    in no denominator."""
+    counted = (new_tokens > 0).float()
+    sequences, tokens = counted.sum().clamp(min=1), new_tokens.sum().clamp(min=1)
+    if loss in ("grpo", "gspo"):  # mean over the tokens of a sequence, then over sequences
+        return counted / (sequences * new_tokens.clamp(min=1))
+    if loss in ("dapo", "cispo"):  # mean over all tokens
+        return counted / tokens
+    return counted / (sequences * max_new_tokens)  # dr_grpo: a constant, so length is not rewarded
+
+
+def importance(
+    old_logprobs: torch.Tensor,  # (B, T) of the trainer, before the first update
+    sampled: torch.Tensor,  # (B, T) of the engine that sampled
+    mask: torch.Tensor,  # (B, T)
+    correction: str,
+    level: str = "token",
+    cap: float = 2.0,
+) -> torch.Tensor:
+    """(B, T) c_it, without gradient; 1 where the mask is 0.
+
+    The trainer's probability over the engine's, of each token or ("sequence") of all that was
+    sampled. "truncate" bounds it by cap (TIS), "mask" drops what is outside [1 / cap, cap]. Both
+    are explained in fengyao.notion.site/off-policy-rl, "mask" also as IcePop in arXiv:2510.18855.
+    """
+    log = torch.where(mask.bool(), old_logprobs - sampled, 0.0).detach()
+    if level == "sequence":  # mask-1 tokens only; clamped, for exp of a thousand tokens' sum
+        log = log.sum(1, keepdim=True).clamp(-20, 20).expand_as(log)
+    weight = log.exp()
+    if correction == "truncate":
+        weight = weight.clamp(max=cap)
+    else:
+        weight = torch.where((weight < 1 / cap) | (weight > cap), 0.0, weight)
+    return torch.where(mask.bool(), weight, 1.0)
+
+
+def grpo_loss(
+    logprobs: torch.Tensor,  # (B, T) of the policy, with gradient
+    old_logprobs: torch.Tensor,  # (B, T) of the policy that sampled
+    mask: torch.Tensor,  # (B, T) 1 = sampled by the policy
+    advantage: torch.Tensor,  # (B,), or (B, T) where turns differ
+    weights: torch.Tensor,  # (B,) of sequence_weights
+    loss: str = "dapo",
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    beta: float = 0.0,
+    ref_logprobs: torch.Tensor | None = None,  # (B, T), with beta
+    importance: torch.Tensor | None = None,  # (B, T) of importance()
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss, a scalar to be summed over micro-batches, and what to log: (B, T) "clipped", where
+    the clip took the gradient, and with beta (B, T) "kl"."""
+    wanted = mask.bool()
+    gain = advantage if advantage.ndim == 2 else advantage[:, None]
+    # 0 where the mask is 0, before exp: what an engine says of other tokens cannot leak as NaN
+    log_ratio = torch.where(wanted, logprobs - old_logprobs, 0.0)
+    if loss == "gspo":
+        log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    ratio = log_ratio.exp()
+    if loss == "cispo":
+        bounded = ratio.detach().clamp(max=1 + clip_high)
+        objective = bounded * gain * torch.where(wanted, logprobs, 0.0)
+        clipped = ratio > 1 + clip_high  # it still learns, by a bounded weight
+    else:
+        bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
+        objective = torch.minimum(ratio * gain, bounded * gain)
+        clipped = bounded * gain < ratio * gain
+    if importance is not None:
+        objective = objective * importance
+    parts = {"clipped": wanted & clipped}
+    if beta:
+        difference = torch.where(wanted, ref_logprobs - logprobs, 0.0)
+        kl = difference.exp() - difference - 1  # k3: never negative, 0 where they agree
+        objective = objective - beta * kl
+        parts["kl"] = kl.detach()
+    return -(weights[:, None] * mask * objective).sum(), parts

@@ -1,0 +1,489 @@
+"""Pins what a run leaves behind and draws: metrics.jsonl and rollouts.jsonl over a resume, the
+loggers, and report.html, whose data must survive whatever a model writes.
+
+    python -m pytest -q tests/test_report.py
+"""
+
+import html.parser
+import json
+import random
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import config
+import report
+from rollout import Trajectory, spans
+from tools import ToolCall
+
+ROOT = Path(__file__).parent.parent
+HOSTILE = "</script><img src=x onerror=alert(1)><!-- <script>&lt;{{data}} \u2028 \u202e 😀 汉字"
+
+
+def trajectory(tokenizer, result="3", error=None, said="It is 3.") -> Trajectory:
+    """One call in turn 0, the answer in turn 1."""
+    t = Trajectory({"answer": "3"}, group=1, sample=2)
+
+    def add(text, mask):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        t.add(ids, mask, [-0.5] * len(ids) if mask else None)
+
+    add("<|im_start|>user\nwhat is the sum of 1 and 2? 3<|im_end|>\n<|im_start|>assistant\n", 0)
+    t.turn_starts.append(len(t.ids))
+    add('<tool_call>\n{"name": "add"}\n</tool_call><|im_end|>', 1)
+    t.calls.append(ToolCall(0, "add", {"a": 1, "b": 2}, result, error, 0.25))
+    add(f"\n<|im_start|>user\n<tool_response>\n{result}\n</tool_response><|im_end|>\n", 0)
+    add("<|im_start|>assistant\n", 0)
+    t.turn_starts.append(len(t.ids))
+    add(f"{said}<|im_end|>", 1)
+    t.stop, t.rewards, t.reward = "answered", {"correct": 1.0}, 1.0
+    return t
+
+
+def a_log(out_dir, **more) -> report.Log:
+    return report.Log(out_dir, steps=10, columns={"loss": "6.3f"}, **more)
+
+
+def run(out_dir, steps, **more) -> None:
+    """A run that logs these steps, and ends."""
+    with a_log(out_dir, **more) as log:
+        for step in steps:
+            log.step({"step": step, "loss": step / 10})
+
+
+class Scripts(html.parser.HTMLParser):
+    """The script elements of a page, as an HTML parser (not a pattern) sees them, and all tags."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.scripts = [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1] == "script":
+            self.scripts[-1] += data
+
+
+def data_of(out_dir) -> dict:
+    """The data in a report.html, read as strictly as a browser reads JSON."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    page = Scripts((out_dir / "report.html").read_text(encoding="utf-8"))
+    assert len(page.scripts) == 2, "the data, and the script that draws it"
+    return json.loads(page.scripts[0], parse_constant=refuse)
+
+
+# Resume
+
+
+def test_a_resumed_run_drops_the_rows_of_the_steps_that_it_will_play_again(tmp_path, tokenizer):
+    """Pitfall 52: the log goes on where the checkpoint was, whatever came after it."""
+    with a_log(tmp_path) as log:
+        for step in range(6):
+            log.step({"step": step, "loss": step / 3})
+            log.rollouts([trajectory(tokenizer)] * 2, tokenizer, step=step)
+    names = ("metrics.jsonl", "rollouts.jsonl")
+    before = [(tmp_path / name).read_bytes().splitlines(keepends=True) for name in names]
+    for name in names:
+        with open(tmp_path / name, "ab") as file:
+            file.write(b'{"step": 6, "loss": 0.')  # the process was killed here
+    log = a_log(tmp_path, start=4)
+    kept = [(tmp_path / name).read_bytes().splitlines(keepends=True) for name in names]
+    assert kept == [before[0][:4], before[1][:8]]
+    assert log.progress.tasks[log.bar].completed == 4
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_with_empty_files(tmp_path):
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        (tmp_path / name).write_text('{"step": 0}\n{"step": 1}\n{"st')
+    a_log(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    assert (tmp_path / "rollouts.jsonl").read_text() == ""
+
+
+def test_a_kill_while_rows_are_dropped_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    """Pitfall 53, for the log: the new file is whole before it takes the old one's name."""
+    run(tmp_path, range(4))
+    before = (tmp_path / "metrics.jsonl").read_text()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report.os, "fsync", full)
+    with pytest.raises(OSError):
+        a_log(tmp_path, start=2)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_sync_puts_the_metrics_on_disk(tmp_path, monkeypatch):
+    synced = []
+    with a_log(tmp_path) as log:
+        log.step({"step": 0, "loss": 0.5})
+        monkeypatch.setattr(report.os, "fsync", synced.append)
+        log.sync()
+        assert synced == [log.metrics.fileno()]
+    assert report.read(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 0.5}]
+
+
+def test_reading_leaves_out_a_torn_last_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0, "loss": 1.5}\n{"step": 1, "lo\xf0\x9f')
+    assert report.read(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 1.5}]
+
+
+# Loggers
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for wandb that keeps what it is told; the real one would open connections."""
+    told = types.SimpleNamespace(inits=[], logged=[], ends=[])
+
+    def init(**how):
+        told.inits.append(how)
+        return types.SimpleNamespace(
+            log=lambda numbers, step: told.logged.append((step, numbers)), finish=told.ends.append
+        )
+
+    module = types.ModuleType("wandb")
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return told
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_logger_that_is_not_installed_is_refused_before_anything_is_touched(
+    name, tmp_path, monkeypatch
+):
+    run(tmp_path, range(3))
+    monkeypatch.setitem(sys.modules, report.LOGGERS[name], None)  # importing it fails
+    for refused in (lambda: report.check_logger(name), lambda: a_log(tmp_path, logger=name)):
+        with pytest.raises(config.UserError, match=re.escape('pip install -e ".[log]"')):
+            refused()
+    assert len(report.read(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_an_unknown_logger_is_refused_with_the_names_of_the_known():
+    with pytest.raises(
+        config.UserError, match="'wandbb': expected one of none, wandb, tensorboard"
+    ):
+        report.check_logger("wandbb")
+    assert report.check_logger("none") is None
+
+
+def test_wandb_gets_the_settings_and_the_finite_numbers_of_each_step(tmp_path, wandb):
+    with a_log(tmp_path, logger="wandb", settings={"seed": 3}) as log:
+        log.step({"step": 0, "loss": 0.5, "kl": float("nan"), "accuracy": None, "note": "x"})
+    (how,) = wandb.inits
+    assert how["project"] == "nanotool" and how["dir"] == str(tmp_path)
+    assert how["config"] == {"seed": 3}
+    assert wandb.logged == [(0, {"step": 0, "loss": 0.5})]
+    assert wandb.ends == [0]
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run_and_a_new_one_in_another(tmp_path, wandb):
+    run(tmp_path, range(3), logger="wandb")
+    run(tmp_path, range(2, 4), logger="wandb", start=2)
+    run(tmp_path, range(1), logger="wandb")
+    first, resumed, fresh = wandb.inits
+    assert first["id"] == resumed["id"] != fresh["id"]
+    assert resumed["resume"] == "allow"
+
+
+def test_a_run_that_fails_ends_as_failed_in_wandb(tmp_path, wandb):
+    with pytest.raises(ZeroDivisionError), a_log(tmp_path, logger="wandb"):
+        raise ZeroDivisionError
+    assert wandb.ends == [1]
+
+
+def test_tensorboard_reads_one_value_for_each_step_of_a_resumed_run(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with a_log(tmp_path, logger="tensorboard") as log:
+        for step in range(5):
+            log.step({"step": step, "loss": 1.0, "accuracy": None})
+    with a_log(tmp_path, logger="tensorboard", start=3) as log:
+        for step in range(3, 6):
+            log.step({"step": step, "loss": 2.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"step", "loss"}
+    seen = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert seen == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+
+
+# Rollouts
+
+
+def test_a_row_has_one_advantage_for_each_turn_or_none(tmp_path, tokenizer):
+    played = [trajectory(tokenizer) for _ in range(3)]
+    with a_log(tmp_path) as log:
+        log.rollouts(played, tokenizer, [[0.5, 0.5], [-1.1234567, 2.0], None], step=7)
+        log.rollouts(played[:1], tokenizer, step=8)
+    rows = [json.loads(line) for line in open(tmp_path / "rollouts.jsonl")]
+    assert [row["advantages"] for row in rows] == [[0.5, 0.5], [-1.12346, 2.0], None, None]
+    assert [row["step"] for row in rows] == [7, 7, 7, 8]
+    assert "".join(rows[0]["pieces"]) == rows[0]["text"]
+    assert len(rows[0]["pieces"]) == len(rows[0]["ids"])
+
+
+def test_advantages_for_another_number_of_trajectories_are_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError):
+        report.write_rollouts(tmp_path / "r.jsonl", [trajectory(tokenizer)], tokenizer, [[0], [0]])
+
+
+@pytest.mark.parametrize(
+    "text", ["hello 😀😀 é", "汉字汉字", "a\ufffdb", " 👩‍👩‍👧 the", "😀" * 30, ""]
+)
+def test_a_character_split_over_tokens_is_shown_once_and_whole(text, tokenizer):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    pieces = report.pieces(ids, tokenizer)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == text
+    assert ("😀" in pieces) == ("😀" in text)
+
+
+def test_bytes_that_are_no_text_do_not_stop_or_shift_the_pieces(tokenizer):
+    for seed in range(50):
+        ids = random.Random(seed).choices(range(len(tokenizer)), k=40)
+        assert "".join(report.pieces(ids, tokenizer)) == tokenizer.decode(ids)
+    emoji = tokenizer.encode("😀", add_special_tokens=False)
+    stray = [emoji[1]] * 3  # then come the bytes of a whole character
+    assert report.pieces(stray + emoji, tokenizer)[-1] == "😀"
+
+
+def test_a_tokenizer_that_strips_the_first_space_keeps_those_between_words():
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b"]
+    model = models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True)
+    inner = Tokenizer(model)  # as in Llama 2
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    strip = [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), *strip])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    pieces = report.pieces(tokenizer.encode("a b 😀😀 a"), tokenizer)
+    assert [piece for piece in pieces if piece] == ["a", " ", "b", " ", "😀", "😀", " ", "a"]
+
+
+@pytest.mark.parametrize("result", ["3", "two\nlines 😀", "assistant", ""])
+def test_the_page_marks_trained_context_and_tool_as_the_terminal_does(result, tmp_path, tokenizer):
+    t = trajectory(tokenizer, result)
+    report.write_rollouts(tmp_path / "rollouts.jsonl", [t], tokenizer, step=0)
+    report.page(tmp_path)
+    (row,) = data_of(tmp_path)["rollouts"]
+    runs = []
+    for kind, piece in zip(row["kinds"], row["pieces"], strict=True):
+        if not runs or runs[-1][0] != kind:
+            runs.append([kind, ""])
+        runs[-1][1] += piece
+    names = {"t": "trained", "c": "context", "o": "tool"}
+    merged = []
+    for kind, text in spans(t, tokenizer):  # it may give one kind twice in a row
+        if merged and merged[-1][0] == kind:
+            merged[-1][1] += text
+        else:
+            merged.append([kind, text])
+    assert [[names[kind], text] for kind, text in runs] == merged
+
+
+def test_all_bytes_of_the_first_character_of_a_result_are_marked_as_the_tools(tmp_path, tokenizer):
+    report.write_rollouts(tmp_path / "rollouts.jsonl", [trajectory(tokenizer, "😀")], tokenizer)
+    report.page(tmp_path)
+    (row,) = data_of(tmp_path)["rollouts"]
+    assert row["kinds"].count("o") == len(tokenizer.encode("😀", add_special_tokens=False)) > 1
+
+
+def test_the_result_of_a_call_that_failed_is_marked_as_an_error(tmp_path, tokenizer):
+    played = [trajectory(tokenizer, "no such tool", "unknown_tool")]
+    report.write_rollouts(tmp_path / "rollouts.jsonl", played, tokenizer)
+    report.page(tmp_path)
+    (row,) = data_of(tmp_path)["rollouts"]
+    marked = [p for p, kind in zip(row["pieces"], row["kinds"], strict=True) if kind == "e"]
+    assert "".join(marked) == "no such tool"
+    assert "o" not in row["kinds"]
+
+
+# The page
+
+
+def test_the_page_loads_nothing(tmp_path):
+    """The template has no address to load from, and forbids it to whatever might get in."""
+    run(tmp_path, range(3))
+    page = Scripts((tmp_path / "report.html").read_text(encoding="utf-8"))
+    text = (ROOT / "page.html").read_text(encoding="utf-8")
+    assert not re.search(
+        r"https?:|\bsrc *=|\.src\b|href|@import|url\(|innerHTML|document\.write", text
+    )
+    assert not {"link", "img", "iframe", "object", "embed", "base"} & set(page.tags)
+    assert "default-src 'none'" in text
+    assert "{{data}}" not in page.scripts[1] and text.count("{{data}}") == 1
+
+
+def test_nothing_that_a_model_or_a_tool_writes_gets_out_of_the_data(tmp_path, tokenizer):
+    t = trajectory(tokenizer, result=HOSTILE, error="exception", said=HOSTILE)
+    t.calls[0].name, t.calls[0].arguments = HOSTILE, {HOSTILE: [HOSTILE, "\ud800 alone"]}
+    t.example["answer"], t.rewards, t.stop = HOSTILE, {HOSTILE: 1.0}, HOSTILE
+    with a_log(tmp_path) as log:
+        log.step({"step": 0, "loss": 0.1, HOSTILE: 1.0})
+        log.rollouts([t], tokenizer, [[1.0, -1.0]], step=0)
+    (tmp_path / "config.py").write_text(f"system_prompt = {HOSTILE!r}\n", encoding="utf-8")
+    report.page(tmp_path)
+    blank = tmp_path / "blank"
+    blank.mkdir()
+    report.page(blank)
+    tags = [Scripts((d / "report.html").read_text("utf-8")).tags for d in (tmp_path, blank)]
+    assert tags[0] == tags[1]
+    data = data_of(tmp_path)
+    (row,) = data["rollouts"]
+    assert HOSTILE in "".join(row["pieces"]) and row["answer"] == HOSTILE
+    assert row["calls"][0]["arguments"] == {HOSTILE: [HOSTILE, "\ud800 alone"]}
+    assert data["metrics"][HOSTILE] == [1.0]
+    assert data["settings"][0][1] == repr(HOSTILE)
+
+
+def test_of_many_rollouts_the_page_shows_some_of_all_steps_and_says_how_many_there_are(
+    tmp_path, tokenizer
+):
+    for step in range(500):
+        report.write_rollouts(
+            tmp_path / "rollouts.jsonl", [trajectory(tokenizer)], tokenizer, step=step
+        )
+    report.page(tmp_path)
+    data = data_of(tmp_path)
+    steps = [row["step"] for row in data["rollouts"]]
+    assert data["written"] == 500 and len(steps) == report.ROLLOUTS
+    assert steps[0] == 0 and steps[-1] == 499
+    assert {b - a for a, b in zip(steps, steps[1:], strict=False)} == {2, 3}
+
+
+def test_of_long_rollouts_the_page_shows_fewer(tmp_path, tokenizer, monkeypatch):
+    played = [trajectory(tokenizer)] * 20
+    report.write_rollouts(tmp_path / "rollouts.jsonl", played, tokenizer, step=0)
+    size = (tmp_path / "rollouts.jsonl").stat().st_size
+    monkeypatch.setattr(report, "ROLLOUT_BYTES", size // 4)
+    report.page(tmp_path)
+    assert len(data_of(tmp_path)["rollouts"]) == 5
+
+
+def test_of_thousands_of_steps_the_page_shows_means_and_loses_no_rare_metric(tmp_path):
+    with open(tmp_path / "metrics.jsonl", "w") as file:
+        for step in range(3500):
+            row = {"step": step, "loss": float(step)} | ({"rare": 7.0} if step % 500 == 3 else {})
+            file.write(json.dumps(row) + "\n")
+    report.page(tmp_path)
+    data = data_of(tmp_path)
+    metrics = data["metrics"]
+    assert data["steps"] == 3500 and data["thinned"] == 4
+    assert len(metrics["step"]) <= report.POINTS
+    assert metrics["step"][:2] == [3, 7] and metrics["loss"][:2] == [1.5, 5.5]
+    assert [value for value in metrics["rare"] if value is not None] == [7.0] * 7
+
+
+def test_what_is_no_finite_number_is_a_gap(tmp_path, tokenizer):
+    t = trajectory(tokenizer)
+    t.reward, t.logprobs[-1] = float("nan"), float("-inf")
+    t.calls[0].arguments = {"a": float("inf")}  # python's json reads it from a model's text
+    with a_log(tmp_path) as log:
+        log.step({"step": 0, "loss": float("nan"), "kl": None, "note": "text"})
+        log.step({"step": 1, "loss": 2.0, "kl": float("inf")})
+        log.rollouts([t], tokenizer, [[float("nan"), 1.0]], step=0)
+    data = data_of(tmp_path)
+    assert data["metrics"] == {"step": [0, 1], "loss": [None, 2.0]}
+    assert data["rollouts"][0]["reward"] == "NaN"
+    assert data["rollouts"][0]["calls"][0]["arguments"] == {"a": "Infinity"}
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_run_without_rollouts_or_metrics_has_a_page_too(steps, tmp_path):
+    run(tmp_path, range(steps))
+    data = data_of(tmp_path)
+    assert data["steps"] == steps and data["rollouts"] == [] and data["settings"] == []
+    assert (tmp_path / "curves.png").exists() == (steps > 0)
+
+
+def test_rows_without_pieces_are_shown_as_ids(tmp_path, tokenizer):
+    report.write_rollouts(tmp_path / "rollouts.jsonl", [trajectory(tokenizer)], tokenizer)
+    row = json.loads((tmp_path / "rollouts.jsonl").read_text())
+    del row["pieces"], row["advantages"]
+    (tmp_path / "rollouts.jsonl").write_text(json.dumps(row) + "\n")
+    report.page(tmp_path)
+    (shown,) = data_of(tmp_path)["rollouts"]
+    assert shown["pieces"] == [f"{token} " for token in row["ids"]]
+    assert shown["advantages"] is None
+
+
+def test_the_page_says_which_settings_differ_from_the_defaults_of_their_script(tmp_path):
+    import train_grpo
+    import train_sft
+
+    for script in (train_grpo, train_sft):
+        cfg = config.parse(script.Config, ["--out_dir=x", "--seed=11"])
+        config.save(cfg, tmp_path / "config.py")
+        report.page(tmp_path)
+        settings = data_of(tmp_path)["settings"]
+        changed = {name for name, value, default in settings if value != default}
+        assert changed == config.changed(cfg) == {"out_dir", "seed"}
+        assert ["seed", "11", "0"] in settings
+
+
+# The end of a run
+
+
+def test_a_run_that_ends_by_an_exception_is_drawn(tmp_path):
+    with pytest.raises(ZeroDivisionError), a_log(tmp_path) as log:
+        log.step({"step": 0, "loss": 0.5})
+        raise ZeroDivisionError
+    assert (tmp_path / "curves.png").exists()
+    assert data_of(tmp_path)["steps"] == 1
+
+
+def test_a_failure_to_draw_neither_hides_what_ended_a_run_nor_ends_a_good_one(
+    tmp_path, monkeypatch, capsys
+):
+    def curves(out_dir):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "curves", curves)
+    with pytest.raises(ZeroDivisionError), a_log(tmp_path) as log:
+        log.step({"step": 0, "loss": 0.5})
+        raise ZeroDivisionError
+    run(tmp_path, [0])
+    assert capsys.readouterr().out.count("curves failed: OSError: [Errno 28] No space left") == 2
+    assert data_of(tmp_path)["steps"] == 1  # the page was drawn all the same
+
+
+def test_the_command_draws_both_again_and_says_where(tmp_path):
+    run(tmp_path, range(2))
+    (tmp_path / "curves.png").unlink()
+    (tmp_path / "report.html").unlink()
+    command = [sys.executable, str(ROOT / "report.py")]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(tmp_path / "report.html")
+    assert (tmp_path / "curves.png").exists() and data_of(tmp_path)["steps"] == 2
+
+
+@pytest.mark.parametrize("argv", [[], ["nowhere"], ["--run=out/calc"], ["a", "b"]])
+def test_the_command_says_what_it_expects(argv):
+    with pytest.raises(config.UserError, match=r"report\.py out/calc|metrics\.jsonl"):
+        report.main(argv)
+
+
+def test_help_prints_how_to_draw_a_run():
+    command = [sys.executable, str(ROOT / "report.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "python report.py out/calc" in done.stdout

@@ -1,0 +1,904 @@
+"""Runs that are killed, stopped, run out of disk or meet a broken reward, and then go on.
+
+    pytest tests/test_resume.py
+
+Pinned here: SIGKILL anywhere, also in the middle of a checkpoint, changes no bit of metrics.jsonl,
+rollouts.jsonl, weights or optimizer; Ctrl-C and SIGTERM save; a damaged checkpoint is not used; a
+full disk or a reward that raises costs nothing that was saved. Killed runs are processes of their
+own, forked from one that has imported everything: the signals are real, and start-up costs little.
+The model has 16 dimensions and knows nothing, so the reward is one that differs whatever it says.
+"""
+
+import errno
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import pkgutil
+import random
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+import typing
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+import checkpoint
+import config
+import model as models
+import report
+import rollout
+import train_grpo
+import train_sft
+from checkpoint import FREE, Run
+from config import UserError
+
+STEPS = 8
+REWARD = """
+def coin(trajectory, example):
+    return float(sum(trajectory.ids) % 3 == 0)
+"""
+GRPO = {  # all that has a state: groups that are replaced, a reference, moments, a schedule
+    "steps": STEPS,
+    "save_every": 2,
+    "data": "rows.jsonl",
+    "tools": (),
+    "prompts_per_step": 2,
+    "group_size": 3,
+    "max_tokens": 100,
+    "max_new_tokens": 3,
+    "dynamic_sampling": "coin",
+    "updates_per_batch": 2,
+    "minibatches": 2,
+    "beta": 0.02,
+    "learning_rate": 1e-2,
+    "schedule": "cosine",
+    "warmup": 2,
+    "weight_decay": 0.1,
+}
+UPDATES = GRPO["updates_per_batch"] * GRPO["minibatches"]  # of a step
+SFT = {  # 8 steps of 4 of 22 rows, over the end of an epoch
+    "save_every": 2,
+    "data": "demos.jsonl",
+    "val_rows": 4,
+    "val_every": 2,
+    "tools": (),
+    "epochs": 1.45,
+    "batch_size": 4,
+    "optimizer": "muon",
+    "learning_rate": 1e-2,
+    "warmup": 2,
+}
+LORA = {"tune": "lora", "lora_r": 4, "lora_alpha": 8}
+RUNS = {
+    "grpo": (train_grpo, GRPO),
+    "grpo_lora": (train_grpo, GRPO | LORA),
+    "sft": (train_sft, SFT),
+    "sft_lora": (train_sft, SFT | LORA | {"optimizer": "adamw"}),
+}
+if "resume" not in {field.name for field in fields(train_sft.Config)}:
+    RUNS = {name: run for name, run in RUNS.items() if run[0] is train_grpo}
+SCRIPTS = sorted({script for script, _ in RUNS.values()}, key=lambda script: script.__name__)
+
+# What a process does to itself at a point that it reaches.
+
+
+def die(*_) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in_a_line(log, metrics) -> None:
+    log.metrics.write(json.dumps(metrics)[:40])
+    log.metrics.flush()
+    die()
+
+
+def die_removing(path) -> None:
+    next(Path(path).iterdir()).unlink()
+    die()
+
+
+def halt(*_) -> None:
+    """Until there is a file `go`."""
+    print("halted", file=sys.stderr)
+    while not Path("go").exists():
+        time.sleep(0.01)
+
+
+def fill_the_disk(*_) -> None:
+    """As far as any file is concerned that is larger than the number in the file `limit`."""
+    limit = int(Path("limit").read_text())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+def any_call(*_, **__) -> bool:
+    return True
+
+
+def of_config(old, new) -> bool:
+    return Path(new).name == "config.py"
+
+
+def of_a_checkpoint(path, **_) -> bool:
+    return Path(path).is_dir() and Path(path).name.startswith("step-")
+
+
+POINTS = {  # name: (function, before or after it, what happens, which of its calls count)
+    "as config.py is written": ("os.replace", "before", die, of_config),
+    "as a turn is sampled": ("engine.TransformersEngine._decode", "before", die, any_call),
+    "as logprobs are computed": ("model.token_logprobs", "before", die, any_call),
+    "between two updates": ("model.step", "after", die, any_call),
+    "as a model is written": ("model.save", "before", die, any_call),
+    "as a state is written": ("torch.save", "before", die, any_call),
+    "before a checkpoint is renamed": ("os.rename", "before", die, any_call),
+    "after a checkpoint was renamed": ("os.rename", "after", die, any_call),
+    "as an old one is removed": ("shutil.rmtree", "before", die_removing, of_a_checkpoint),
+    "in a line of metrics": ("report.Log.step", "before", die_in_a_line, any_call),
+    "before rollouts are written": ("report.Log.rollouts", "before", die, any_call),
+    "before a checkpoint": ("checkpoint.Run.after", "before", die, any_call),
+    "as lines are dropped": ("report._drop", "after", die, any_call),
+    "halt": ("model.step", "before", halt, any_call),
+    "full disk": ("checkpoint.Run.save", "before", fill_the_disk, any_call),
+}
+
+
+def command(script: str, argv: list[str], folder: str, point: str, call: int) -> None:
+    """`python script argv >> log` in the folder. At that call of the point, something happens."""
+    os.chdir(folder)
+    output = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    report.curves = lambda out_dir: None  # drawing takes longer than all else
+    if point:
+        place, when, act, counts = POINTS[point]
+        owner, _, name = place.rpartition(".")
+        owner = pkgutil.resolve_name(owner)
+        real, calls = getattr(owner, name), itertools.count(1)
+
+        def wrapped(*args, **kwargs):
+            now = counts(*args, **kwargs) and next(calls) == call
+            if now and when == "before":
+                act(*args)
+            result = real(*args, **kwargs)
+            if now and when == "after":
+                act(*args)
+            return result
+
+        setattr(owner, name, wrapped)
+    sys.argv = [f"{script}.py", *argv]
+    runpy.run_path(str(config.HERE / sys.argv[0]), run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    """Where processes are forked from: it has imported everything, and made no thread."""
+    context = multiprocessing.get_context("forkserver")
+    modules = ["train_grpo", "train_sft", "peft", "transformers.models.qwen3.modeling_qwen3"]
+    context.set_forkserver_preload([*modules, Path(__file__).stem])
+    paths = [str(config.HERE), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))  # the server has no other way to know
+        yield context
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tokenizer):
+    """The folder where runs start: models, data, a reward."""
+    folder = tmp_path_factory.mktemp("resume")
+    (folder / "my_rewards.py").write_text(REWARD)
+    for name, size in (("base", 16), ("wider", 32)):
+        models.save(models.tiny(tokenizer, 0, size, layers=1), tokenizer, folder / name)
+    prompts = [f"{a} + {b}?" for a, b in itertools.product(range(2, 8), range(2, 7))]
+    rows = [{"prompt": prompt, "answer": "4"} for prompt in prompts[:5]]
+    demos = [
+        {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": p[::-1]}]}
+        for p in prompts[:26]
+    ]
+    for name, made in (("rows", rows), ("demos", demos)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    return folder
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    """The same folder, for runs in this process."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(report, "curves", lambda out_dir: None)
+    return place
+
+
+def configured(name, out_dir, **options):
+    script, values = RUNS[name]
+    values = {"model": "base", **values, "out_dir": str(out_dir)}
+    if script is train_grpo:
+        values["rewards"] = ("my_rewards.py:coin",)
+    return script.Config(**values | options)
+
+
+@pytest.fixture(scope="module")
+def start(nursery, place):
+    """start(run, out_dir, point, call, key=value, …): a process that is running."""
+
+    def begin(name, out_dir, point="", call=1, **options):
+        cfg = configured(name, out_dir, **{"resume": True, **options})
+        config.save(cfg, f"{out_dir}.py")
+        argv = ["--config", f"{out_dir}.py"]
+        (place / "log").unlink(missing_ok=True)
+        (place / "go").unlink(missing_ok=True)
+        script = RUNS[name][0].__name__
+        child = nursery.Process(target=command, args=(script, argv, str(place), point, call))
+        child.start()
+        return child
+
+    return begin
+
+
+@pytest.fixture(scope="module")
+def run(start, place):
+    """run(…) as start(…), to its end: (exit code, what it printed)."""
+
+    def to_the_end(*args, **options):
+        child = start(*args, **options)
+        child.join(60)
+        return child.exitcode, (place / "log").read_text()
+
+    return to_the_end
+
+
+# What is compared
+
+
+def untimed(value):
+    if isinstance(value, dict):
+        return {key: untimed(inner) for key, inner in value.items() if "seconds" not in key}
+    return [untimed(inner) for inner in value] if isinstance(value, list) else value
+
+
+def lines(path) -> list[dict]:
+    """The rows of a .jsonl without times; every line has to be whole."""
+    return [untimed(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def flat(value, name="") -> dict:
+    """Everything in a nested state under its own name, as bytes."""
+    if isinstance(value, (dict, list, tuple)):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, inner in pairs for k, v in flat(inner, f"{name}.{key}").items()}
+    if isinstance(value, torch.Tensor):
+        return {
+            name: (value.dtype, value.shape, value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        }
+    return {name: value}
+
+
+def newest(out_dir) -> Path:
+    return max((out_dir / "checkpoints").glob("step-*"))
+
+
+def left_by(out_dir) -> dict:
+    """Metrics, rollouts, the bytes of the weights, and all that is in the last checkpoint."""
+    (weights,) = out_dir.glob("*.safetensors")
+    left = {"metrics": lines(out_dir / "metrics.jsonl"), "weights": weights.read_bytes()}
+    if (out_dir / "rollouts.jsonl").exists():
+        left["rollouts"] = lines(out_dir / "rollouts.jsonl")
+    state = torch.load(newest(out_dir) / "state.pt")
+    state["metrics"] = untimed(state["metrics"])
+    return left | flat(state, "state")
+
+
+def assert_same(first, second) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+@pytest.fixture(scope="module")
+def whole(run, place):
+    """whole(run): what it leaves if nobody disturbs it."""
+    made = {}
+
+    def left(name):
+        if name not in made:
+            exitcode, log = run(name, place / f"whole_{name}", resume=False)
+            assert exitcode == 0, log
+            made[name] = left_by(place / f"whole_{name}")
+            assert len(made[name]["metrics"]) == STEPS
+        return made[name]
+
+    return left
+
+
+# Killed
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_killed_again_and_again_is_the_run_that_nobody_disturbed(name, run, whole, place):
+    """Pitfalls 52, 53: each life begins where the last one was killed."""
+    lives = [
+        ("as config.py is written", 1),
+        ("as a turn is sampled", 2),
+        ("between two updates", 2 * UPDATES + 2),  # so in the third step
+        ("as a model is written", 1),
+        ("as a state is written", 1),
+        ("before a checkpoint is renamed", 1),
+        ("after a checkpoint was renamed", 1),
+        ("in a line of metrics", 1),
+        ("before rollouts are written", 2),
+        ("before a checkpoint", 2),
+        ("as lines are dropped", 1),
+        ("as an old one is removed", 1),
+        ("as logprobs are computed", 3),
+        ("as a model is written", 2),  # at the end: the first is the last checkpoint's
+    ]
+    if RUNS[name][0] is train_sft:
+        lives = [life for life in lives if "turn" not in life[0] and "rollouts" not in life[0]]
+        lives[1] = ("between two updates", 3)
+    out_dir, expected = place / f"killed_{name}", whole(name)
+    for point, call in lives:
+        exitcode, log = run(name, out_dir, point, call)
+        assert exitcode == -signal.SIGKILL, f"{point}: {log}"
+    exitcode, log = run(name, out_dir)
+    assert exitcode == 0, log
+    assert_same(expected, left_by(out_dir))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_run_that_is_compared_with_has_moved_all_that_has_a_state(name, whole, place):
+    """Pitfall 52: else the test above would compare little."""
+    left, script = whole(name), RUNS[name][0]
+    assert all(row["grad_norm"] > 0 for row in left["metrics"])
+    assert len({row["learning_rate"] for row in left["metrics"]}) > STEPS / 2
+    moments = [v for k, v in left.items() if ".exp_avg" in k or ".momentum_buffer" in k]
+    assert moments and all(any(raw) for _, _, raw in moments)
+    if script is train_grpo:
+        assert left["state.cursor"] > STEPS * GRPO["prompts_per_step"]  # groups were replaced
+        assert left["metrics"][-1]["kl"] > 0 and len(left["rollouts"]) == 2 * STEPS
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if "lora" not in name])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_to_stop_finishes_its_step_and_saves(
+    name, number, start, run, whole, place
+):
+    """Pitfall 52: and ends with the exit code of the signal."""
+    out_dir = place / f"stopped_{name}_{number}"
+    child = start(name, out_dir, "halt", 2, save_every=0)
+    wait_for(place / "log", "halted")
+    os.kill(child.pid, number)
+    wait_for(place / "log", "finishing this step, then saving")
+    (place / "go").touch()
+    child.join(60)
+    assert child.exitcode == 128 + number
+    done = len(lines(out_dir / "metrics.jsonl"))
+    assert f"stopped after {done} of {STEPS} steps" in (place / "log").read_text()
+    assert "Traceback" not in (place / "log").read_text()
+    assert [path.name for path in (out_dir / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+    exitcode, log = run(name, out_dir)
+    assert exitcode == 0 and f"going on with step {done}" in log
+    assert_same(whole(name), left_by(out_dir))
+
+
+def test_a_run_that_is_told_twice_ends_at_once(start, run, whole, place):
+    out_dir = place / "told_twice"
+    child = start("grpo", out_dir, "halt", 2 * UPDATES + 2)
+    wait_for(place / "log", "halted")
+    for said in ("finishing this step, then saving", "interrupted"):
+        os.kill(child.pid, signal.SIGINT)
+        wait_for(place / "log", said)
+    child.join(60)
+    assert child.exitcode == 130 and "Traceback" not in (place / "log").read_text()
+    assert newest(out_dir).name == "step-000002"
+    assert run("grpo", out_dir)[0] == 0
+    assert_same(whole("grpo"), left_by(out_dir))
+
+
+def wait_for(path, text: str) -> None:
+    end = time.monotonic() + 60
+    while not path.exists() or text not in path.read_text():
+        assert time.monotonic() < end, f"nobody said {text!r}: {path.read_text()}"
+        time.sleep(0.01)
+
+
+def test_a_signal_between_saving_and_stopping_does_not_stop_an_unsaved_run(laid, monkeypatch):
+    """One that comes after the question whether to save is for the next step."""
+    run, parts = laid(save_every=100)
+    run.restore(parts[0], parts[2])
+
+    told = iter([None, signal.SIGTERM, signal.SIGTERM])  # what is read, one after the other
+
+    class Late(Run):
+        signal = property(lambda self: next(told))
+
+    run.__class__ = Late
+    run.after(1, 5, *parts)
+    assert run.saved is None  # neither saved nor stopped
+    with pytest.raises(SystemExit) as stopped:
+        run.after(2, 5, *parts)
+    assert run.saved == 2 and stopped.value.code == 128 + signal.SIGTERM
+
+
+# Checkpoints: whole or not at all
+
+
+def nudge(model, optimizers) -> None:
+    """An update whose gradient comes from torch's generator."""
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.grad = torch.randn(parameter.shape).to(parameter.dtype)
+    models.step(model, optimizers, 1e-2, 1.0)
+
+
+@pytest.fixture
+def laid(here, tmp_path):
+    """laid(key=value, …): (run, (model, tokenizer, optimizers, log)), nothing restored yet."""
+
+    def lay(optimizer="adamw", **options):
+        cfg = replace(configured("grpo", tmp_path / "out"), **options)
+        lora = cfg.lora_r, cfg.lora_alpha, cfg.lora_targets
+        model, tokenizer = models.load(cfg.model, cfg.tune, cfg.dtype, "cpu", *lora)
+        optimizers = models.optimizers(model, optimizer, cfg.learning_rate, 0.1)
+        log = types.SimpleNamespace(sync=lambda: None, print=print)
+        return Run(cfg), (model, tokenizer, optimizers, log)
+
+    return lay
+
+
+def saved(laid, steps, **options):
+    """(run, parts, the weights after each step) of a run that has saved these steps."""
+    run, parts = laid(**options)
+    run.restore(parts[0], parts[2])
+    weights = {}
+    for step in steps:
+        nudge(parts[0], parts[2])
+        run.save(step, *parts, cursor=10 * step)
+        weights[step] = {k: v.clone() for k, v in parts[0].state_dict().items()}
+    return run, parts, weights
+
+
+def truncated(path) -> None:
+    file = path / "state.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flipped(path) -> None:
+    file = path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def without_a_file(path) -> None:
+    (path / "config.json").unlink()
+
+
+def without_digests(path) -> None:
+    (path / "digests.json").unlink()
+
+
+def with_torn_digests(path) -> None:
+    (path / "digests.json").write_text('{"state.pt": "')
+
+
+def with_other_digests(path) -> None:
+    (path / "digests.json").write_text("[]")
+
+
+DAMAGES = [truncated, flipped, without_a_file, without_digests, with_torn_digests]
+DAMAGES += [with_other_digests]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_newest_whole_checkpoint_is_used_where_later_ones_are_torn(damage, laid, capsys):
+    """Pitfall 53."""
+    run, _, weights = saved(laid, (2, 4, 6), keep_last=3)
+    for step in (4, 6):
+        damage(run.folder / f"step-{step:06d}")
+    run, (model, _, optimizers, _) = laid(resume=True)
+    state = run.restore(model, optimizers)
+    assert state == {"step": 2, "cursor": 20}
+    assert all(torch.equal(v, weights[2][k]) for k, v in model.state_dict().items())
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all("is damaged (" in line for line in said)
+    assert "step-000006" in said[0] and "step-000004" in said[1]
+
+
+def test_a_run_none_of_whose_checkpoints_is_whole_says_so(laid):
+    """Pitfall 53: it does not begin again on its own, over what is there."""
+    run, _, _ = saved(laid, (2, 4))
+    for path in run.folder.iterdir():
+        truncated(path)
+    run, (model, _, optimizers, _) = laid(resume=True)
+    with pytest.raises(UserError, match="none of the checkpoints in .* is whole: remove them"):
+        run.restore(model, optimizers)
+
+
+def test_what_was_being_written_is_removed_and_never_read(laid):
+    """Pitfall 53: not even if it is complete but for its name."""
+    run, _, _ = saved(laid, (2, 4))
+    os.rename(run.folder / "step-000004", run.folder / "aside")
+    run, (model, _, optimizers, _) = laid(resume=True)
+    assert run.restore(model, optimizers)["step"] == 2
+    assert [path.name for path in run.folder.iterdir()] == ["step-000002"]
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 3])
+def test_the_last_few_checkpoints_are_kept(keep_last, laid):
+    run, _, _ = saved(laid, (2, 4, 6, 8), keep_last=keep_last)
+    kept = [f"step-{step:06d}" for step in (2, 4, 6, 8)][-keep_last:]
+    assert sorted(path.name for path in run.folder.iterdir()) == kept
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_a_damaged_checkpoint_is_not_kept_in_place_of_a_whole_one(keep_last, laid):
+    """Pitfall 53: after a fall back the next one may be older than those that are damaged."""
+    run, _, _ = saved(laid, (2, 4, 6), keep_last=3)
+    for step in (4, 6):
+        truncated(run.folder / f"step-{step:06d}")
+    run, parts = laid(resume=True, keep_last=keep_last)
+    run.restore(parts[0], parts[2])
+    run.save(3, *parts, cursor=30)
+    kept = ["step-000002", "step-000003"][-keep_last:]
+    assert sorted(path.name for path in run.folder.iterdir()) == kept
+    run, (model, _, optimizers, _) = laid(resume=True)
+    assert run.restore(model, optimizers)["step"] == 3
+
+
+def test_a_copy_that_somebody_made_of_a_checkpoint_is_neither_read_nor_removed(laid):
+    run, parts, _ = saved(laid, (2, 4))
+    shutil.copytree(run.folder / "step-000002", run.folder / "step-000004.good")
+    for step in (1_000_000, 1_000_001):  # a seventh digit changes no order
+        run.save(step, *parts)
+    kept = ["step-000004.good", "step-1000000", "step-1000001"]
+    assert sorted(path.name for path in run.folder.iterdir()) == kept
+    run, (model, _, optimizers, _) = laid(resume=True)
+    assert run.restore(model, optimizers)["step"] == 1_000_001
+
+
+@pytest.mark.parametrize("tune", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_optimizer_goes_on_bit_for_bit(tune, optimizer, dtype, laid):
+    """Pitfall 52: full weights and adapters; the gradients come from torch's generator."""
+    if "8bit" in optimizer or tune == "qlora":
+        pytest.importorskip("bitsandbytes")
+    options = {"tune": tune, "dtype": dtype}
+    if tune != "full":
+        options |= {"lora_r": 4, "lora_alpha": 8}
+    run, (model, tokenizer, optimizers, log), _ = saved(laid, (2,), optimizer=optimizer, **options)
+    for _ in range(3):
+        nudge(model, optimizers)
+    expected = flat([o.state_dict() for o in optimizers]) | flat(dict(model.named_parameters()))
+
+    torch.manual_seed(99)
+    run, (model, _, optimizers, _) = laid(optimizer=optimizer, resume=True, **options)
+    run.restore(model, optimizers)
+    for _ in range(3):
+        nudge(model, optimizers)
+    found = flat([o.state_dict() for o in optimizers]) | flat(dict(model.named_parameters()))
+    assert_same(expected, found)
+
+
+def drawn() -> list:
+    return [random.random(), random.gauss(0, 1), numpy.random.rand(), numpy.random.randn()] + [
+        torch.rand(2).tolist(),
+        torch.randn(3).tolist(),
+    ]
+
+
+def test_the_generators_go_on_where_they_were(laid):
+    """Pitfall 52: python's, numpy's and torch's; the half of a pair that is left over, too."""
+    run, parts = laid()
+    run.restore(parts[0], parts[2])
+    first = drawn()
+    run.save(1, *parts)
+    then = drawn()
+    run, (model, _, optimizers, _) = laid(resume=True)
+    run.restore(model, optimizers)
+    assert drawn() == then != first
+
+
+def test_a_run_that_begins_again_begins_with_the_same_generators(laid, tmp_path):
+    """Pitfall 52: it may have been killed before its first checkpoint. Another seed has others."""
+    states = []
+    for seed in (0, 0, 1):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        run, (model, _, optimizers, _) = laid(seed=seed)
+        assert run.restore(model, optimizers) == {}
+        states.append(drawn())
+    assert states[0] == states[1] != states[2]
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if "grpo" in name])
+def test_a_checkpoint_is_a_model_that_loads_with_the_weights_it_was_saved_with(
+    name, whole, here, tmp_path
+):
+    """It can be evaluated, and trained on, as the model that a run saves at its end."""
+    whole(name)
+    path = here / f"whole_{name}" / "checkpoints" / "step-000006"
+    trained = torch.load(path / "state.pt")["weights"]
+    model, tokenizer = models.load(str(path), "lora" if "lora" in name else "full", lora_r=4)
+    found = {k: v for k, v in model.named_parameters() if v.requires_grad}
+    assert found.keys() == trained.keys()
+    assert all(torch.equal(found[k], trained[k]) for k in found)
+    last = torch.load(newest(here / f"whole_{name}") / "state.pt")["weights"]
+    assert not any(torch.equal(last[k], trained[k]) for k in found)
+    assert tokenizer.chat_template
+
+
+# A full disk
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "state.pt"])
+def test_a_full_disk_ends_a_run_in_a_sentence_and_nothing_saved_is_lost(file, run, whole, place):
+    """Pitfall 53: whichever file is the one that does not fit."""
+    expected = whole("grpo")
+    size = (newest(place / "whole_grpo") / file).stat().st_size
+    (place / "limit").write_text(str(size - 1))
+    out_dir = place / f"full_{file}"
+    exitcode, log = run("grpo", out_dir, "full disk", 2)
+    assert exitcode == 2 and "Traceback" not in log, log
+    (error,) = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert f"error: cannot save step 4 in {out_dir}/checkpoints (" in error
+    assert error.endswith("make room and go on with --resume=true")
+    assert [path.name for path in (out_dir / "checkpoints").iterdir()] == ["step-000002"]
+    exitcode, log = run("grpo", out_dir)
+    assert exitcode == 0 and "damaged" not in log
+    assert_same(expected, left_by(out_dir))
+
+
+def test_a_disk_that_is_really_full_does_so_too(run, whole, place, tmp_path):
+    """Pitfall 53: where root may mount one of a megabyte."""
+    expected = whole("grpo")
+    size = sum(file.stat().st_size for file in newest(place / "whole_grpo").iterdir())
+    disk = ["mount", "-t", "tmpfs", "-o"]
+    mounted = os.getuid() == 0 and subprocess.run(
+        [*disk, f"size={int(2.5 * size) + 100_000}", "tmpfs", tmp_path], capture_output=True
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("this system lets us mount no disk")
+    try:
+        exitcode, log = run("grpo", tmp_path / "out")  # two fit, and a half of the third
+        assert exitcode == 2 and "Traceback" not in log, log
+        assert "error: cannot save step 6 in " in log and "No space left" in log
+        names = [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()]
+        assert sorted(names) == ["step-000002", "step-000004"]
+        subprocess.run([*disk, "remount,size=100m", "tmpfs", tmp_path], check=True)
+        exitcode, log = run("grpo", tmp_path / "out")
+        assert exitcode == 0 and "going on with step 4" in log and "damaged" not in log
+        assert_same(expected, left_by(tmp_path / "out"))
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.mark.parametrize("writer", ["torch.save", "model.save", "os.fsync", "os.rename"])
+def test_whatever_fails_in_a_checkpoint_the_older_ones_stay(writer, laid, monkeypatch):
+    """Pitfall 53: and once there is room, the same run can save."""
+    run, parts, _ = saved(laid, (2, 4))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    owner, _, name = writer.rpartition(".")
+    with monkeypatch.context() as patch:
+        patch.setattr(pkgutil.resolve_name(owner), name, full)
+        with pytest.raises(UserError, match="cannot save step 6 in .*No space left on device"):
+            run.save(6, *parts, cursor=60)
+    assert sorted(path.name for path in run.folder.iterdir()) == ["step-000002", "step-000004"]
+    assert not any(checkpoint._damaged(path) for path in run.folder.iterdir())
+    run.save(6, *parts, cursor=60)
+    assert newest(run.out_dir).name == "step-000006" and not checkpoint._damaged(
+        newest(run.out_dir)
+    )
+
+
+# What may be gone on with
+
+
+def test_a_checkpoint_of_another_model_is_refused(here, laid):
+    """Where the folder of the model now holds another one."""
+    run, _, _ = saved(laid, (2,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "find", lambda name: "wider")
+        run, (model, _, optimizers, _) = laid(resume=True)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    told = r"step-000002 is of another model: \S+ is \(\S+ \S+\) in this one and \(\S+ \S+\) there"
+    with pytest.raises(UserError, match=told):
+        run.restore(model, optimizers)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def other(value, kind):
+    """Another value of a key's type."""
+    if typing.get_origin(kind) is typing.Literal:
+        return next(option for option in typing.get_args(kind) if option != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    return 3 if value is None else value + ("x",) if isinstance(value, tuple) else f"{value}x"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_only_keys_that_change_nothing_that_is_learnt_may_change(script, tmp_path):
+    """Pitfall 55: a run that went on with another learning rate would be neither the one nor the
+    other. Every key there is."""
+    cfg = script.Config(out_dir=str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    config.save(cfg, tmp_path / "out" / "config.py")
+    free = set()
+    for key, kind in typing.get_type_hints(script.Config).items():
+        if key == "out_dir":
+            continue
+        changed = replace(cfg, **{"resume": True, key: other(getattr(cfg, key), kind)})
+        if key in FREE:
+            free.add(key)
+            Run(replace(changed, resume=True))
+            continue
+        with pytest.raises(UserError, match=f"^{key} = .*, but the run in .* has .*: give that, "):
+            Run(changed)
+    assert {"resume", "save_every", "keep_last", "logger"} <= free
+    assert not {"learning_rate", "seed", "data", "model", "tune", "dtype"} & free
+
+
+def test_a_folder_that_was_moved_goes_on_where_it_is(here, laid, tmp_path):
+    saved(laid, (2,))
+    os.rename(tmp_path / "out", tmp_path / "moved")
+    run, (model, _, optimizers, _) = laid(resume=True, out_dir=str(tmp_path / "moved"))
+    assert run.restore(model, optimizers)["step"] == 2
+
+
+def test_a_run_goes_on_for_more_steps_than_it_began_with(here, whole):
+    """Pitfall 52: as if it had been begun with them, where the schedule does not depend on them."""
+    options = {"schedule": "constant", "save_every": 0}
+    short = configured("grpo", here / "extended", **options, steps=2)
+    train_grpo.train(short)
+    with pytest.raises(UserError, match="is not empty: .*, or go on with --resume=true"):
+        train_grpo.train(replace(short, steps=4))
+    train_grpo.train(replace(short, steps=4, resume=True))
+    long = configured("grpo", here / "long", **options, steps=4)
+    train_grpo.train(long)
+    assert_same(left_by(here / "long"), left_by(here / "extended"))
+    saved_as = config.parse(train_grpo.Config, ["--config", str(here / "extended" / "config.py")])
+    assert saved_as == replace(long, out_dir=str(here / "extended"))
+
+
+def test_a_run_that_is_finished_stays_as_it_is(here, whole):
+    whole("grpo")
+    shutil.copytree(here / "whole_grpo", here / "finished")
+
+    def files():
+        found = [p for p in (here / "finished").rglob("*") if p.is_file() and p.suffix != ".html"]
+        return {str(path): path.read_bytes() for path in found}
+
+    cfg = configured("grpo", here / "finished", resume=True)
+    config.save(replace(cfg, resume=False), here / "finished" / "config.py")
+    before = files()
+    for _ in range(2):
+        assert train_grpo.train(cfg)["step"] == STEPS - 1
+        assert files() == before
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_begun_again(here, whole):
+    """Nothing is left to go on from, and its metrics and weights would be written over."""
+    whole("grpo")
+    shutil.copytree(here / "whole_grpo", here / "cleared")
+    shutil.rmtree(here / "cleared" / "checkpoints")
+    before = (here / "cleared" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="cleared.* no checkpoint"):
+        train_grpo.train(configured("grpo", here / "cleared", resume=True))
+    assert (here / "cleared" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_not_gone_on_with(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="is not empty: give another") as error:
+        Run(train_grpo.Config(out_dir=str(tmp_path), resume=True))
+    assert "resume" not in str(error.value)  # it was given
+
+
+# Rewards that break
+
+
+def test_a_reward_that_raises_costs_nothing_and_repaired_the_run_is_the_same(here, whole):
+    """Pitfall 42: the steps that were done are saved, whatever save_every says."""
+    expected = whole("grpo")
+    file = here / "broken_rewards.py"
+    cfg = configured("grpo", here / "raised", resume=True, save_every=0)
+    rewards = ("broken_rewards.py:coin",)
+    row = rollout.prompts_of(4, [{"id": i} for i in range(5)], 1, cfg.seed)[0]["id"]
+    file.write_text(REWARD.replace("return", f"assert example['id'] != {row}\n    return"))
+    with pytest.raises(UserError, match=f"^reward coin failed on row {row + 1}: AssertionError"):
+        train_grpo.train(replace(cfg, rewards=rewards))
+    done = len(lines(here / "raised" / "metrics.jsonl"))
+    assert 0 < done < STEPS
+    assert [p.name for p in (here / "raised" / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+    file.write_text(REWARD)
+    train_grpo.train(replace(cfg, rewards=rewards))
+    assert_same(expected, left_by(here / "raised"))
+
+
+@pytest.mark.parametrize("value", ["None", "float('nan')", "float('inf')"])
+def test_a_run_goes_on_with_rewards_that_are_missing(value, here):
+    """Pitfall 23: some of a group, all of one, or all there are; they are counted."""
+    file = here / f"missing_{value[-5:-2]}.py"
+    text = "def coin(t, example):\n    {}\n    return float(sum(t.ids) % 3 == 0)\n"
+    found = {}
+    for name, test in (("some", "t.sample == 0"), ("one", "t.group == 0"), ("all", "True")):
+        file.write_text(text.format(f"if {test}: return {value}"))
+        out_dir = here / f"missing_{value[-5:-2]}_{name}"
+        options = {"rewards": (f"{file}:coin",), "steps": 2, "dynamic_attempts": 1, "beta": 0.0}
+        last = train_grpo.train(configured("grpo", out_dir, **options))
+        model, _ = models.load(str(out_dir))
+        assert all(p.isfinite().all() for p in model.parameters())
+        assert all(map(math.isfinite, (v for v in last.values() if isinstance(v, float))))
+        found[name] = last
+    assert 0 < found["some"]["reward_none"] < found["some"]["rollouts"]
+    assert found["all"]["reward_none"] == found["all"]["rollouts"]
+    assert found["all"]["trained_share"] == found["all"]["grad_norm"] == 0
+
+
+def test_a_run_goes_on_with_completions_that_are_empty(here, monkeypatch):
+    """Pitfall 27: nothing was sampled, or nothing but the end of the turn."""
+    real = train_grpo.TransformersEngine.generate
+
+    async def some(self, ids, images, sampling):
+        out = await real(self, ids, images, sampling)
+        if sampling.seed % 3 < 2:  # an empty one, or one with the stop token alone
+            size = sampling.seed % 3
+            out = replace(out, ids=[2][:size], logprobs=[-6.0][:size], finish="stop")
+        return out
+
+    monkeypatch.setattr(train_grpo.TransformersEngine, "generate", some)
+    last = train_grpo.train(configured("grpo", here / "empty", steps=3))
+    rows = lines(here / "empty" / "rollouts.jsonl")
+    assert {0, 1} <= {sum(row["mask"]) for row in rows}
+    assert last["grad_norm"] > 0 and last["new_tokens"] < 2
+    model, _ = models.load(str(here / "empty"))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+# Rescue
+
+
+def test_what_raises_between_updates_saves_the_steps_that_are_done(laid, capsys):
+    run, parts, _ = saved(laid, (2, 4), keep_last=2)
+    nudge(parts[0], parts[2])
+    with pytest.raises(UserError, match="the judge is ill"):
+        with run.rescue(5, *parts, cursor=50):
+            raise UserError("the judge is ill")
+    names = ["step-000002", "step-000004", "step-000005"]  # more than keep_last: none is removed
+    assert sorted(path.name for path in run.folder.iterdir()) == names
+    assert "saved 5 steps; go on with --resume=true" in capsys.readouterr().out
+    run, (model, _, optimizers, _) = laid(resume=True)
+    assert run.restore(model, optimizers) == {"step": 5, "cursor": 50}
+    assert_same(flat(parts[0].state_dict()), flat(model.state_dict()))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_numbers_are_not_saved(value, laid):
+    run, parts, _ = saved(laid, (2, 4))
+    with torch.no_grad():
+        next(parts[0].parameters())[0, 0] = value
+    with pytest.raises(RuntimeError, match="logits are NaN"):
+        with run.rescue(5, *parts):
+            raise RuntimeError("logits are NaN")
+    assert sorted(path.name for path in run.folder.iterdir()) == ["step-000002", "step-000004"]
+
+
+def test_nothing_is_saved_before_the_first_step_nor_when_all_goes_well(laid):
+    run, parts = laid()
+    run.restore(parts[0], parts[2])
+    with pytest.raises(ValueError, match="at once"):
+        with run.rescue(0, *parts):
+            raise ValueError("at once")
+    with run.rescue(1, *parts):
+        pass
+    assert not run.folder.exists()
