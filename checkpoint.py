@@ -50,8 +50,8 @@ class Run:
             _compare(cfg, self.out_dir / "config.py")
             if not self._steps() and any(self.out_dir.glob("*.safetensors")):
                 raise UserError(
-                    f"out_dir '{self.out_dir}' has a trained model and no checkpoint to go on from: "
-                    "give another with --out_dir=…"
+                    f"out_dir '{self.out_dir}' has a trained model and no checkpoint to go on "
+                    "from: give another with --out_dir=…"
                 )
         else:  # nothing was learnt yet: killed before its first second was over, or never begun
             way_out = "one where a run was begun" if cfg.resume else "go on with --resume=true"
@@ -129,8 +129,10 @@ class Run:
             _sync(self.folder)
         except Exception as error:  # each writer has an error of its own for a full disk
             shutil.rmtree(aside, ignore_errors=True)
+            # torch's says nothing of what it met when it wrote
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
             raise UserError(
-                f"cannot save step {step} in {self.folder} ({' '.join(str(error).split())[:200]}): "
+                f"cannot save step {step} in {self.folder} ({' '.join(str(cause).split())[:200]}): "
                 "older checkpoints are whole, so make room and go on with --resume=true"
             ) from error
         self.saved = step

@@ -33,7 +33,7 @@ CURVES = (  # title, what is drawn in it
     ("accuracy", ("accuracy",)),
     ("tool-call rate", ("tool_call_rate", "tool_error_rate")),
     ("tokens per trajectory", ("new_tokens",)),
-    ("loss", ("loss",)),
+    ("loss", ("loss", "val_loss")),
     ("entropy", ("entropy",)),
 )
 LOGGERS = {"none": "", "wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
@@ -158,10 +158,9 @@ class Log:
         self.progress.reset(self.rolling, total=rollouts, visible=True)
         return counter(self.progress, self.rolling)
 
-    def rollouts(self, trajectories: list, tokenizer, advantages=None, **more) -> None:
-        """Appends trajectories to rollouts.jsonl; advantages: a list for each, a number a turn."""
-        path = self.out_dir / "rollouts.jsonl"
-        write_rollouts(path, trajectories, tokenizer, advantages, **more)
+    def rollouts(self, trajectories: list, tokenizer, **more) -> None:
+        """Appends trajectories to rollouts.jsonl, with ids, mask, rewards and text."""
+        write_rollouts(self.out_dir / "rollouts.jsonl", trajectories, tokenizer, **more)
 
     def summary(self, values: dict) -> None:
         """The last lines of a run, one `key: value` each, for people and for grep."""
@@ -179,17 +178,13 @@ def print_summary(values: dict, say=print) -> None:
         say(f"{key + ':':24} {shown}")
 
 
-def write_rollouts(path, trajectories: list, tokenizer, advantages=None, **more) -> None:
-    """Appends a row for each trajectory: its four parallel lists, the text, what happened.
-
-    advantages: for each trajectory one number a turn, or None where nothing is learnt from them.
-    """
-    advantages = advantages or [None] * len(trajectories)
+def write_rollouts(path, trajectories: list, tokenizer, **more) -> None:
+    """Appends a row for each trajectory: its four parallel lists, the text, what happened."""
     with open(path, "a", encoding="utf-8") as file:
-        for t, gains in zip(trajectories, advantages, strict=True):
+        for t in trajectories:
             row = {**more, "group": t.group, "sample": t.sample, "stop": t.stop}
             row |= {"reward": t.reward, "rewards": t.rewards, "answer": t.example.get("answer")}
-            row["advantages"] = None if gains is None else [round(gain, 5) for gain in gains]
+            row["advantages"] = [round(gain, 5) for gain in t.advantages] or None
             row |= {"seconds": round(t.seconds, 3), "turn_starts": t.turn_starts}
             row |= {"messages": t.messages, "calls": [dataclasses.asdict(c) for c in t.calls]}
             row |= {"ids": t.ids, "mask": t.mask, "logprobs": [round(p, 5) for p in t.logprobs]}

@@ -229,18 +229,14 @@ def test_tensorboard_reads_one_value_for_each_step_of_a_resumed_run(tmp_path):
 def test_a_row_has_one_advantage_for_each_turn_or_none(tmp_path, tokenizer):
     played = [trajectory(tokenizer) for _ in range(3)]
     with a_log(tmp_path) as log:
-        log.rollouts(played, tokenizer, [[0.5, 0.5], [-1.1234567, 2.0], None], step=7)
-        log.rollouts(played[:1], tokenizer, step=8)
+        played[0].advantages, played[1].advantages = [0.5, 0.5], [-1.1234567, 2.0]
+        log.rollouts(played, tokenizer, step=7)
+        log.rollouts(played[2:], tokenizer, step=8)
     rows = [json.loads(line) for line in open(tmp_path / "rollouts.jsonl")]
     assert [row["advantages"] for row in rows] == [[0.5, 0.5], [-1.12346, 2.0], None, None]
     assert [row["step"] for row in rows] == [7, 7, 7, 8]
     assert "".join(rows[0]["pieces"]) == rows[0]["text"]
     assert len(rows[0]["pieces"]) == len(rows[0]["ids"])
-
-
-def test_advantages_for_another_number_of_trajectories_are_refused(tmp_path, tokenizer):
-    with pytest.raises(ValueError):
-        report.write_rollouts(tmp_path / "r.jsonl", [trajectory(tokenizer)], tokenizer, [[0], [0]])
 
 
 @pytest.mark.parametrize(
@@ -340,7 +336,8 @@ def test_nothing_that_a_model_or_a_tool_writes_gets_out_of_the_data(tmp_path, to
     t.example["answer"], t.rewards, t.stop = HOSTILE, {HOSTILE: 1.0}, HOSTILE
     with a_log(tmp_path) as log:
         log.step({"step": 0, "loss": 0.1, HOSTILE: 1.0})
-        log.rollouts([t], tokenizer, [[1.0, -1.0]], step=0)
+        t.advantages = [1.0, -1.0]
+        log.rollouts([t], tokenizer, step=0)
     (tmp_path / "config.py").write_text(f"system_prompt = {HOSTILE!r}\n", encoding="utf-8")
     report.page(tmp_path)
     blank = tmp_path / "blank"
@@ -401,7 +398,8 @@ def test_what_is_no_finite_number_is_a_gap(tmp_path, tokenizer):
     with a_log(tmp_path) as log:
         log.step({"step": 0, "loss": float("nan"), "kl": None, "note": "text"})
         log.step({"step": 1, "loss": 2.0, "kl": float("inf")})
-        log.rollouts([t], tokenizer, [[float("nan"), 1.0]], step=0)
+        t.advantages = [float("nan"), 1.0]
+        log.rollouts([t], tokenizer, step=0)
     data = data_of(tmp_path)
     assert data["metrics"] == {"step": [0, 1], "loss": [None, 2.0]}
     assert data["rollouts"][0]["reward"] == "NaN"
