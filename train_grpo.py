@@ -61,7 +61,7 @@ class Config:
     lora_r: int = 32  # rank of the adapters
     lora_alpha: int = 64  # their scale is lora_alpha / lora_r
     lora_targets: tuple[str, ...] = ("all-linear",)  # names of linear layers, or all of them
-    dtype: Literal["float32", "bfloat16", "mixed"] = "float32"  # mixed: bfloat16 products
+    dtype: Literal["float32", "bfloat16", "mixed"] = "float32"  # weights; mixed: products bfloat16
     gradient_checkpointing: bool = False  # a third slower, and long trajectories fit
     deterministic: bool = True  # equal seeds give equal bits; false: nobody waits for slow tools
     # data
@@ -269,7 +269,7 @@ def learn(model, optimizers, trajectories, rate, cfg: Config, step=0, reference=
         i for i, t in enumerate(trajectories) if new_tokens[i] and (any(t.advantages) or cfg.beta)
     ]
     models.without_dropout(model)
-    old, ref = {}, {}
+    learnt, old, ref = set(taught), {}, {}
     if cfg.updates_per_batch * cfg.minibatches > 1:
         old = dict(zip(taught, score(model, [trajectories[i] for i in taught], cfg), strict=True))
     if cfg.beta:
@@ -283,7 +283,7 @@ def learn(model, optimizers, trajectories, rate, cfg: Config, step=0, reference=
         for first in range(cfg.minibatches):
             part = order[first :: cfg.minibatches]
             weights = sequence_weights(new_tokens[part], cfg.loss, cfg.max_new_tokens).tolist()
-            chosen = [(i, w) for i, w in zip(part, weights, strict=True) if i in taught]
+            chosen = [(i, w) for i, w in zip(part, weights, strict=True) if i in learnt]
             if not chosen:
                 continue
             rows, weights = [trajectories[i] for i, _ in chosen], [w for _, w in chosen]

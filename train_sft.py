@@ -58,7 +58,7 @@ class Config:
     lora_r: int = 32  # rank of the adapters
     lora_alpha: int = 64  # their scale is lora_alpha / lora_r
     lora_targets: tuple[str, ...] = ("all-linear",)  # names of linear layers, or all of them
-    dtype: Literal["float32", "bfloat16", "mixed"] = "float32"  # mixed: bfloat16 products
+    dtype: Literal["float32", "bfloat16", "mixed"] = "float32"  # weights; mixed: products bfloat16
     gradient_checkpointing: bool = False  # a third slower, and long conversations fit
     # data
     data: str = "task:calc"  # demonstrations of a task, or rows of .jsonl, .parquet or a hub id

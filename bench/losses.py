@@ -81,7 +81,7 @@ def run(cfg: Config) -> list[dict]:
         done.append({"row": row, "before": before["accuracy"], "after": after["accuracy"]})
         done[-1] |= {key: after[key] for key in ("ci95_low", "ci95_high", "problems")}
         done[-1] |= {"steps": len(metrics), "seconds_per_step": seconds}
-        done[-1] |= {"clip_frac": max(m["clip_frac"] for m in metrics)}
+        done[-1] |= {"clip_frac": max(m.get("clip_frac", 0.0) for m in metrics)}
         print(f"=== {row}: {before['accuracy']:.3f} -> {after['accuracy']:.3f}\n", flush=True)
         if cfg.save_to:
             Path(cfg.save_to).mkdir(parents=True, exist_ok=True)
@@ -92,14 +92,13 @@ def run(cfg: Config) -> list[dict]:
 def main(argv: list[str]) -> None:
     cfg = config.parse(Config, argv)
     done = run(cfg)
-    lines = [
-        "row            before  after  95 % interval  steps  s/step  clip_frac, at most",
-        *(
-            f"{d['row']:14s} {d['before']:6.3f} {d['after']:6.3f}  {d['ci95_low']:.3f} - "
-            f"{d['ci95_high']:.3f}  {d['steps']:5d}  {d['seconds_per_step']:6.2f}  {d['clip_frac']:.3f}"
-            for d in done
-        ),
-    ]
+    lines = ["row            before  after  95 % interval  steps  s/step  clip_frac, at most"]
+    for d in done:
+        low, high = d["ci95_low"], d["ci95_high"]
+        lines.append(
+            f"{d['row']:14s} {d['before']:6.3f} {d['after']:6.3f}  {low:.3f} - {high:.3f}  "
+            f"{d['steps']:5d}  {d['seconds_per_step']:6.2f}  {d['clip_frac']:.3f}"
+        )
     print("\n".join(lines))
     if cfg.save_to:
         Path(cfg.save_to, "table.txt").write_text("\n".join(lines) + "\n")

@@ -26,7 +26,7 @@ import sys
 import time
 import types
 import typing
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
