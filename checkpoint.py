@@ -114,32 +114,37 @@ class Run:
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         state |= {"step": step, "weights": trained, "generators": _generators()}
         state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            models.save(model, tokenizer, aside)
-            with open(aside / "state.pt", "wb") as file:
-                torch.save(state, file)
-            digests = {str(f.relative_to(aside)): _digest(f) for f in _files(aside)}
-            (aside / "digests.json").write_text(json.dumps(digests, indent=1))
-            for file in [*_files(aside), aside]:
-                _sync(file)
-            shutil.rmtree(path, ignore_errors=True)  # one that was damaged
-            os.rename(aside, path)
-            _sync(self.folder)
-        except Exception as error:  # each writer has an error of its own for a full disk
-            shutil.rmtree(aside, ignore_errors=True)
-            # torch's says nothing of what it met when it wrote
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            raise UserError(
-                f"cannot save step {step} in {self.folder} ({' '.join(str(cause).split())[:200]}): "
-                "older checkpoints are whole, so make room and go on with --resume=true"
-            ) from error
+        with _told(f"step {step} in {self.folder}"):
+            try:
+                self._write(aside, model, tokenizer, state)
+                shutil.rmtree(path, ignore_errors=True)  # one that was damaged
+                os.rename(aside, path)
+                _sync(self.folder)
+            except Exception:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
         self.saved = step
         # later ones are there only if they were damaged when this run went on
         kept = [s for s in self._steps() if s <= step][-self.cfg.keep_last :]
         for old in set(self._steps()) - set(kept) if prune else ():
             shutil.rmtree(self._path(old), ignore_errors=True)
+
+    def finish(self, model, tokenizer) -> None:
+        """Writes the model or adapter to out_dir, once the last step is saved."""
+        with _told(f"the model in {self.out_dir}"):
+            models.save(model, tokenizer, self.out_dir)
+
+    def _write(self, aside: Path, model, tokenizer, state: dict) -> None:
+        """All files of a checkpoint, on the disk for good."""
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        models.save(model, tokenizer, aside)
+        with open(aside / "state.pt", "wb") as file:
+            torch.save(state, file)
+        digests = {str(f.relative_to(aside)): _digest(f) for f in _files(aside)}
+        (aside / "digests.json").write_text(json.dumps(digests, indent=1))
+        for file in [*_files(aside), aside]:
+            _sync(file)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
@@ -165,6 +170,20 @@ class Run:
             raise KeyboardInterrupt
         self.signal = number
         print("finishing this step, then saving; once more to end at once", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _told(what: str):
+    """UserError that says which writing failed: each writer has an error of its own for a full
+    disk, and torch's says nothing of what it met."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UserError(
+            f"cannot save {what} ({' '.join(str(cause).split())[:200]}): older checkpoints are "
+            "whole, so make room and go on with --resume=true"
+        ) from error
 
 
 def _compare(cfg, file: Path) -> None:

@@ -66,8 +66,9 @@ class TransformersEngine:
     """Samples with the trainer's own model object, so a sync copies nothing.
 
     The trajectories that wait are gathered into one batch, left-padded, and decoded with a KV
-    cache; a row that finishes leaves the batch and its trajectory goes on (runs its tools) at once.
-    Equal prompts (a group) are prefilled once. One event loop at a time.
+    cache; when a row finishes, its trajectory goes on (runs its tools) at once, and when a quarter
+    of the rows have, they leave the batch. Equal prompts (a group) are prefilled once. One event
+    loop at a time.
 
     deterministic=True: a batch is formed only when every unfinished trajectory waits, and in an
     order that does not depend on who came first, so equal seeds give equal bits. False lets fast
@@ -155,16 +156,21 @@ class TransformersEngine:
         cache.batch_select_indices(take)
         logits, attention_mask = out.logits[take, -1], attention_mask[take]  # (B, V)
         positions = positions[take, -1:]
+        keep = list(range(len(rows)))  # the rows that have not ended
         while True:
-            tokens = self._sample(logits, rows)
-            keep = [i for i, row in enumerate(rows) if not self._ended(row)]
+            take = torch.tensor(keep, device=device)
+            tokens = take.new_zeros(len(rows))
+            tokens[take] = self._sample(logits[take], [rows[i] for i in keep])
+            keep = [i for i in keep if not self._ended(rows[i])]
             if not keep:
                 return
-            if len(keep) < len(rows):
+            if len(keep) <= 0.75 * len(
+                rows
+            ):  # leaving costs a copy of the cache, so not one by one
                 rows, take = [rows[i] for i in keep], torch.tensor(keep, device=device)
                 cache.batch_select_indices(take)
                 tokens, attention_mask = tokens[take], attention_mask[take]
-                positions = positions[take]
+                positions, keep = positions[take], list(range(len(rows)))
             positions = positions + 1
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], 1)
             logits = self._forward(tokens[:, None], attention_mask, positions, cache).logits[:, -1]

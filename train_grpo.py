@@ -206,11 +206,19 @@ def padded(rows: list[Trajectory], device) -> tuple[torch.Tensor, ...]:
     )
 
 
+def cut(model, rows: list[Trajectory], token_budget: int) -> list[list[int]]:
+    """The indices of each micro-batch."""
+    lengths, prompts = [len(t.ids) for t in rows], None
+    if models.shares_prompts(model):
+        prompts = models.prompts_of([t.ids for t in rows], [t.mask for t in rows])
+    return models.micro_batches(lengths, token_budget, prompts)
+
+
 @torch.no_grad()
 def score(model, rows: list[Trajectory], cfg: Config) -> list[torch.Tensor]:
     """(T,) logprobs of each trajectory under the model as it is now."""
     scored = [None] * len(rows)
-    for part in models.micro_batches([len(t.ids) for t in rows], cfg.token_budget):
+    for part in cut(model, rows, cfg.token_budget):
         ids, attention_mask, mask, *_ = padded([rows[i] for i in part], model.device)
         logprobs, _ = models.token_logprobs(model, ids, attention_mask, mask, cfg.temperature)
         for row, i in enumerate(part):
@@ -227,7 +235,7 @@ def accumulate(model, rows, weights, cfg: Config, old=None, ref=None) -> dict:
     """
     device, total = model.device, sum(t.new_tokens for t in rows)
     sums = dict.fromkeys(("loss", "entropy", "clip_frac", "sampler_logprob_diff"), 0.0)
-    for part in models.micro_batches([len(t.ids) for t in rows], cfg.token_budget):
+    for part in cut(model, rows, cfg.token_budget):
         ids, attention_mask, mask, sampled, gain = padded([rows[i] for i in part], device)
         logprobs, entropy = models.token_logprobs(model, ids, attention_mask, mask, cfg.temperature)
         before = logprobs.detach() if old is None else stack([old[i] for i in part])
@@ -340,7 +348,7 @@ def train(cfg: Config) -> dict:
             log.rollouts(trajectories[: cfg.rollouts_per_step], tokenizer, step=step)
             run.after(step + 1, cfg.steps, *kept, cursor=cursor, metrics=metrics)
         wait(engine.close())
-        models.save(model, tokenizer, run.out_dir)
+        run.finish(model, tokenizer)
         log.summary({"saved": str(run.out_dir), "reward": metrics["reward"]})
     return metrics
 

@@ -303,7 +303,6 @@ def train(cfg: Config) -> dict:
     if cfg.gradient_checkpointing:
         models.recompute_layers(model)
     optimizers = models.optimizers(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay)
-    torch.manual_seed(cfg.seed)  # of dropout, in a model that has it
     state = run.restore(model, optimizers) or {"step": 0, "metrics": {}}
     first, metrics = state["step"], state["metrics"]
     steps = max(1, round(cfg.epochs * len(samples) / cfg.batch_size))
@@ -337,7 +336,7 @@ def train(cfg: Config) -> dict:
                 log.print("           " + "  ".join(f"{k} {v:.4f}" for k, v in validation.items()))
             run.after(step + 1, steps, model, tokenizer, optimizers, log, metrics=metrics)
         model.eval()
-        models.save(model, tokenizer, run.out_dir)
+        run.finish(model, tokenizer)
         kept = {key: metrics[key] for key in ("loss", *VALIDATION) if key in metrics}
         log.summary({"saved": str(run.out_dir), **kept})
     return metrics

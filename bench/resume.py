@@ -20,7 +20,6 @@ differs.
 import atexit
 import hashlib
 import json
-import math
 import os
 import random
 import signal
@@ -141,11 +140,6 @@ class Life:
                 return
             time.sleep(0.002)
 
-    def kill(self, delay: float) -> None:
-        time.sleep(delay)
-        self.end()
-        self.read()
-
     def end(self) -> None:
         if not self.ended:
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -179,13 +173,17 @@ def undisturbed(cfg: Config, values: dict, place: Path) -> dict:
 def kill_one(cfg, values, place, kind: str, target: int, seconds: dict, rng) -> tuple[str, Life]:
     """One life, ended in about step `target` as `kind` says; returns (where it was, the life)."""
     life = Life(cfg.script, values | {"resume": "true"}, place)
-    marks = 0
-    if kind != "start":
+    delay, marks = rng.uniform(0, 0.8 * seconds[kind]), scored(place)
+    if kind == "start":
+        life.wait(lambda: life.begun or time.monotonic() > life.born + delay)
+    else:
         life.wait(lambda: life.begun and life.next >= target)
         marks = scored(place)
-    if kind == "checkpoint":
-        life.wait(life.aside.exists)
-    life.kill(rng.uniform(0, seconds[kind]))
+        if kind == "checkpoint":
+            life.wait(life.aside.exists)
+        time.sleep(delay)
+    life.end()
+    life.read()
     if life.process.returncode != -signal.SIGKILL:
         raise UserError(f"it ended before it was killed:\n{life.log.read_text()}")
     if not life.begun:
@@ -202,12 +200,11 @@ def kill_one(cfg, values, place, kind: str, target: int, seconds: dict, rng) -> 
 def disturbed(cfg: Config, values: dict, place: Path, seconds: dict) -> tuple[Counter, int]:
     """Kills and resumes, and at last lets it end; returns (kills by where they fell, how many
     steps were made more than once)."""
-    rng, kinds = random.Random(cfg.seed), ["checkpoint"] * math.ceil(0.4 * cfg.kills)
-    kinds += ["start"] * (cfg.kills // 5)
-    kinds += ["step"] * (cfg.kills - len(kinds))
-    rng.shuffle(kinds)
-    found, redone, before = Counter(), 0, 0
-    for i, kind in enumerate(kinds):
+    rng, found, redone, before = random.Random(cfg.seed), Counter(), 0, 0
+    for i in range(cfg.kills):
+        kind = rng.choice(("start", "step", "step"))
+        if found["checkpoint write"] <= 0.3 * i:  # a write is short, and may be over when we kill
+            kind = "checkpoint"
         target = i * (cfg.steps - 2) // cfg.kills
         where, life = kill_one(cfg, values, place, kind, target, seconds, rng)
         found[where] += 1
@@ -277,8 +274,14 @@ def parting(one: Path, other: Path) -> str:
     return "in no step's metrics"
 
 
+def code() -> list[bytes]:
+    """What every life reads anew, so that it must not change meanwhile."""
+    patterns = "*.py", "tools/*.py", "tasks/*.py"
+    return [file.read_bytes() for pattern in patterns for file in sorted(HERE.glob(pattern))]
+
+
 def main(argv: list[str]) -> None:
-    cfg, started = config.parse(Config, argv), time.monotonic()
+    cfg, started, before = config.parse(Config, argv), time.monotonic(), code()
     config.positive(cfg, "steps kills")
     with tempfile.TemporaryDirectory() as folder:
         place, model = Path(folder), cfg.model
@@ -297,6 +300,8 @@ def main(argv: list[str]) -> None:
         one, other = left_by(place / "whole"), left_by(place / "killed")
         where_they_part = parting(place / "whole", place / "killed")
 
+    if code() != before:
+        raise UserError("a script was edited while this ran: the lives are not of one program")
     what = f"{cfg.script}, {cfg.tune}, {cfg.steps} steps"
     where = ", ".join(f"{count} {name}" for name, count in found.most_common())
     print(f"\n{what}, {found.total()} kills: {where}; {redone} steps made again")

@@ -849,6 +849,112 @@ def test_gradients_reach_both_matrices_of_an_adapter_and_nothing_else():
 # Batches, rates, optimizers
 
 
+# Prompts that are shared
+
+
+def groups_with_prompts(groups=3, size=5):
+    """Trajectories of groups, each with a prompt of its own that is longer than what follows."""
+    rng, made = random.Random(7), []
+    for group in range(groups):
+        prompt = [rng.randrange(VOCABULARY) for _ in range(14 + group)]
+        for k in range(size):
+            t = trajectory(rng, group, rng.random(), turns=1 + k % 3, prompt=0, new=3)
+            whole = Trajectory({}, group, stop="answered", reward=t.reward)
+            whole.add(prompt, 0)
+            whole.ids, whole.mask = whole.ids + t.ids, whole.mask + t.mask
+            whole.logprobs += t.logprobs
+            whole.turn_starts = [len(prompt) + start for start in t.turn_starts]
+            made.append(whole)
+    return made
+
+
+@pytest.fixture
+def seen_tokens(monkeypatch):
+    """Lists the number of tokens of every forward pass through a model's layers."""
+
+    def watch(model):
+        sizes = []
+        model.get_decoder().register_forward_pre_hook(
+            lambda module, args, kwargs: sizes.append(kwargs["input_ids"].numel()),
+            with_kwargs=True,
+        )
+        return sizes
+
+    return watch
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "head with bias", "lora", "lora on the head"])
+def test_the_prompt_of_a_group_goes_through_the_layers_once_with_the_same_gradient(
+    name, seen_tokens, monkeypatch
+):
+    """Pitfalls 17, 21, 34: shared in one micro-batch or in several, or not at all. Twice the
+    tolerance of other cuts: a prompt's gradient is rounded once for all rows, not once in each."""
+    model = MODELS[name]().eval()
+    batch, sizes = weighed(groups_with_prompts(), "dapo"), seen_tokens(model)
+    shared, metrics = gradient(model, batch, Config(token_budget=10**6))
+    assert len(sizes) == 2  # the three prompts, then all rows go on from them
+    prompts, rest = sizes
+    assert prompts == 3 * 15 and rest <= 15 * max(
+        len(t.ids) - t.turn_starts[0] + 1 for t in batch[0]
+    )
+    in_parts, _ = gradient(model, batch, Config(token_budget=60))
+    alone, _ = gradient(model, batch, Config(token_budget=1))
+    monkeypatch.setattr(models, "shares_prompts", lambda model: False)
+    sizes.clear()
+    plain, plain_metrics = gradient(model, batch, Config(token_budget=10**6))
+    assert sizes == [15 * max(len(t.ids) for t in batch[0])] and sizes[0] > 2 * (prompts + rest) / 2
+    for other in (shared, in_parts, alone):
+        assert distance(other, plain) <= 2e-6
+    assert metrics == pytest.approx(plain_metrics, rel=1e-5, abs=1e-6)
+
+
+def test_sharing_prompts_is_exact(monkeypatch):
+    """In float64, with a model whose norms are computed in it too (Qwen3's are in float32)."""
+    model = phi().eval().double()
+    batch = weighed(groups_with_prompts(), "dapo")
+    shared, _ = gradient(model, batch, Config(token_budget=10**6))
+    monkeypatch.setattr(models, "shares_prompts", lambda model: False)
+    plain, _ = gradient(model, batch, Config(token_budget=10**6))
+    assert distance(shared, plain) <= 1e-12
+
+
+def test_prompts_are_not_shared_where_that_would_be_another_function_or_nothing_is_gained(
+    seen_tokens,
+):
+    """Recomputed layers, layers with a window, rows padded on the left, prompts that differ."""
+    rows = groups_with_prompts()
+    mixed = gemma(sliding_window=4).eval()
+    assert not models.shares_prompts(mixed)
+    recomputed = qwen().eval()
+    models.recompute_layers(recomputed)
+    assert not models.shares_prompts(recomputed) and models.shares_prompts(qwen())
+    for model, some in ((mixed, rows), (recomputed, rows), (qwen().eval(), some_trajectories())):
+        sizes = seen_tokens(model)
+        gradient(model, weighed(some, "dapo"), Config(token_budget=10**6))
+        assert len(sizes) == 1
+    model, width = qwen().eval(), max(len(t.ids) for t in rows)
+    left = torch.tensor([[0] * (width - len(t.ids)) + t.ids for t in rows])
+    real = torch.tensor([[0] * (width - len(t.ids)) + [1] * len(t.ids) for t in rows])
+    mask = torch.tensor([[0] * (width - len(t.ids)) + t.mask for t in rows])
+    sizes = seen_tokens(model)
+    logprobs, _ = models.token_logprobs(model, left, real, mask)
+    assert sizes == [left.numel()]
+    for given, expected, t in zip(logprobs, score(model, rows, Config()), rows, strict=True):
+        assert torch.allclose(given[width - len(t.ids) :], expected, atol=1e-5)
+
+
+def test_a_budget_counts_equal_prompts_once():
+    rng = random.Random(2)
+    prompts = [tuple([i % 3] * (10 + i % 3)) for i in range(30)]
+    lengths = [len(prompt) + rng.randint(1, 9) for prompt in prompts]
+    parts = models.micro_batches(lengths, 60, prompts)
+    assert sorted(sum(parts, [])) == list(range(30))
+    for part in parts:
+        own = max(lengths[i] - len(prompts[i]) for i in part)
+        assert own * len(part) + sum(map(len, {prompts[i] for i in part})) <= 60
+    assert len(parts) < len(models.micro_batches(lengths, 60))
+
+
 def test_micro_batches_hold_every_sequence_once_within_the_budget():
     """Pitfall 21: padding counted; one that is longer than the budget is alone."""
     rng = random.Random(7)

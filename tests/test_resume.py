@@ -224,6 +224,7 @@ def configured(name, out_dir, **options):
 @pytest.fixture(scope="module")
 def start(nursery, place):
     """start(run, out_dir, point, call, key=value, …): a process that is running."""
+    children = []
 
     def begin(name, out_dir, point="", call=1, **options):
         cfg = configured(name, out_dir, **{"resume": True, **options})
@@ -234,9 +235,13 @@ def start(nursery, place):
         script = RUNS[name][0].__name__
         child = nursery.Process(target=command, args=(script, argv, str(place), point, call))
         child.start()
+        children.append(child)
         return child
 
-    return begin
+    yield begin
+    for child in children:  # where a test failed, one may still wait
+        child.kill()
+        child.join()
 
 
 @pytest.fixture(scope="module")
@@ -560,9 +565,17 @@ def test_a_copy_that_somebody_made_of_a_checkpoint_is_neither_read_nor_removed(l
     assert run.restore(model, optimizers)["step"] == 1_000_001
 
 
-@pytest.mark.parametrize("tune", ["full", "lora", "qlora"])
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "tune, optimizer, dtype",
+    [
+        ("full", "adamw", "float32"),
+        ("full", "adamw", "bfloat16"),
+        ("full", "adamw8bit", "float32"),
+        ("full", "muon", "float32"),
+        ("lora", "adamw", "bfloat16"),
+        ("qlora", "adamw8bit", "bfloat16"),
+    ],
+)
 def test_every_optimizer_goes_on_bit_for_bit(tune, optimizer, dtype, laid):
     """Pitfall 52: full weights and adapters; the gradients come from torch's generator."""
     if "8bit" in optimizer or tune == "qlora":
@@ -696,6 +709,25 @@ def test_whatever_fails_in_a_checkpoint_the_older_ones_stay(writer, laid, monkey
     assert newest(run.out_dir).name == "step-000006" and not checkpoint._damaged(
         newest(run.out_dir)
     )
+
+
+def test_a_model_that_cannot_be_written_at_the_end_is_in_the_last_checkpoint(laid, monkeypatch):
+    run, parts, _ = saved(laid, (2,))
+
+    def full(*_, **__):
+        raise RuntimeError("No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "save", full)
+        with pytest.raises(UserError, match="cannot save the model in .*No space left on device"):
+            run.finish(*parts[:2])
+    run, _ = laid(resume=True)
+    run.finish(*parts[:2])
+    assert_same(*(flat(dict(models.load(str(d))[0].named_parameters())) for d in both(run)))
+
+
+def both(run) -> tuple[Path, Path]:
+    return run.out_dir, newest(run.out_dir)
 
 
 # What may be gone on with
@@ -879,6 +911,19 @@ def test_what_raises_between_updates_saves_the_steps_that_are_done(laid, capsys)
     run, (model, _, optimizers, _) = laid(resume=True)
     assert run.restore(model, optimizers) == {"step": 5, "cursor": 50}
     assert_same(flat(parts[0].state_dict()), flat(model.state_dict()))
+
+
+def test_a_step_that_is_saved_is_not_written_again(laid):
+    """Not even if the run that goes on from it meets the same error at once."""
+    saved(laid, (2, 4))
+    run, parts = laid(resume=True)
+    run.restore(parts[0], parts[2])
+    before = newest(run.out_dir).stat().st_ino
+    with pytest.raises(UserError, match="the judge is ill"):
+        with run.rescue(4, *parts, cursor=40):
+            raise UserError("the judge is ill")
+    run.after(4, 8, *parts, cursor=40)
+    assert newest(run.out_dir).stat().st_ino == before
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

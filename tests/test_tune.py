@@ -27,7 +27,7 @@ LORA = {"lora_r": 4, "lora_alpha": 8}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """96 wide: rows that bitsandbytes cannot cut into whole blocks of 64, as its quick way needs."""
+    """96 wide, no multiple of the 64 that the quick way of bitsandbytes needs."""
     made = tmp_path_factory.mktemp("base")
     words = [[{"role": "user", "content": "a b c"}, {"role": "assistant", "content": "d e f"}]]
     tokenizer = models.tiny_tokenizer(words, [])
