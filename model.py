@@ -422,7 +422,7 @@ def micro_batches(
 
 
 # Of one chunk of logits, in float32: large enough for full speed, small beside a model's weights.
-LOGITS_BYTES = 2**28
+LOGITS_BYTES = 2**29
 
 
 class _LinearHead(torch.autograd.Function):
