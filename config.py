@@ -17,6 +17,7 @@ tuple, `none` None. What a script has beside its Config:
 
 import ast
 import dataclasses
+import errno
 import math
 import os
 import sys
@@ -97,6 +98,12 @@ def main(run):
         run(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        remedy = "make room, and go on with --resume=true"
+        print(f"error: no space left on the disk: {remedy}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

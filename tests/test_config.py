@@ -3,6 +3,7 @@
 pytest tests/test_config.py
 """
 
+import errno
 import os
 import subprocess
 import sys
@@ -377,3 +378,19 @@ def test_help_shows_the_config_of_a_second_script_as_well(monkeypatch, capsys, t
 def test_help_is_not_answered_unasked(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script.py", "--steps=3"])
     config.answer_help("no_such_file.py")
+
+
+def test_a_full_disk_is_one_line_and_any_other_fault_of_the_system_keeps_its_traceback(capsys):
+    def full(argv):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(SystemExit, match="2"):
+        config.main(full)
+    said = capsys.readouterr().err
+    assert said == ("error: no space left on the disk: make room, and go on with --resume=true\n")
+
+    def other(argv):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output"):
+        config.main(other)
