@@ -230,9 +230,7 @@ def load(
     if adapted and not settings:
         model = _with_adapter(model, lora_r, lora_alpha, lora_targets, seed)
     if not adapted:
-        model.requires_grad_(False)  # quantised weights have no gradient at all
-    if tune == "full":
-        model.requires_grad_(True)
+        model.requires_grad_(tune == "full")
     model.eval()
     if dtype == "mixed":
         in_dtype(model, dtype)
@@ -256,10 +254,7 @@ def _base(name: str, settings: dict, tune: str, lora: tuple[int, int]) -> str:
 
 def _four_bits(compute: torch.dtype, device: str) -> dict:
     """What from_pretrained needs to quantise the linear layers; the head and norms stay."""
-    try:
-        import bitsandbytes  # noqa: F401, transformers' own message names another way to get it
-    except ImportError:
-        raise UserError('tune = qlora needs bitsandbytes: pip install -e ".[qlora]"') from None
+    _bitsandbytes("tune = qlora")  # transformers' own message names another way to get it
     from transformers import BitsAndBytesConfig
 
     quantised = BitsAndBytesConfig(
@@ -269,6 +264,15 @@ def _four_bits(compute: torch.dtype, device: str) -> dict:
         bnb_4bit_compute_dtype=compute,
     )
     return {"quantization_config": quantised, "device_map": {"": device}}
+
+
+def _bitsandbytes(what: str):
+    """The package; UserError that says what needs it, and how to get it."""
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise UserError(f'{what} needs bitsandbytes: pip install -e ".[qlora]"') from None
+    return bitsandbytes
 
 
 def _one_function(model):
@@ -520,7 +524,7 @@ def shares_prompts(model) -> bool:
     )
 
 
-def prompts_of(ids: list[list[int]], mask: list[list[int]]) -> list[tuple]:
+def beginnings(ids: list[list[int]], mask: list[list[int]]) -> list[tuple]:
     """What rows may share: all before the last token of the prompt. That one stays with each row,
     whose first sampled token it predicts."""
     firsts = [row.index(1) if 1 in row else len(row) for row in mask]
@@ -543,7 +547,7 @@ def hidden_states(model, ids, attention_mask, mask, position_ids):
     # packed rows and rows padded on the left are not shared
     if attention_mask is None or len(ids) < 2 or not bool(attention_mask[:, 0].all()):
         return decoder(**plain, use_cache=False).last_hidden_state, skipped
-    begins = prompts_of(ids.tolist(), mask.long().tolist())
+    begins = beginnings(ids.tolist(), mask.long().tolist())
     prompts = sorted(set(begins))
     spared = sum(map(len, begins)) - sum(map(len, prompts))
     if 5 * spared < int(attention_mask.sum()) or not shares_prompts(model):  # not worth its copies
@@ -640,23 +644,14 @@ def optimizers(model, kind: str, learning_rate: float, weight_decay: float = 0.0
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     if kind == "adamw8bit":
-        return [_adamw8bit()(groups, lr=learning_rate, betas=(0.9, 0.95))]
+        eight_bits = _bitsandbytes("optimizer = adamw8bit").optim.AdamW8bit
+        return [eight_bits(groups, lr=learning_rate, betas=(0.9, 0.95))]
     made = [torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)]
     if inner:
         made.append(
             torch.optim.Muon(inner, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
         )
     return made
-
-
-def _adamw8bit():
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise UserError(
-            'optimizer = adamw8bit needs bitsandbytes: pip install -e ".[qlora]"'
-        ) from None
-    return AdamW8bit
 
 
 @contextlib.contextmanager

@@ -210,7 +210,7 @@ def cut(model, rows: list[Trajectory], token_budget: int) -> list[list[int]]:
     """The indices of each micro-batch."""
     lengths, prompts = [len(t.ids) for t in rows], None
     if models.shares_prompts(model):
-        prompts = models.prompts_of([t.ids for t in rows], [t.mask for t in rows])
+        prompts = models.beginnings([t.ids for t in rows], [t.mask for t in rows])
     return models.micro_batches(lengths, token_budget, prompts)
 
 

@@ -116,13 +116,13 @@ def sft_loss(
 def check_rows(cfg: Config, rows: list[dict]) -> None:
     """A key that would have no effect on these rows (of data.conversations) is an error too."""
     recorded = ["ids" in row for row in rows]
-    useless, why = (), ""
-    if all(recorded):
-        useless, why = {"format", "tools"}, "whose rows are recorded with their prompts"
-    elif all("ids" in row or row["tools"] is not None for row in rows):
-        useless, why = {"tools"}, "whose rows have `tools` of their own"
-    if useless := config.changed(cfg).intersection(useless):
-        raise UserError(f"{min(useless)} has no effect on {cfg.data}, {why}: drop it")
+    own = all("ids" in row or row["tools"] is not None for row in rows)
+    on = f"on {cfg.data}, whose rows"
+    rules = (
+        (all(recorded), "format tools", f"{on} are recorded with their prompts: drop it"),
+        (own, "tools", f"{on} have `tools` of their own: drop it"),
+    )
+    config.useless(cfg, rules)
     if cfg.model == "tiny" and any(recorded):
         raise UserError("model = 'tiny' has a new tokenizer: recorded ids need their own model")
 
