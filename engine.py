@@ -3,8 +3,10 @@
     completion = await engine.generate(ids, images, sampling)    # token ids in, token ids out
 
 `TransformersEngine` needs no extra install: a decode loop over the trajectories that wait. It is
-the default on a CPU and for the tiny tasks. `ScriptedEngine` says what a test tells it to, so that
-loop, masks and loss are testable in milliseconds.
+the default on a CPU and for the tiny tasks. engine_vllm.py has vLLM beside the trainer, and
+engine_server.py vLLM servers elsewhere. `ScriptedEngine` says what a test tells it to, so that
+loop, masks and loss are testable in milliseconds. `start` makes the one that a config names, and
+`Canary` proves after every sync that it samples from the trainer's weights.
 
 Shapes: B rows in the batch, T tokens, V vocabulary.
 """
@@ -18,6 +20,7 @@ from typing import Protocol
 
 import torch
 
+import model as models
 from config import UserError
 
 
@@ -31,6 +34,7 @@ class Sampling:
     seed: int = 0  # of this one turn; nobody else's noise depends on it, nor it on theirs
     stop_ids: tuple[int, ...] = ()  # a sampled stop token ends the turn and is part of it
     stop_strings: tuple[str, ...] = ()  # text formats; the ids that made the string stay as sampled
+    session: int = 0  # the same for all turns of a group: which server has their beginning cached
 
 
 @dataclass
@@ -46,6 +50,7 @@ class Engine(Protocol):
     def join(self) -> None: ...  # a trajectory starts: it will call generate
     def leave(self) -> None: ...  # and ends: nobody needs to wait for it any more
     async def generate(self, ids: list[int], images: list, sampling: Sampling) -> Completion: ...
+    async def score(self, ids: list[int]) -> list[float]: ...  # logprobs of ids[1:], temperature 1
     async def sync(self, model, version: int) -> None: ...  # from now on, sample from these weights
     async def sleep(self) -> None: ...  # give the GPU's memory to the trainer
     async def wake(self) -> None: ...  # take it back
@@ -111,6 +116,19 @@ class TransformersEngine:
         self._start()
         return await future
 
+    async def score(self, ids: list[int]) -> list[float]:
+        """The logprob of each of ids[1:], at temperature 1, with the weights in use."""
+        return await asyncio.get_running_loop().run_in_executor(self.thread, self._score, ids)
+
+    @torch.inference_mode()
+    def _score(self, ids: list[int]) -> list[float]:
+        tokens = torch.tensor([ids], device=self.model.device)
+        attention_mask, positions = torch.ones_like(tokens), torch.arange(len(ids))[None]
+        cache = roomy_cache(self.model.config)
+        positions = positions.to(tokens.device)
+        logits = self._forward(tokens, attention_mask, positions, cache, keep=0).logits[0, :-1]
+        return logits.float().log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0].tolist()
+
     def _start(self) -> None:
         self.waiting = [r for r in self.waiting if not r.future.done()]  # a deadline may cancel one
         if not self.waiting or (self.deterministic and len(self.waiting) < self.unfinished):
@@ -164,9 +182,7 @@ class TransformersEngine:
             keep = [i for i in keep if not self._ended(rows[i])]
             if not keep:
                 return
-            if len(keep) <= 0.75 * len(
-                rows
-            ):  # leaving costs a copy of the cache, so not one by one
+            if len(keep) <= 0.75 * len(rows):  # leaving copies the cache, so not one by one
                 rows, take = [rows[i] for i in keep], torch.tensor(keep, device=device)
                 cache.batch_select_indices(take)
                 tokens, attention_mask = tokens[take], attention_mask[take]
@@ -175,14 +191,14 @@ class TransformersEngine:
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], 1)
             logits = self._forward(tokens[:, None], attention_mask, positions, cache).logits[:, -1]
 
-    def _forward(self, ids, attention_mask, positions, cache):
+    def _forward(self, ids, attention_mask, positions, cache, keep=1):
         return self.model(
             input_ids=ids,
             attention_mask=attention_mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,  # 0: of all positions
         )
 
     def _sample(self, logits: torch.Tensor, rows: list[_Request]) -> torch.Tensor:
@@ -312,6 +328,9 @@ class ScriptedEngine:
                 break
         return Completion(new, [-1.0] * len(new), finish or "stop")
 
+    async def score(self, ids: list[int]) -> list[float]:
+        return [-1.0] * (len(ids) - 1)
+
     async def sync(self, model, version: int) -> None:
         self.version = version
 
@@ -323,3 +342,81 @@ class ScriptedEngine:
 
     async def close(self) -> None:
         """It holds nothing."""
+
+
+class Canary:
+    """Proves after a sync that the engine samples from the trainer's weights: both score the same
+    fixed ids. A sync that was skipped, is half done or has an old adapter ends the run; otherwise
+    it would go on, and learn from samples of a policy that is not the one it trains."""
+
+    def __init__(self, ids: list[int], dtype: str):
+        self.ids = ids[:512]
+        # of means over the ids: float32 rounds by 1e-6, two implementations in bfloat16 by 1e-2
+        self.limit = 1e-4 if dtype == "float32" else 0.1
+        self.noise, self.before = 1e-6, None  # seen at most; the trainer's own at the last sync
+
+    async def check(self, engine: Engine, model) -> float:
+        """The mean difference of their logprobs; UserError if it says that the engine has other
+        weights."""
+        ids = torch.tensor([self.ids], device=model.device)
+        with torch.no_grad():
+            mask = torch.ones_like(ids)
+            ours = models.token_logprobs(model, ids, mask, mask)[0][0, 1:].cpu()
+        theirs = torch.tensor(await engine.score(self.ids))
+        difference = (theirs - ours).abs().mean().item()
+        advice = "so nothing was learnt from it; canary=false would go on regardless"
+        if not difference <= self.limit:  # NaN too
+            raise UserError(
+                f"sync {engine.version}: the engine's logprobs differ from the trainer's by "
+                f"{difference:.2g} on average (rounding makes {self.limit:g} at most): it samples "
+                f"from other weights, {advice}"
+            )
+        if self.before is not None:
+            # within the limit, yet far more than rounding, and towards where it was before
+            moved = (ours - self.before).abs().mean().item()
+            behind = (theirs - self.before).abs().mean().item()
+            if moved > 10 * self.noise and behind < difference:
+                raise UserError(
+                    f"sync {engine.version}: the engine still has the weights before the last "
+                    f"update (its logprobs differ by {behind:.2g} from theirs, by "
+                    f"{difference:.2g} from the trainer's), {advice}"
+                )
+        self.noise, self.before = max(self.noise, difference), ours
+        return difference
+
+
+async def synced(engine: Engine, model, version: int, canary: Canary | None) -> dict[str, float]:
+    """Syncs, wakes the engine and asks the canary; returns its metric."""
+    await engine.sync(model, version)
+    await engine.wake()
+    return {"canary": await canary.check(engine, model)} if canary else {}
+
+
+async def start(cfg, model, tokenizer) -> Engine:
+    """The engine that train_grpo's Config (or one like it) names, before its first sync. model: the
+    policy; only the transformers engine and a rounded base (qlora) need it, else it may be None."""
+    if cfg.engine == "transformers":
+        return TransformersEngine(model, tokenizer, cfg.deterministic)
+    if cfg.engine == "server":
+        import engine_server
+
+        how = cfg.server_timeout, cfg.max_tokens
+        return await engine_server.start(cfg.urls, cfg.model, tokenizer, *how)
+    import engine_vllm
+
+    trained = model is not None and any(p.requires_grad for p in model.parameters())
+    return await engine_vllm.start(
+        cfg.model,
+        model,
+        cfg.dtype,
+        full=trained and cfg.tune == "full",
+        lora_r=cfg.lora_r if trained and cfg.tune != "full" else 0,
+        sleeps=cfg.sleep and trained,
+        tensor_parallel_size=cfg.tensor_parallel_size,
+        kv_cache_gib=cfg.kv_cache_gib,
+        max_model_len=cfg.max_tokens,
+        max_num_seqs=cfg.max_concurrent,
+        gpu_memory_utilization=cfg.gpu_memory_utilization,
+        enforce_eager=cfg.enforce_eager,
+        seed=cfg.seed % 2**32,
+    )

@@ -4,6 +4,8 @@
     python evaluate.py --run=out/calc --n=8 --k=1,4,8 --temperature=1
     python evaluate.py --model=Qwen/Qwen2.5-0.5B-Instruct --config gsm8k.py --limit=200
     python evaluate.py --config gsm8k.py --run=out/calc --data=gsm8k_test.jsonl --limit=50
+    python evaluate.py --run=out/calc_lora --engine=server --urls=http://127.0.0.1:8000
+    python evaluate.py --run=out/calc --endpoint=http://127.0.0.1:8000/v1 --model=gpt  # a baseline
 
 Three layers, each over the one before: the run's config.py, --config, --key=value. With --run the
 model is the run's, whatever the other config says; --model on the command line wins over all. By
@@ -11,6 +13,7 @@ default it is greedy (temperature 0) with one sample a problem, on the "test" sp
 has splits.
 """
 
+import contextlib
 import json
 import math
 from collections import defaultdict
@@ -28,8 +31,7 @@ import report
 import rewards as reward_functions
 import train_grpo
 from config import UserError
-from engine import TransformersEngine
-from rollout import KEYS, Settings, Trajectory, rollouts, setup, stats, wait
+from rollout import KEYS, Settings, Trajectory, rollouts, running, setup, stats, task, wait
 
 
 @dataclass
@@ -42,6 +44,8 @@ class Config:
     temperature: float = 0.0  # 0 = greedy
     seed: int = 1_000_000  # of sampling (another stream than training's) and of a task's problems
     batch: int = 256  # problems that are played at once
+    endpoint: str = ""  # an OpenAI-compatible API, http(s)://host/v1, whose --model is evaluated
+    key_env: str = "OPENAI_API_KEY"  # the environment variable that holds its key
     save_to: str = ""  # folder of eval.json and rollouts.jsonl; "" = eval/ in the run, or out/eval
 
 
@@ -55,6 +59,8 @@ def check(cfg: Config) -> None:
         raise UserError(f"limit = {cfg.limit}: expected at least 1, or none for all")
     if cfg.n > 1 and cfg.temperature == 0:
         raise UserError(f"n = {cfg.n} samples at temperature 0 are all alike: use --temperature=1")
+    if not cfg.endpoint and cfg.key_env != Config.key_env:
+        raise UserError("key_env has no effect without --endpoint: drop it")
     if not cfg.k or min(cfg.k) < 1 or max(cfg.k) > cfg.n:
         raise UserError(f"k = {cfg.k}: expected numbers from 1 to n = {cfg.n}")
 
@@ -136,11 +142,24 @@ def load_config(argv: list[str], own: Config) -> train_grpo.Config:
         ) from None
     cfg = config.parse(train_grpo.Config, argv, keys=KEYS, base=base)
     given = any(item.startswith("--model=") for item in argv)
+    if own.endpoint and not given:
+        raise UserError("model is missing: --endpoint needs --model=<its name there>")
+    cfg = _of_engine(cfg, base, argv)
     if own.split != Config.split and data.is_file(cfg.data):
         raise UserError(f"split has no effect on {cfg.data!r}: a file has no splits, so drop it")
     cfg = over(cfg, own, own.run if own.run and not given else cfg.model)
     train_grpo.check(cfg)
     return cfg
+
+
+def _of_engine(cfg: train_grpo.Config, base: train_grpo.Config, argv: list[str]):
+    """`cfg` where another engine than the run's is asked for: without the options of the run's."""
+    if cfg.engine == base.engine:
+        return cfg
+    given = {item[2:].partition("=")[0] for item in argv}
+    options = f"{train_grpo.VLLM} urls server_timeout deterministic oversample".split()
+    plain = train_grpo.Config()
+    return replace(cfg, **{key: getattr(plain, key) for key in options if key not in given})
 
 
 def over(cfg: train_grpo.Config, own: Config, model: str) -> train_grpo.Config:
@@ -152,10 +171,38 @@ def over(cfg: train_grpo.Config, own: Config, model: str) -> train_grpo.Config:
 def evaluate(cfg: train_grpo.Config, own: Config) -> dict:
     """Plays the problems of cfg, writes eval.json and rollouts.jsonl, returns the numbers."""
     folder = config.fresh_dir(own.save_to, key="save_to") if own.save_to else None
-    model, tokenizer, chat, toolbox, selected, rows = setup(cfg, "none", limit=own.limit)
-    folder = folder or _numbered(Path(own.run) / "eval" if own.run else Path("out/eval"))
-    engine = TransformersEngine(model, tokenizer, cfg.deterministic)
-    outcome, trajectories = next(iter(selected)), []
+    with player(cfg, own) as (chat, engine, turn, toolbox, selected, rows):
+        folder = folder or _numbered(Path(own.run) / "eval" if own.run else Path("out/eval"))
+        trajectories = play_all(cfg, own, chat, engine, turn, toolbox, selected, rows, folder)
+    outcome = next(iter(selected))
+    numbers = {"model": cfg.model, "data": cfg.data, "split": cfg.split, "seed": own.seed}
+    numbers |= {"temperature": own.temperature, **summarize(trajectories, outcome, own.k)}
+    (folder / "eval.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    return numbers | {"saved": str(folder)}
+
+
+@contextlib.contextmanager
+def player(cfg: train_grpo.Config, own: Config):
+    """(chat, engine, turn, toolbox, rewards, examples) to play with; turn=None is rollout.py's."""
+    if not own.endpoint:
+        model, tokenizer, chat, *task_ = setup(cfg, "none", limit=own.limit)
+        with running(cfg, model, tokenizer) as engine:
+            yield chat, engine, None, *task_
+        return
+    import endpoint
+
+    toolbox, selected, rows = task(cfg, own.limit)
+    key = endpoint.key_of(own.key_env)
+    asked = endpoint.Endpoint(own.endpoint, cfg.model, toolbox.schemas, key)
+    try:
+        yield asked, asked, endpoint.turn, toolbox, selected, rows
+    finally:
+        wait(asked.close())
+
+
+def play_all(cfg, own: Config, chat, engine, turn, toolbox, selected, rows, folder: Path) -> list:
+    """Plays all examples, own.batch at a time, and writes rollouts.jsonl as they are done."""
+    trajectories = []
     with report.progress() as bars:
         done = report.counter(bars, bars.add_task("rollouts", total=len(rows) * own.n, note=""))
         for start in range(0, len(rows), own.batch):
@@ -171,15 +218,12 @@ def evaluate(cfg: train_grpo.Config, own: Config) -> dict:
                     first_group=start,
                     rewards=selected,
                     on_done=done,
+                    turn=turn,
                 )
             )
             trajectories += played
-            report.write_rollouts(folder / "rollouts.jsonl", played, tokenizer)
-    wait(engine.close())
-    numbers = {"model": cfg.model, "data": cfg.data, "split": cfg.split, "seed": own.seed}
-    numbers |= {"temperature": own.temperature, **summarize(trajectories, outcome, own.k)}
-    (folder / "eval.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    return numbers | {"saved": str(folder)}
+            report.write_rollouts(folder / "rollouts.jsonl", played, chat.tokenizer)
+    return trajectories
 
 
 def _numbered(folder: Path) -> Path:

@@ -113,6 +113,21 @@ def importance(
     return torch.where(mask.bool(), weight, 1.0)
 
 
+def mismatch(gaps: torch.Tensor) -> dict[str, float]:
+    """How far the engine is from the trainer, of (N,) logprobs of the trainer minus the engine's of
+    N sampled tokens: mean, 95th percentile and largest absolute difference, and the k3 estimate of
+    KL(engine || trainer), which is never negative."""
+    if not len(gaps):
+        return {}
+    far, ordered = gaps.abs(), gaps.abs().sort().values
+    return {
+        "sampler_logprob_diff": far.mean().item(),
+        "sampler_logprob_diff_p95": ordered[int(0.95 * (len(gaps) - 1))].item(),
+        "sampler_logprob_diff_max": ordered[-1].item(),
+        "mismatch_kl": (gaps.clamp(-20, 20).exp() - 1 - gaps).mean().item(),
+    }
+
+
 def grpo_loss(
     logprobs: torch.Tensor,  # (B, T) of the policy, with gradient
     old_logprobs: torch.Tensor,  # (B, T) of the policy that sampled

@@ -169,6 +169,17 @@ def is_adapter(name: str) -> bool:
     return (Path(name).expanduser() / "adapter_config.json").is_file()
 
 
+def adapter_settings(name: str) -> dict:
+    """The adapter_config.json of a folder, {} where it holds a whole model."""
+    file = Path(name).expanduser() / "adapter_config.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def base_of(name: str) -> str:
+    """The model below an adapter; a whole model is its own."""
+    return find(adapter_settings(name).get("base_model_name_or_path", name))
+
+
 def load_tokenizer(name: str):
     """The tokenizer of a folder or hub id; takes a moment, so a template is judged before weights
     are loaded."""
@@ -211,9 +222,8 @@ def load(
     weights = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    adapter = Path(name) / "adapter_config.json"
     try:
-        settings = json.loads(adapter.read_text()) if adapter.is_file() else {}
+        settings = adapter_settings(name)
         base = _base(name, settings, tune, lora) if settings else name
         tokenizer = load_tokenizer(name)
         more = _four_bits(weights, device) if quantised else {}
@@ -314,6 +324,36 @@ def without_dropout(model) -> None:
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True
+
+
+def rounded(model) -> bool:
+    """Whether it was loaded with 4 bits a weight."""
+    return bool(getattr(model, "is_loaded_in_4bit", False))
+
+
+def save_rounded(model, name: str, dtype: str, folder) -> None:
+    """Writes the base of a model that was loaded from `name` with 4 bits a weight as a plain model:
+    the very numbers that it multiplies with, in `dtype`, without the adapter."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    plain, tokenizer = load(base_of(name), "none", dtype, "cpu")
+    base = model.get_base_model() if adapters_of(model) else model
+    for path, layer in base.named_modules():
+        if isinstance(layer, Linear4bit):
+            numbers = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            target = plain.get_submodule(path.removesuffix(".base_layer"))
+            target.weight.data.copy_(numbers.reshape(target.weight.shape))
+    save(plain, tokenizer, folder)
+
+
+def weights_of(model) -> list[tuple[str, torch.Tensor]]:
+    """All weights of a whole model, under the names that its files have; tied ones once."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    kept = {name: w.detach() for name, w in model.named_parameters()}
+    kept |= {name: w for name, w in model.named_buffers() if name in model.state_dict()}
+    return list(revert_weight_conversion(model, kept).items())
 
 
 def load_reference(name: str, model, tune: str, dtype: str):

@@ -188,8 +188,8 @@ def write_rollouts(path, trajectories: list, tokenizer, **more) -> None:
             row |= {"seconds": round(t.seconds, 3), "turn_starts": t.turn_starts}
             row |= {"messages": t.messages, "calls": [dataclasses.asdict(c) for c in t.calls]}
             row |= {"ids": t.ids, "mask": t.mask, "logprobs": [round(p, 5) for p in t.logprobs]}
-            row["pieces"] = pieces(t.ids, tokenizer)
-            row["text"] = tokenizer.decode(t.ids, skip_special_tokens=False)
+            row["pieces"] = pieces(t.ids, tokenizer) if t.ids else []
+            row["text"] = tokenizer.decode(t.ids, skip_special_tokens=False) if t.ids else ""
             file.write(json.dumps(row) + "\n")
 
 

@@ -11,6 +11,7 @@ tokenised once and appended (mask 0). No text is ever turned back into sampled i
 """
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import random
@@ -29,7 +30,7 @@ import model as models
 import rewards as reward_functions
 from chat import Chat
 from config import UserError
-from engine import Engine, Sampling
+from engine import Engine, Sampling, start
 from tools import Toolbox, ToolCall
 
 # The keys of train_grpo's Config that shape a rollout: those that --key=value may set here.
@@ -38,7 +39,8 @@ KEYS = tuple(
     model dtype deterministic data split prompt_column answer_column answer_after system_prompt
     prompt_template format tools tool_timeout tool_concurrency rewards temperature max_tokens
     max_new_tokens max_turns max_tool_calls max_observation_tokens trajectory_timeout final_turn
-    seed
+    seed engine urls server_timeout max_concurrent gpu_memory_utilization kv_cache_gib
+    tensor_parallel_size enforce_eager
     """.split()
 )
 
@@ -56,6 +58,7 @@ class Settings:
     trajectory_timeout: float = 300.0  # seconds
     max_observation_tokens: int = 512  # of one turn's results; longer ones are cut in the middle
     final_turn: bool = False  # at max_turns, one more turn without tools
+    max_concurrent: int = 256  # trajectories that are played at once
     seed: int = 0
 
     @classmethod
@@ -82,6 +85,7 @@ class Trajectory:
     )  # for rewards, logs and people; never for ids
     calls: list[ToolCall] = field(default_factory=list)
     turn_starts: list[int] = field(default_factory=list)  # index of each turn's first sampled token
+    unseen_tokens: int = 0  # sampled behind an endpoint that gives text only (evaluate.py)
     stop: str = ""  # "answered" "length" "max_turns" "max_tool_calls" "timeout" "error"
     rewards: dict[str, float | None] = field(default_factory=dict)  # each under its own name
     reward: float | None = None  # their weighted sum; None = not to be learnt from
@@ -102,7 +106,7 @@ class Trajectory:
 
     @property
     def new_tokens(self) -> int:
-        return sum(self.mask)
+        return sum(self.mask) + self.unseen_tokens
 
 
 def seed_of(*parts: int) -> int:
@@ -110,6 +114,10 @@ def seed_of(*parts: int) -> int:
     nothing, and no two turns share their noise."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+class _Enough(Exception):
+    """As many groups are complete as were asked for."""
 
 
 async def rollouts(
@@ -123,51 +131,71 @@ async def rollouts(
     rewards: dict | None = None,
     on_done=None,
     first_group: int = 0,
+    need: int | None = None,
+    turn=None,
 ) -> list[Trajectory]:
-    """Plays `samples` trajectories for each example, all at once.
+    """Plays `samples` trajectories for each example, settings.max_concurrent at once.
 
-    rewards: of rewards.select(); each trajectory is scored as soon as it ends. on_done(trajectory)
-    is called then too. first_group: the number of the first example, where a long list is played
-    in parts; seeds depend on it. Returns them in the order of the examples, the samples of one side
-    by side.
+    rewards: of rewards.select(); each trajectory is scored as soon as it ends, while others are
+    still played. on_done(trajectory) is called then too. first_group: the number of the first
+    example, where a long list is played in parts; seeds depend on it. need: the first so many
+    groups that are complete are returned and the others dropped, which favours short trajectories.
+    turn: plays one turn, `_turn` if None. Returns them in the order of the examples, the samples of
+    one side by side.
     """
-    prompts = [chat.prompt(example["messages"]) for example in examples]
-    tasks, left = [], 0
+    queue = _trajectories(examples, chat, samples, first_group)
+    workers = min(settings.max_concurrent, len(examples) * samples)
+    finished, counts, complete = [], Counter(), []
 
-    async def one(trajectory, prompt):
-        nonlocal left
-        started = time.monotonic()
+    async def worker() -> None:
         try:
-            await play(trajectory, prompt, chat, engine, toolbox, settings, step)
+            for trajectory, prompt in queue:
+                await play(trajectory, prompt, chat, engine, toolbox, settings, step, turn)
+                tasks.create_task(finish(trajectory))
         finally:
-            left += 1
             engine.leave()
-        trajectory.seconds = time.monotonic() - started
+
+    async def finish(trajectory: Trajectory) -> None:
         if rewards:
-            scores = await asyncio.to_thread(
-                reward_functions.score, trajectory, trajectory.example, rewards
-            )
-            trajectory.turn_rewards = reward_functions.by_turn(scores, rewards)
-            trajectory.rewards = reward_functions.summed(scores)
-            trajectory.reward = reward_functions.total(trajectory.rewards, rewards)
+            await _score(trajectory, rewards)
         if on_done:
             on_done(trajectory)
-        return trajectory
+        finished.append(trajectory)
+        counts[trajectory.group] += 1
+        if counts[trajectory.group] == samples:
+            complete.append(trajectory.group)
+            if len(complete) == need:
+                raise _Enough
 
-    pairs = zip(examples, prompts, strict=True)
-    for group, (example, prompt) in enumerate(pairs, first_group):
-        for sample in range(samples):
-            engine.join()  # all of them before the first starts: the engine knows whom to wait for
-            trajectory = Trajectory(example, group, sample, version=engine.version)
-            tasks.append(asyncio.create_task(one(trajectory, prompt)))
+    for _ in range(workers):
+        engine.join()  # all of them before the first starts: the engine knows whom to wait for
     try:
-        return await asyncio.gather(*tasks)
-    finally:  # if one raised, the others must not go on in the background
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for _ in range(len(tasks) - left):  # cancelled before their first step
-            engine.leave()
+        async with asyncio.TaskGroup() as tasks:  # if one raises, none goes on in the background
+            for _ in range(workers):
+                tasks.create_task(worker())
+    except ExceptionGroup as group:
+        if errors := [error for error in group.exceptions if not isinstance(error, _Enough)]:
+            raise errors[0] from errors[0].__cause__
+    kept = set(complete[:need])
+    return sorted((t for t in finished if t.group in kept), key=lambda t: (t.group, t.sample))
+
+
+def _trajectories(examples: list[dict], chat: Chat, samples: int, first_group: int):
+    """(trajectory, prompt) for each sample of each example; a prompt is made once for its group."""
+    for group, example in enumerate(examples, first_group):
+        prompt = chat.prompt(example["messages"])
+        for sample in range(samples):
+            yield Trajectory(example, group, sample), prompt
+
+
+async def _score(trajectory: Trajectory, rewards: dict) -> None:
+    """Sets its rewards, in a thread: one may ask a model, or run code."""
+    scores = await asyncio.to_thread(
+        reward_functions.score, trajectory, trajectory.example, rewards
+    )
+    trajectory.turn_rewards = reward_functions.by_turn(scores, rewards)
+    trajectory.rewards = reward_functions.summed(scores)
+    trajectory.reward = reward_functions.total(trajectory.rewards, rewards)
 
 
 async def play(
@@ -178,8 +206,11 @@ async def play(
     toolbox: Toolbox,
     settings: Settings,
     step: int = 0,
+    turn=None,
 ) -> Trajectory:
     """Plays one trajectory to its end, whatever the model and the tools do; sets `stop`."""
+    turn, started = turn or _turn, time.monotonic()
+    trajectory.version = engine.version
     trajectory.add(prompt, 0)
     trajectory.messages = list(trajectory.example["messages"])
     try:
@@ -192,13 +223,14 @@ async def play(
     try:
         async with asyncio.timeout(settings.trajectory_timeout) as deadline:
             while not trajectory.stop:
-                await _turn(trajectory, chat, engine, session, toolbox, settings, step)
+                await turn(trajectory, chat, engine, session, toolbox, settings, step)
     except TimeoutError:
         if not deadline.expired():  # somebody else's: an engine that does not answer
             raise
         trajectory.stop = "timeout"  # whole turns and observations only: add() is all or nothing
     finally:
         await session.close()
+    trajectory.seconds = time.monotonic() - started
     return trajectory
 
 
@@ -215,32 +247,17 @@ async def _turn(trajectory, chat, engine, session, toolbox, settings, step) -> N
         seed=seed_of(settings.seed, step, trajectory.group, trajectory.sample, turn),
         stop_ids=chat.stop_ids,
         stop_strings=chat.stop_strings,
+        session=seed_of(settings.seed, step, trajectory.group),
     )
     out = await engine.generate(trajectory.ids, trajectory.images, sampling)
+    assert engine.version == trajectory.version, "weights changed inside of a trajectory"
     trajectory.turn_starts.append(len(trajectory.ids))
     trajectory.add(out.ids, 1, out.logprobs)
     text, calls = chat.parse(out.ids)
     trajectory.messages.append(chat.message(text, calls))
-    if out.finish == "length":
-        trajectory.stop = "length"  # a call in a turn that was cut is never executed
-    elif not calls:
-        trajectory.stop = "answered"
-    elif turn + 1 >= settings.max_turns + settings.final_turn:
-        trajectory.stop = "max_turns"  # nobody would read the results
-    elif len(trajectory.calls) + len(calls) > settings.max_tool_calls:
-        trajectory.stop = "max_tool_calls"
-    if trajectory.stop:
+    if ends(trajectory, calls, out.finish == "length", settings):
         return
-
-    done = await asyncio.gather(*(_call(call, turn, session, toolbox) for call in calls))
-    trajectory.calls += done  # in call order, whatever finished first
-    last = settings.final_turn and turn + 1 == settings.max_turns
-    limit = settings.max_observation_tokens // len(calls)
-    results = []
-    for call, ran in zip(calls, done, strict=True):
-        ran.result = cut(ran.result, limit, chat.tokenizer)
-        note = "\n(This was the last call: answer now, without tools.)" if last else ""
-        results.append((call, ran.result + note))
+    results = await run(trajectory, calls, session, toolbox, settings, chat.tokenizer)
     ids = chat.observation(results, closed=out.finish == "stop")
     if len(trajectory.ids) + len(ids) >= settings.max_tokens:
         trajectory.stop = "length"  # not even one token could follow: stop without it
@@ -248,6 +265,34 @@ async def _turn(trajectory, chat, engine, session, toolbox, settings, step) -> N
     trajectory.add(ids, 0)
     for call, result in results:
         trajectory.messages.append({"role": "tool", "name": call.name, "content": result})
+
+
+def ends(trajectory: Trajectory, calls: list, was_cut: bool, settings: Settings) -> bool:
+    """Whether the turn that was just added is the last one; sets trajectory.stop if so."""
+    turns = len(trajectory.turn_starts)
+    if was_cut:
+        trajectory.stop = "length"  # a call in a turn that was cut is never executed
+    elif not calls:
+        trajectory.stop = "answered"
+    elif turns >= settings.max_turns + settings.final_turn:
+        trajectory.stop = "max_turns"  # nobody would read the results
+    elif len(trajectory.calls) + len(calls) > settings.max_tool_calls:
+        trajectory.stop = "max_tool_calls"
+    return bool(trajectory.stop)
+
+
+async def run(trajectory, calls: list, session, toolbox, settings, tokenizer) -> list[tuple]:
+    """(call, result) of each call of the turn that was just added, for the model to read. All run
+    at once; what happened is added to trajectory.calls."""
+    turns = len(trajectory.turn_starts)
+    done = await asyncio.gather(*(_call(call, turns - 1, session, toolbox) for call in calls))
+    trajectory.calls += done  # in call order, whatever finished first
+    last = settings.final_turn and turns == settings.max_turns
+    note = "\n(This was the last call: answer now, without tools.)" if last else ""
+    limit = settings.max_observation_tokens // len(calls)
+    for ran in done:
+        ran.result = cut(ran.result, limit, tokenizer)
+    return [(call, ran.result + note) for call, ran in zip(calls, done, strict=True)]
 
 
 async def _call(call, turn, session, toolbox) -> ToolCall:
@@ -269,6 +314,12 @@ def cut(text: str, limit: int, tokenizer) -> str:
     """`text` with its middle taken out so that it has about `limit` tokens; the cut is marked."""
     if len(text.encode()) <= limit:  # a token is at least one byte
         return text
+    if tokenizer is None:  # another's model: four characters a token, about
+        half, dropped = 2 * limit, len(text) - 4 * limit
+        whole = dropped <= 0
+        return (
+            text if whole else f"{text[:half]}\n[... {dropped} characters cut ...]\n{text[-half:]}"
+        )
     # Only the ends of a long text are encoded: a megabyte takes a second, in which nobody plays.
     reach = max(16 * limit, 256)  # characters
     long = len(text) > 2 * reach
@@ -384,18 +435,25 @@ def _mean(values: list) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def setup(cfg, tune: str, limit: int | None = None):
-    """(model, tokenizer, chat, toolbox, rewards, examples) of train_grpo's Config or one like it;
-    what is cheap to check comes first. limit: use the first so many rows, instead of cfg.limit."""
+def task(cfg, limit: int | None = None):
+    """(toolbox, rewards, examples) of train_grpo's Config or one like it: all that does not depend
+    on a model. limit: use the first so many rows, instead of cfg.limit."""
     selected = reward_functions.select(cfg.rewards)
     if cfg.dynamic_sampling not in ("", *selected):
         names = ", ".join(selected)
         raise UserError(f"dynamic_sampling = {cfg.dynamic_sampling!r}: expected one of {names}")
     toolbox = Toolbox(cfg.tools, cfg.tool_concurrency, cfg.tool_timeout)
-    models.find(cfg.model)
     columns = (cfg.prompt_column, cfg.answer_column, cfg.answer_after)
     prompts = (cfg.system_prompt, cfg.prompt_template)
     rows = data.load(cfg.data, cfg.split, *columns, *prompts, limit or cfg.limit, cfg.seed)
+    return toolbox, selected, rows
+
+
+def setup(cfg, tune: str, limit: int | None = None):
+    """(model, tokenizer, chat, toolbox, rewards, examples); what is cheap to check comes first. The
+    model is None if only an engine elsewhere has to have it."""
+    models.find(cfg.model)
+    toolbox, selected, rows = task(cfg, limit)
     tokenizer = models.load_tokenizer(cfg.model)
     chat = Chat(tokenizer, cfg.format, toolbox.schemas)  # proved before any weights are loaded
     if (length := len(chat.prompt(rows[0]["messages"]))) >= cfg.max_tokens:
@@ -403,8 +461,20 @@ def setup(cfg, tune: str, limit: int | None = None):
     lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
     if tune == "none" and cfg.tune == "qlora" and models.is_adapter(cfg.model):
         tune = "none4bit"  # what was trained was an adapter on the rounded base
-    model, _ = models.load(cfg.model, tune, cfg.dtype, "auto", *lora)
+    model = None
+    if cfg.engine == "transformers" or tune != "none":
+        model, _ = models.load(cfg.model, tune, cfg.dtype, "auto", *lora)
     return model, tokenizer, chat, toolbox, selected, rows
+
+
+@contextlib.contextmanager
+def running(cfg, model, tokenizer):
+    """The engine that the config names, closed at the end, however that comes."""
+    engine = wait(start(cfg, model, tokenizer))
+    try:
+        yield engine
+    finally:
+        wait(engine.close())
 
 
 def prompts_of(cursor: int, rows: list[dict], count: int, seed: int) -> list[dict]:
@@ -420,13 +490,14 @@ def prompts_of(cursor: int, rows: list[dict], count: int, seed: int) -> list[dic
 
 
 def batch_of_groups(rows, cursor: int, cfg, chat, engine, toolbox, selected, step: int, log):
-    """(trajectories to learn from, all that were played, the cursor after them): of a step of
-    train_grpo. With dynamic_sampling, groups whose outcomes are all equal are replaced by those of
-    the next prompts; what is still missing after dynamic_attempts rounds is filled up with them."""
-    size, kept, equal, played = cfg.group_size, [], [], []
+    """(trajectories to learn from, all that were played to the end, the cursor after them): of a
+    step of train_grpo. With oversample, so many groups more are begun and the last ones dropped.
+    With dynamic_sampling, groups whose outcomes are all equal are replaced by those of the next
+    prompts; what is still missing after dynamic_attempts rounds is filled up with them."""
+    size, kept, equal, played, started = cfg.group_size, [], [], [], 0
     for _ in range(1 + (cfg.dynamic_attempts if cfg.dynamic_sampling else 0)):
-        prompts = prompts_of(cursor, rows, cfg.prompts_per_step - len(kept), cfg.seed)
-        cursor += len(prompts)
+        missing = cfg.prompts_per_step - len(kept)
+        prompts = prompts_of(cursor + started, rows, missing + cfg.oversample, cfg.seed)
         new = wait(
             rollouts(
                 prompts,
@@ -438,9 +509,11 @@ def batch_of_groups(rows, cursor: int, cfg, chat, engine, toolbox, selected, ste
                 samples=size,
                 rewards=selected,
                 on_done=log.expect(len(prompts) * size),
-                first_group=len(played) // size,  # so that no two share a seed
+                first_group=started,  # so that no two share a seed
+                need=missing,
             )
         )
+        started += len(prompts)
         played += new
         for group in (new[i : i + size] for i in range(0, len(new), size)):
             outcomes = {t.rewards[cfg.dynamic_sampling] for t in group if cfg.dynamic_sampling}
@@ -449,18 +522,17 @@ def batch_of_groups(rows, cursor: int, cfg, chat, engine, toolbox, selected, ste
         if len(kept) == cfg.prompts_per_step:
             break
     kept += equal[: cfg.prompts_per_step - len(kept)]
-    return [t for group in kept for t in group], played, cursor
+    return [t for group in kept for t in group], played, cursor + started
 
 
 def main(argv: list[str]) -> None:
     import train_grpo
-    from engine import TransformersEngine
 
     cfg = config.parse(train_grpo.Config, argv, train_grpo.check, keys=KEYS)
     policy, tokenizer, chat, toolbox, selected, rows = setup(cfg, "none", limit=1)
-    engine = TransformersEngine(policy, tokenizer)
-    (trajectory,) = wait(rollouts(rows, chat, engine, toolbox, Settings.of(cfg), rewards=selected))
-    show(trajectory, tokenizer)
+    with running(cfg, policy, tokenizer) as engine:
+        played = rollouts(rows, chat, engine, toolbox, Settings.of(cfg), rewards=selected)
+        show(wait(played)[0], tokenizer)
 
 
 if __name__ == "__main__":

@@ -41,9 +41,9 @@ import model as models
 import report
 from checkpoint import Run
 from config import UserError
-from engine import TransformersEngine
-from loss import advantages, grpo_loss, importance, sequence_weights, turn_advantages
-from rollout import Trajectory, batch_of_groups, setup, stats, wait
+from engine import Canary, synced
+from loss import advantages, grpo_loss, importance, mismatch, sequence_weights, turn_advantages
+from rollout import Trajectory, batch_of_groups, running, setup, stats, wait
 
 
 @dataclass
@@ -63,7 +63,17 @@ class Config:
     lora_targets: tuple[str, ...] = ("all-linear",)  # names of linear layers, or all of them
     dtype: Literal["float32", "bfloat16", "mixed"] = "float32"  # weights; mixed: products bfloat16
     gradient_checkpointing: bool = False  # a third slower, and long trajectories fit
+    # engine
+    engine: Literal["transformers", "vllm", "server"] = "transformers"  # vllm: on a GPU
     deterministic: bool = True  # equal seeds give equal bits; false: nobody waits for slow tools
+    urls: tuple[str, ...] = ()  # server: of `vllm serve` processes, such as http://127.0.0.1:8000
+    server_timeout: float = 60.0  # seconds without any server that answers, before the run stops
+    gpu_memory_utilization: float = 0.5  # vllm: share of the GPU's memory; not used on a CPU
+    kv_cache_gib: float = 0.0  # vllm: of its cache; 0: what that share leaves, on a CPU 1
+    tensor_parallel_size: int = 1  # vllm: GPUs that share its weights
+    enforce_eager: bool = False  # vllm: starts sooner and samples slower; always so on a CPU
+    sleep: bool = True  # vllm: leaves the GPU's memory to the trainer while it learns
+    canary: bool = True  # stops the run when the engine has other weights than the trainer
     # data
     data: str = "task:calc"  # task:name, .jsonl, .parquet, or a hub id such as openai/gsm8k:main
     split: str = "train"  # of a task or a hub data set; a file has none
@@ -89,6 +99,8 @@ class Config:
     max_observation_tokens: int = 512  # of one turn's results; longer ones are cut in the middle
     trajectory_timeout: float = 300.0  # seconds
     final_turn: bool = False  # at max_turns, one more turn to answer without tools
+    max_concurrent: int = 256  # trajectories that are played at once
+    oversample: int = 0  # groups begun beyond P; the last are dropped: faster, but favours short
     # rewards
     rewards: tuple[str, ...] = ("correct",)  # name or file.py:name, each [:weight]; 1st = accuracy
     overlong: Literal["keep", "mask", "penalise"] = "keep"  # what a limit cut short; mask: unlearnt
@@ -105,7 +117,8 @@ class Config:
     clip_low: float = 0.2  # the ratio is clipped at 1 - clip_low; gspo: 3e-4
     clip_high: float = 0.28  # and at 1 + clip_high; gspo: 4e-4, cispo: 1 and more
     beta: float = 0.0  # weight of the KL to the model that training began with, 0.001..0.04
-    is_correction: Literal["none", "truncate", "mask"] = "none"  # weigh by trainer over engine
+    is_correction: Literal["auto", "none", "truncate", "mask"] = "auto"  # trainer over engine;
+    # auto: truncate where the engine is not the trainer's own model, none where it is
     is_level: Literal["token", "sequence"] = "token"  # of whose probability that ratio is
     is_cap: float = 2.0  # truncate: it is at most this; mask: 0 where outside of 1 / cap .. cap
     # optimisation
@@ -121,6 +134,16 @@ class Config:
     logger: Literal["none", "wandb", "tensorboard"] = "none"  # beside metrics.jsonl
 
 
+VLLM = "gpu_memory_utilization kv_cache_gib tensor_parallel_size enforce_eager sleep"
+
+
+def correction(cfg: Config) -> str:
+    """The kind of is_correction that is used."""
+    if cfg.is_correction != "auto":
+        return cfg.is_correction
+    return "none" if cfg.engine == "transformers" else "truncate"
+
+
 def check(cfg: Config) -> None:
     """Rules across keys. A key that would have no effect is an error, not a surprise."""
     lora = "lora_r lora_alpha lora_targets"
@@ -131,7 +154,11 @@ def check(cfg: Config) -> None:
         (cfg.loss == "cispo", "clip_low", "with loss=cispo: it bounds the ratio only above"),
         (cfg.overlong != "penalise", "overlong_penalty", f"with overlong={cfg.overlong}"),
         (not cfg.dynamic_sampling, "dynamic_attempts", "without dynamic_sampling=<a reward>"),
-        (cfg.is_correction == "none", "is_level is_cap", "with is_correction=none"),
+        (correction(cfg) == "none", "is_level is_cap", "with is_correction=none"),
+        (cfg.engine != "transformers", "deterministic", f"with engine={cfg.engine}"),
+        (cfg.engine != "vllm", VLLM, f"with engine={cfg.engine}: use --engine=vllm, or drop it"),
+        (cfg.engine != "server", "urls server_timeout", f"with engine={cfg.engine}"),
+        (cfg.kv_cache_gib > 0, "gpu_memory_utilization", "with kv_cache_gib, which says it all"),
         (data.is_file(cfg.data), "split", f"on {cfg.data!r}: a file has no splits, so drop it"),
     )
     config.useless(cfg, rules)
@@ -144,10 +171,19 @@ def check(cfg: Config) -> None:
         "steps prompts_per_step max_tokens max_new_tokens max_turns max_observation_tokens lora_r "
         "lora_alpha updates_per_batch minibatches token_budget tool_concurrency learning_rate "
         "max_grad_norm tool_timeout trajectory_timeout clip_low clip_high keep_last is_cap "
-        "dynamic_attempts overlong_penalty",
+        "dynamic_attempts overlong_penalty server_timeout gpu_memory_utilization max_concurrent "
+        "tensor_parallel_size",
     )
-    zero = "temperature max_tool_calls warmup weight_decay rollouts_per_step seed beta save_every"
-    config.not_negative(cfg, zero)
+    zero = "temperature max_tool_calls warmup weight_decay rollouts_per_step seed beta save_every "
+    config.not_negative(cfg, zero + "oversample kv_cache_gib")
+    if cfg.engine == "server" and not cfg.urls:
+        raise UserError("urls is missing: engine = 'server' needs --urls=http://host:port,…")
+    if cfg.engine != "transformers" and 0 < cfg.temperature < 0.01:
+        raise UserError(f"temperature = {cfg.temperature}: vLLM has 0, or 0.01 and more")
+    if cfg.oversample and cfg.engine == "transformers" and cfg.deterministic:
+        raise UserError("oversample takes who is first, by the clock: it needs deterministic=false")
+    if cfg.gpu_memory_utilization > 1:
+        raise UserError(f"gpu_memory_utilization = {cfg.gpu_memory_utilization}: at most 1")
     if cfg.seed >= 2**63:
         raise UserError(f"seed = {cfg.seed}: expected less than 2**63")
     if cfg.is_cap < 1:
@@ -234,15 +270,16 @@ def accumulate(model, rows, weights, cfg: Config, old=None, ref=None) -> dict:
     trainer's own are taken and not the engine's, whose rounding then is not in the ratio.
     """
     device, total = model.device, sum(t.new_tokens for t in rows)
-    sums = dict.fromkeys(("loss", "entropy", "clip_frac", "sampler_logprob_diff"), 0.0)
+    sums, gaps, kind = dict.fromkeys(("loss", "entropy", "clip_frac"), 0.0), [], correction(cfg)
     for part in cut(model, rows, cfg.token_budget):
         ids, attention_mask, mask, sampled, gain = padded([rows[i] for i in part], device)
         logprobs, entropy = models.token_logprobs(model, ids, attention_mask, mask, cfg.temperature)
         before = logprobs.detach() if old is None else stack([old[i] for i in part])
         more, weight = {}, torch.tensor([weights[i] for i in part], device=device)
-        if cfg.is_correction != "none":
-            how = cfg.is_correction, cfg.is_level, cfg.is_cap
-            more["importance"] = importance(before, sampled, mask, *how)
+        if kind != "none":
+            more["importance"] = importance(before, sampled, mask, kind, cfg.is_level, cfg.is_cap)
+            weighed = torch.where(mask.bool(), more["importance"], 0.0).sum().item() / total
+            sums["is_weight"] = sums.get("is_weight", 0.0) + weighed
             out = (more["importance"] == 0) | (more["importance"] == cfg.is_cap)
             for row, i in enumerate(part):  # long trajectories drift more: by number of turns
                 count = (out[row] & mask[row].bool()).sum().item() / total
@@ -253,14 +290,13 @@ def accumulate(model, rows, weights, cfg: Config, old=None, ref=None) -> dict:
         clip = cfg.clip_low, cfg.clip_high
         loss, parts = grpo_loss(logprobs, before, mask, gain, weight, cfg.loss, *clip, **more)
         loss.backward()
-        difference = torch.where(mask.bool(), before - sampled, 0.0).abs()  # of equal weights
+        gaps.append((before - sampled)[mask.bool()].cpu())
         sums["loss"] += loss.item()
         sums["entropy"] += entropy.sum().item() / total
         sums["clip_frac"] += parts["clipped"].sum().item() / total
-        sums["sampler_logprob_diff"] += difference.sum().item() / total
         if cfg.beta:
             sums["kl"] = sums.get("kl", 0.0) + parts["kl"].sum().item() / total
-    return sums
+    return sums | mismatch(torch.cat(gaps))
 
 
 def stack(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -301,6 +337,8 @@ def learn(model, optimizers, trajectories, rate, cfg: Config, step=0, reference=
     model.eval()
     keys = dict.fromkeys(["loss", "grad_norm"] + [key for metrics in seen for key in metrics])
     mean = {key: sum(m.get(key, 0.0) for m in seen) / max(1, len(seen)) for key in keys}
+    if (largest := "sampler_logprob_diff_max") in mean:
+        mean[largest] = max(m[largest] for m in seen)
     return mean | {"trained_share": len(taught) / len(trajectories)}
 
 
@@ -316,7 +354,6 @@ def train(cfg: Config) -> dict:
         reference = models.load_reference(cfg.model, model, cfg.tune, cfg.dtype)
     if cfg.gradient_checkpointing:
         models.recompute_layers(model)
-    engine = TransformersEngine(model, tokenizer, cfg.deterministic)
     optimizers = models.optimizers(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay)
     state = run.restore(model, optimizers) or {"step": 0, "cursor": 0, "metrics": {}}
     first, cursor, metrics = state["step"], state["cursor"], state["metrics"]
@@ -326,28 +363,33 @@ def train(cfg: Config) -> dict:
     columns |= {"loss": "8.4f", "grad_norm": "6.2f", "seconds": "5.2f"}
     knobs = "token_budget", "max_tokens", "group_size"
     log = report.Log(run.out_dir, cfg.steps, columns, first, cfg.logger, asdict(cfg))
-    with log, models.memory_advice(*knobs), run:
+    canary = Canary(chat.prompt(rows[0]["messages"]), cfg.dtype) if cfg.canary else None
+    with log, models.memory_advice(*knobs), running(cfg, model, tokenizer) as engine, run:
         log.print(f"{len(rows)} prompts, {cfg.steps} steps, {trained:,} of {total:,} trained")
         if cfg.resume:
             log.print(f"going on with step {first}")
         for step in range(first, cfg.steps):
-            started = time.monotonic()
+            started, metrics_before = time.monotonic(), metrics
             rate = cfg.learning_rate * models.schedule(step, cfg.steps, cfg.schedule, cfg.warmup)
-            kept = (model, tokenizer, optimizers, log)
-            with run.rescue(step, *kept, cursor=cursor, metrics=metrics):
+            kept, metrics = (model, tokenizer, optimizers, log), {"step": step}
+            with run.rescue(step, *kept, cursor=cursor, metrics=metrics_before):
+                metrics |= wait(synced(engine, model, step, canary))
+                sync_seconds, before = time.monotonic() - started, cursor
                 trajectories, played, cursor = batch_of_groups(
                     rows, cursor, cfg, chat, engine, toolbox, selected, step, log
                 )
-            rollout_seconds = time.monotonic() - started
-            metrics = {"step": step, **stats(played, next(iter(selected)))}
+                wait(engine.sleep())
+            rollout_seconds = time.monotonic() - started - sync_seconds
+            metrics |= stats(played, next(iter(selected)))
+            if cfg.oversample:  # who was taken: the first to be complete, and so the shorter
+                metrics["groups_dropped"] = cursor - before - len(played) // cfg.group_size
+                metrics["groups_kept"] = sorted({t.group for t in played})
             metrics |= learn(model, optimizers, trajectories, rate, cfg, step, reference)
-            wait(engine.sync(model, step + 1))
             metrics |= {"learning_rate": rate, "rollout_seconds": rollout_seconds}
-            metrics["seconds"] = time.monotonic() - started
+            metrics |= {"sync_seconds": sync_seconds, "seconds": time.monotonic() - started}
             log.step(metrics)
             log.rollouts(trajectories[: cfg.rollouts_per_step], tokenizer, step=step)
             run.after(step + 1, cfg.steps, *kept, cursor=cursor, metrics=metrics)
-        wait(engine.close())
         run.finish(model, tokenizer)
         log.summary({"saved": str(run.out_dir), "reward": metrics["reward"]})
     return metrics

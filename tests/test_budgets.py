@@ -91,7 +91,7 @@ def test_every_key_is_used_somewhere(script):
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "cfg"
     }
-    for file in ("checkpoint.py", "evaluate.py", "rollout.py"):
+    for file in ("checkpoint.py", "engine.py", "evaluate.py", "rollout.py"):
         read |= set(re.findall(r"\bcfg\.(\w+)", (ROOT / file).read_text()))
     if script is train_grpo:
         read |= set(rollout.Settings.__dataclass_fields__)

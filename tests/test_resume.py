@@ -35,6 +35,7 @@ import torch
 
 import checkpoint
 import config
+import engine
 import model as models
 import report
 import rollout
@@ -878,7 +879,7 @@ def test_a_run_goes_on_with_rewards_that_are_missing(value, here):
 
 def test_a_run_goes_on_with_completions_that_are_empty(here, monkeypatch):
     """Pitfall 27: nothing was sampled, or nothing but the end of the turn."""
-    real = train_grpo.TransformersEngine.generate
+    real = engine.TransformersEngine.generate
 
     async def some(self, ids, images, sampling):
         out = await real(self, ids, images, sampling)
@@ -887,7 +888,7 @@ def test_a_run_goes_on_with_completions_that_are_empty(here, monkeypatch):
             out = replace(out, ids=[2][:size], logprobs=[-6.0][:size], finish="stop")
         return out
 
-    monkeypatch.setattr(train_grpo.TransformersEngine, "generate", some)
+    monkeypatch.setattr(engine.TransformersEngine, "generate", some)
     last = train_grpo.train(configured("grpo", here / "empty", steps=3))
     rows = lines(here / "empty" / "rollouts.jsonl")
     assert {0, 1} <= {sum(row["mask"]) for row in rows}

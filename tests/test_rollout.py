@@ -716,8 +716,11 @@ def test_a_crash_reaches_the_caller_and_leaves_no_task_behind(tokenizer, who):
     assert time.monotonic() - began < 2 and engine.playing == 0
 
 
-def test_trajectories_cancelled_before_their_first_step_leave_the_engine_too(tokenizer):
+def test_trajectories_that_are_cancelled_leave_the_engine_too(tokenizer):
     """Otherwise a deterministic engine would wait for them for ever."""
+
+    async def forever(ids, sampling):
+        await asyncio.sleep(1000)
 
     async def main():
         task = asyncio.create_task(rollouts([EXAMPLE], *parts, Settings(), samples=4))
@@ -727,9 +730,13 @@ def test_trajectories_cancelled_before_their_first_step_leave_the_engine_too(tok
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    parts = stage(tokenizer, [])
+    parts = stage(tokenizer, forever)
     asyncio.run(main())
-    assert parts[1].playing == 0 and parts[1].requests == []
+    assert parts[1].playing == 0
+    parts = stage(tokenizer, [])  # the first one raises at once
+    with pytest.raises(IndexError):
+        asyncio.run(rollouts([EXAMPLE], *parts, Settings(), samples=4))
+    assert parts[1].playing == 0
 
 
 def test_wait_gives_the_result_or_the_error_also_under_a_running_loop():

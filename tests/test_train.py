@@ -40,7 +40,7 @@ def spread(trajectory, example):
 def same(trajectory, example):
     return 0.1
 '''
-TIMES = ("seconds", "rollout_seconds", "tool_seconds")
+TIMES = ("seconds", "rollout_seconds", "sync_seconds", "tool_seconds")
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_a_grpo_run_leaves_its_config_metrics_curves_and_rollouts(run, request):
     expected = "step rollouts reward reward_none reward_spread accuracy equal_groups tool_call_rate"
     expected += " tool_calls tool_error_rate empty_observation_rate tool_seconds turns new_tokens"
     expected += " tokens loss grad_norm trained_share entropy clip_frac sampler_logprob_diff"
-    expected += " learning_rate rollout_seconds seconds"
+    expected += " learning_rate rollout_seconds sync_seconds seconds canary"
     assert [row["step"] for row in rows] == [0, 1]
     for row in rows:
         assert set(expected.split()) <= set(row)

@@ -1,0 +1,460 @@
+"""vLLM for real, on a CPU: what it is given and gives back, and that it has the trainer's weights.
+
+    make test-vllm      # installs vLLM's CPU build first; on a machine with a GPU its usual one
+
+Pinned here: token ids of whole trajectories, logprobs of versions 0, 1 and 2 for adapters, 4-bit
+bases and full weights, the canary against a sabotaged sync, and that nothing is left behind.
+Models are random, with two layers.
+"""
+
+import asyncio
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import config
+import model as models
+from chat import Chat
+from config import UserError
+from engine import Canary, Sampling, TransformersEngine, synced
+from formats import Call
+from rollout import Settings, rollouts, wait
+from tools import Toolbox
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM is not there: make test-vllm"
+    ),
+]
+PROMPTS = [[7], [9, 30, 41, 7, 55, 60], [88, 12, 12, 5, 200, 31, 3, 77, 120, 11, 6] * 9]
+EXAMPLES = [
+    {"messages": [{"role": "user", "content": f"what is {n} and {n}?"}], "answer": "x", "id": n}
+    for n in range(4)
+]
+
+
+def shape(kind, tokenizer):
+    """A random model: "tied" is Qwen3-shaped, "untied" Qwen2-shaped with biases and a head."""
+    torch.manual_seed(0)
+    if kind == "tied":
+        made = models.tiny(tokenizer, hidden_size=64, layers=2)
+    else:
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
+        ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+        made = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), **sizes, **heads, **ids))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(3)  # so that it has preferences
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    return made
+
+
+@pytest.fixture(scope="module")
+def folders(tokenizer, tmp_path_factory):
+    made = {}
+    for kind in ("tied", "untied"):
+        made[kind] = str(tmp_path_factory.mktemp(kind))
+        models.save(shape(kind, tokenizer), tokenizer, made[kind])
+    return made
+
+
+def moved(model, seed, size=0.05):
+    """As an update would: every trained weight moves."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def start(name, policy=None, **options):
+    import engine_vllm
+
+    more = {"max_model_len": 512, "max_num_seqs": 64, "kv_cache_gib": 0.25, "enforce_eager": True}
+    return wait(engine_vllm.start(name, policy, **(more | options)))
+
+
+def compare(engine, model, tokenizer, temperature, tolerance):
+    """What the engine samples, beside what the trainer says of the same ids; greedy tokens are the
+    trainer's own too."""
+    reference = TransformersEngine(model, tokenizer)
+    for seed, ids in enumerate(PROMPTS):
+        how = Sampling(temperature=temperature, max_new_tokens=12, seed=seed, stop_ids=(2,))
+        out = wait(engine.generate(ids, [], how))
+        assert out.ids and len(out.ids) == len(out.logprobs)
+        whole = torch.tensor([ids + out.ids])
+        ones = torch.ones_like(whole)
+        with torch.no_grad():
+            said, _ = models.token_logprobs(model, whole, ones, ones, temperature or 1.0)
+        ours = said[0, len(ids) :]
+        assert (ours - torch.tensor(out.logprobs)).abs().max() < tolerance
+        if temperature == 0:
+            reference.join()
+            assert wait(reference.generate(ids, [], how)).ids == out.ids
+            reference.leave()
+
+
+def three_versions(engine, model, tokenizer, tolerance):
+    """Versions 0, 1 and 2, far enough apart that each would be seen in the place of another."""
+    canary = Canary(PROMPTS[2], "float32")
+    for version in range(3):
+        if version:
+            moved(model, version)
+        differs = wait(synced(engine, model, version, canary))
+        assert engine.version == version and differs["canary"] < tolerance
+        for temperature in (0.0, 0.7):
+            compare(engine, model, tokenizer, temperature, tolerance)
+
+
+# Sync: adapters
+
+
+@pytest.fixture(scope="module")
+def lora(folders, tokenizer):
+    model, _ = models.load(folders["tied"], "lora", lora_r=4, lora_alpha=8)
+    engine = start(folders["tied"], lora_r=4)
+    yield engine, model
+    wait(engine.close())
+
+
+def test_versions_of_an_adapter_are_the_trainers(lora, tokenizer):
+    """Pitfalls 28 and 32: greedy tokens, and logprobs to 1e-4, in float32."""
+    three_versions(*lora, tokenizer, 1e-4)
+    engine, _ = lora
+    assert len(wait(engine.llm.list_loras())) == 1  # the old ones are gone
+
+
+def test_a_request_keeps_the_adapter_it_began_with(lora, tokenizer):
+    """Pitfall 32: synced while it is being sampled, by one that makes it say other things."""
+    engine, model = lora
+    moved(model, 10)
+    wait(engine.sync(model, 10))
+    how = Sampling(temperature=0, max_new_tokens=200)
+    alone = wait(engine.generate(PROMPTS[1], [], how))
+
+    async def both():
+        early = asyncio.create_task(engine.generate(PROMPTS[1], [], how))
+        while not engine.flying[10]:
+            await asyncio.sleep(0.001)
+        moved(model, 11)
+        await engine.sync(model, 11)
+        assert early.done()  # the old adapter is taken away when nobody uses it
+        return await early, await engine.generate(PROMPTS[1], [], how)
+
+    early, late = wait(both())
+    assert early.ids == alone.ids and late.ids != alone.ids
+    assert early.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [0.05, 0.002], ids=["large", "small"])
+def test_the_canary_sees_an_adapter_that_was_not_taken(lora, monkeypatch, size):
+    """A skipped sync, by an update of any size: also one that is smaller than the limit."""
+    engine, model = lora
+    canary = Canary(PROMPTS[2], "float32")
+    wait(synced(engine, model, 20, canary))
+
+    async def skipped(model, version):
+        engine.version = version
+
+    moved(model, 21, size)
+    monkeypatch.setattr(engine, "sync", skipped)
+    with pytest.raises(UserError, match="the engine"):
+        wait(synced(engine, model, 21, canary))
+
+
+def test_the_canary_sees_an_old_adapter_and_half_of_one(lora, tmp_path):
+    engine, model = lora
+    model.save_pretrained(tmp_path / "old", selected_adapters=["default"])
+    moved(model, 30)
+    canary = Canary(PROMPTS[2], "float32")
+    wait(synced(engine, model, 30, canary))
+    moved(model, 31)
+    wait(engine._adopt(str(tmp_path / "old"), 31))
+    with pytest.raises(UserError, match="sync 31: the engine's logprobs differ"):
+        wait(canary.check(engine, model))
+
+    from safetensors.torch import load_file, save_file
+
+    model.save_pretrained(tmp_path / "half", selected_adapters=["default"])
+    file = tmp_path / "half" / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({k: w for k, w in weights.items() if "layers.0." in k}, file)
+    wait(engine._adopt(str(tmp_path / "half"), 32))
+    with pytest.raises(UserError, match="sync 32: the engine's logprobs differ"):
+        wait(canary.check(engine, model))
+    wait(synced(engine, model, 33, canary))  # and goes on when it is right again
+
+
+def test_stop_strings_end_a_turn_and_its_ids_stay_as_sampled(lora, tokenizer):
+    """Pitfall 11, for formats whose calls end with text."""
+    engine, model = lora
+    wait(engine.sync(model, 40))
+    free = Sampling(temperature=1.0, max_new_tokens=40, seed=3)
+    whole = wait(engine.generate(PROMPTS[1], [], free))
+    text = tokenizer.decode(whole.ids)
+    string = text[len(text) // 2 : len(text) // 2 + 2]
+    how = Sampling(temperature=1.0, max_new_tokens=40, seed=3, stop_strings=(string,))
+    out = wait(engine.generate(PROMPTS[1], [], how))
+    assert out.finish == "stop_string" and out.ids == whole.ids[: len(out.ids)]
+    assert string in tokenizer.decode(out.ids) and string not in tokenizer.decode(out.ids[:-1])
+
+
+# Trajectories
+
+
+def test_ids_of_a_whole_trajectory_are_what_vllm_was_given_and_gave(lora, tokenizer, monkeypatch):
+    """Pitfalls 1 to 3: two tool turns, then a last one; each request is the beginning of the ids of
+    the trajectory, and what vLLM sampled stands behind it, with mask 1 there alone."""
+    engine, model = lora
+    wait(engine.sync(model, 50))
+    requests, generate = [], engine.llm.generate
+
+    async def watched(prompt, params, *args, **more):
+        async for answer in generate(prompt, params, *args, **more):
+            done = answer.outputs[0]
+            requests.append((list(answer.prompt_token_ids), list(done.token_ids)))
+            assert answer.prompt_token_ids == prompt["prompt_token_ids"]
+            yield answer
+
+    def add(a: int, b: int) -> int:
+        """Adds.
+
+        Args:
+            a: one
+            b: another
+        """
+        return a + b
+
+    monkeypatch.setattr(engine.llm, "generate", watched)
+    chat = Chat(tokenizer, "hermes", Toolbox([add]).schemas)
+    talks = {}
+
+    def parse(ids):  # a random model writes no calls: its first two turns are taken for some
+        talks[len(talks)] = ids
+        return tokenizer.decode(ids), [Call("add", {"a": 1, "b": 2})] if len(talks) % 3 else []
+
+    monkeypatch.setattr(chat, "parse", parse)
+    settings = Settings(max_new_tokens=24, max_tokens=512, max_turns=5)
+    for example in EXAMPLES:
+        requests.clear()
+        (t,) = wait(rollouts([example], chat, engine, Toolbox([add]), settings))
+        assert len(t.turn_starts) == 3 == len(requests) or t.stop == "length"
+        ends = [start + len(new) for start, (_, new) in zip(t.turn_starts, requests, strict=True)]
+        mask = [0] * len(t.ids)
+        for start, end, (given, new) in zip(t.turn_starts, ends, requests, strict=True):
+            assert t.ids[:start] == given and t.ids[start:end] == new
+            mask[start:end] = [1] * len(new)
+        assert t.mask == mask and t.version == 50
+
+
+def test_groups_and_turns_have_noise_of_their_own_and_seeds_repeat_it(lora, tokenizer):
+    """Pitfall 54, and who samples beside it changes nothing but the last bits."""
+    engine, _ = lora
+    chat = Chat(tokenizer, "hermes", [])
+    settings = Settings(max_new_tokens=16, max_tokens=256, max_turns=1, seed=5)
+    play = [
+        wait(rollouts(EXAMPLES[:n], chat, engine, Toolbox([]), settings, samples=4))
+        for n in (4, 4, 2)
+    ]
+    texts = [[tuple(t.ids) for t in played] for played in play]
+    assert texts[0] == texts[1] and texts[0][:8] == texts[2]
+    assert len(set(texts[0][:4])) > 1
+
+
+# Sync: full weights and four bits
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_versions_of_full_weights_are_the_trainers(folders, tokenizer, kind, monkeypatch):
+    """Pitfalls 28 to 30, with a tied head too, of which vLLM has a packed copy on a CPU. Then the
+    sync is skipped, and takes only half of the tensors."""
+    model, _ = models.load(folders[kind], "full")
+    engine = start(folders[kind], full=True)
+    try:
+        three_versions(engine, model, tokenizer, 1e-4)
+        canary = Canary(PROMPTS[2], "float32")
+        wait(synced(engine, model, 3, canary))
+        weights_of = models.weights_of
+        for version, half in enumerate(([0, 2], [1, 2]), 4):
+            moved(model, version)
+            part = slice(half[0], None, half[1])
+            monkeypatch.setattr(models, "weights_of", lambda m, p=part: weights_of(m)[p])
+            with pytest.raises(UserError, match=f"sync {version}: the engine"):
+                wait(synced(engine, model, version, canary))
+            monkeypatch.undo()
+            wait(synced(engine, model, version, canary))  # and whole again
+        moved(model, 9, 0.001)
+        engine.version = 9
+        with pytest.raises(UserError, match="sync 9: the engine"):
+            wait(canary.check(engine, model))
+    finally:
+        wait(engine.close())
+
+
+def test_versions_over_a_base_of_four_bits_are_the_trainers(folders, tokenizer):
+    """Pitfalls 28 and 31: vLLM has the rounded base in float32, the very numbers that the trainer
+    multiplies with, so the tolerance is that of the others. The folder with it is gone."""
+    model, _ = models.load(folders["untied"], "qlora", lora_r=4, lora_alpha=8)
+    engine = start(folders["untied"], model, lora_r=4)
+    try:
+        three_versions(engine, model, tokenizer, 1e-4)
+    finally:
+        wait(engine.close())
+    plain, _ = models.load(folders["untied"], "none")
+    canary = Canary(PROMPTS[2], "float32")
+    with pytest.raises(UserError, match="differ"):  # while the base that was not rounded is another
+        wait(canary.check(TransformersEngine(plain, tokenizer), model))
+
+
+# Runs
+
+
+def processes():
+    """Of vLLM, that run now: their pids."""
+    out = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True).stdout
+    return {int(line.split()[0]) for line in out.splitlines() if "VLLM::" in line}
+
+
+@pytest.fixture
+def gone():
+    """Whether all of vLLM's processes that were not there before have ended, in 15 s at most."""
+    before = processes()
+
+    def check():
+        deadline = time.monotonic() + 15
+        while processes() - before and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return processes() <= before
+
+    return check
+
+
+def settings_of(folders, tmp_path, tune, steps):
+    lines = f"""
+        out_dir = {str(tmp_path / "run")!r}
+        model = {folders["tied"]!r}
+        tune = {tune!r}
+        engine = "vllm"
+        kv_cache_gib = 0.25
+        data = "task:calc"
+        steps = {steps}
+        save_every = 1
+        prompts_per_step = 4
+        group_size = 4
+        max_tokens = 448
+        max_new_tokens = 8
+        max_turns = 2
+        rewards = ({str(tmp_path / "r.py") + ":even"!r},)
+        learning_rate = 1e-2
+    """
+    (tmp_path / "r.py").write_text(
+        "def even(trajectory, example):\n    return float(trajectory.ids[-1] % 2)\n"
+    )
+    file = tmp_path / "run_config.py"
+    file.write_text("\n".join(line.strip() for line in lines.splitlines()))
+    return file
+
+
+def launch(file, *more):
+    command = [sys.executable, "train_grpo.py", "--config", str(file), *more]
+    return subprocess.Popen(
+        command, cwd=config.HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def rows(tmp_path):
+    file = tmp_path / "run" / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def until(condition, run, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert run.poll() is None, run.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def engine_core(run):
+    """The pid of vLLM's process below a run."""
+    for pid in processes():
+        if f"PPid:\t{run.pid}\n" in Path(f"/proc/{pid}/status").read_text():
+            return pid
+    raise AssertionError(f"none of {processes()} is a child of {run.pid}")
+
+
+def test_a_killed_engine_ends_the_run_in_one_sentence_and_it_goes_on(folders, tmp_path, gone):
+    """The checkpoint is whole, the exit code is not 0, nothing is left behind, and --resume=true
+    ends where a run that was not disturbed would."""
+    file = settings_of(folders, tmp_path, "lora", 6)
+    run = launch(file)
+    until(lambda: len(rows(tmp_path)) >= 2, run)
+    os.kill(engine_core(run), signal.SIGKILL)
+    out = run.communicate(timeout=60)[0]
+    assert run.returncode not in (0, None), out
+    assert "vLLM's process has died" in out and "Traceback" not in out, out
+    assert gone()
+    done = len(rows(tmp_path))
+    again = launch(file, "--resume=true")
+    out = again.communicate(timeout=180)[0]
+    assert again.returncode == 0, out
+    assert [row["step"] for row in rows(tmp_path)] == list(range(6)) and done < 6
+    seen = rows(tmp_path)[-1]
+    assert seen["canary"] < 1e-4 and seen["sampler_logprob_diff"] < 1e-4
+    assert seen["sampler_logprob_diff"] <= seen["sampler_logprob_diff_p95"]
+    assert abs(seen["is_weight"] - 1) < 1e-3 and seen["is_outside"] == 0 <= seen["mismatch_kl"]
+    assert gone()
+
+
+def test_nothing_is_left_of_a_run_that_was_killed_or_stopped(folders, tmp_path, gone):
+    """SIGKILL of the trainer, and SIGTERM, on which it saves."""
+    file = settings_of(folders, tmp_path, "full", 50)
+    run = launch(file)
+    until(lambda: len(rows(tmp_path)) >= 1, run)
+    run.kill()
+    run.wait()
+    assert gone()
+    run = launch(file, "--resume=true")
+    had = len(rows(tmp_path))
+    until(lambda: len(rows(tmp_path)) > had, run)
+    run.send_signal(signal.SIGTERM)
+    out = run.communicate(timeout=60)[0]
+    assert run.returncode == 128 + signal.SIGTERM, out
+    assert "go on with --resume=true" in out and gone()
+
+
+def test_an_evaluation_loads_the_model_into_vllm_only(folders, tmp_path, monkeypatch, gone):
+    import evaluate
+
+    loaded = []
+    monkeypatch.setattr(models, "load", lambda *a, **k: loaded.append(a))
+    argv = [f"--model={folders['tied']}", "--data=task:calc", "--engine=vllm", "--limit=8"]
+    argv += ["--kv_cache_gib=0.25", "--max_tokens=448", "--max_new_tokens=8"]
+    evaluate.main([*argv, f"--save_to={tmp_path / 'eval'}"])
+    numbers = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    assert numbers["problems"] == 8 and loaded == [] and gone()
+
+
+def test_a_model_that_vllm_does_not_have_is_one_sentence(tokenizer, tmp_path, gone):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 20, "n_head": 2, "n_layer": 1}  # heads of 10 numbers
+    made = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes))
+    models.save(made, tokenizer, tmp_path)
+    with pytest.raises(UserError, match="vLLM did not start on"):
+        start(str(tmp_path))
+    assert gone()
