@@ -13,7 +13,7 @@ import json
 import os
 import random
 
-import httpx
+import httpx2 as httpx
 
 from config import UserError
 from engine import Sampling

@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import httpx
+import httpx2 as httpx
 
 import model as models
 from config import UserError
@@ -87,22 +87,18 @@ class ServerEngine:
         finish = "stop_string" if by_string else choice["finish_reason"]
         return Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], finish)
 
-    async def score(self, ids: list[int]) -> list[float]:
-        """The logprob of each of ids[1:], at temperature 1. Each server is asked, and the values of
-        the one that is farthest from the others' mean are returned."""
-        await self._pick(0)  # at least one is there
+    async def score(self, ids: list[int]) -> list[list[float]]:
+        """The logprob of each of ids[1:], at temperature 1, as each server says."""
         body, scores = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}, []
-        for server in [server for server in self.servers if server.alive]:
-            try:
-                choice = await self._complete(server, ids, body, self.version)
-            except _Lost:
-                continue
-            pairs = zip(ids[1:], choice["prompt_logprobs"][1:], strict=True)
-            scores.append([seen[str(token)]["logprob"] for token, seen in pairs])
-        if not scores:
-            return await self.score(ids)  # which ends when nobody comes back in time
-        mean = [sum(values) / len(values) for values in zip(*scores, strict=True)]
-        return max(scores, key=lambda s: sum(abs(a - b) for a, b in zip(s, mean, strict=True)))
+        while not scores:  # _anyone ends it when nobody comes back in time
+            for server in await self._anyone():
+                try:
+                    choice = await self._complete(server, ids, body, self.version)
+                except _Lost:
+                    continue
+                pairs = zip(ids[1:], choice["prompt_logprobs"][1:], strict=True)
+                scores.append([seen[str(token)]["logprob"] for token, seen in pairs])
+        return scores
 
     async def _ask(self, ids: list[int], asked: dict, session: int) -> dict:
         """The one choice of a completion; if a server dies meanwhile, another one's."""
@@ -132,8 +128,14 @@ class ServerEngine:
         return choice
 
     async def _pick(self, session: int) -> Server:
-        """The server that has the beginning of the session cached, else the least busy one. Waits
-        for one that is alive; UserError if none is for `timeout` seconds."""
+        """The server that has the beginning of the session cached, else the least busy one."""
+        alive = await self._anyone()
+        if self.homes.get(session) not in alive:
+            self.homes[session] = min(alive, key=lambda server: server.busy)
+        return self.homes[session]
+
+    async def _anyone(self) -> list[Server]:
+        """All servers that are alive, waiting for one; UserError if none is for `timeout` s."""
         since = time.monotonic()
         while not (alive := [server for server in self.servers if server.alive]):
             if time.monotonic() - since > self.timeout:
@@ -143,9 +145,7 @@ class ServerEngine:
                     "saved is whole, so start one and go on with --resume=true"
                 )
             await asyncio.sleep(0.1)
-        if self.homes.get(session) not in alive:
-            self.homes[session] = min(alive, key=lambda server: server.busy)
-        return self.homes[session]
+        return alive
 
     async def _post(self, server: Server, path: str, body: dict):
         """The JSON (or text) of an answer. _Lost if the server dies, UserError if it refuses."""
@@ -255,7 +255,7 @@ class ServerEngine:
         self.trains = self.trains or folder.startswith(str(self.memory))
         self.name, self.folder, self.version = f"{self.memory.name}-{version}", folder, version
         self.homes.clear()  # their caches are salted with another version
-        await self._pick(0)
+        await self._anyone()
 
         async def adopt(server: Server) -> None:
             try:
@@ -304,7 +304,7 @@ async def start(
             engine.name, engine.folder = engine.memory.name, models.find(name)
         await asyncio.gather(*(_first_look(engine, server) for server in engine.servers))
         engine.watcher = asyncio.create_task(engine._watch())
-        await engine._pick(0)
+        await engine._anyone()
         for server in engine.servers:
             if server.alive:
                 await _check(engine, server, tokenizer, max_tokens)

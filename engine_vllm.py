@@ -216,7 +216,7 @@ class VllmEngine:
         finish = "stop_string" if by_string else done.finish_reason
         return Completion(new, logprobs, finish)
 
-    async def score(self, ids: list[int]) -> list[float]:
+    async def score(self, ids: list[int]) -> list[list[float]]:
         """The logprob of each of ids[1:], at temperature 1, with the weights in use."""
         from vllm import SamplingParams
 
@@ -225,7 +225,7 @@ class VllmEngine:
         )
         out = await self._ask(ids, params)
         pairs = zip(ids[1:], out.prompt_logprobs[1:], strict=True)
-        return [seen[token].logprob for token, seen in pairs]
+        return [[seen[token].logprob for token, seen in pairs]]
 
     async def _ask(self, ids: list[int], params):
         """vLLM's last word on one request."""

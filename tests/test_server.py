@@ -1,0 +1,319 @@
+"""Servers over HTTP: who is asked, what happens when one dies, comes back or refuses.
+
+    pytest tests/test_server.py
+
+The servers here are fakes on 127.0.0.1 that answer as `vllm serve` does; tests/test_vllm.py has the
+same with real ones. Their model says next what the ids and the seed make of it, so that who answers
+changes nothing.
+"""
+
+import asyncio
+import contextlib
+import json
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+import engine_server
+from chat import Chat
+from config import UserError
+from engine import Sampling
+from rollout import Settings, rollouts, wait
+from tools import Toolbox
+
+EXAMPLES = [
+    {"messages": [{"role": "user", "content": f"what is {n} and {n}?"}], "answer": "x", "id": n}
+    for n in range(8)
+]
+
+
+class Fake:
+    """A server. delay: seconds per answer; broken: what it answers to everything; deaf: answers
+    nothing. seen counts its requests by path, and adapters has the names that it was given."""
+
+    def __init__(self, tokenizer, port=0, processed=True, room=4096, delay=0.0):
+        self.tokenizer, self.processed, self.room, self.delay = tokenizer, processed, room, delay
+        self.seen, self.adapters, self.models = Counter(), [], []
+        self.broken, self.deaf, self.runtime = 0, threading.Event(), True
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                """Says nothing."""
+
+            def do_GET(self):
+                self.answer({})
+
+            def do_POST(self):
+                length = int(self.headers.get("content-length", 0))
+                self.answer(json.loads(self.rfile.read(length)))
+
+            def answer(self, body):
+                code, said = outer.said(self.path, body)
+                if outer.deaf.is_set():
+                    self.close_connection = True
+                    return
+                text = json.dumps(said).encode()
+                self.send_response(code)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.server.daemon_threads = True
+        self.port = self.server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def die(self):
+        """As a process that is killed: open connections break, new ones are refused."""
+        self.deaf.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    def said(self, path, body):
+        self.seen[path] += 1
+        if self.broken:
+            return self.broken, {"error": "broken"}
+        if path == "/v1/models":
+            cards = [{"id": "base", "parent": None, "max_model_len": self.room}]
+            return 200, {"data": cards + [{"id": a, "parent": "base"} for a in self.adapters]}
+        if path == "/tokenize":
+            ids = self.tokenizer.encode(body["prompt"], add_special_tokens=False)
+            return 200, {"tokens": ids}
+        if path.endswith("lora_adapter"):
+            if not self.runtime:
+                return 404, {"detail": "Not Found"}
+            if path.startswith("/v1/load"):
+                self.adapters.append(body["lora_name"])
+            else:
+                self.adapters.remove(body["lora_name"])
+            return 200, "Success"
+        if path == "/v1/completions":
+            return self.completion(body)
+        return 200, {}
+
+    def completion(self, body):
+        if body["model"] not in ("base", *self.adapters):
+            return 404, {"message": f"The model `{body['model']}` does not exist."}
+        self.models.append(body["model"])
+        time.sleep(self.delay)
+        choice = {"prompt_token_ids": body["prompt"], "stop_reason": None}
+        if body.get("prompt_logprobs") is not None:
+            scores = [{str(i): {"logprob": -float(i)}} for i in body["prompt"]]
+            choice["prompt_logprobs"] = [None, *scores[1:]]
+        heat = body["temperature"] if self.processed else 1.0
+        best = {"a": -0.1 / (heat or 1), "b": -1.1 / (heat or 1)}
+        first = hash((tuple(body["prompt"]), body.get("seed"))) % 200 + 10
+        new = [(first + i) % 200 + 10 for i in range(min(3, body["max_tokens"]))]
+        choice |= {"token_ids": new, "finish_reason": "length"}
+        choice["logprobs"] = {"token_logprobs": [-0.5] * len(new), "top_logprobs": [best]}
+        return 200, {"choices": [choice]}
+
+
+@pytest.fixture
+def fakes(tokenizer):
+    """Makes servers; they are gone at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def make(count=2, **how):
+            made = [Fake(tokenizer, **how) for _ in range(count)]
+            for one in made:
+                stack.callback(one.server.server_close)
+                stack.callback(one.server.shutdown)
+            return made
+
+        yield make
+
+
+@contextlib.contextmanager
+def engine_of(servers, tokenizer, timeout=2.0, max_tokens=512, name="nowhere"):
+    urls = tuple(server.url for server in servers)
+    engine = wait(engine_server.start(urls, name, tokenizer, timeout, max_tokens))
+    try:
+        yield engine
+    finally:
+        wait(engine.close())
+
+
+def play(engine, tokenizer, samples=8, on_done=None):
+    chat = Chat(tokenizer, "hermes", [])
+    settings = Settings(max_turns=1, max_new_tokens=4, seed=1)
+    played = rollouts(EXAMPLES, chat, engine, Toolbox([]), settings, 0, samples, on_done=on_done)
+    return wait(played)
+
+
+class Adapted:
+    """What a sync needs of a model with adapters: it writes nothing but its version."""
+
+    peft_config = {"default": None}
+
+    def save_pretrained(self, folder, **_):
+        folder.mkdir(parents=True)
+
+
+def test_turns_are_spread_and_a_group_stays_where_its_beginning_is_cached(fakes, tokenizer):
+    one, two = fakes(delay=0.01)
+    with engine_of((one, two), tokenizer) as engine:
+        played = play(engine, tokenizer)
+        assert len(engine.homes) == 8
+        assert one.seen["/v1/completions"] + two.seen["/v1/completions"] == 64
+        assert min(one.seen["/v1/completions"], two.seen["/v1/completions"]) >= 16
+    assert all(t.mask[-3:] == [1, 1, 1] and t.logprobs[-1] == -0.5 for t in played)
+
+
+def test_what_a_dying_server_had_is_sampled_again_by_the_other(fakes, tokenizer, capsys):
+    """64 trajectories, none lost, none twice, and each as if nothing had happened."""
+    with engine_of(fakes(), tokenizer) as engine:
+        undisturbed = play(engine, tokenizer)
+    one, two = fakes(delay=0.05)
+    done = []
+
+    def on_done(trajectory):
+        done.append((trajectory.group, trajectory.sample))
+        if len(done) == 10:
+            one.die()
+
+    with engine_of((one, two), tokenizer, timeout=20) as engine:
+        played = play(engine, tokenizer, on_done=on_done)
+        events = list(engine.events)
+    assert len(done) == len(set(done)) == len(played) == 64
+    assert [t.ids for t in played] == [t.ids for t in undisturbed]
+    assert [line for line in events if f"{one.url} was lost" in line]
+    assert f"{one.url} was lost" in capsys.readouterr().err
+
+
+def test_a_server_that_comes_back_is_given_the_adapter_before_it_is_asked(fakes, tokenizer):
+    one, two = fakes()
+    with engine_of((one, two), tokenizer) as engine:
+        wait(engine.sync(Adapted(), 1))
+        one.die()
+        wait(asyncio.sleep(1.5))
+        wait(engine.sync(Adapted(), 2))  # while it is away
+        back = Fake(tokenizer, port=one.port)
+        deadline = time.monotonic() + 10
+        while not any("is back" in line for line in engine.events):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        play(engine, tokenizer)
+        name = engine.name
+        assert back.adapters == [name] and set(back.models) <= {name} and back.models
+        assert two.adapters == [name]  # the one before it was dropped
+        back.die()
+
+
+def test_without_any_server_the_run_stops_in_time_with_one_sentence(fakes, tokenizer):
+    (one,) = fakes(1, delay=0.05)
+    with engine_of([one], tokenizer, timeout=1.0) as engine:
+        started = time.monotonic()
+        with pytest.raises(UserError, match="none of the servers .* has answered for 1 s.*resume"):
+            play(engine, tokenizer, on_done=lambda t: one.deaf.is_set() or one.die())
+        assert time.monotonic() - started < 10
+
+
+def test_one_that_never_answers_is_named_at_the_start(tokenizer):
+    started = time.monotonic()
+    with pytest.raises(UserError, match="none of the servers \\(http://127.0.0.1:9\\)"):
+        wait(engine_server.start(("http://127.0.0.1:9",), "x", tokenizer, 0.5))
+    assert time.monotonic() - started < 5
+    with pytest.raises(UserError, match="urls = 'localhost:1': expected http"):
+        wait(engine_server.start(("localhost:1",), "x", tokenizer, 0.5))
+
+
+def test_a_server_error_counts_as_lost_and_a_refusal_ends_the_run(fakes, tokenizer):
+    one, two = fakes()
+    with engine_of((one, two), tokenizer) as engine:
+        one.broken = 500
+        assert len(play(engine, tokenizer)) == 64
+        assert any("HTTP 500" in line for line in engine.events)
+        two.broken = 400
+        with pytest.raises(UserError, match="refuses .HTTP 400"):
+            play(engine, tokenizer)
+
+
+def test_a_server_that_hangs_is_lost_by_its_health(fakes, tokenizer, monkeypatch):
+    """Its turns do not wait for an answer that never comes."""
+    monkeypatch.setattr(engine_server, "PATIENCE", 0.5)
+    one, two = fakes()
+    with engine_of((one, two), tokenizer) as engine:
+        said = one.said
+        one.said = lambda path, body: (time.sleep(60), said(path, body))[1]
+        started = time.monotonic()
+        assert len(play(engine, tokenizer)) == 64 and time.monotonic() - started < 10
+
+
+def test_servers_that_would_train_wrongly_are_refused(fakes, tokenizer):
+    """Another tokenizer, too little room, adapters that it cannot take, logprobs that are of
+    another distribution than the one sampled from: each says what to do."""
+    (other,) = fakes(1)
+    other.tokenizer = _Reversed()
+    with pytest.raises(UserError, match="another tokenizer"):
+        wait(engine_server.start((other.url,), "x", tokenizer, 2.0))
+    (small,) = fakes(1, room=100)
+    with pytest.raises(UserError, match="max_model_len = 100.*--max-model-len=512"):
+        wait(engine_server.start((small.url,), "x", tokenizer, 2.0, 512))
+    (fixed,) = fakes(1)
+    fixed.runtime = False
+    with engine_of([fixed], tokenizer) as engine:
+        with pytest.raises(UserError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
+            wait(engine.sync(Adapted(), 1))
+    (raw,) = fakes(1, processed=False)
+    with engine_of([raw], tokenizer) as engine:
+        with pytest.raises(UserError, match="--logprobs-mode processed_logprobs"):
+            wait(engine.sync(Adapted(), 1))
+
+
+class _Reversed:
+    def encode(self, text, **_):
+        return [1, 2, 3]
+
+
+def test_full_weights_do_not_go_to_servers(fakes, tokenizer):
+    class Plain:
+        """No adapters."""
+
+    with engine_of(fakes(), tokenizer) as engine:
+        with pytest.raises(UserError, match="takes adapters only: use --tune=lora"):
+            wait(engine.sync(Plain(), 1))
+
+
+def test_each_server_is_scored_so_that_an_odd_one_is_seen(fakes, tokenizer):
+    one, two = fakes()
+    with engine_of((one, two), tokenizer) as engine:
+        assert wait(engine.score([5, 6, 7])) == [[-6.0, -7.0]] * 2
+        honest = two.completion
+        two.completion = lambda body: _louder(honest(body))
+        assert wait(engine.score([5, 6, 7])) == [[-6.0, -7.0], [-12.0, -14.0]]
+
+
+def _louder(answer):
+    code, said = answer
+    for seen in said["choices"][0].get("prompt_logprobs", [None])[1:]:
+        for value in seen.values():
+            value["logprob"] *= 2
+    return code, said
+
+
+def test_a_turn_keeps_its_adapter_while_the_next_one_is_loaded(fakes, tokenizer):
+    """Pitfall 32."""
+    (one,) = fakes(1, delay=0.3)
+    with engine_of([one], tokenizer) as engine:
+        wait(engine.sync(Adapted(), 1))
+        first = engine.name
+
+        async def both():
+            turn = asyncio.create_task(engine.generate([5, 6], [], Sampling(max_new_tokens=2)))
+            await asyncio.sleep(0.1)
+            await engine.sync(Adapted(), 2)
+            assert turn.done()  # before its adapter is dropped
+            await engine.generate([5, 6], [], Sampling(max_new_tokens=2))
+
+        wait(both())
+        assert first != engine.name and one.adapters == [engine.name]
+        assert one.models[-1] == engine.name and first in one.models
