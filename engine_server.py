@@ -198,6 +198,10 @@ class ServerEngine:
                 await self._admit(server)
             except _Lost:
                 return
+            except UserError as error:  # started anew, in another way: the others go on
+                if (line := f"{server.url} cannot be used: {error}") not in self.events:
+                    self._tell(line)
+                return
             self._tell(f"{server.url} is back")
 
     async def _admit(self, server: Server) -> None:
@@ -209,7 +213,9 @@ class ServerEngine:
             raise _Lost from None
         server.base = next(card["id"] for card in listed["data"] if not card.get("parent"))
         server.room = next((card.get("max_model_len") for card in listed["data"]), None)
-        if self.folder:
+        if self.name in (card["id"] for card in listed["data"]):
+            server.adapter = self.name  # it was away, and has not been started anew
+        elif self.folder:
             await self._load(server, self.name, self.folder)
         if self.trains and not server.proved:
             await self._prove(server)
