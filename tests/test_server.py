@@ -65,8 +65,10 @@ class Fake:
                 self.end_headers()
                 self.wfile.write(text)
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self.server.daemon_threads = True
+        class Server(ThreadingHTTPServer):
+            request_queue_size, daemon_threads = 128, True  # as many connect at once
+
+        self.server = Server(("127.0.0.1", port), Handler)
         self.port = self.server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -172,7 +174,7 @@ def test_what_a_dying_server_had_is_sampled_again_by_the_other(fakes, tokenizer,
     """64 trajectories, none lost, none twice, and each as if nothing had happened."""
     with engine_of(fakes(), tokenizer) as engine:
         undisturbed = play(engine, tokenizer)
-    one, two = fakes(delay=0.05)
+    (one,), (two,) = fakes(1, delay=0.5), fakes(1, delay=0.02)
     done = []
 
     def on_done(trajectory):
