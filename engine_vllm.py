@@ -119,6 +119,11 @@ async def start(
         "use_tqdm_on_load": False,
         **more,
     }
+    if not cuda:
+        # A prompt in chunks ends vLLM's process on a CPU, where noise has a seed for each request
+        # ("CPU Generator does not use offset", 0.32).
+        options["enable_chunked_prefill"] = False
+        options["max_num_batched_tokens"] = max(2048, more["max_model_len"])
     if kv_cache_gib or not cuda:
         options["kv_cache_memory_bytes"] = int((kv_cache_gib or 1) * 2**30)
     if rank := lora_r or (models.adapter_settings(name)["r"] if adapter else 0):

@@ -8,13 +8,17 @@ Models are random, with two layers.
 """
 
 import asyncio
+import contextlib
 import importlib.util
+import inspect
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -230,15 +234,6 @@ def test_ids_of_a_whole_trajectory_are_what_vllm_was_given_and_gave(lora, tokeni
             assert answer.prompt_token_ids == prompt["prompt_token_ids"]
             yield answer
 
-    def add(a: int, b: int) -> int:
-        """Adds.
-
-        Args:
-            a: one
-            b: another
-        """
-        return a + b
-
     monkeypatch.setattr(engine.llm, "generate", watched)
     chat = Chat(tokenizer, "hermes", Toolbox([add]).schemas)
     talks = {}
@@ -273,6 +268,19 @@ def test_groups_and_turns_have_noise_of_their_own_and_seeds_repeat_it(lora, toke
     texts = [[tuple(t.ids) for t in played] for played in play]
     assert texts[0] == texts[1] and texts[0][:8] == texts[2]
     assert len(set(texts[0][:4])) > 1
+
+
+def test_more_prompt_than_fits_one_step_of_vllm(lora):
+    """On a CPU, a prompt that is cut into chunks would end vLLM's process."""
+    engine, _ = lora
+    how = [Sampling(max_new_tokens=4, seed=seed) for seed in range(32)]
+    long = [[seed + 10, *PROMPTS[2], *PROMPTS[2]] for seed in range(32)]
+
+    async def all_at_once():
+        turns = (engine.generate(ids, [], s) for ids, s in zip(long, how, strict=True))
+        return await asyncio.gather(*turns)
+
+    assert all(len(out.ids) == 4 for out in wait(all_at_once()))
 
 
 # Sync: full weights and four bits
@@ -320,6 +328,193 @@ def test_versions_over_a_base_of_four_bits_are_the_trainers(folders, tokenizer):
         wait(canary.check(TransformersEngine(plain, tokenizer), model))
 
 
+# Servers
+
+
+def add(a: int, b: int):  # a chat endpoint would drop what a schema says it returns
+    """Adds.
+
+    Args:
+        a: one
+        b: another
+    """
+    time.sleep(0.05)
+    return a + b
+
+
+@pytest.fixture(scope="module")
+def caller(tokenizer, tmp_path_factory):
+    """A model that has learnt by heart to call `add`, and to say what it gave."""
+    import train_sft
+
+    folder = tmp_path_factory.mktemp("caller")
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 3}'}}
+    messages = [
+        {"role": "user", "content": "add 2 and 3"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "add", "content": "5"},
+        {"role": "assistant", "content": "The answer is \\boxed{5}."},
+    ]
+    (folder / "data.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    (folder / "add.py").write_text(f"import time\n\n\n{inspect.getsource(add)}")
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": "add 2 and 3", "answer": "5"}) + "\n" for _ in range(8))
+    )
+    untrained = models.tiny(tokenizer, hidden_size=64, layers=2)
+    models.save(untrained, tokenizer, folder / "begin")
+    argv = [f"--model={folder / 'begin'}", f"--out_dir={folder / 'model'}", "--epochs=60"]
+    argv += [f"--data={folder / 'data.jsonl'}", f"--tools={folder / 'add.py'}:add"]
+    argv += ["--batch_size=1", "--learning_rate=3e-3"]
+    train_sft.train(config.parse(train_sft.Config, argv, train_sft.check))
+    return folder
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def serve(folder, port):
+    options = "--enforce-eager --enable-lora --max-lora-rank 8 --max-loras 2 --dtype float32"
+    options += " --logprobs-mode processed_logprobs --generation-config vllm --max-num-seqs 64"
+    options += " --kv-cache-memory-bytes 268435456 --enable-auto-tool-choice"
+    options += " --no-enable-chunked-prefill --max-model-len 512"  # see engine_vllm.py
+    options += " --tool-call-parser hermes --served-model-name base --host 127.0.0.1"
+    # what `vllm serve` runs; that command itself asks for its version under a name that the package
+    # of the CPU build does not have
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
+    log = open(f"{folder}-{port}.log", "w")
+    return subprocess.Popen(
+        [*command, *options.split(), "--port", str(port)],
+        env={**os.environ, **environment},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def healthy(port, server, seconds=240):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and server.poll() is None:
+        with contextlib.suppress(OSError):
+            if urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200:
+                return True
+        time.sleep(0.5)
+    return False
+
+
+def kill(server):
+    """With all its processes, as when its machine is gone."""
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+@pytest.fixture(scope="module")
+def servers(caller):
+    """{port: process} of two servers of one model."""
+    ports = free_port(), free_port()
+    running = {port: serve(caller / "model", port) for port in ports}
+    for port, server in running.items():
+        assert healthy(port, server), open(f"{caller / 'model'}-{port}.log").read()[-3000:]
+    yield running
+    for server in running.values():
+        with contextlib.suppress(ProcessLookupError):
+            kill(server)
+
+
+def of_caller(caller, servers):
+    """What train_grpo.py and evaluate.py are told."""
+    urls = ",".join(f"http://127.0.0.1:{port}" for port in servers)
+    argv = [f"--model={caller / 'model'}", f"--data={caller / 'rows.jsonl'}"]
+    argv += [f"--tools={caller / 'add.py'}:add", "--engine=server", f"--urls={urls}"]
+    return [*argv, "--max_tokens=512", "--max_new_tokens=64", "--max_turns=3"]
+
+
+def test_servers_are_evaluated_with_native_calls_and_with_ours(caller, servers, tmp_path):
+    """The same model, behind token ids and behind a chat endpoint: it calls the tool and is right,
+    here and there."""
+    import evaluate
+
+    argv = of_caller(caller, servers)
+    evaluate.main([*argv, f"--save_to={tmp_path / 'ids'}"])
+    url = f"http://127.0.0.1:{next(iter(servers))}/v1"
+    argv = [a for a in argv if not a.startswith(("--model", "--engine", "--urls"))]
+    evaluate.main([*argv, "--model=base", f"--endpoint={url}", f"--save_to={tmp_path / 'chat'}"])
+    for kind in ("ids", "chat"):
+        numbers = json.loads((tmp_path / kind / "eval.json").read_text())
+        assert numbers["avg@1"] == 1.0 and numbers["tool_calls"] == 1 and numbers["turns"] == 2
+        assert numbers["new_tokens"] > 10
+    row = json.loads((tmp_path / "chat" / "rollouts.jsonl").read_text().splitlines()[0])
+    assert [m["role"] for m in row["messages"]] == ["user", "assistant", "tool", "assistant"]
+    assert row["calls"][0]["arguments"] == {"a": 2, "b": 3} and row["ids"] == []
+
+
+def test_one_of_two_servers_is_killed_and_all_trajectories_finish(caller, servers, capsys):
+    """64 trajectories with adapters of version 1 in both: none is lost, none counted twice, the
+    log says what happened, and each is what the trainer would have sampled."""
+    import engine_server
+
+    model, tokenizer = models.load(str(caller / "model"), "lora", lora_r=4, lora_alpha=8)
+    moved(model, 1, 0.02)
+    urls = tuple(f"http://127.0.0.1:{port}" for port in servers)
+    engine = wait(engine_server.start(urls, str(caller / "model"), tokenizer, 20.0, 512))
+    chat = Chat(tokenizer, "hermes", Toolbox([add]).schemas)
+    example = {"messages": [{"role": "user", "content": "add 2 and 3"}], "answer": "5", "id": 0}
+    port, done = next(iter(servers)), []
+
+    def on_done(trajectory):
+        done.append((trajectory.group, trajectory.sample))
+        if len(done) == 5:
+            kill(servers[port])
+
+    canary = Canary(chat.prompt(example["messages"]), "float32")
+    try:
+        wait(synced(engine, model, 1, canary))
+        how = Settings(temperature=1.0, max_tokens=512, max_new_tokens=64, max_turns=3)
+        box = Toolbox([add])
+        played = wait(rollouts([example] * 8, chat, engine, box, how, 1, 8, on_done=on_done))
+        assert any(f":{port} was lost" in line for line in engine.events)
+        assert f":{port} was lost" in capsys.readouterr().err
+    finally:
+        wait(engine.close())
+    assert len(played) == len(done) == len(set(done)) == 64
+    assert any(t.calls for t in played) and {t.version for t in played} == {1}
+    for t in played[:8]:
+        ids, ones = torch.tensor([t.ids]), torch.ones(1, len(t.ids), dtype=torch.long)
+        with torch.no_grad():
+            said, _ = models.token_logprobs(model, ids, ones, torch.tensor([t.mask]))
+        differs = (said[0] - torch.tensor(t.logprobs)).abs() * torch.tensor(t.mask)
+        assert differs.max() < 1e-4
+
+
+def test_without_servers_the_run_stops_and_goes_on_when_one_is_back(caller, servers, tmp_path):
+    """After the test above one of the two is gone; the run begins with the other, which is killed
+    too: one sentence, within the time limit, and the checkpoint is whole."""
+    argv = [*of_caller(caller, servers), "--server_timeout=5", "--tune=lora", "--lora_r=4"]
+    argv += ["--lora_alpha=8", "--steps=40", "--save_every=2", "--prompts_per_step=4"]
+    argv += ["--group_size=4", f"--out_dir={tmp_path / 'run'}", "--learning_rate=1e-3"]
+    command = [sys.executable, "train_grpo.py", *argv]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    run = subprocess.Popen(command, cwd=config.HERE, text=True, **pipes)
+    until(lambda: len(rows(tmp_path)) >= 3, run)
+    (port,) = [port for port, server in servers.items() if server.poll() is None]
+    kill(servers[port])
+    killed = time.monotonic()
+    out = run.communicate(timeout=60)[0]
+    assert run.returncode == 2 and time.monotonic() - killed < 20, out
+    assert "none of the servers" in out and "for 5 s" in out and "Traceback" not in out, out
+    done = len(rows(tmp_path))
+    servers[port] = serve(caller / "model", port)
+    assert healthy(port, servers[port])
+    command = [c.replace("--steps=40", f"--steps={done + 3}") for c in command]
+    again = subprocess.run([*command, "--resume=true"], cwd=config.HERE, text=True, **pipes)
+    assert again.returncode == 0, again.stdout
+    assert [row["step"] for row in rows(tmp_path)] == list(range(done + 3))
+    assert rows(tmp_path)[-1]["canary"] < 1e-4
+
+
 # Runs
 
 
@@ -350,6 +545,7 @@ def settings_of(folders, tmp_path, tune, steps):
         tune = {tune!r}
         engine = "vllm"
         kv_cache_gib = 0.25
+        enforce_eager = True
         data = "task:calc"
         steps = {steps}
         save_every = 1
@@ -443,7 +639,12 @@ def test_an_evaluation_loads_the_model_into_vllm_only(folders, tmp_path, monkeyp
     loaded = []
     monkeypatch.setattr(models, "load", lambda *a, **k: loaded.append(a))
     argv = [f"--model={folders['tied']}", "--data=task:calc", "--engine=vllm", "--limit=8"]
-    argv += ["--kv_cache_gib=0.25", "--max_tokens=448", "--max_new_tokens=8"]
+    argv += [
+        "--kv_cache_gib=0.25",
+        "--enforce_eager=true",
+        "--max_tokens=448",
+        "--max_new_tokens=8",
+    ]
     evaluate.main([*argv, f"--save_to={tmp_path / 'eval'}"])
     numbers = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert numbers["problems"] == 8 and loaded == [] and gone()
