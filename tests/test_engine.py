@@ -8,6 +8,7 @@ or a closed loop stops no other. Models are random and have two layers.
 """
 
 import asyncio
+import copy
 import random
 import threading
 import time
@@ -18,7 +19,15 @@ import torch
 
 import model as models
 from config import UserError
-from engine import Completion, Sampling, ScriptedEngine, TransformersEngine, _Request
+from engine import (
+    Canary,
+    Completion,
+    Sampling,
+    ScriptedEngine,
+    TransformersEngine,
+    _Request,
+    synced,
+)
 
 PROMPTS = [[7], [9, 30, 41, 7, 55, 60], [9, 30, 41], [88, 12, 12, 5, 200, 31, 3, 77, 120, 11, 6]]
 
@@ -584,3 +593,66 @@ def test_logits_that_are_nan_end_the_run_in_a_sentence(engine):
     rows = [_Request([1], Sampling(), None, random.Random(0))]
     with pytest.raises(UserError, match="logits are NaN"):
         engine._sample(torch.full((1, 8), float("nan")), rows)
+
+
+# Canary
+
+
+def drifted(model, size, seed=0):
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return other
+
+
+def test_the_canary_is_silent_while_both_have_the_same_weights(policy, tokenizer):
+    """Pitfall 28, for the engine that samples with the trainer's own model: updates of any size."""
+    engine, canary = TransformersEngine(policy, tokenizer), Canary(PROMPTS[3], "float32")
+    model = policy
+    for version, size in enumerate((0.0, 1e-6, 1e-4, 0.1)):
+        model = drifted(model, size, version)
+        seen = asyncio.run(synced(engine, model, version, canary))
+        assert seen["canary"] < 1e-5 and engine.version == version
+    assert asyncio.run(synced(engine, model, 9, None)) == {}  # canary = false
+    asyncio.run(engine.close())
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 0.3])
+def test_the_canary_sees_weights_that_stayed_behind(policy, tokenizer, size):
+    """Also an update so small that the difference is below the limit."""
+    engine, canary = TransformersEngine(policy, tokenizer), Canary(PROMPTS[3], "float32")
+    asyncio.run(synced(engine, policy, 0, canary))
+    with pytest.raises(UserError, match="sync 0: the engine"):
+        asyncio.run(canary.check(engine, drifted(policy, size)))
+    asyncio.run(engine.close())
+
+
+def test_the_canary_sees_nan_and_one_odd_copy_among_several(policy, tokenizer):
+    engine, canary = TransformersEngine(policy, tokenizer), Canary(PROMPTS[3], "float32")
+    (right,) = asyncio.run(engine.score(PROMPTS[3]))
+
+    class Copies(ScriptedEngine):
+        scores = [right, right]
+
+        async def score(self, ids):
+            return self.scores
+
+    copies = Copies([])
+    assert asyncio.run(canary.check(copies, policy)) < 1e-5
+    for wrong in ([x - 1 for x in right], [float("nan")] * len(right)):
+        copies.scores = [right, wrong, right]
+        with pytest.raises(UserError, match="differ"):
+            asyncio.run(canary.check(copies, policy))
+    asyncio.run(engine.close())
+
+
+def test_scores_are_the_trainers_logprobs(engine, policy):
+    ids = PROMPTS[3]
+    (scores,) = asyncio.run(engine.score(ids))
+    whole = torch.tensor([ids])
+    ones = torch.ones_like(whole)
+    with torch.no_grad():
+        ours = models.token_logprobs(policy, whole, ones, ones)[0][0, 1:]
+    assert torch.allclose(torch.tensor(scores), ours, atol=1e-5)

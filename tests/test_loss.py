@@ -18,7 +18,14 @@ import torch
 import model as models
 import train_grpo
 from config import UserError
-from loss import advantages, grpo_loss, importance, sequence_weights, turn_advantages
+from loss import (
+    advantages,
+    grpo_loss,
+    importance,
+    mismatch,
+    sequence_weights,
+    turn_advantages,
+)
 from rollout import Trajectory
 from train_grpo import Config, accumulate, credit, learn, padded, score
 
@@ -1049,3 +1056,16 @@ def test_out_of_memory_is_a_sentence_that_names_the_knobs():
     with pytest.raises(UserError, match="out of memory: lower token_budget, group_size"):
         with models.memory_advice("token_budget", "group_size"):
             raise torch.OutOfMemoryError("tried to allocate\n20 GiB")
+
+
+def test_mismatch_is_by_hand_and_nothing_for_nothing():
+    """Mean, 95th percentile and largest of |trainer - engine|; the KL is k3, never negative."""
+    gaps = torch.tensor([0.0] * 18 + [0.5, -1.0])
+    out = mismatch(gaps)
+    assert out["sampler_logprob_diff"] == pytest.approx(1.5 / 20)
+    assert out["sampler_logprob_diff_p95"] == 0.5 and out["sampler_logprob_diff_max"] == 1.0
+    expected = (math.exp(0.5) - 1.5 + math.exp(-1)) / 20
+    assert out["mismatch_kl"] == pytest.approx(expected)
+    assert mismatch(torch.zeros(0)) == {}
+    assert mismatch(torch.tensor([1000.0]))["mismatch_kl"] > 0  # and not infinite
+    assert math.isfinite(mismatch(torch.tensor([1000.0]))["mismatch_kl"])

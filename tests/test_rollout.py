@@ -870,3 +870,109 @@ def test_stats_of_a_set_made_by_hand():
         "stop_length": 0.25,
         "stop_timeout": 0.25,
     }
+
+
+# Many at once
+
+
+class Slow(ScriptedEngine):
+    """Counts how many trajectories it has at once, and lets a short turn of the loop pass."""
+
+    now = most = 0
+
+    async def generate(self, ids, images, sampling):
+        self.now += 1
+        self.most = max(self.most, self.now)
+        await asyncio.sleep(0.01)
+        self.now -= 1
+        return await super().generate(ids, images, sampling)
+
+
+def many(tokenizer, engine, examples, on_done=None, tool=None, **more):
+    settings = Settings(**{k: v for k, v in more.items() if k in Settings.__dataclass_fields__})
+    rest = {k: v for k, v in more.items() if k not in Settings.__dataclass_fields__}
+    box = Toolbox([tool] if tool else [])
+    chat = Chat(tokenizer, "hermes", box.schemas)
+    return asyncio.run(rollouts(examples, chat, engine, box, settings, on_done=on_done, **rest))
+
+
+def numbered(count):
+    return [EXAMPLE | {"id": n} for n in range(count)]
+
+
+def test_at_most_max_concurrent_trajectories_are_played_at_once(tokenizer):
+    """Pitfall 38, for engines; all are played, in order."""
+    engine = Slow(lambda ids, sampling: encode(tokenizer, ANSWER), tokenizer)
+    played = many(tokenizer, engine, numbered(10), max_concurrent=3, samples=2)
+    assert engine.most == 3
+    assert [(t.group, t.sample) for t in played] == [(g, s) for g in range(10) for s in range(2)]
+
+
+def test_rewards_are_given_while_others_are_still_sampled(tokenizer):
+    """In threads, and they hold no place of those who play."""
+    spans, lock = [], threading.Lock()
+
+    def slow(trajectory, example):
+        begin = time.monotonic()
+        time.sleep(0.2)
+        with lock:
+            spans.append((begin, time.monotonic()))
+        return 1.0
+
+    engine = Slow(lambda ids, sampling: encode(tokenizer, ANSWER), tokenizer)
+    started = time.monotonic()
+    played = many(tokenizer, engine, numbered(4), max_concurrent=1, rewards={"slow": (slow, 1.0)})
+    assert all(t.reward == 1.0 for t in played)
+    assert time.monotonic() - started < 0.7  # one after another they would take 0.8
+    assert sorted(spans)[1][0] < sorted(spans)[0][1]
+
+
+def test_the_first_groups_that_are_complete_are_taken_and_the_rest_is_stopped(tokenizer):
+    """oversample: whole groups only, and the sessions of those who were dropped are closed."""
+
+    async def script(ids, sampling):
+        slow = "slow" in tokenizer.decode(ids)
+        await asyncio.sleep(0.5 if slow else 0.01)
+        return encode(tokenizer, ANSWER)
+
+    rows = numbered(5)
+    for n in (1, 3):
+        rows[n] = {"messages": [{"role": "user", "content": "slow"}], "answer": "5", "id": n}
+    engine = Slow(script, tokenizer)
+    started = time.monotonic()
+    played = many(tokenizer, engine, rows, samples=2, need=3, first_group=10)
+    assert [(t.group, t.sample) for t in played] == [(g, s) for g in (10, 12, 14) for s in (0, 1)]
+    assert time.monotonic() - started < 0.4
+
+
+def test_slow_tools_cost_the_slowest_trajectory_and_not_the_sum(tokenizer):
+    """Pitfall 38: 40 trajectories, each a call of 0.2 s."""
+
+    async def nap() -> str:
+        """Sleeps."""
+        await asyncio.sleep(0.2)
+        return "up"
+
+    def script(ids, sampling):
+        text = ANSWER if "up" in tokenizer.decode(ids[-20:]) else call("nap", "{}") + STOP
+        return encode(tokenizer, text)
+
+    engine = ScriptedEngine(script, tokenizer)
+    settings = Settings()
+    box = Toolbox([nap], 64, 5.0)
+    chat = Chat(tokenizer, "hermes", box.schemas)
+    started = time.monotonic()
+    played = asyncio.run(rollouts(numbered(40), chat, engine, box, settings))
+    assert all(len(t.calls) == 1 for t in played) and time.monotonic() - started < 1.5
+
+
+def test_two_versions_of_the_weights_in_one_trajectory_are_an_error(tokenizer):
+    """Pitfall 32: nobody may sync while a trajectory is played."""
+
+    def script(ids, sampling):
+        engine.version += 1
+        return encode(tokenizer, ANSWER)
+
+    engine = ScriptedEngine(script, tokenizer)
+    with pytest.raises(AssertionError, match="weights changed inside"):
+        many(tokenizer, engine, numbered(1))

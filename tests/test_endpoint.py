@@ -1,0 +1,185 @@
+"""Evaluation behind an OpenAI-compatible chat endpoint: native calls, limits, retries, refusals.
+
+    pytest tests/test_endpoint.py
+
+The endpoint here is a fake on 127.0.0.1; tests/test_vllm.py asks a real one.
+"""
+
+import json
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+import endpoint
+import evaluate
+import rewards
+from config import UserError
+from endpoint import Endpoint, turn
+from rollout import Settings, rollouts, wait
+from tools import Toolbox
+
+
+def add(a: int, b: int) -> int:
+    """Adds.
+
+    Args:
+        a: one
+        b: another
+    """
+    return a + b
+
+
+def say(text="", *calls, finish="stop", tokens=7, total=50):
+    """A whole answer. calls: (name, arguments as JSON)."""
+    message = {"role": "assistant", "content": text or None}
+    if calls:
+        message["tool_calls"] = [
+            {"id": f"call-{i}", "type": "function", "function": {"name": n, "arguments": a}}
+            for i, (n, a) in enumerate(calls)
+        ]
+    usage = {"completion_tokens": tokens, "total_tokens": total}
+    return 200, {"choices": [{"message": message, "finish_reason": finish}], "usage": usage}
+
+
+@pytest.fixture
+def api():
+    """script(list of (code, body) or a function of the request); then .requests and .url."""
+
+    class Api:
+        requests, script, headers, codes = [], [], [], Counter()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_):
+            """Says nothing."""
+
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            made.requests.append(asked)
+            made.headers.append(dict(self.headers))
+            said = made.script(asked) if callable(made.script) else made.script.pop(0)
+            text = json.dumps(said[1]).encode()
+            self.send_response(said[0])
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+    made = Api()
+    made.requests, made.headers = [], []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    made.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    yield made
+    server.shutdown()
+    server.server_close()
+
+
+EXAMPLE = {"messages": [{"role": "user", "content": "2 and 3?"}], "answer": "5", "id": 0}
+
+
+def episode(api, script, samples=1, pause=0.01, key="", **settings):
+    """The trajectories of one example."""
+    api.script = script
+    box = Toolbox([add])
+    asked = Endpoint(api.url, "gpt", box.schemas, key, pause)
+    try:
+        how = Settings(**settings)
+        selected = rewards.select(("correct",))
+        played = rollouts([EXAMPLE], asked, asked, box, how, 0, samples, selected, turn=turn)
+        return wait(played)
+    finally:
+        wait(asked.close())
+
+
+def test_native_calls_are_run_and_their_results_go_back_under_their_ids(api):
+    calls = ("add", '{"a": 2, "b": 3}'), ("add", '{"a": 1, "b": 1}')
+    (t,) = episode(api, [say("", *calls), say("The answer is \\boxed{5}.")])
+    assert t.stop == "answered" and t.reward == 1.0 and t.new_tokens == 14 and t.ids == []
+    assert [c.result for c in t.calls] == ["5", "2"] and [c.turn for c in t.calls] == [0, 0]
+    told = api.requests[1]["messages"][2:]
+    assert [(m["tool_call_id"], m["content"]) for m in told] == [("call-0", "5"), ("call-1", "2")]
+    assert api.requests[0]["tools"][0]["function"]["name"] == "add"
+    assert api.requests[0]["seed"] != api.requests[1]["seed"]
+
+
+def test_calls_that_are_wrong_are_told_so_and_counted(api):
+    """Pitfall 9: not JSON, no object, no such tool, wrong arguments."""
+    wrong = ("add", "{a: 2"), ("add", "[1]"), ("sub", "{}"), ("add", '{"a": 2}')
+    (t,) = episode(api, [say("", *wrong), say("never mind")])
+    errors = [c.error for c in t.calls]
+    assert errors == ["bad_json", "bad_json", "unknown_tool", "bad_arguments"]
+    assert t.stop == "answered" and all(c.result for c in t.calls)
+
+
+@pytest.mark.parametrize(
+    "script, settings, stop",
+    [
+        ([say("", ("add", '{"a": 1, "b": 1}'), finish="length")], {}, "length"),
+        ([say("", ("add", '{"a": 1, "b": 1}'))] * 3, {"max_turns": 2}, "max_turns"),
+        ([say("", ("add", '{"a": 1, "b": 1}'))] * 3, {"max_tool_calls": 1}, "max_tool_calls"),
+        ([say("", ("add", '{"a": 1, "b": 1}'), total=900)], {"max_tokens": 800}, "length"),
+        ([(400, {"message": "maximum context length is 100"})], {}, "length"),
+    ],
+)
+def test_limits_are_those_of_a_rollout(api, script, settings, stop):
+    (t,) = episode(api, list(script), **settings)
+    assert t.stop == stop
+
+
+def test_the_last_turn_has_no_tools(api):
+    script = [say("", ("add", '{"a": 2, "b": 3}')), say("\\boxed{5}")]
+    (t,) = episode(api, script, max_turns=1, final_turn=True)
+    assert t.stop == "answered" and t.reward == 1.0
+    assert "tools" in api.requests[0] and "tools" not in api.requests[1]
+
+
+def test_a_busy_endpoint_is_asked_again_and_what_it_never_says_ends_the_evaluation(api):
+    """Not a trajectory that is counted as wrong: the number would say less of the model."""
+    (t,) = episode(api, [(429, {}), (503, {}), say("\\boxed{5}")])
+    assert t.reward == 1.0 and len(api.requests) == 3
+    with pytest.raises(UserError, match="not answered in 6 attempts: HTTP 500"):
+        episode(api, lambda asked: (500, {"error": "down"}))
+
+
+def test_refusals_say_what_to_do(api):
+    with pytest.raises(UserError, match="wants a key .HTTP 401.*--key_env"):
+        episode(api, [(401, {"error": "no key"})])
+    with pytest.raises(UserError, match="refuses: HTTP 404.*no such model"):
+        episode(api, [(404, {"error": "no such model"})])
+    with pytest.raises(UserError, match="endpoint = 'api.x.y': expected http"):
+        Endpoint("api.x.y", "gpt", [])
+
+
+def test_newer_endpoints_want_another_name_for_the_limit(api):
+    refusal = (400, {"message": "use 'max_completion_tokens' instead of max_tokens"})
+    (t,) = episode(api, [refusal, say("\\boxed{5}")], max_new_tokens=99)
+    assert t.reward == 1.0 and "max_tokens" not in api.requests[1]
+    assert api.requests[1]["max_completion_tokens"] == 99
+
+
+def test_the_key_comes_from_the_environment(api, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "secret")
+    episode(api, [say("x")], key=endpoint.key_of("MY_KEY"))
+    assert api.headers[0]["Authorization"] == "Bearer secret"
+    assert endpoint.key_of("") == endpoint.key_of("NOT_THERE") == ""
+
+
+def test_evaluate_writes_the_same_files_for_an_endpoint(api, tmp_path):
+    """From the command line; the model's name is the endpoint's, no folder and no hub id."""
+    api.script = lambda asked: say(f"\\boxed{{{eval(asked['messages'][-1]['content'][:5])}}}")
+    rows = [{"prompt": f"{n} + 4?", "answer": str(n + 4 + (n == 3))} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = [f"--endpoint={api.url}", "--model=gpt", f"--data={tmp_path / 'rows.jsonl'}"]
+    evaluate.main([*argv, f"--save_to={tmp_path / 'out'}"])
+    numbers = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert numbers["avg@1"] == 0.75 and numbers["new_tokens"] == 7 and numbers["model"] == "gpt"
+    assert len((tmp_path / "out" / "rollouts.jsonl").read_text().splitlines()) == 4
+    with pytest.raises(UserError, match="model is missing"):
+        evaluate.main([f"--endpoint={api.url}", f"--data={tmp_path / 'rows.jsonl'}"])
+    with pytest.raises(UserError, match="key_env has no effect without --endpoint"):
+        evaluate.main(["--key_env=X"])
