@@ -106,33 +106,10 @@ async def start(
     cuda, adapter = torch.cuda.is_available(), models.is_adapter(name)
     kind = torch.float32 if dtype == "float32" else torch.bfloat16  # mixed: its products
     sleeps, by_ipc = sleeps and cuda, full and cuda and tensor_parallel_size == 1
-    options = {
-        "tokenizer": models.find(name),
-        "dtype": str(kind).removeprefix("torch."),
-        "tensor_parallel_size": tensor_parallel_size,
-        "enable_prefix_caching": True,
-        "enable_sleep_mode": sleeps,
-        "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
-        "generation_config": "vllm",  # the model's own would add stop tokens and a top_p
-        "worker_extension_cls": "engine_vllm.Worker",
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-        **more,
-    }
-    if not cuda:
-        # A prompt in chunks ends vLLM's process on a CPU, where noise has a seed for each request
-        # ("CPU Generator does not use offset", 0.32).
-        options["enable_chunked_prefill"] = False
-        options["max_num_batched_tokens"] = max(2048, more["max_model_len"])
-    if kv_cache_gib or not cuda:
-        options["kv_cache_memory_bytes"] = int((kv_cache_gib or 1) * 2**30)
-    if rank := lora_r or (models.adapter_settings(name)["r"] if adapter else 0):
-        if rank > RANKS[-1]:
-            raise UserError(f"lora_r = {rank}: vLLM takes at most {RANKS[-1]}")
-        room = next(size for size in RANKS if size >= rank)
-        # two: requests that are still being sampled keep the adapter that they began with
-        options |= {"enable_lora": True, "max_lora_rank": room}
-        options |= {"max_loras": 2, "max_cpu_loras": 2}
+    options = {"tokenizer": models.find(name), "dtype": str(kind).removeprefix("torch.")}
+    options |= {"tensor_parallel_size": tensor_parallel_size, "enable_sleep_mode": sleeps, **more}
+    options |= _always(cuda, kv_cache_gib, more["max_model_len"])
+    options |= _room(lora_r or (models.adapter_settings(name)["r"] if adapter else 0))
     if by_ipc:  # its handles are pickled, between processes of one user on one machine
         os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
         options["weight_transfer_config"] = vllm.config.WeightTransferConfig(backend="ipc")
@@ -148,6 +125,37 @@ async def start(
         await engine.close()
         raise
     return engine
+
+
+def _always(cuda: bool, kv_cache_gib: float, max_model_len: int) -> dict:
+    """Options that do not depend on the model."""
+    options = {
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
+        "generation_config": "vllm",  # the model's own would add stop tokens and a top_p
+        "worker_extension_cls": "engine_vllm.Worker",
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if not cuda:
+        # A prompt in chunks ends vLLM's process on a CPU, where noise has a seed for each request
+        # ("CPU Generator does not use offset", 0.32).
+        options["enable_chunked_prefill"] = False
+        options["max_num_batched_tokens"] = max(2048, max_model_len)
+    if kv_cache_gib or not cuda:
+        options["kv_cache_memory_bytes"] = int((kv_cache_gib or 1) * 2**30)
+    return options
+
+
+def _room(rank: int) -> dict:
+    """Options for adapters of this rank; none for 0."""
+    if rank > RANKS[-1]:
+        raise UserError(f"lora_r = {rank}: vLLM takes at most {RANKS[-1]}")
+    if not rank:
+        return {}
+    room = next(size for size in RANKS if size >= rank)
+    # two: requests that are still being sampled keep the adapter that they began with
+    return {"enable_lora": True, "max_lora_rank": room, "max_loras": 2, "max_cpu_loras": 2}
 
 
 def _started(options: dict):
