@@ -13,6 +13,7 @@ Shapes: B rows in the batch, T tokens, V vocabulary.
 
 import asyncio
 import concurrent.futures
+import importlib.util
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -393,6 +394,21 @@ async def synced(engine: Engine, model, version: int, canary: Canary | None) -> 
     await engine.sync(model, version)
     await engine.wake()
     return {"canary": await canary.check(engine, model)} if canary else {}
+
+
+def check(name: str, urls: tuple[str, ...], tune: str) -> None:
+    """UserError if an engine cannot be started, as far as that is known in no time. tune: what will
+    be synced, "none" for nothing."""
+    if name == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "engine = 'vllm' needs vLLM: pip install -e \".[vllm]\" on a machine with a GPU; "
+            "`make test-vllm` installs the build for CPUs"
+        )
+    if name == "server" and tune == "full":
+        raise UserError("engine = 'server' takes adapters only: use --tune=lora or qlora")
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"urls = {url!r}: expected http://host:port")
 
 
 async def start(cfg, model, tokenizer) -> Engine:

@@ -301,9 +301,6 @@ async def start(
 ) -> ServerEngine:
     """An engine over the servers at `urls`, which serve the model `name`, or the base of that
     adapter. UserError if none of them answers, or one has another tokenizer or less room."""
-    for url in urls:
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"urls = {url!r}: expected http://host:port")
     engine = ServerEngine(urls, timeout)
     try:
         if models.is_adapter(name):

@@ -35,20 +35,15 @@ RANKS = 8, 16, 32, 64, 128, 256, 320, 512  # of adapters, that vLLM has room for
 
 
 def _package():
-    """vllm's modules that are needed here; UserError where it is not installed."""
+    """vllm, imported as it has to be."""
     # Read when vllm is imported, and by its processes. No statistics are sent to anybody.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # forked, its process would inherit the threads and the memory of this one
     os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
-    try:
-        import vllm
-        import vllm.v1.engine.exceptions
-    except ImportError as error:
-        raise UserError(
-            f'engine = "vllm" needs vLLM ({error}): pip install -e ".[vllm]" on a machine with a '
-            "GPU; `make test-vllm` installs the build for CPUs"
-        ) from None
+    import vllm
+    import vllm.v1.engine.exceptions
+
     return vllm
 
 
@@ -162,6 +157,9 @@ def _started(options: dict):
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    # Ctrl-C goes to all processes of a terminal. Those that are begun here inherit that they do not
+    # hear it: vLLM would end, while the trainer still wants to finish its step.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
     except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
@@ -170,6 +168,8 @@ def _started(options: dict):
             f"vLLM did not start on {options['model']!r}: {why} (its own lines are above; set "
             "VLLM_LOGGING_LEVEL=INFO for more)"
         ) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class VllmEngine:

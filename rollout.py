@@ -26,11 +26,12 @@ if __name__ == "__main__":
     config.answer_help(__file__, "train_grpo.py")  # a rollout is configured as its training run is
 
 import data
+import engine as engines
 import model as models
 import rewards as reward_functions
 from chat import Chat
 from config import UserError
-from engine import Engine, Sampling, start
+from engine import Engine, Sampling
 from tools import Toolbox, ToolCall
 
 # The keys of train_grpo's Config that shape a rollout: those that --key=value may set here.
@@ -452,6 +453,7 @@ def task(cfg, limit: int | None = None):
 def setup(cfg, tune: str, limit: int | None = None):
     """(model, tokenizer, chat, toolbox, rewards, examples); what is cheap to check comes first. The
     model is None if only an engine elsewhere has to have it."""
+    engines.check(cfg.engine, cfg.urls, tune)
     models.find(cfg.model)
     toolbox, selected, rows = task(cfg, limit)
     tokenizer = models.load_tokenizer(cfg.model)
@@ -470,7 +472,7 @@ def setup(cfg, tune: str, limit: int | None = None):
 @contextlib.contextmanager
 def running(cfg, model, tokenizer):
     """The engine that the config names, closed at the end, however that comes."""
-    engine = wait(start(cfg, model, tokenizer))
+    engine = wait(engines.start(cfg, model, tokenizer))
     try:
         yield engine
     finally:

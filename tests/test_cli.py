@@ -8,6 +8,7 @@ real processes, side by side; the others run the same `__main__` lines here.
 """
 
 import ast
+import importlib.util
 import json
 import os
 import runpy
@@ -201,6 +202,14 @@ OWN = {
         ("--data=task:calc --split=tset", "split = 'tset': task:calc has train and test"),
     ],
 }
+ENGINES = [
+    ("train_grpo.py", "--engine=server", "urls is missing: engine = 'server' needs --urls="),
+    ("rollout.py", "--engine=server --urls=localhost:80", "urls = 'localhost:80': expected http"),
+    ("train_grpo.py", "--engine=server --urls=http://x", "engine = 'server' takes adapters only"),
+    ("train_grpo.py", "--oversample=2", "it needs deterministic=false"),
+    ("rollout.py", "--engine=vllm --temperature=0.001", "vLLM has 0, or 0.01 and more"),
+    ("train_grpo.py", "--engine=vllm --gpu_memory_utilization=90", "at most 1"),
+]
 WITHOUT_EFFECT = [
     ("train_grpo.py", "--lora_r=8", "lora_r has no effect with tune=full"),
     ("train_grpo.py", "--lora_targets=q_proj", "lora_targets has no effect with tune=full"),
@@ -212,6 +221,13 @@ WITHOUT_EFFECT = [
     ),
     ("train_grpo.py", "--is_cap=3", "is_cap has no effect with is_correction=none"),
     ("train_grpo.py", "--is_level=sequence", "is_level has no effect with is_correction=none"),
+    ("train_grpo.py", "--sleep=false", "sleep has no effect with engine=transformers: use --engin"),
+    ("rollout.py", "--kv_cache_gib=2", "kv_cache_gib has no effect with engine=transformers"),
+    ("evaluate.py", "--urls=http://x", "urls has no effect with engine=transformers"),
+    ("train_grpo.py", "--engine=vllm --deterministic=false", "deterministic has no effect with en"),
+    ("train_grpo.py", "--engine=vllm --kv_cache_gib=2 --gpu_memory_utilization=0.8",
+     "gpu_memory_utilization has no effect with kv_cache_gib"),
+    ("evaluate.py", "--key_env=X", "key_env has no effect without --endpoint"),
     ("train_grpo.py", "--overlong_penalty=2", "overlong_penalty has no effect with overlong=keep"),
     ("train_grpo.py", "--dynamic_attempts=2", "dynamic_attempts has no effect without dynamic_s"),
     ("train_grpo.py", "--tune=qlora --dtype=mixed", "dtype = 'mixed' with tune=qlora"),
@@ -243,6 +259,19 @@ def test_a_mistake_is_one_line_on_stderr_that_names_it(
 ):
     said = complaint(place, monkeypatch, capsys, script, *argv.split(" "))
     assert says in said
+
+
+@pytest.mark.parametrize("script, argv, says", ENGINES, ids=lambda value: value[:40])
+def test_a_mistake_with_engines_is_one_line_too(place, monkeypatch, capsys, script, argv, says):
+    assert says in complaint(place, monkeypatch, capsys, script, *argv.split(" "))
+
+
+def test_an_engine_that_is_not_installed_is_named_before_anything_is_loaded(
+    place, monkeypatch, capsys
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
+    said = complaint(place, monkeypatch, capsys, "train_grpo.py", "--engine=vllm")
+    assert "engine = 'vllm' needs vLLM" in said and 'pip install -e ".[vllm]"' in said
 
 
 @pytest.mark.parametrize("script, argv, says", WITHOUT_EFFECT, ids=lambda value: value[:40])
