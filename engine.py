@@ -16,6 +16,7 @@ import concurrent.futures
 import importlib.util
 import math
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -390,10 +391,12 @@ class Canary:
 
 
 async def synced(engine: Engine, model, version: int, canary: Canary | None) -> dict[str, float]:
-    """Syncs, wakes the engine and asks the canary; returns its metric."""
+    """Syncs, wakes the engine and asks the canary; returns their metrics."""
+    started = time.monotonic()
     await engine.sync(model, version)
     await engine.wake()
-    return {"canary": await canary.check(engine, model)} if canary else {}
+    seen = {"canary": await canary.check(engine, model)} if canary else {}
+    return seen | {"sync_seconds": time.monotonic() - started}
 
 
 def check(name: str, urls: tuple[str, ...], tune: str) -> None:

@@ -435,6 +435,17 @@ def count(model) -> tuple[int, int]:
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
 
+def gpu_gib(phase: str) -> dict[str, float]:
+    """{"gpu_gib_<phase>": what was taken of the GPU}: by all processes now, and by this one at its
+    peak since the last call. {} without a GPU."""
+    if not torch.cuda.is_available():
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    more = torch.cuda.max_memory_reserved() - torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    return {f"gpu_gib_{phase}": (total - free + more) / 2**30}
+
+
 def pad(sequences: list[list], value=0, dtype=torch.long, device="cpu") -> torch.Tensor:
     """(B, T), padded on the right."""
     width = max(map(len, sequences), default=0)

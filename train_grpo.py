@@ -364,29 +364,30 @@ def train(cfg: Config) -> dict:
     knobs = "token_budget", "max_tokens", "group_size"
     log = report.Log(run.out_dir, cfg.steps, columns, first, cfg.logger, asdict(cfg))
     canary = Canary(chat.prompt(rows[0]["messages"]), cfg.dtype) if cfg.canary else None
-    with log, models.memory_advice(*knobs), running(cfg, model, tokenizer) as engine, run:
+    with log, models.memory_advice(*knobs), run, running(cfg, model, tokenizer) as engine:
         log.print(f"{len(rows)} prompts, {cfg.steps} steps, {trained:,} of {total:,} trained")
         if cfg.resume:
             log.print(f"going on with step {first}")
         for step in range(first, cfg.steps):
-            started, metrics_before = time.monotonic(), metrics
+            started, before, last = time.monotonic(), cursor, metrics
             rate = cfg.learning_rate * models.schedule(step, cfg.steps, cfg.schedule, cfg.warmup)
             kept, metrics = (model, tokenizer, optimizers, log), {"step": step}
-            with run.rescue(step, *kept, cursor=cursor, metrics=metrics_before):
+            with run.rescue(step, *kept, cursor=cursor, metrics=last):
                 metrics |= wait(synced(engine, model, step, canary))
-                sync_seconds, before = time.monotonic() - started, cursor
                 trajectories, played, cursor = batch_of_groups(
                     rows, cursor, cfg, chat, engine, toolbox, selected, step, log
                 )
+                metrics |= models.gpu_gib("rollout")
                 wait(engine.sleep())
-            rollout_seconds = time.monotonic() - started - sync_seconds
+            rollout_seconds = time.monotonic() - started - metrics["sync_seconds"]
             metrics |= stats(played, next(iter(selected)))
             if cfg.oversample:  # who was taken: the first to be complete, and so the shorter
                 metrics["groups_dropped"] = cursor - before - len(played) // cfg.group_size
                 metrics["groups_kept"] = sorted({t.group for t in played})
             metrics |= learn(model, optimizers, trajectories, rate, cfg, step, reference)
+            metrics |= models.gpu_gib("learn")
             metrics |= {"learning_rate": rate, "rollout_seconds": rollout_seconds}
-            metrics |= {"sync_seconds": sync_seconds, "seconds": time.monotonic() - started}
+            metrics["seconds"] = time.monotonic() - started
             log.step(metrics)
             log.rollouts(trajectories[: cfg.rollouts_per_step], tokenizer, step=step)
             run.after(step + 1, cfg.steps, *kept, cursor=cursor, metrics=metrics)

@@ -615,7 +615,7 @@ def test_the_canary_is_silent_while_both_have_the_same_weights(policy, tokenizer
         model = drifted(model, size, version)
         seen = asyncio.run(synced(engine, model, version, canary))
         assert seen["canary"] < 1e-5 and engine.version == version
-    assert asyncio.run(synced(engine, model, 9, None)) == {}  # canary = false
+    assert list(asyncio.run(synced(engine, model, 9, None))) == ["sync_seconds"]  # canary = false
     asyncio.run(engine.close())
 
 

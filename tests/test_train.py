@@ -505,3 +505,16 @@ def test_a_summary_of_a_set_made_by_hand(monkeypatch):
     assert out["pass@3"] == pytest.approx(len(counts) / 3)
     assert out["maj@3"] == pytest.approx(1 / 3) and "maj@1" not in out
     assert out["maj@2"] == 0.0  # of the first two: 7 before 8, 7, and none
+
+
+def test_memory_of_the_gpu_is_logged_for_each_phase(monkeypatch):
+    """Pitfall 33: what all processes have, and this one's peak on top; nothing without a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert models.gpu_gib("rollout") == {}
+    gib, resets = 2**30, []
+    fakes = {"is_available": True, "mem_get_info": (6 * gib, 16 * gib)}
+    fakes |= {"max_memory_reserved": 5 * gib, "memory_reserved": 2 * gib}
+    for name, value in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append(1))
+    assert models.gpu_gib("learn") == {"gpu_gib_learn": 13.0} and resets == [1]
