@@ -43,6 +43,7 @@ class Server:
     def __init__(self, url: str):
         self.url, self.alive, self.busy = url.rstrip("/"), False, 0
         self.base, self.adapter = "", ""  # names: of the model it serves, of the adapter it has
+        self.room = None  # its max_model_len
         self.proved = False  # that its logprobs are those at the temperature of the sampling
         self.gone = asyncio.Event()  # whoever waits for an answer asks another
 
@@ -53,7 +54,8 @@ class ServerEngine:
     def __init__(self, urls: tuple[str, ...], timeout: float):
         self.servers, self.timeout = [Server(url) for url in urls], timeout
         self.version, self.name, self.folder = 0, "", ""  # of the adapter in use, "": none
-        self.trains = False
+        self.trains, self.ready = False, asyncio.Event()  # clear while adapters are exchanged
+        self.ready.set()
         self.homes: dict[int, Server] = {}  # by session: who has its beginning cached
         self.flying, self.events, self.watcher = Counter(), [], None
         self.memory = Path(tempfile.mkdtemp(prefix="nanotool-"))
@@ -102,6 +104,7 @@ class ServerEngine:
 
     async def _ask(self, ids: list[int], asked: dict, session: int) -> dict:
         """The one choice of a completion; if a server dies meanwhile, another one's."""
+        await self.ready.wait()
         version = self.version
         self.flying[version] += 1
         try:
@@ -160,7 +163,8 @@ class ServerEngine:
             self._lose(server, f"{type(error).__name__} {error}".strip())
             raise _Lost from None
         finally:
-            post.cancel(), gone.cancel()
+            for task in (post, gone):
+                task.cancel()
         if answer.status_code >= 500:
             self._lose(server, f"HTTP {answer.status_code}: {answer.text[:200]}")
             raise _Lost
@@ -249,12 +253,17 @@ class ServerEngine:
         server.proved = True
 
     async def sync(self, model, version: int) -> None:
-        """From now on, sample from this adapter; turns that are being sampled keep theirs."""
+        """From now on, sample from this adapter. Turns that are being sampled keep theirs, others
+        wait until all servers have it."""
         if not models.adapters_of(model):
             raise UserError("engine = 'server' takes adapters only: use --tune=lora or qlora")
         folder = self.memory / f"version-{version}"
         model.save_pretrained(folder, selected_adapters=["default"])
-        await self._adopt(str(folder), version)
+        self.ready.clear()
+        try:
+            await self._adopt(str(folder), version)
+        finally:
+            self.ready.set()
 
     async def _adopt(self, folder: str, version: int) -> None:
         old, before, old_folder = self.version, self.name, self.folder

@@ -181,6 +181,8 @@ class VllmEngine:
         self.version, self.requests, self.adapters = 0, 0, 0
         self.adapter = None  # vLLM's LoRARequest of the version in use
         self.flying = Counter()  # requests that are being sampled, by version
+        self.ready = asyncio.Event()  # clear while full weights are exchanged
+        self.ready.set()
 
     async def begin(self, adapter: str) -> None:
         """Once, when vLLM runs. adapter: a folder, to be sampled from until the first sync."""
@@ -242,6 +244,7 @@ class VllmEngine:
 
     async def _ask(self, ids: list[int], params):
         """vLLM's last word on one request."""
+        await self.ready.wait()
         version, adapter = self.version, self.adapter
         self.requests += 1
         # salted: whatever another version has left in the prefix cache is never used
@@ -276,7 +279,8 @@ class VllmEngine:
 
     async def sync(self, model, version: int) -> None:
         """From now on, sample from these weights. What is being sampled keeps those it began with:
-        with adapters both are there for a while, full weights wait for it. Wakes vLLM's weights if
+        with adapters both are there for a while, full weights wait for it, and what is asked for
+        meanwhile waits for them. Wakes vLLM's weights if
         it sleeps, but not its cache: `wake` does, when the trainer has given back its memory."""
         if self.asleep:
             torch.cuda.empty_cache()  # what the trainer has kept for its next step
@@ -287,9 +291,13 @@ class VllmEngine:
                 model.save_pretrained(folder, selected_adapters=["default"])
                 await self._adopt(folder, version)
         else:
-            await self._drain(self.version)
-            await (self._hand_over(model) if self.by_ipc else self._write(model))
-            self.version = version
+            self.ready.clear()
+            try:
+                await self._drain(self.version)
+                await (self._hand_over(model) if self.by_ipc else self._write(model))
+                self.version = version
+            finally:
+                self.ready.set()
         await self._alive(self.llm.reset_prefix_cache())
 
     async def _adopt(self, folder: str, version: int) -> None:

@@ -286,6 +286,28 @@ def test_more_prompt_than_fits_one_step_of_vllm(lora):
 # Sync: full weights and four bits
 
 
+def in_between(engine, model):
+    """Pitfall 32: a request before a sync is sampled to its end with the weights it began with, one
+    that is asked for meanwhile begins with the new ones."""
+    how = Sampling(temperature=0, max_new_tokens=100)
+    alone = wait(engine.generate(PROMPTS[1], [], how))
+
+    async def three():
+        early = asyncio.create_task(engine.generate(PROMPTS[1], [], how))
+        while not engine.flying[engine.version]:
+            await asyncio.sleep(0.001)
+        moved(model, 99)
+        sync = asyncio.create_task(engine.sync(model, 99))
+        await asyncio.sleep(0.01)
+        late = asyncio.create_task(engine.generate(PROMPTS[1], [], how))
+        await sync
+        assert early.done() and not late.done()
+        return await early, await late, await engine.generate(PROMPTS[1], [], how)
+
+    early, late, after = wait(three())
+    assert early.ids == alone.ids and late.ids == after.ids != alone.ids
+
+
 @pytest.mark.parametrize("kind", ["tied", "untied"])
 def test_versions_of_full_weights_are_the_trainers(folders, tokenizer, kind, monkeypatch):
     """Pitfalls 28 to 30, with a tied head too, of which vLLM has a packed copy on a CPU. Then the
@@ -294,6 +316,7 @@ def test_versions_of_full_weights_are_the_trainers(folders, tokenizer, kind, mon
     engine = start(folders[kind], full=True)
     try:
         three_versions(engine, model, tokenizer, 1e-4)
+        in_between(engine, model)
         canary = Canary(PROMPTS[2], "float32")
         wait(synced(engine, model, 3, canary))
         weights_of = models.weights_of
