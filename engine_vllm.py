@@ -23,6 +23,7 @@ import signal
 import tempfile
 import threading
 from collections import Counter
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import torch
@@ -158,7 +159,9 @@ def _started(options: dict):
     from vllm.v1.engine.async_llm import AsyncLLM
 
     # Ctrl-C goes to all processes of a terminal. Those that are begun here inherit that they do not
-    # hear it: vLLM would end, while the trainer still wants to finish its step.
+    # hear it: vLLM would end, while the trainer still wants to finish its step. Python's resource
+    # tracker lifts the block when it starts, so it has to run already.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
