@@ -110,7 +110,8 @@ async def start(
         os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
         options["weight_transfer_config"] = vllm.config.WeightTransferConfig(backend="ipc")
     rounded = policy is not None and models.rounded(policy)
-    with _folder(2 * models.count(policy)[1]) if rounded else contextlib.nullcontext() as folder:
+    # two 4-bit weights count as one; written out, each takes four bytes at most
+    with _folder(8 * models.count(policy)[1]) if rounded else contextlib.nullcontext() as folder:
         if rounded:
             models.save_rounded(policy, name, dtype, folder)
         llm = _started(options | {"model": folder or models.base_of(name)})

@@ -157,7 +157,9 @@ def _of_engine(cfg: train_grpo.Config, base: train_grpo.Config, argv: list[str])
     if cfg.engine == base.engine:
         return cfg
     given = {item[2:].partition("=")[0] for item in argv}
-    options = f"{train_grpo.VLLM} urls server_timeout deterministic oversample".split()
+    options = (
+        f"{train_grpo.VLLM} urls server_timeout deterministic oversample is_level is_cap".split()
+    )
     plain = train_grpo.Config()
     return replace(cfg, **{key: getattr(plain, key) for key in options if key not in given})
 
