@@ -544,8 +544,9 @@ def test_without_servers_the_run_stops_and_goes_on_when_one_is_back(caller, serv
 
 def processes():
     """Of vLLM, that run now: their pids."""
-    out = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True).stdout
-    return {int(line.split()[0]) for line in out.splitlines() if "VLLM::" in line}
+    out = subprocess.run(["ps", "-eo", "pid=,stat=,args="], capture_output=True, text=True).stdout
+    lines = [line.split(maxsplit=2) for line in out.splitlines() if "VLLM::" in line]
+    return {int(pid) for pid, state, _ in lines if state[0] != "Z"}  # Z: ended, nobody has asked
 
 
 @pytest.fixture
@@ -557,7 +558,9 @@ def gone():
         deadline = time.monotonic() + 15
         while processes() - before and time.monotonic() < deadline:
             time.sleep(0.2)
-        return processes() <= before
+        if left := processes() - before:
+            print(subprocess.run(["ps", "-eo", "pid,ppid,stat,etime,args"]), left)
+        return not left
 
     return check
 
