@@ -71,7 +71,7 @@ class Config:
     gpu_memory_utilization: float = 0.5  # vllm: share of the GPU's memory; not used on a CPU
     kv_cache_gib: float = 0.0  # vllm: of its cache; 0: what that share leaves, on a CPU 1
     tensor_parallel_size: int = 1  # vllm: GPUs that share its weights
-    enforce_eager: bool = False  # vllm: starts sooner and samples slower; always so on a CPU
+    enforce_eager: bool = False  # vllm: does not compile: starts sooner and samples slower
     sleep: bool = True  # vllm: leaves the GPU's memory to the trainer while it learns
     canary: bool = True  # stops the run when the engine has other weights than the trainer
     # data
