@@ -295,6 +295,13 @@ def finished(new: list[int], sampling: Sampling, tokenizer) -> str:
     return "length" if len(new) >= sampling.max_new_tokens else ""
 
 
+def ended(finish_reason: str, stop_reason: int | str | None) -> str:
+    """The `finish` of a Completion, of what vLLM says of a turn; RuntimeError if it gave it up."""
+    if finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a turn with {finish_reason!r}")
+    return "stop_string" if isinstance(stop_reason, str) else finish_reason
+
+
 class ScriptedEngine:
     """Says what it is told: for tests, and to try a config without a model.
 

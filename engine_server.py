@@ -26,7 +26,7 @@ import httpx2 as httpx
 
 import model as models
 from config import UserError
-from engine import Completion, Sampling
+from engine import Completion, Sampling, ended
 
 EVERY = 1.0  # seconds between looks at each server's health
 PATIENCE = 20.0  # seconds in which a server has to say that it is well, however busy it is
@@ -83,10 +83,7 @@ class ServerEngine:
             "logprobs": 0,  # of the sampled token alone
         }
         choice = await self._ask(ids, asked, sampling.session)
-        if choice["finish_reason"] not in ("stop", "length"):
-            raise RuntimeError(f"a server ended a turn with {choice['finish_reason']!r}")
-        by_string = isinstance(choice["stop_reason"], str)
-        finish = "stop_string" if by_string else choice["finish_reason"]
+        finish = ended(choice["finish_reason"], choice["stop_reason"])
         return Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], finish)
 
     async def score(self, ids: list[int]) -> list[list[float]]:
@@ -259,6 +256,7 @@ class ServerEngine:
             raise UserError("engine = 'server' takes adapters only: use --tune=lora or qlora")
         folder = self.memory / f"version-{version}"
         model.save_pretrained(folder, selected_adapters=["default"])
+        self.trains = True
         self.ready.clear()
         try:
             await self._adopt(str(folder), version)
@@ -267,7 +265,6 @@ class ServerEngine:
 
     async def _adopt(self, folder: str, version: int) -> None:
         old, before, old_folder = self.version, self.name, self.folder
-        self.trains = self.trains or folder.startswith(str(self.memory))
         self.name, self.folder, self.version = f"{self.memory.name}-{version}", folder, version
         self.homes.clear()  # their caches are salted with another version
         await self._anyone()
@@ -275,7 +272,7 @@ class ServerEngine:
         async def adopt(server: Server) -> None:
             try:
                 await self._load(server, self.name, folder)
-                if self.trains and not server.proved:
+                if not server.proved:
                     await self._prove(server)
             except _Lost:
                 return  # who comes back gets it then

@@ -30,7 +30,7 @@ import torch
 
 import model as models
 from config import UserError
-from engine import Completion, Sampling
+from engine import Completion, Sampling, ended
 
 RANKS = 8, 16, 32, 64, 128, 256, 320, 512  # of adapters, that vLLM has room for
 
@@ -166,7 +166,7 @@ def _started(options: dict):
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
-    except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         why = " ".join(str(error).split())[:300]
         raise UserError(
             f"vLLM did not start on {options['model']!r}: {why} (its own lines are above; set "
@@ -227,12 +227,8 @@ class VllmEngine:
         )
         out = await self._ask(ids, params)
         done = out.outputs[0]
-        if done.finish_reason not in ("stop", "length"):
-            raise RuntimeError(f"vLLM ended a turn with {done.finish_reason!r}")
-        new = list(done.token_ids)
+        finish, new = ended(done.finish_reason, done.stop_reason), list(done.token_ids)
         logprobs = [seen[token].logprob for token, seen in zip(new, done.logprobs, strict=True)]
-        by_string = isinstance(done.stop_reason, str)
-        finish = "stop_string" if by_string else done.finish_reason
         return Completion(new, logprobs, finish)
 
     async def score(self, ids: list[int]) -> list[list[float]]:
@@ -284,8 +280,8 @@ class VllmEngine:
     async def sync(self, model, version: int) -> None:
         """From now on, sample from these weights. What is being sampled keeps those it began with:
         with adapters both are there for a while, full weights wait for it, and what is asked for
-        meanwhile waits for them. Wakes vLLM's weights if
-        it sleeps, but not its cache: `wake` does, when the trainer has given back its memory."""
+        meanwhile waits for them. Wakes vLLM's weights if it sleeps, but not its cache: `wake` does,
+        when the trainer has given back its memory."""
         if self.asleep:
             torch.cuda.empty_cache()  # what the trainer has kept for its next step
             await self._alive(self.llm.wake_up(["weights"]))

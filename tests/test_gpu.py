@@ -39,7 +39,7 @@ def test_sleep_gives_the_memory_back_and_each_version_arrives(tune, tmp_path):
 
 def test_without_a_gpu_the_bench_says_so():
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("a GPU is here, and the bench would run on it")
     script = str(Path(config.HERE) / "bench" / "gpu.py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.returncode == 2 and "there is no GPU here" in done.stderr
