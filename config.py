@@ -18,6 +18,7 @@ tuple, `none` None. What a script has beside its Config:
 import ast
 import dataclasses
 import errno
+import inspect
 import math
 import os
 import sys
@@ -26,6 +27,7 @@ import typing
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+GIVEN = {"example", "trajectory"}  # what a tool or a reward gets of a rollout: no options of a user
 
 
 class UserError(Exception):
@@ -63,7 +65,7 @@ def parse(cls, argv, check=None, keys=None, base=None):
             raise UserError(_unknown(key, keys))
         if key != "config" and key not in keys:
             script = Path(sys.argv[0]).name
-            raise UserError(f"{key} has no effect in {script}: its keys are {', '.join(keys)}")
+            raise UserError(f"{key} has no effect in {script}: drop it")
         if key != "config" and not equals:
             follows = items and not items[0].startswith("--") and "=" not in items[0]
             value = items[0] if follows else _text(getattr(default, key))
@@ -90,6 +92,47 @@ def split(argv, names):
     flags = {f"--{name}" for name in names}
     mine = [item for item in argv if item.partition("=")[0] in flags]
     return mine, [item for item in argv if item.partition("=")[0] not in flags]
+
+
+def options(texts, key):
+    """{name: {option: text}} of ("search.k=5", ...), the entries of the config key `key`."""
+    found = {}
+    for text in texts:
+        name, dot, rest = text.partition(".")
+        option, equals, value = rest.partition("=")
+        if not (dot and equals and name and option):
+            raise UserError(f"{key}: cannot read {text!r}: write name.option=value")
+        if option in found.setdefault(name, {}):
+            raise UserError(f"{key}: {name}.{option} is given twice: keep one of them")
+        found[name][option] = value
+    return found
+
+
+def arguments(function, given, where):
+    """The texts of `given`, {option: text}, as keyword arguments of `function`, a function or a
+    class, each cast to the type of its parameter. Parameters without a type are no options, nor
+    are those in GIVEN. where: "tool_options: search", for messages. UserError for an option that
+    is unknown, of another type, or missing."""
+    made = function.__init__ if isinstance(function, type) else function
+    hints = typing.get_type_hints(made) if isinstance(made, types.FunctionType) else {}
+    parameters = inspect.signature(function).parameters
+    kinds = {name: hints[name] for name in parameters if name in hints.keys() - GIVEN}
+    for name in given:
+        if name not in kinds:
+            there = f" (options: {', '.join(kinds) or 'none'})"
+            raise UserError(f"{where} has no option {name!r}{near(name, kinds) or there}")
+    values = {}
+    for name, text in given.items():
+        try:
+            values[name] = _cast(kinds[name], text, typed=True)
+        except ValueError:
+            expected = _say(kinds[name])
+            raise UserError(f"{where}.{name} = {text!r}: expected {expected}") from None
+    for name in kinds:
+        if name not in values and parameters[name].default is inspect.Parameter.empty:
+            write = where.rpartition(" ")[2]
+            raise UserError(f"{where}.{name} is missing: write {write}.{name}=…")
+    return values
 
 
 def main(run):

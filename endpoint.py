@@ -119,13 +119,13 @@ async def turn(
     said = {"role": "assistant", "content": message.get("content") or ""}
     trajectory.messages.append(said | ({"tool_calls": asked} if asked else {}))
     calls = [_call(one["function"]) for one in asked]
-    if ends(trajectory, calls, choice["finish_reason"] == "length", settings):
+    if ends(trajectory, calls, choice["finish_reason"] == "length", toolbox, settings):
         return
     results = await run(trajectory, calls, session, toolbox, settings, None)
     for one, (call, result) in zip(asked, results, strict=True):
         told = {"role": "tool", "tool_call_id": one["id"], "name": call.name, "content": result}
         trajectory.messages.append(told)
-    if usage.get("total_tokens", 0) >= settings.max_tokens:
+    if not trajectory.stop and usage.get("total_tokens", 0) >= settings.max_tokens:
         trajectory.stop = "length"
 
 

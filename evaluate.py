@@ -187,9 +187,9 @@ def evaluate(cfg: train_grpo.Config, own: Config) -> dict:
 def player(cfg: train_grpo.Config, own: Config):
     """(chat, engine, turn, toolbox, rewards, examples) to play with; turn=None is rollout.py's."""
     if not own.endpoint:
-        model, tokenizer, chat, *task_ = setup(cfg, "none", limit=own.limit)
-        with running(cfg, model, tokenizer) as engine:
-            yield chat, engine, None, *task_
+        model, tokenizer, chat, toolbox, *rest = setup(cfg, "none", limit=own.limit)
+        with running(cfg, model, tokenizer, toolbox) as engine:
+            yield chat, engine, None, toolbox, *rest
         return
     import endpoint
 
@@ -200,6 +200,7 @@ def player(cfg: train_grpo.Config, own: Config):
         yield asked, asked, endpoint.turn, toolbox, selected, rows
     finally:
         wait(asked.close())
+        wait(toolbox.close())
 
 
 def play_all(cfg, own: Config, chat, engine, turn, toolbox, selected, rows, folder: Path) -> list:

@@ -29,6 +29,8 @@ from itertools import accumulate
 
 import torch
 
+from config import UserError
+
 
 def advantages(
     rewards: list[float | None], groups: list[int], adv_norm: str = "group", rloo: bool = False
@@ -167,3 +169,32 @@ def grpo_loss(
         objective = objective - beta * kl
         parts["kl"] = kl.detach()
     return -(weights[:, None] * mask * objective).sum(), parts
+
+
+def credit(trajectories: list, cfg) -> torch.Tensor:
+    """Sets the `advantages` of each trajectory, one for each turn, as the keys of train_grpo.py's
+    config say; returns (B,) bool: whether it is learnt from, and counted, at all. Rewards stay as
+    they were."""
+    groups, rewards = [t.group for t in trajectories], [t.reward for t in trajectories]
+    if cfg.turn_credit:
+        if all(t.turn_rewards is None for t in trajectories):
+            raise UserError("turn_credit has no effect: none of the rewards gives a list, by turn")
+        # the turns' part is compared turn by turn below; what is left is the outcome
+        outcomes = ((t.reward, t.turn_rewards) for t in trajectories)
+        rewards = [None if r is None else r - sum(earned) for r, earned in outcomes]
+    for i, t in enumerate(trajectories):
+        if t.stop != "answered" and rewards[i] is not None:  # a limit ended it, not the model
+            rewards[i] = {
+                "keep": rewards[i],
+                "mask": None,
+                "penalise": rewards[i] - cfg.overlong_penalty,
+            }[cfg.overlong]
+    gain, valid = advantages(rewards, groups, cfg.adv_norm, cfg.rloo)
+    for t, value in zip(trajectories, gain.tolist(), strict=True):
+        t.advantages = [value] * len(t.turn_starts)
+    if cfg.turn_credit:
+        kept = [t for t, known in zip(trajectories, valid.tolist(), strict=True) if known]
+        turns = [t.turn_rewards for t in kept], [t.group for t in kept]
+        for t, gains in zip(kept, turn_advantages(*turns, cfg.adv_norm, cfg.rloo), strict=True):
+            t.advantages = [a + b for a, b in zip(t.advantages, gains, strict=True)]
+    return valid

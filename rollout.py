@@ -40,8 +40,8 @@ KEYS = tuple(
     model dtype deterministic data split prompt_column answer_column answer_after system_prompt
     prompt_template format tools tool_timeout tool_concurrency rewards temperature max_tokens
     max_new_tokens max_turns max_tool_calls max_observation_tokens trajectory_timeout final_turn
-    seed engine urls server_timeout max_concurrent gpu_memory_utilization kv_cache_gib
-    tensor_parallel_size enforce_eager
+    tool_options tool_cache reward_options reward_timeout database seed engine urls server_timeout
+    max_concurrent gpu_memory_utilization kv_cache_gib tensor_parallel_size enforce_eager
     """.split()
 )
 
@@ -88,8 +88,10 @@ class Trajectory:
     turn_starts: list[int] = field(default_factory=list)  # index of each turn's first sampled token
     unseen_tokens: int = 0  # sampled behind an endpoint that gives text only (evaluate.py)
     stop: str = ""  # "answered" "length" "max_turns" "max_tool_calls" "timeout" "error"
+    answer: str | None = None  # what it gave to a tool that ends the episode (tools/finish.py)
     rewards: dict[str, float | None] = field(default_factory=dict)  # each under its own name
     reward: float | None = None  # their weighted sum; None = not to be learnt from
+    reward_timeouts: list[str] = field(default_factory=list)  # rewards that took too long: None
     turn_rewards: list[float] | None = None  # what of it each turn earned, if a reward says so
     advantages: list[float] = field(default_factory=list)  # of each turn, once it is learnt from
     version: int = 0  # of the weights that sampled it
@@ -190,10 +192,8 @@ def _trajectories(examples: list[dict], chat: Chat, samples: int, first_group: i
 
 
 async def _score(trajectory: Trajectory, rewards: dict) -> None:
-    """Sets its rewards, in a thread: one may ask a model, or run code."""
-    scores = await asyncio.to_thread(
-        reward_functions.score, trajectory, trajectory.example, rewards
-    )
+    """Sets its rewards."""
+    scores = await reward_functions.score(trajectory, trajectory.example, rewards)
     trajectory.turn_rewards = reward_functions.by_turn(scores, rewards)
     trajectory.rewards = reward_functions.summed(scores)
     trajectory.reward = reward_functions.total(trajectory.rewards, rewards)
@@ -215,7 +215,7 @@ async def play(
     trajectory.add(prompt, 0)
     trajectory.messages = list(trajectory.example["messages"])
     try:
-        session = toolbox.open()
+        session = toolbox.open(trajectory.example)
     except Exception as error:  # a tool whose state cannot be made: this trajectory, not the run
         toolbox.errors["open"] += 1
         trajectory.calls.append(ToolCall(0, "", None, f"{error}", "exception", 0.0))
@@ -256,9 +256,11 @@ async def _turn(trajectory, chat, engine, session, toolbox, settings, step) -> N
     trajectory.add(out.ids, 1, out.logprobs)
     text, calls = chat.parse(out.ids)
     trajectory.messages.append(chat.message(text, calls))
-    if ends(trajectory, calls, out.finish == "length", settings):
+    if ends(trajectory, calls, out.finish == "length", toolbox, settings):
         return
     results = await run(trajectory, calls, session, toolbox, settings, chat.tokenizer)
+    if trajectory.stop:
+        return  # with its last token: nobody reads the result of a finish
     ids = chat.observation(results, closed=out.finish == "stop")
     if len(trajectory.ids) + len(ids) >= settings.max_tokens:
         trajectory.stop = "length"  # not even one token could follow: stop without it
@@ -268,26 +270,39 @@ async def _turn(trajectory, chat, engine, session, toolbox, settings, step) -> N
         trajectory.messages.append({"role": "tool", "name": call.name, "content": result})
 
 
-def ends(trajectory: Trajectory, calls: list, was_cut: bool, settings: Settings) -> bool:
-    """Whether the turn that was just added is the last one; sets trajectory.stop if so."""
+def ends(trajectory: Trajectory, calls: list, was_cut: bool, toolbox, settings: Settings) -> bool:
+    """Whether the turn that was just added is the last one, and its calls are not to be run; sets
+    trajectory.stop if so. A call that gives the answer is run also behind the limits."""
     turns = len(trajectory.turn_starts)
+    rest = [call for call in calls if not _finishes(call, toolbox)]
     if was_cut:
         trajectory.stop = "length"  # a call in a turn that was cut is never executed
     elif not calls:
         trajectory.stop = "answered"
-    elif turns >= settings.max_turns + settings.final_turn:
+    elif rest and turns >= settings.max_turns + settings.final_turn:
         trajectory.stop = "max_turns"  # nobody would read the results
-    elif len(trajectory.calls) + len(calls) > settings.max_tool_calls:
+    elif rest and len(trajectory.calls) + len(rest) > settings.max_tool_calls:
         trajectory.stop = "max_tool_calls"
     return bool(trajectory.stop)
 
 
+def _finishes(call, toolbox) -> bool:
+    tool = toolbox.tools.get(call.name)
+    return tool is not None and tool.ends and not call.error
+
+
 async def run(trajectory, calls: list, session, toolbox, settings, tokenizer) -> list[tuple]:
     """(call, result) of each call of the turn that was just added, for the model to read. All run
-    at once; what happened is added to trajectory.calls."""
+    at once; what happened is added to trajectory.calls. If one of them gave the answer, sets
+    trajectory.answer and stop; behind the limits a turn is the last one anyhow."""
     turns = len(trajectory.turn_starts)
     done = await asyncio.gather(*(_call(call, turns - 1, session, toolbox) for call in calls))
     trajectory.calls += done  # in call order, whatever finished first
+    for ran in done:
+        if not ran.error and toolbox.tools[ran.name].ends:
+            trajectory.stop, trajectory.answer = "answered", ran.result
+    if not trajectory.stop and turns >= settings.max_turns + settings.final_turn:
+        trajectory.stop = "max_turns"  # its finish failed
     last = settings.final_turn and turns == settings.max_turns
     note = "\n(This was the last call: answer now, without tools.)" if last else ""
     limit = settings.max_observation_tokens // len(calls)
@@ -415,6 +430,8 @@ def stats(trajectories: list[Trajectory], outcome: str) -> dict:
         values = [t.rewards[name] for t in trajectories if t.rewards[name] is not None]
         out[f"reward_{name}"] = _mean(values)
     out["accuracy"] = out[f"reward_{outcome}"]
+    if late := sum(len(t.reward_timeouts) for t in trajectories):
+        out["reward_timeouts"] = late
     groups = {t.group: set() for t in trajectories}
     for t in trajectories:
         groups[t.group] |= set() if t.reward is None else {t.reward}
@@ -425,11 +442,25 @@ def stats(trajectories: list[Trajectory], outcome: str) -> dict:
     out["empty_observation_rate"] = _mean([not c.result or "(no output" in c.result for c in calls])
     out |= {f"tool_errors_{kind}": count for kind, count in sorted(errors.items())}
     out["tool_seconds"] = _mean([call.seconds for call in calls])
+    out |= _by_tool(calls)
     out["turns"] = _mean([len(t.turn_starts) for t in trajectories])
     out["new_tokens"] = _mean([t.new_tokens for t in trajectories])
     out["tokens"] = _mean([len(t.ids) for t in trajectories])
     stops = Counter(t.stop for t in trajectories)
     return out | {f"stop_{stop}": count / n for stop, count in sorted(stops.items())}
+
+
+def _by_tool(calls: list[ToolCall]) -> dict:
+    """Of each tool: calls, errors, percentiles of the seconds, in which known results count 0."""
+    ran, out = [call for call in calls if call.error not in reward_functions.MALFORMED], {}
+    for name in sorted({call.name for call in ran}):
+        own = [call for call in ran if call.name == name]
+        seconds = sorted(call.seconds for call in own)
+        out[f"calls_{name}"] = len(own)
+        out[f"errors_{name}"] = sum(bool(call.error) for call in own)
+        for percent in (50, 95):
+            out[f"seconds_p{percent}_{name}"] = seconds[(len(own) - 1) * percent // 100]
+    return out
 
 
 def _mean(values: list) -> float:
@@ -439,14 +470,15 @@ def _mean(values: list) -> float:
 def task(cfg, limit: int | None = None):
     """(toolbox, rewards, examples) of train_grpo's Config or one like it: all that does not depend
     on a model. limit: use the first so many rows, instead of cfg.limit."""
-    selected = reward_functions.select(cfg.rewards)
+    selected = reward_functions.select(cfg.rewards, cfg.reward_options, cfg.reward_timeout)
     if cfg.dynamic_sampling not in ("", *selected):
         names = ", ".join(selected)
         raise UserError(f"dynamic_sampling = {cfg.dynamic_sampling!r}: expected one of {names}")
-    toolbox = Toolbox(cfg.tools, cfg.tool_concurrency, cfg.tool_timeout)
+    options = cfg.tool_options, cfg.tool_cache
+    toolbox = Toolbox(cfg.tools, cfg.tool_concurrency, cfg.tool_timeout, *options)
     columns = (cfg.prompt_column, cfg.answer_column, cfg.answer_after)
-    prompts = (cfg.system_prompt, cfg.prompt_template)
-    rows = data.load(cfg.data, cfg.split, *columns, *prompts, limit or cfg.limit, cfg.seed)
+    prompts, most = (cfg.system_prompt, cfg.prompt_template), limit or cfg.limit
+    rows = data.load(cfg.data, cfg.split, *columns, *prompts, most, cfg.seed, database=cfg.database)
     return toolbox, selected, rows
 
 
@@ -470,13 +502,16 @@ def setup(cfg, tune: str, limit: int | None = None):
 
 
 @contextlib.contextmanager
-def running(cfg, model, tokenizer):
-    """The engine that the config names, closed at the end, however that comes."""
-    engine = wait(engines.start(cfg, model, tokenizer))
+def running(cfg, model, tokenizer, toolbox):
+    """The engine that the config names. It and the tools are closed in the end, however it ends."""
     try:
-        yield engine
+        engine = wait(engines.start(cfg, model, tokenizer))
+        try:
+            yield engine
+        finally:
+            wait(engine.close())
     finally:
-        wait(engine.close())
+        wait(toolbox.close())
 
 
 def prompts_of(cursor: int, rows: list[dict], count: int, seed: int) -> list[dict]:
@@ -532,7 +567,7 @@ def main(argv: list[str]) -> None:
 
     cfg = config.parse(train_grpo.Config, argv, train_grpo.check, keys=KEYS)
     policy, tokenizer, chat, toolbox, selected, rows = setup(cfg, "none", limit=1)
-    with running(cfg, policy, tokenizer) as engine:
+    with running(cfg, policy, tokenizer, toolbox) as engine:
         played = rollouts(rows, chat, engine, toolbox, Settings.of(cfg), rewards=selected)
         show(wait(played)[0], tokenizer)
 

@@ -3,6 +3,7 @@
     python train_grpo.py --config calc.py                # a minute on a CPU, after calc_sft.py
     python train_grpo.py --config calc_lora.py           # only adapters are trained
     python train_grpo.py --config calc.py --resume=true  # goes on where it was stopped or killed
+    python train_grpo.py --config gsm8k.py --dry_run=true  # one made-up rollout: no model needed
     python train_grpo.py --help                          # every knob: the Config below
 
 A step: take P prompts; play G rollouts of each, with tools (rollout.py); reward them (rewards.py);
@@ -42,7 +43,7 @@ import report
 from checkpoint import Run
 from config import UserError
 from engine import Canary, synced
-from loss import advantages, grpo_loss, importance, mismatch, sequence_weights, turn_advantages
+from loss import credit, grpo_loss, importance, mismatch, sequence_weights
 from rollout import Trajectory, batch_of_groups, running, setup, stats, wait
 
 
@@ -52,6 +53,7 @@ class Config:
     out_dir: str = "out/grpo"  # must be new or empty
     resume: bool = False  # go on from out_dir's last checkpoint; without one, begin
     seed: int = 0  # of the order of the prompts, and of every turn that is sampled
+    dry_run: bool = False  # plays one made-up rollout to check the config: no model, no download
     steps: int = 100  # batches of rollouts
     save_every: int = 50  # steps between checkpoints; 0: only when it ends or is stopped
     keep_last: int = 2  # checkpoints; each takes three times the memory of what is trained
@@ -83,11 +85,16 @@ class Config:
     answer_after: str = ""  # "####": only what follows it is the answer (GSM8K)
     system_prompt: str = ""  # put in front of prompts that have none
     prompt_template: str = "{prompt}"  # of the user message; {other_column} works too
+    database: str = ""  # of sql: a row's SQLite file, such as dbs/{db_id}.sqlite; see {schema}
     # tools
-    format: Literal["hermes", "llama3", "fence", "tags"] = "hermes"  # how calls are written
-    tools: tuple[str, ...] = ("python",)  # tools/<name>.py, or my_file.py:function
+    format: Literal[
+        "auto", "hermes", "llama3", "mistral", "qwen_xml", "fence", "tags", "json_actions"
+    ] = "hermes"  # how calls are written; auto: as the model's template does
+    tools: tuple[str, ...] = ("python",)  # tools/<name>.py, my_file.py:name, mcp:servers.json
+    tool_options: tuple[str, ...] = ()  # of a tool, such as search.k=5 or python.timeout=2
     tool_timeout: float = 10.0  # seconds a call may take
     tool_concurrency: int = 16  # calls that run at once, over all trajectories
+    tool_cache: str = "memory"  # results of pure tools; none, or a file that is kept
     # rollout
     prompts_per_step: int = 24  # P: each step plays P groups
     group_size: int = 8  # G: more find rarer successes, and cost as much more
@@ -103,6 +110,8 @@ class Config:
     oversample: int = 0  # groups begun beyond P; the last are dropped: faster, but favours short
     # rewards
     rewards: tuple[str, ...] = ("correct",)  # name or file.py:name, each [:weight]; 1st = accuracy
+    reward_options: tuple[str, ...] = ()  # of a reward, such as judge.model=gpt
+    reward_timeout: float = 60.0  # seconds for each; what takes longer is not learnt from
     overlong: Literal["keep", "mask", "penalise"] = "keep"  # what a limit cut short; mask: unlearnt
     overlong_penalty: float = 1.0  # penalise: taken from its reward
     turn_credit: bool = False  # rewards that are lists count for their turn and those before it
@@ -170,9 +179,9 @@ def check(cfg: Config) -> None:
         cfg,
         "steps prompts_per_step max_tokens max_new_tokens max_turns max_observation_tokens lora_r "
         "lora_alpha updates_per_batch minibatches token_budget tool_concurrency learning_rate "
-        "max_grad_norm tool_timeout trajectory_timeout clip_low clip_high keep_last is_cap "
-        "dynamic_attempts overlong_penalty server_timeout gpu_memory_utilization max_concurrent "
-        "tensor_parallel_size",
+        "max_grad_norm tool_timeout reward_timeout trajectory_timeout clip_low clip_high keep_last "
+        "is_cap dynamic_attempts overlong_penalty server_timeout gpu_memory_utilization "
+        "max_concurrent tensor_parallel_size",
     )
     zero = "temperature max_tool_calls warmup weight_decay rollouts_per_step seed beta save_every "
     config.not_negative(cfg, zero + "oversample kv_cache_gib")
@@ -194,34 +203,6 @@ def check(cfg: Config) -> None:
         )
     if cfg.minibatches > (size := cfg.prompts_per_step * cfg.group_size):
         raise UserError(f"minibatches = {cfg.minibatches}: there are {size} trajectories to split")
-
-
-def credit(trajectories: list[Trajectory], cfg: Config) -> torch.Tensor:
-    """Sets the `advantages` of each trajectory, one for each turn; returns (B,) bool: whether it
-    is learnt from, and counted, at all. Rewards stay as they were."""
-    groups, rewards = [t.group for t in trajectories], [t.reward for t in trajectories]
-    if cfg.turn_credit:
-        if all(t.turn_rewards is None for t in trajectories):
-            raise UserError("turn_credit has no effect: none of the rewards gives a list, by turn")
-        # the turns' part is compared turn by turn below; what is left is the outcome
-        outcomes = ((t.reward, t.turn_rewards) for t in trajectories)
-        rewards = [None if r is None else r - sum(earned) for r, earned in outcomes]
-    for i, t in enumerate(trajectories):
-        if t.stop != "answered" and rewards[i] is not None:  # a limit ended it, not the model
-            rewards[i] = {
-                "keep": rewards[i],
-                "mask": None,
-                "penalise": rewards[i] - cfg.overlong_penalty,
-            }[cfg.overlong]
-    gain, valid = advantages(rewards, groups, cfg.adv_norm, cfg.rloo)
-    for t, value in zip(trajectories, gain.tolist(), strict=True):
-        t.advantages = [value] * len(t.turn_starts)
-    if cfg.turn_credit:
-        kept = [t for t, known in zip(trajectories, valid.tolist(), strict=True) if known]
-        turns = [t.turn_rewards for t in kept], [t.group for t in kept]
-        for t, gains in zip(kept, turn_advantages(*turns, cfg.adv_norm, cfg.rloo), strict=True):
-            t.advantages = [a + b for a, b in zip(t.advantages, gains, strict=True)]
-    return valid
 
 
 def padded(rows: list[Trajectory], device) -> tuple[torch.Tensor, ...]:
@@ -344,6 +325,10 @@ def learn(model, optimizers, trajectories, rate, cfg: Config, step=0, reference=
 
 def train(cfg: Config) -> dict:
     """Trains, saves the model or adapter to out_dir, and returns the last step's metrics."""
+    if cfg.dry_run:
+        import dry_run
+
+        return {"reward": dry_run.grpo(cfg).reward}
     if cfg.temperature == 0:
         raise UserError("temperature = 0: all of a group would be alike, so give 0.7 to 1.0")
     report.check_logger(cfg.logger)
@@ -364,7 +349,7 @@ def train(cfg: Config) -> dict:
     knobs = "token_budget", "max_tokens", "group_size"
     log = report.Log(run.out_dir, cfg.steps, columns, first, cfg.logger, asdict(cfg))
     canary = Canary(chat.prompt(rows[0]["messages"]), cfg.dtype) if cfg.canary else None
-    with log, models.memory_advice(*knobs), run, running(cfg, model, tokenizer) as engine:
+    with log, models.memory_advice(*knobs), run, running(cfg, model, tokenizer, toolbox) as engine:
         log.print(f"{len(rows)} prompts, {cfg.steps} steps, {trained:,} of {total:,} trained")
         if cfg.resume:
             log.print(f"going on with step {first}")

@@ -91,7 +91,7 @@ def test_every_key_is_used_somewhere(script):
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "cfg"
     }
-    for file in ("checkpoint.py", "engine.py", "evaluate.py", "rollout.py"):
+    for file in ("checkpoint.py", "engine.py", "evaluate.py", "loss.py", "rollout.py"):
         read |= set(re.findall(r"\bcfg\.(\w+)", (ROOT / file).read_text()))
     if script is train_grpo:
         read |= set(rollout.Settings.__dataclass_fields__)
@@ -124,9 +124,9 @@ def test_the_keys_of_a_rollout_and_its_settings_are_keys_of_the_training_config(
 
 
 def test_every_config_file_fits_the_script_that_its_first_line_is_for():
-    """Its first comment says the hardware; SFT's are those with _sft in their name."""
+    """Its first comment says the hardware; SFT's are those with sft in their name."""
     for path in sorted((ROOT / "configs").glob("*.py")):
-        script = train_sft if "_sft" in path.stem else train_grpo
+        script = train_sft if {"sft"} & set(path.stem.split("_")) else train_grpo
         cfg = config.parse(script.Config, ["--config", str(path)], script.check)
         assert cfg.out_dir.startswith("out/")
         assert path.read_text().startswith("# "), (

@@ -110,7 +110,7 @@ SHARED = [
     ("calc.py", "cannot read 'calc.py': write --config calc.py"),
     ("--max_tokens=many", "max_tokens = 'many': expected int"),
     ("--max_tokens=0", "max_tokens = 0: expected"),
-    ("--format=hermez", "format = 'hermez': expected one of hermes, "),
+    ("--format=hermez", "format = 'hermez': expected one of auto, hermes, "),
     ("--config=nope.py", "no config file 'nope.py'; looked for nope.py and configs/nope.py"),
     (
         "--config=unknown.py",

@@ -224,7 +224,7 @@ def test_a_key_without_effect_in_this_script_is_refused_but_may_be_in_the_file(m
     """Pitfall 55: a config key which has no effect in the chosen mode is an error."""
     monkeypatch.setattr(sys, "argv", ["/a/rollout.py"])
     argv, keys = write("learning_rate = 1"), iter(["model", "tools"])
-    says = "learning_rate has no effect in rollout.py: its keys are model, tools"
+    says = "learning_rate has no effect in rollout.py: drop it"
     assert complaint(argv + ["--learning_rate=2"], keys=keys) == says
     assert parse(Config, argv + ["--model=a"], keys=["model"]).model == "a"
 

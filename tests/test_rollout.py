@@ -863,6 +863,14 @@ def test_stats_of_a_set_made_by_hand():
         "empty_observation_rate": 0.5,
         "tool_errors_bad_json": 1,
         "tool_seconds": 0.625,
+        "calls_add": 2,
+        "errors_add": 0,
+        "seconds_p50_add": 0.5,
+        "seconds_p95_add": 0.5,
+        "calls_python": 1,
+        "errors_python": 0,
+        "seconds_p50_python": 1.5,
+        "seconds_p95_python": 1.5,
         "turns": 1.5,
         "new_tokens": 2.5,
         "tokens": 4.5,
@@ -870,6 +878,43 @@ def test_stats_of_a_set_made_by_hand():
         "stop_length": 0.25,
         "stop_timeout": 0.25,
     }
+
+
+# A tool that gives the answer
+
+
+def give(answer: str) -> str:
+    """Gives the answer.
+
+    Args:
+        answer: It.
+    """
+    if answer == "?":
+        raise ValueError("no answer")
+    return answer
+
+
+give.ends = True
+GIVE = call("give", '{"answer": "5"}') + STOP
+
+
+def test_a_call_that_gives_the_answer_ends_the_episode_with_its_stop_token(tokenizer):
+    """Pitfall 13: nothing follows the turn; its stop token is trained."""
+    t, engine, box = episode(tokenizer, [ADD, GIVE], functions=(add, give))
+    assert (t.stop, t.answer, len(engine.requests)) == ("answered", "5", 2)
+    assert t.mask[-1] == 1 and t.messages[-1]["role"] == "assistant"
+    assert [c.name for c in t.calls] == ["add", "give"] and not box.errors
+
+
+def test_the_answer_counts_behind_the_limits_too_but_a_failed_one_does_not(tokenizer):
+    limits = {"max_turns": 1, "max_tool_calls": 0, "functions": (add, give)}
+    t, _, _ = episode(tokenizer, [GIVE], **limits)
+    assert (t.stop, t.answer) == ("answered", "5")
+    wrong = call("give", '{"answer": "?"}') + STOP
+    t, _, _ = episode(tokenizer, [wrong], **limits)
+    assert (t.stop, t.answer) == ("max_turns", None)
+    t, _, _ = episode(tokenizer, [wrong, GIVE], functions=(add, give))
+    assert (t.stop, t.answer, t.calls[0].error) == ("answered", "5", "exception")
 
 
 # Many at once

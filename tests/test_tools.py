@@ -11,6 +11,7 @@ from typing import Literal
 
 import pytest
 
+import tools
 from config import UserError
 from tools import MAX_RESULT_CHARS, Toolbox, ToolError
 
@@ -102,7 +103,7 @@ def test_a_wrong_name_is_reported_before_anything_slow_is_imported():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert shown.startswith("unknown tool 'pyton': did you mean python? (tools: ")
-    assert shown.endswith("or give file.py:function) False\n")
+    assert shown.endswith("or give file.py:function or mcp:file.json) False\n")
 
 
 def test_a_function_of_a_users_file_is_a_tool(tmp_path, monkeypatch):
@@ -367,8 +368,9 @@ def test_an_async_tool_is_cancelled_and_one_that_swallows_it_is_counted():
     asyncio.run(run())
 
 
-def test_the_deadline_covers_making_and_closing_an_instance():
+def test_the_deadline_covers_making_and_closing_an_instance(monkeypatch):
     """Pitfall 37: hooks before and after the call."""
+    monkeypatch.setattr(tools, "CLOSING", 0.05)
 
     class Slow:
         def __init__(self):

@@ -1,14 +1,24 @@
-"""Loads tools, describes them to the model, and calls them, each call under a deadline.
+"""Calls tools, each call under a deadline, and makes an observation of whatever comes.
 
     box = Toolbox(["python", "my_tools.py:weather"], concurrency=16, timeout=10.0)
-    session = box.open()  # the state of one trajectory
+    session = box.open(example)  # the state of one trajectory; example: its data row
     content, error, seconds = await session.call("python", {"code": "print(6 * 7)"})
     await session.close()
 
 A tool is a typed function with a Google-style docstring in tools/<name>.py, of that very name; or
-a class of that name, whose instances hold the state of one trajectory: its typed, documented
-`__call__` is the tool, `close()` is optional. `async def` tools are awaited, sync ones run in a
-thread of their own. A tool returns text, a PIL image, or a list of both; all else becomes text.
+a class of that name, whose typed, documented `__call__` is the tool. A class holds state: an
+instance for each trajectory, made at its first call, or, if it says `shared = True`, one for the
+run, made at the start. Its `__init__` takes the options that a user may set, as
+tool_options=("search.k=5",), and `example`, the data row, if it asks for it; `close()` is optional.
+`async def` tools are awaited, sync ones run in a thread of their own. A tool returns text, a PIL
+image, or a list of both; all else becomes text. Marks, on the function or the class:
+
+    pure = True     the same arguments give the same result: it is kept for the run (cache.py). An
+                    instance may have a `key`, what else it depends on: the path of its database
+    network = True  a NetworkError that it raises is tried again, inside the deadline
+    ends = True     a call without an error ends the episode, and its result is the answer
+
+Options of every tool: timeout, concurrency, cache (true, false), retries (of network tools).
 
 Whatever the model or the tool does wrong becomes a short observation that says what would be
 right, is counted in `Toolbox.errors` under its own name, and never raises:
@@ -16,41 +26,36 @@ right, is counted in `Toolbox.errors` under its own name, and never raises:
     unknown_tool   no tool of that name           bad_arguments  do not fit the tool's schema
     exception      the tool raised                timeout        the tool did not end in time
     oversized      above MAX_RESULT_CHARS         close          a stateful tool's close() failed
+    network        no answer, after all retries   server         an MCP server ended
     bad_json       the call could not be read: found by chat.py, counted here by the rollout
 
-A tool that wants another kind, or its own words for the model, raises `ToolError(kind, text)`.
+A tool that wants another kind, or its own words for the model, raises `ToolError(kind, text)`. A
+`UserError` is not the model's mistake (a row names a database that is not there): it ends the run.
 """
 
 import asyncio
-import importlib
-import importlib.util
 import inspect
 import json
-import re
+import random
 import sys
 import threading
 import time
-import typing
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
-from config import UserError, near
+from config import UserError
+from tools import loading
+from tools.cache import Cache
+from tools.loading import Tool
+from tools.schema import signature, wrong_arguments
 
 MAX_RESULT_CHARS = 1_000_000  # a longer text is cut here; the rollout cuts to tokens, much earlier
 NO_OUTPUT = "(no output)"
+CLOSING = 10.0  # seconds, at least, that close() has: a server ends in its own time
 GRACE = 0.1  # seconds that a cancelled async tool has to clean up before it counts as leaked
-JSON_TYPES = {
-    "string": str,
-    "integer": int,
-    "number": (int, float),
-    "boolean": bool,
-    "array": list,
-    "object": dict,
-    "null": type(None),
-}
+PAUSE = 0.5  # seconds before the first retry of a network tool; doubled before each further one
 
 
 @dataclass
@@ -60,7 +65,7 @@ class ToolCall:
     arguments: dict | None  # None if the call could not be read
     result: str  # what the model was told
     error: str | None  # one of the kinds above
-    seconds: float  # from the start of the tool to its end, without the wait for a free slot
+    seconds: float  # without the wait for a free slot; 0.0 if it was not run: refused, or known
 
 
 class ToolError(Exception):
@@ -72,45 +77,43 @@ class ToolError(Exception):
         self.text = text
 
 
-@dataclass
-class Tool:
-    name: str
-    target: Callable  # the function, or the class of a stateful tool
-    stateful: bool
-    is_async: bool
-    schema: dict  # as transformers.utils.get_json_schema gives it
+class NetworkError(ToolError):
+    """Raised by a network tool where trying again may help: busy, or not to be reached."""
+
+    def __init__(self, text: str):
+        super().__init__("network", text)
 
 
 class Toolbox:
     """The tools of a run. At most `concurrency` calls run at once, each for at most `timeout`
     seconds. The clock of a call starts when it gets its slot: a queue is no error. Several event
-    loops may use it, one after the other.
-    Raises UserError on a tool that does not exist or cannot be described to a model.
+    loops may use it, one after the other. options: "tool.option=value"; cache: see cache.py.
+    describe_only: for schemas alone; then no tool can be called.
+    Raises UserError on a tool that does not exist, cannot be described to a model, or be made.
     """
 
     def __init__(
         self,
-        names_or_functions: Sequence[str | Callable],
+        tools: Sequence[str | Callable | Tool],
         concurrency: int = 16,
         timeout: float = 10.0,
+        options: Sequence[str] = (),
+        cache: str = "memory",
+        describe_only: bool = False,
     ):
         if concurrency < 1 or timeout <= 0:
             raise UserError(
                 f"tool concurrency {concurrency}, timeout {timeout}: expected >= 1, and > 0 seconds"
             )
-        # names first: a typo must not wait for the seconds that importing transformers takes
-        places = [_find(item) if isinstance(item, str) else item for item in names_or_functions]
-        targets = [_load(*place) if isinstance(place, tuple) else place for place in places]
-        tools = [_describe(target) for target in targets]
-        self.tools = {tool.name: tool for tool in tools}
-        if len(self.tools) < len(tools):
-            twice = Counter(tool.name for tool in tools).most_common(1)[0][0]
-            raise UserError(f"two tools are named {twice!r}: rename one of the functions")
-        self.schemas = [tool.schema for tool in tools]
+        found, self._shared = loading.load(tools, options, timeout, describe_only)
+        self.tools = {tool.name: tool for tool in found}
+        self.schemas = [tool.schema for tool in found]
+        self.cache = Cache("none" if describe_only else cache)
         self.errors = Counter()
         self.concurrency = concurrency
         self.timeout = timeout
-        self._loop = self._slots = None  # a semaphore belongs to one event loop
+        self._loop = None  # semaphores and locks belong to one event loop
+        self._slots, self._locks = {}, {}
         self._abandoned = []  # threads and tasks that a deadline left behind
 
     @property
@@ -119,43 +122,50 @@ class Toolbox:
         self._abandoned = [job for job in self._abandoned if _alive(job)]
         return len(self._abandoned)
 
-    def open(self) -> "Session":
-        return Session(self)
+    def open(self, example: dict | None = None) -> "Session":
+        return Session(self, example or {})
 
-    def _slot(self):
+    async def close(self) -> None:
+        """Closes what all trajectories share, as Session.close does."""
+        session = Session(self, {})
+        session._to_close = list(self._shared.values())
+        self._shared = {}
+        await session.close()
+        self.cache.close()
+
+    def _on_this_loop(self) -> None:
         if self._loop is not asyncio.get_running_loop():
             self._loop = asyncio.get_running_loop()
-            self._slots = asyncio.Semaphore(self.concurrency)
-        return self._slots
+            self._slots = {"": asyncio.Semaphore(self.concurrency)}
+            own = {tool.name: tool.concurrency for tool in self.tools.values() if tool.concurrency}
+            self._slots |= {name: asyncio.Semaphore(count) for name, count in own.items()}
+            self._locks = {}
 
 
 class Session:
     """The tools of one trajectory. A stateful tool's instance is made at its first call, under that
     call's deadline, belongs to this session alone, and runs one call at a time, in order."""
 
-    def __init__(self, box: Toolbox):
-        self.box = box
-        self._instances = {}  # tool name -> instance
+    def __init__(self, box: Toolbox, example: dict):
+        self.box, self.example = box, example
+        self._states = {}  # a tool's make -> what it made
         self._to_close = []
-        self._turns = {name: asyncio.Lock() for name, tool in box.tools.items() if tool.stateful}
+        self._locks = {}
 
     async def call(self, name: str, arguments: dict | None) -> tuple[str | list, str | None, float]:
         """-> content (text, or a list of texts and PIL images), error kind or None, seconds."""
         tool = self.box.tools.get(name) if isinstance(name, str) else None
         seconds = 0.0
         if tool is None:
-            known = ", ".join(_signature(tool) for tool in self.box.tools.values())
+            every = self.box.tools.values()
+            known = ", ".join(signature(t.name, _parameters(t)) for t in every)
             content = f"error: there is no tool {name!r}; the tools are: {known}"
             error = "unknown_tool"
-        elif wrong := _wrong_arguments(tool, arguments):
-            content = f"error: {wrong}; call it as {_signature(tool)}"
+        elif wrong := wrong_arguments(name, _parameters(tool), arguments):
+            content = f"error: {wrong}; call it as {signature(name, _parameters(tool))}"
             error = "bad_arguments"
         else:
-            # its turn comes before its slot: who waits for a turn must not hold up the others
-            async with self._turns.get(name, nullcontext()), self.box._slot():
-                start = time.perf_counter()
-                content, error = await self._run(tool, arguments)
-                seconds = time.perf_counter() - start
+            content, error, seconds = await self._cached(tool, arguments)
         if isinstance(content, str) and len(content) > MAX_RESULT_CHARS:
             dropped, half = len(content) - MAX_RESULT_CHARS, MAX_RESULT_CHARS // 2
             content = f"{content[:half]}\n[... {dropped} characters cut ...]\n{content[-half:]}"
@@ -164,40 +174,92 @@ class Session:
             self.box.errors[error] += 1
         return content, error, seconds
 
+    async def _cached(self, tool, arguments):
+        self.box._on_this_loop()
+        if not (tool.pure and self.box.cache.on):
+            return await self._timed(tool, arguments)
+        depends = ""
+        if tool.make:  # made also if the result is known: it must cost little
+            try:
+                done, state = await self._in_time(self._state(tool), self._limit(tool))
+            except Exception:
+                done = False
+            if not done:  # the call itself will say what is wrong
+                return await self._timed(tool, arguments)
+            depends = getattr(state, "key", "")
+        key = json.dumps([tool.name, tool.key, depends, arguments], sort_keys=True)
+        return await self.box.cache.run(key, lambda: self._timed(tool, arguments))
+
+    async def _timed(self, tool, arguments):
+        # its turn comes before its slot: who waits for a turn must not hold up the others
+        async with AsyncExitStack() as waits:
+            if tool.make and tool.serial and not tool.shared:
+                await waits.enter_async_context(self._locks.setdefault(tool.make, asyncio.Lock()))
+            for name in (tool.name, ""):
+                if name in self.box._slots:
+                    await waits.enter_async_context(self.box._slots[name])
+            start = time.perf_counter()
+            content, error = await self._run(tool, arguments)
+            return content, error, time.perf_counter() - start
+
     async def _run(self, tool, arguments):
         try:
-            done, result = await self._in_time(self._work(tool, arguments))
+            done, result = await self._in_time(self._tried(tool, arguments), self._limit(tool))
             if done:
                 return _content(result), None
-            text = f"error: {tool.name} took longer than {self.box.timeout:g} s and was stopped"
-            if tool.stateful and not tool.is_async:
+            text = f"error: {tool.name} took longer than {self._limit(tool):g} s and was stopped"
+            if tool.make and not tool.shared and not tool.is_async:
                 # its thread may still be changing the instance: the next call gets a new one
-                self._instances.pop(tool.name, None)
+                self._states.pop(tool.make, None)
                 text += "; its state is lost"
             return text, "timeout"
         except ToolError as error:
             return error.text, error.kind
+        except UserError:  # of the run's configuration or data, not of the model: it ends the run
+            raise
         except Exception as error:
             return f"error: {tool.name} raised {_shown(error)}", "exception"
 
-    async def _work(self, tool, arguments):
-        function = tool.target
-        if tool.stateful:
-            if tool.name not in self._instances:
-                instance = await self._in_thread(tool.target, {})
-                self._instances[tool.name] = instance
-                self._to_close.append(instance)
-            function = self._instances[tool.name]
-        if tool.is_async:
-            return await function(**arguments)
-        return await self._in_thread(function, arguments)
+    async def _tried(self, tool, arguments):
+        for attempt in range(tool.retries + 1):
+            if attempt:  # spread out, or all would come back at the same moment
+                await asyncio.sleep(PAUSE * 2 ** (attempt - 1) * (0.5 + random.random()))
+            try:
+                return await self._work(tool, arguments)
+            except NetworkError:
+                if attempt == tool.retries:
+                    raise
 
-    async def _in_time(self, work):
+    async def _work(self, tool, arguments):
+        first = [await self._state(tool)] if tool.make else []
+        if tool.is_async:
+            return await tool.function(*first, **arguments)
+        return await self._in_thread(lambda: tool.function(*first, **arguments))
+
+    async def _state(self, tool):
+        """What tool.make made for this trajectory, or for the run; made now if it is the first."""
+        states = self.box._shared if tool.shared else self._states
+        locks = self.box._locks if tool.shared else self._locks
+        async with locks.setdefault((tool.make, "make"), asyncio.Lock()):
+            if tool.make not in states:
+                if inspect.iscoroutinefunction(tool.make):
+                    state = await tool.make(self.example)
+                else:
+                    state = await self._in_thread(lambda: tool.make(self.example))
+                states[tool.make] = state
+                if not tool.shared:
+                    self._to_close.append(state)
+            return states[tool.make]
+
+    def _limit(self, tool):
+        return tool.timeout or self.box.timeout
+
+    async def _in_time(self, work, seconds):
         """(True, result), or (False, None) at the deadline. Not asyncio.timeout: it would wait for
         ever for a tool that swallows its cancellation."""
         task = asyncio.ensure_future(_no_exit(work))
         try:
-            done, _ = await asyncio.wait({task}, timeout=self.box.timeout)
+            done, _ = await asyncio.wait({task}, timeout=seconds)
             if not done:
                 task.cancel()
                 await asyncio.wait({task}, timeout=GRACE)
@@ -210,7 +272,7 @@ class Session:
             raise RuntimeError("the tool cancelled itself")
         return True, task.result()
 
-    async def _in_thread(self, function, arguments):
+    async def _in_thread(self, function):
         """A daemon thread per call, no pool: a hung one costs no worker and does not block exit."""
         loop = asyncio.get_running_loop()
         future = loop.create_future()
@@ -221,7 +283,7 @@ class Session:
 
         def work():
             try:
-                outcome = function(**arguments), None
+                outcome = function(), None
             except BaseException as error:  # SystemExit too: in a thread it would vanish unseen
                 outcome = None, error
             with suppress(RuntimeError):  # the loop was closed while an abandoned thread went on
@@ -242,7 +304,7 @@ class Session:
 
     async def close(self) -> None:
         """Closes every instance, under the deadline; a failure is counted, and the rest go on."""
-        self._instances.clear()
+        self._states.clear()
         while self._to_close:
             instance = self._to_close.pop()
             close = getattr(instance, "close", None)
@@ -250,11 +312,16 @@ class Session:
                 continue
             try:
                 is_async = inspect.iscoroutinefunction(close)
-                closed, _ = await self._in_time(close() if is_async else self._in_thread(close, {}))
+                work = close() if is_async else self._in_thread(close)
+                closed, _ = await self._in_time(work, max(self.box.timeout, CLOSING))
             except Exception:
                 closed = False
             if not closed:
                 self.box.errors["close"] += 1
+
+
+def _parameters(tool):
+    return tool.schema["function"]["parameters"]
 
 
 async def _no_exit(work):
@@ -295,164 +362,3 @@ def _text(value):
             text = json.dumps(value, ensure_ascii=False)
     text = str(value) if text is None else text
     return text.encode("utf-8", "replace").decode()  # a lone surrogate would crash a tokenizer
-
-
-# -- arguments against the schema: get_json_schema writes few kinds, so a small checker of our own
-
-
-def _wrong_arguments(tool, arguments):
-    """What is wrong, as half a sentence, or None. Nothing is converted: '3' is not an integer."""
-    if not isinstance(arguments, dict):
-        return f"the arguments of {tool.name} must be a JSON object"
-    parameters = tool.schema["function"]["parameters"]
-    for name in arguments:
-        if name not in parameters["properties"]:
-            return f"{tool.name} has no argument {name!r}"
-    for name in parameters.get("required", []):
-        if name not in arguments:
-            kind = _kind(parameters["properties"][name])
-            return f"{tool.name} got no argument {name!r} ({kind})"
-    for name, value in arguments.items():
-        if wrong := _mismatch(value, parameters["properties"][name], name):
-            return wrong
-    return None
-
-
-def _mismatch(value, schema, where):
-    if value is None and schema.get("nullable"):
-        return None
-    if "anyOf" in schema:
-        fits = any(_mismatch(value, option, where) is None for option in schema["anyOf"])
-    else:
-        kinds = schema.get("type", [])
-        kinds = [kinds] if isinstance(kinds, str) else kinds
-        fits = not kinds or any(
-            # bool is an int to Python, not to JSON
-            isinstance(value, JSON_TYPES[kind])
-            and (kind == "boolean" or not isinstance(value, bool))
-            for kind in kinds
-        )
-        fits = fits and ("enum" not in schema or value in schema["enum"])
-    if not fits:
-        return f"{where} must be {_kind(schema)}, not {json.dumps(value, ensure_ascii=False)[:80]}"
-    if isinstance(value, list) and "prefixItems" in schema:
-        if len(value) != len(schema["prefixItems"]):
-            return f"{where} must have {len(schema['prefixItems'])} items, not {len(value)}"
-        parts = zip(value, schema["prefixItems"], strict=True)
-        inner = [(f"{where}[{i}]", item, part) for i, (item, part) in enumerate(parts)]
-    elif isinstance(value, list) and "items" in schema:
-        inner = [(f"{where}[{i}]", item, schema["items"]) for i, item in enumerate(value)]
-    elif isinstance(value, dict) and "additionalProperties" in schema:
-        inner = [(f"{where}[{k!r}]", v, schema["additionalProperties"]) for k, v in value.items()]
-    else:
-        return None
-    return next((w for name, item, part in inner if (w := _mismatch(item, part, name))), None)
-
-
-def _kind(schema):
-    if "enum" in schema:
-        kind = "one of " + ", ".join(
-            json.dumps(value, ensure_ascii=False) for value in schema["enum"]
-        )
-    elif "anyOf" in schema:
-        kind = " or ".join(_kind(option) for option in schema["anyOf"])
-    elif "items" in schema:
-        kind = f"array of {_kind(schema['items'])}"
-    else:
-        kind = schema.get("type", "any value")
-        kind = kind if isinstance(kind, str) else " or ".join(kind)
-    return f"{kind} or null" if schema.get("nullable") else kind
-
-
-def _signature(tool):
-    parameters = tool.schema["function"]["parameters"]
-    required = parameters.get("required", [])
-    shown = (
-        f"{name}{'' if name in required else '?'}: {_kind(schema)}"
-        for name, schema in parameters["properties"].items()
-    )
-    return f"{tool.name}({', '.join(shown)})"
-
-
-# -- finding, loading and describing
-
-
-def _find(name):
-    """'python' or 'path.py:function' -> (file or None, function name), without running any code."""
-    path, colon, function = name.rpartition(":")
-    if not colon:
-        files = sorted(Path(__file__).parent.glob("*.py"))
-        known = [path.stem for path in files if path.stem in _defined(path)]
-        if name not in known:
-            raise UserError(
-                f"unknown tool {name!r}{near(name, known)} "
-                f"(tools: {', '.join(known)}; or give file.py:function)"
-            )
-        return None, name
-    path = Path(path).expanduser().resolve()
-    if not path.is_file():
-        raise UserError(f"no file {path} for the tool {name!r}: give an existing file.py:function")
-    known = _defined(path)
-    if function not in known:
-        raise UserError(
-            f"no function {function!r} in {path}{near(function, known)} (has: {', '.join(known)})"
-        )
-    return path, function
-
-
-def _defined(path):
-    text = path.read_text(encoding="utf-8")
-    return re.findall(r"^(?:async def|def|class) +([A-Za-z]\w*)", text, re.MULTILINE)
-
-
-def _load(path, name):
-    if path is None:
-        return getattr(importlib.import_module(f"tools.{name}"), name)
-    module = sys.modules.get(str(path))  # two tools of one file share the module
-    if module is None:
-        spec = importlib.util.spec_from_file_location(str(path), path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[str(path)] = module
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[str(path)]
-            raise UserError(
-                f"importing {path} for the tool {name!r} failed: {_shown(error)}"
-            ) from error
-    return getattr(module, name)
-
-
-def _describe(target):
-    stateful = inspect.isclass(target)
-    function = target.__call__ if stateful else target
-    if not (inspect.isfunction(function) or inspect.ismethod(function)):
-        what = f"class {target.__name__} without __call__" if stateful else repr(target)
-        raise UserError(f"{what} is no tool: give a function, or a class with a __call__ method")
-    name = target.__name__
-    remedy = (
-        "give each argument a plain type (str, int, float, bool, list, dict, Literal, X | None) "
-        "and, in a docstring that begins with what the tool does, a line `name: what` under `Args:`"
-    )
-    from transformers.utils import get_json_schema  # here: with torch it costs two seconds
-
-    # get_json_schema lets other types pass, and the model could never call such a tool
-    plain = {str, int, float, bool, list, tuple, dict, type(None), typing.Any}
-    try:
-        hints = typing.get_type_hints(function)
-        for argument, kind in inspect.signature(function).parameters.items():
-            hint = hints.get(argument)
-            if kind.kind not in (kind.POSITIONAL_OR_KEYWORD, kind.KEYWORD_ONLY):
-                raise ValueError(f"argument {kind} cannot be given by name")
-            if isinstance(hint, type) and typing.get_origin(hint) is None and hint not in plain:
-                raise ValueError(f"argument {argument} has the type {hint.__name__}")
-        schema = get_json_schema(function)
-        schema["function"]["name"] = name
-        if not schema["function"]["description"]:
-            raise ValueError("its docstring does not say what it does")
-    except (
-        Exception
-    ) as error:  # its two own classes, NameError in a hint, bad JSON in (choices: ...)
-        why = str(error.args[0] if error.args else error).rstrip(".!")
-        raise UserError(f"tool {name!r} cannot be described to a model, {why}: {remedy}") from error
-    return Tool(name, target, stateful, inspect.iscoroutinefunction(function), schema)

@@ -1,0 +1,329 @@
+"""What a tool may say of itself: options, state, pure, network, ends; and the cache of results.
+
+pytest tests/test_tool_marks.py
+"""
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+import config
+import tools
+from config import UserError
+from tools import NetworkError, Tool, Toolbox, ToolError, loading
+
+
+class Shelf:
+    """A tool with options, one instance for the run."""
+
+    shared = True
+    made = []
+
+    def __init__(self, book: str, copies: int = 2, marks: tuple[str, ...] = ()):
+        if book == "burnt":
+            raise UserError("book = 'burnt': expected one that can be read")
+        self.book, self.copies, self.closed = book, copies, 0
+        Shelf.made.append(self)
+
+    async def __call__(self, page: int) -> str:
+        """Reads.
+
+        Args:
+            page: which
+        """
+        return f"{self.book} {page} {self.copies}"
+
+    async def close(self):
+        self.closed += 1
+
+
+class Row:
+    """A tool that gets the data row of its trajectory."""
+
+    pure = True
+    calls = []
+
+    def __init__(self, example, prefix: str = ""):
+        self.key = self.prefix = prefix + example["name"]
+
+    def __call__(self, x: int) -> str:
+        """Shows.
+
+        Args:
+            x: a number
+        """
+        Row.calls.append(x)
+        return f"{self.prefix}{x}"
+
+
+def counted(pure=True, fails=0, seconds=0.0, kind=None):
+    """A tool that counts its calls; the first so many fail."""
+
+    async def count(x: int) -> str:
+        """Counts.
+
+        Args:
+            x: a number
+        """
+        count.calls += 1
+        await asyncio.sleep(seconds)
+        if count.calls <= fails:
+            raise kind("not now") if kind else ToolError("exception", "not now")
+        return f"{x} {count.calls}"
+
+    count.calls, count.pure = 0, pure
+    return count
+
+
+def play(box, *calls, example=None, at_once=False):
+    """The (content, error, seconds) of each (name, arguments), in one session."""
+
+    async def run():
+        session = box.open(example)
+        waiting = [session.call(*call) for call in calls]
+        done = await asyncio.gather(*waiting) if at_once else [await one for one in waiting]
+        await session.close()
+        await box.close()
+        return done
+
+    return asyncio.run(run())
+
+
+# -- options
+
+
+def test_options_reach_the_instance_and_are_cast():
+    box = Toolbox([Shelf], options=("Shelf.book=a.b=c", "Shelf.copies=5"))
+    assert play(box, ("Shelf", {"page": 7}))[0][:2] == ("a.b=c 7 5", None)
+
+
+@pytest.mark.parametrize(
+    "options, wrong",
+    [
+        ((), "Shelf.book is missing: write Shelf.book=…"),
+        (("Shelf.boook=x",), "Shelf has no option 'boook': did you mean book?"),
+        (("Shelf.book=x", "Shelf.copies=many"), "Shelf.copies = 'many': expected int"),
+        (("Shelf.book=x", "Shelf.book=y"), "Shelf.book is given twice"),
+        (("Shelf.book",), "cannot read 'Shelf.book': write name.option=value"),
+        (("Shelf.book=x", "Self.book=y"), "Self is none of the tools: did you mean Shelf?"),
+        (("Shelf.book=x", "Shelf.timeout=0"), "timeout = 0.0: expected more than 0"),
+        (("Shelf.book=x", "Shelf.retries=3"), "retries has no effect: Shelf asks no network"),
+        (("Shelf.book=burnt",), "book = 'burnt': expected one that can be read"),
+    ],
+)
+def test_an_option_that_cannot_be_used_is_refused_at_the_start(options, wrong):
+    """Pitfalls 42 and 55: nothing is ignored, and what is missing stops the run at once."""
+    with pytest.raises(UserError) as error:
+        Toolbox([Shelf], options=options)
+    assert wrong in str(error.value)
+
+
+def test_a_function_has_no_options_but_those_of_every_tool():
+    with pytest.raises(UserError, match="count has no option 'x'"):
+        Toolbox([counted()], options=("count.x=1",))
+    assert Toolbox([counted()], options=("count.timeout=3",)).tools["count"].timeout == 3
+
+
+def test_describing_alone_makes_nothing_and_needs_no_option():
+    Shelf.made.clear()
+    box = Toolbox([Shelf], describe_only=True)
+    assert box.schemas[0]["function"]["name"] == "Shelf" and not Shelf.made
+
+
+# -- state
+
+
+def test_a_shared_tool_is_made_once_and_closed_with_the_box():
+    Shelf.made.clear()
+    box = Toolbox([Shelf], options=("Shelf.book=x",))
+    assert len(Shelf.made) == 1
+
+    async def run():
+        sessions = [box.open() for _ in range(3)]
+        await asyncio.gather(*(s.call("Shelf", {"page": 1}) for s in sessions))
+        for session in sessions:
+            await session.close()
+        assert Shelf.made[0].closed == 0
+        await box.close()
+
+    asyncio.run(run())
+    assert len(Shelf.made) == 1 and Shelf.made[0].closed == 1 and not box.errors
+
+
+def test_a_tool_gets_the_row_of_its_trajectory():
+    """Pitfall 40: and keeps it from the others, in the cache too."""
+    box = Toolbox([Row], options=("Row.prefix=p",))
+
+    async def run():
+        first, second = box.open({"name": "a"}), box.open({"name": "b"})
+        both = [await s.call("Row", {"x": 1}) for s in (first, second, first)]
+        return [content for content, _, _ in both]
+
+    Row.calls.clear()
+    assert asyncio.run(run()) == ["pa1", "pb1", "pa1"] and Row.calls == [1, 1]
+
+
+def test_a_row_that_a_tool_cannot_use_is_an_observation():
+    content, error, _ = play(Toolbox([Row]), ("Row", {"x": 1}))[0]
+    assert error == "exception" and content == "error: Row raised KeyError: 'name'"
+
+
+def test_a_mistake_of_the_user_ends_the_run():
+    """Refused, not told to the model: a row that names a database which is not there, say."""
+
+    class Missing:
+        def __init__(self, example):
+            raise UserError(f"no file {example['database']}")
+
+        def __call__(self) -> str:
+            """Nothing."""
+
+    for options in (), ("Missing.cache=true",):
+        with pytest.raises(UserError, match="no file nope.sqlite"):
+            example = {"database": "nope.sqlite"}
+            play(Toolbox([Missing], options=options), ("Missing", {}), example=example)
+
+
+def test_tools_of_one_maker_share_its_state_and_wait_for_each_other_only_if_serial():
+    async def make(example):
+        return {"at once": 0, "most": 0}
+
+    async def use(state):
+        state["at once"] += 1
+        state["most"] = max(state["most"], state["at once"])
+        await asyncio.sleep(0.02)
+        state["at once"] -= 1
+        return f"{state['most']}"
+
+    empty = {"type": "object", "properties": {}}
+
+    def tool(name, serial):
+        schema = {"function": {"name": name, "description": name, "parameters": empty}}
+        return Tool(name, schema, use, True, make=make, serial=serial)
+
+    for serial, most in ((True, "1"), (False, "2")):
+        box = Toolbox([tool("one", serial), tool("two", serial)])
+        done = play(box, ("one", {}), ("two", {}), at_once=True)
+        assert max(content for content, _, _ in done) == most
+
+
+# -- limits of one tool
+
+
+def test_a_tool_has_its_own_deadline_and_its_own_number_of_calls_at_once():
+    box = Toolbox([counted(pure=False, seconds=0.1)], options=("count.timeout=0.02",))
+    content, error, _ = play(box, ("count", {"x": 1}))[0]
+    assert error == "timeout" and "longer than 0.02 s" in content
+    box = Toolbox([counted(pure=False, seconds=0.05)], options=("count.concurrency=1",))
+    start = time.perf_counter()
+    play(box, *[("count", {"x": 1})] * 3, at_once=True)
+    assert time.perf_counter() - start > 0.15
+
+
+# -- pure
+
+
+def test_what_is_known_is_not_run_again_and_takes_no_time():
+    tool = counted(seconds=0.01)
+    box = Toolbox([tool])
+    first, again, other = play(box, *[("count", {"x": x}) for x in (1, 1, 2)])
+    assert (first[0], again[0], other[0]) == ("1 1", "1 1", "2 2")
+    assert first[2] > 0.005 and again[2] == 0.0 and box.cache.hits == 1
+
+
+def test_calls_at_the_same_moment_run_once():
+    tool = counted(seconds=0.02)
+    done = play(Toolbox([tool]), *[("count", {"x": 1})] * 8, at_once=True)
+    assert {content for content, _, _ in done} == {"1 1"} and tool.calls == 1
+
+
+def test_an_error_is_not_kept_and_those_who_waited_for_it_run_at_once():
+    """Pitfall 38: eight calls that all hang last as long as one."""
+    tool = counted(fails=100, seconds=0.1)
+    start = time.perf_counter()
+    done = play(Toolbox([tool]), *[("count", {"x": 1})] * 8, at_once=True)
+    assert [error for _, error, _ in done] == ["exception"] * 8 and tool.calls == 8
+    assert time.perf_counter() - start < 0.5
+
+
+def test_a_cancelled_call_leaves_nobody_waiting():
+    tool = counted(seconds=0.1)
+    box = Toolbox([tool])
+
+    async def run():
+        first, second = (asyncio.ensure_future(box.open().call("count", {"x": 1})) for _ in "ab")
+        await asyncio.sleep(0.02)
+        first.cancel()
+        return await second
+
+    assert asyncio.run(run())[:2] == ("1 2", None)
+
+
+def test_what_is_not_pure_is_run_each_time_unless_the_user_says_so():
+    for tool, options, calls in (
+        (counted(pure=False), (), 2),
+        (counted(pure=False), ("count.cache=true",), 1),
+        (counted(), ("count.cache=false",), 2),
+    ):
+        play(Toolbox([tool], options=options), *[("count", {"x": 1})] * 2)
+        assert tool.calls == calls
+    tool = counted()
+    play(Toolbox([tool], cache="none"), *[("count", {"x": 1})] * 2)
+    assert tool.calls == 2
+
+
+def test_a_file_keeps_results_until_the_tool_or_its_options_change(tmp_path):
+    path = str(tmp_path / "cache.sqlite")
+    for name, calls in (("a", [1]), ("a", []), ("b", [1])):
+        Row.calls.clear()
+        play(Toolbox([Row], cache=path), ("Row", {"x": 1}), example={"name": name})
+        assert Row.calls == calls
+    Row.calls.clear()
+    box = Toolbox([Row], options=("Row.prefix=p",), cache=path)
+    assert play(box, ("Row", {"x": 1}), example={"name": "a"})[0][0] == "pa1" and Row.calls == [1]
+
+
+def test_a_file_that_cannot_be_a_cache_is_refused(tmp_path):
+    (tmp_path / "text").write_text("not a database " * 100)
+    for path in (tmp_path / "text", tmp_path / "no" / "folder"):
+        with pytest.raises(UserError, match="tool_cache = .*: give memory, none, or a file"):
+            Toolbox([counted()], cache=str(path))
+
+
+# -- network
+
+
+def test_only_a_network_error_of_a_network_tool_is_tried_again(monkeypatch):
+    """Pitfall 41: after the retries it is an observation with its own name, never a result."""
+    monkeypatch.setattr(tools, "PAUSE", 0.01)
+    for network, fails, kind, calls, error in (
+        (True, 2, NetworkError, 3, None),
+        (True, 9, NetworkError, 3, "network"),
+        (False, 1, NetworkError, 1, "network"),
+        (True, 1, None, 1, "exception"),
+    ):
+        tool = counted(pure=False, fails=fails, kind=kind)
+        tool.network = network
+        box = Toolbox([tool])
+        assert play(box, ("count", {"x": 1}))[0][1] == error
+        assert tool.calls == calls and box.errors[error] == (error is not None)
+
+
+def test_retries_end_at_the_deadline(monkeypatch):
+    monkeypatch.setattr(tools, "PAUSE", 0.05)
+    tool = counted(pure=False, fails=99, kind=NetworkError)
+    tool.network = True
+    box = Toolbox([tool], timeout=0.2, options=("count.retries=50",))
+    start = time.perf_counter()
+    assert play(box, ("count", {"x": 1}))[0][1] == "timeout"
+    assert time.perf_counter() - start < 1
+
+
+def test_every_tool_file_says_in_its_docstring_what_it_does():
+    """And defines the tool that it is named after, or is one of the files that are no tools."""
+    inner = "__init__ cache confine fork_server loading mcp remote sandbox schema serve".split()
+    for path in sorted((Path(config.HERE) / "tools").glob("*.py")):
+        assert path.read_text().startswith('"""'), path.name
+        assert (path.stem in loading._defined(path)) != (path.stem in inner), path.name
