@@ -17,19 +17,27 @@ Is that concatenation what the model was trained to read? `Chat(...)` proves it 
 conversations: the template's rendering of the whole is the concatenation, in text and in ids, or
 differs in ways that `differences` then lists. Otherwise a UserError says what was seen.
 
-How a turn calls tools is a format: formats.py.
+How a turn calls tools is a format: formats.py. format="auto" has the template write a call, and
+takes the format that reads just like it. That needs no `response_template` of the tokenizer; nor is
+anything read by transformers' parse_response, which uses it: that one cuts blanks off values and
+passes on what the model has to be told is wrong (tests/test_formats.py shows both).
 """
 
 import json
 import re
+from copy import copy
 from datetime import datetime
+from itertools import groupby
 from os.path import commonprefix
 
 import jinja2
 
 from config import UserError
-from formats import FORMATS, THINK, Call, as_json
+from formats import FORMATS, THINK, Call, as_json, call_ids
 
+ARGUMENT = "zqARGUMENTqz"  # a name that no tool has for one of its own
+OTHERS = "use format=json_actions, fence or tags"
+BRIEF = {"role": "system", "content": "Be brief."}
 SENTINEL = "zqSENTINELqz"  # letters only: no template trims, quotes or escapes it
 # Stands for the n-th added token typed in somebody's text; code points for private use.
 MARK, MARKED = "\ue0f3{}\ue0f4", re.compile("\ue0f3([0-9]+)\ue0f4")
@@ -38,9 +46,12 @@ TODAY = datetime(2024, 7, 26)
 
 
 def _say(text, *calls: Call) -> dict:
-    functions = [{"name": call.name, "arguments": call.arguments} for call in calls]
-    calls = {"tool_calls": [{"type": "function", "function": f} for f in functions]}
-    return {"role": "assistant", "content": text} | (calls if functions else {})
+    written = []
+    for call in calls:
+        function = {"name": call.name, "arguments": call.arguments}
+        id = {"id": call.id} if call.id else {}
+        written.append(id | {"type": "function", "function": function})
+    return {"role": "assistant", "content": text} | ({"tool_calls": written} if calls else {})
 
 
 def _read(message) -> tuple[str, list[Call]]:
@@ -49,14 +60,14 @@ def _read(message) -> tuple[str, list[Call]]:
     if message.get("reasoning_content"):
         text = f"<think>\n{message['reasoning_content']}\n</think>\n\n{text}"
     for call in message.get("tool_calls") or []:
-        call = call.get("function", call)
+        id, call = call.get("id") or "", call.get("function", call)
         arguments = call["arguments"]
         try:
             arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
         except ValueError as e:
             what = f"arguments = {arguments!r} of a call of {call['name']}"
             raise UserError(f"{what}: expected an object or its JSON") from e
-        calls.append(Call(call["name"], arguments))
+        calls.append(Call(call["name"], arguments, id=id))
     return text, calls
 
 
@@ -65,7 +76,7 @@ def _user(text) -> dict:
 
 
 def _result(name, content) -> dict:
-    return {"role": "tool", "name": name or "unknown", "content": content}
+    return {"role": "tool", "name": name, "content": content}
 
 
 def _flat(content) -> str:
@@ -81,17 +92,17 @@ def _any_of(tokens) -> re.Pattern:
 class Chat:
     """One tokenizer, one call format, one set of tools (JSON schemas as `get_json_schema` makes).
 
+    format: a name in formats.FORMATS, or "auto"; format_name: the one in use, never "auto".
     stop_ids: ids that close an assistant turn. stop_strings: text that ends a turn in an inline
     format; the ids stay as sampled even if the last token goes on behind it. differences:
     sentences on where the template itself would write a conversation in another way.
     UserError: the template cannot be proved."""
 
     def __init__(self, tokenizer, format: str = "hermes", tools: list[dict] = ()):
-        if format not in FORMATS:
-            raise UserError(f"format = {format!r}: expected one of {', '.join(FORMATS)}")
+        if format not in (*FORMATS, "auto"):
+            raise UserError(f"format = {format!r}: expected one of auto, {', '.join(FORMATS)}")
         self.tokenizer, self.format_name, self.tools = tokenizer, format, list(tools)
-        self.format = FORMATS[format](self.tools)
-        self.stop_strings: tuple[str, ...] = self.format.stop_strings
+        self.format = FORMATS["hermes" if format == "auto" else format](self.tools)
         self.differences: tuple[str, ...] = ()
         try:
             template = tokenizer.get_chat_template(tools=self.tools or None)
@@ -106,12 +117,25 @@ class Chat:
         tool = [t for t in self._added if t in control or t in template]
         self._guards = {"user": _any_of(user), "tool": _any_of(tool), "assistant": _any_of([])}
         self._probe()
-        if self.tools and not self.format.inline:
+        if format == "auto" or (self.tools and not self.format.inline):
             self._probe_calls()
+        self.stop_strings: tuple[str, ...] = self.format.stop_strings
         if "strftime_now" in template:
             self._declare(f"the date in prompts is always {TODAY:%d %b %Y}")
         for messages in self._conversations():
             self._compare(messages)
+
+    def with_tools(self, tools: list[dict]) -> "Chat":
+        """This chat with other tools, for rows that bring their own. The proof is the template's
+        and takes tens of milliseconds: only that all tools are shown is repeated."""
+        if not self.tools or not tools:  # a template may be another one without tools
+            return Chat(self.tokenizer, self.format_name, tools)
+        other = copy(self)
+        other.tools, other.format = list(tools), FORMATS[self.format_name](list(tools))
+        other.format.style, other.stop_strings = self.format.style, other.format.stop_strings
+        if not other.format.inline:
+            other._check_tools()
+        return other
 
     # What the loop uses.
 
@@ -131,11 +155,14 @@ class Chat:
         string, or a list of content parts if the template takes them. closed: the turn ended in
         one of stop_ids. If not, the missing close comes first, or an inline format goes on."""
         messages = [_result(call.name, content) for call, content in results]
+        ids = call_ids([call for call, _ in results])
+        messages = [m | {"tool_call_id": id} for m, id in zip(messages, ids, strict=True)]
         if not self.format.inline:
             return self._encode(self._between(messages, closed))
         text = self._inline(messages)
         # In a turn that the model closed itself the result has to come as a user's message.
-        return self._encode(self._between([_user(text)], closed) if closed else text)
+        in_place = self.format.in_place and not closed
+        return self._encode(text if in_place else self._between([_user(text)], closed))
 
     def render(self, messages: list[dict]) -> tuple[list[int], list[int]]:
         """A whole conversation -> ids, mask: 1 on what the model is to write, stop tokens too."""
@@ -149,17 +176,19 @@ class Chat:
         """The sampled turn in OpenAI form. Its calls stay in the text if the format is inline, or
         if tool_calls would not say exactly the same (malformed calls, words between them)."""
         text = self._opening + text
-        if calls and not self.format.inline:
-            content = text[: text.index(calls[0].raw)].removesuffix("\n")
-            if self.format.write(content, calls) == text:
-                return _say(content, *calls)
+        if calls and not self.format.inline and not any(call.error for call in calls):
+            head = text[: text.index(calls[0].raw)]
+            for content in map(head.removesuffix, ("", "\n", "\n\n")):
+                if self.format.write(content, calls) == text:
+                    return _say(content, *calls)
         return _say(text)
 
     # Text. Everything here works on what the template writes.
 
     def _render(self, messages, generate=False, start=False) -> str:
         """start: a conversation from its beginning, with the tools described."""
-        messages = self._shape(self._merge(self._describe(messages) if start else messages))
+        messages = self._describe(messages) if start else messages
+        messages = self._shape(self._merge(self._told(self._answered(messages))))
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
@@ -174,6 +203,7 @@ class Chat:
 
     def _pieces(self, messages) -> list[tuple[str, int]]:
         """A conversation -> [(text, mask)]: prompt, turn, what is between, turn, ..."""
+        messages = self._told(self._answered(messages))
         roles = [message["role"] for message in messages] + ["assistant"]
         at = roles.index("assistant")
         pieces = [(self._render(messages[:at], generate=True, start=True), 0)]
@@ -182,7 +212,7 @@ class Chat:
             text = self._turn(messages[at], goes_on)
             end = roles.index("assistant", at + 1)
             between, at = messages[at + 1 : end], end
-            goes_on = self.format.inline and bool(between) and between[0]["role"] == "tool"
+            goes_on = self.format.in_place and bool(between) and between[0]["role"] == "tool"
             if goes_on:
                 results = [m for m in between if m["role"] == "tool"]
                 between = [m for m in between if m["role"] != "tool"]
@@ -196,7 +226,11 @@ class Chat:
 
     def _turn(self, message, goes_on) -> str:
         """What the model is to write for this message, without the stop token."""
-        text = self._guard(self.format.write(*_read(message)), "assistant")
+        text, calls = _read(message)
+        written = self.format.write(text, calls)
+        found = [] if self.format.inline else self.format.parse(written)
+        self._check_calls(calls, found)
+        text = self._guard(written, "assistant")
         if goes_on:
             return text.removeprefix(self._opening)
         for opening in (self._opening, "<think>") if self._opening else ():
@@ -204,12 +238,26 @@ class Chat:
                 return text.removeprefix(opening)
         if self._opening:
             return f"\n</think>\n\n{text}"
-        return text if text.startswith(self._lead) else self._lead + text
+        is_call = bool(found) and written.lstrip().startswith(found[0].raw)
+        lead = self._call_lead if is_call else self._lead
+        return text if text.startswith(lead) else lead + text
+
+    def _check_calls(self, calls, found):
+        """A call that its own format would not read back is not learnt from."""
+        for n, call in enumerate(calls if not self.format.inline else ()):
+            back = found[n] if n < len(found) else Call("", None)
+            if (back.name, as_json(back.arguments)) != (call.name, as_json(call.arguments)):
+                wrote, read = as_json(call.arguments)[:80], as_json(back.arguments)[:80]
+                raise UserError(
+                    f"format {self.format_name} cannot write {call.name}({wrote}): it is read back "
+                    f"as {back.name}({read}); change the row, or take another format"
+                )
 
     def _between(self, messages, closed) -> str:
         """The text from the end of a turn to the next, generation prompt included."""
         names = [m.get("name") or "unknown" for m in messages if m["role"] == "tool"]
-        calls = [Call(name, {"x": SENTINEL}) for name in names]
+        ids = [m.get("tool_call_id", "") for m in messages if m["role"] == "tool"]
+        calls = [Call(n, {"x": SENTINEL}, id=id) for n, id in zip(names, ids, strict=True)]
         turn = _say("", *calls) if calls else _say(SENTINEL)
         text = self._render([_user("x"), turn, *messages], generate=True)
         tail = text.split(SENTINEL, len(calls) or 1)[-1]
@@ -217,7 +265,8 @@ class Chat:
         return suffix if closed else self._close + suffix
 
     def _inline(self, results) -> str:
-        text = "".join(self.format.result(_flat(result["content"])) for result in results)
+        results = [(result.get("name") or "", _flat(result["content"])) for result in results]
+        text = "".join(self.format.result(name, content) for name, content in results)
         return self._guard(text, "tool")
 
     def _stopped(self, text) -> str:
@@ -226,6 +275,36 @@ class Chat:
             if text.endswith(stop.rstrip()):
                 return text.removesuffix(stop.rstrip()) + stop
         return text
+
+    def _answered(self, messages) -> list[dict]:
+        """Each result with the name of its call, and its id as the template is to write it."""
+        answered, waiting = [], []
+        for message in messages:
+            if message["role"] == "assistant":
+                text, calls = _read(message)
+                calls = calls or self.format.parse(text)  # malformed calls stay in the text
+                waiting = list(zip(call_ids(calls), calls, strict=True))
+            elif message["role"] == "tool":
+                given = message.get("tool_call_id") or None
+                found = [pair for pair in waiting if given in (pair[0], pair[1].id)]
+                id, call = (found or waiting or [("call00000", Call("", None))])[0]
+                waiting = [pair for pair in waiting if pair[1] is not call]
+                name = message.get("name") or call.name
+                message = message | {"name": name, "tool_call_id": id}
+            answered.append(message)
+        return answered
+
+    def _told(self, messages) -> list[dict]:
+        """In an inline format whose calls close the turn, results are a user's message."""
+        if not self.format.inline or self.format.in_place:
+            return messages
+        told = []
+        for is_result, run in groupby(messages, key=lambda message: message["role"] == "tool"):
+            if is_result:
+                told.append(_user(self._inline(run)))
+            else:
+                told += run
+        return told
 
     def _merge(self, messages) -> list[dict]:
         """In an inline format a turn, its result and what follows in it are one message."""
@@ -248,20 +327,19 @@ class Chat:
 
     def _shape(self, messages) -> list[dict]:
         """Messages in the form that this template takes, control tokens in their texts guarded."""
-        shaped, ids = [], []
-        for i, message in enumerate(messages):
+        shaped = []
+        for message in messages:
             role, content = message["role"], message.get("content")
             new = {"role": role}
             if role == "assistant":
                 content, calls = _read(message)
-                ids = [f"call{i:03d}{n:02d}" for n in range(len(calls))]  # 9 letters for Mistral
-                for id, call in zip(ids, calls, strict=True):
+                for id, call in zip(call_ids(calls), calls, strict=True):
                     function = {"name": call.name, "arguments": self._arguments(call.arguments)}
                     call = {"id": id, "type": "function", "function": function}
                     new.setdefault("tool_calls", []).append(call)
             elif role == "tool":
                 new["name"] = message.get("name") or "unknown"
-                new["tool_call_id"] = ids.pop(0) if ids else "call00000"
+                new["tool_call_id"] = message["tool_call_id"]
             if isinstance(content, list):
                 new["content"] = [
                     part | {"text": self._guard(part["text"], role)} if "text" in part else part
@@ -333,8 +411,8 @@ class Chat:
     def _probe(self):
         """Find out what the template takes and writes: content as parts, a system role, the token
         that closes a turn, what stands between the generation prompt and an answer."""
-        self._as_parts, self._arguments = False, dict
-        self._lead = self._opening = self._anchor = ""
+        self._as_parts, self._arguments, self._words = False, dict, "I compute."
+        self._lead = self._call_lead = self._opening = self._anchor = ""
         self._as_parts = SENTINEL not in self._attempt(_user(SENTINEL))
         if SENTINEL not in self._render([_user(SENTINEL)]):
             raise self._refusal("it drops what the user says")
@@ -355,7 +433,7 @@ class Chat:
         several = eos and eos in run[0]
         self._close = run[0].partition(eos)[0] + eos if several else added.match(after)[0]
         close = self.tokenizer.encode(self._close, add_special_tokens=False)
-        names = [eos] + ["<|eom_id|>"] * (self.format_name == "llama3")
+        names = [eos] + ["<|eom_id|>"] * (self.format_name in ("llama3", "auto"))
         names = [name for name in names if name in self._added]
         stops = [close[-1], *self.tokenizer.convert_tokens_to_ids(names)]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(stops))
@@ -370,42 +448,77 @@ class Chat:
             lead = before.removeprefix(prompt)
             if THINK.sub("", self._opening + lead).strip():
                 raise self._refusal(f"{lead!r} stands between generation prompt and answer")
-            self._lead = lead[: len(lead) - len(lead.lstrip())]
+            self._lead = self._call_lead = lead[: len(lead) - len(lead.lstrip())]
         padded = f"  {SENTINEL} \n"
         if padded + self._close not in self._render([_user("x"), _say(padded)]):
             self._declare("trims the assistant's text")
 
     def _probe_calls(self):
-        """Are schemas, calls and results rendered, and calls in the syntax of this format?"""
-        name, other = self.tools[0]["function"]["name"], "use format=fence or format=tags"
-        prompt = self._render([_user("x")], generate=True, start=True)
-        if any(tool["function"]["name"] not in prompt for tool in self.tools):
-            raise self._refusal(f"it ignores tools; {other}")
-        call, seen = Call(name, {"x": SENTINEL}), ""
-        conversation = [_user("x"), _say("", call)]
+        """Are schemas, calls and results rendered, and calls in the syntax of this format? For
+        format=auto: of which?"""
+        prompt = self._check_tools()
+        name = self.tools[0]["function"]["name"] if self.tools else "python"
+        call, seen = Call(name, {ARGUMENT: SENTINEL, ARGUMENT[2:]: True}), ""
         for self._arguments in (dict, as_json):  # templates take an object, or its JSON
-            text = self._attempt(*conversation, start=True)
-            start = len(commonprefix([text, prompt.removesuffix(self._opening)]))
-            written = THINK.sub("", text[start:]).lstrip()
-            if written.startswith(self.format.write("", [call]) + self._close):
+            written = self._behind(prompt, _say("", call))
+            seen = seen or THINK.sub("", written).lstrip()
+            worded = self._behind(prompt, _say(SENTINEL, call))
+            if self._find_style(self.format_name, call, written, worded):
                 break
-            seen = seen or written
         else:
+            if not self.tools:  # auto, and nothing to call: any format will do
+                self.format_name, self._arguments = "hermes", dict
+                return
             if not seen:
-                self._render(conversation, start=True)  # raises, and says why
+                self._render([_user("x"), _say("", call)], start=True)  # raises, and says why
             if SENTINEL not in seen:
-                raise self._refusal(f"it ignores tool calls; {other}")
-            for format in {"hermes", "llama3"} - {self.format_name}:
-                if [c.error for c in FORMATS[format]([]).parse(seen.split("<|eot")[0])] == [""]:
-                    other = f"use format={format}"
-            raise self._refusal(f"it writes a call as {seen[:160]!r}; {other}")
+                raise self._refusal(f"it ignores tool calls; {OTHERS}")
+            refusal = self._refusal(f"it writes a call as {seen[:160]!r}")
+            known = self._find_style("auto", call, seen, "")
+            raise UserError(f"{refusal}; {f'use format={self.format_name}' if known else OTHERS}")
         result = _result(name, SENTINEL)
         if SENTINEL not in self._render([_user("x"), _say("", Call(name, {})), result]):
-            raise self._refusal(f"it ignores tool results; {other}")
+            raise self._refusal(f"it ignores tool results; {OTHERS}")
+
+    def _check_tools(self) -> str:
+        """A prompt with the tools, all of which it has to show."""
+        prompt = self._render([_user("x")], generate=True, start=True)
+        if any(tool["function"]["name"] not in prompt for tool in self.tools):
+            raise self._refusal(f"it ignores tools; {OTHERS}")
+        return prompt
+
+    def _behind(self, prompt, message) -> str:
+        """What the template writes for this message behind the prompt."""
+        text = self._attempt(_user("x"), message, start=True)
+        return text[len(commonprefix([text, prompt.removesuffix(self._opening)])) :]
+
+    def _find_style(self, wanted, call, written, worded) -> bool:
+        """Sets the format in which the template writes this call, and its style. wanted: a format,
+        or "auto". worded: the same call with words in front, which a template may drop."""
+        names = [name for name in FORMATS if not FORMATS[name].inline]
+        bare, worded = THINK.sub("", written).lstrip(), THINK.sub("", worded).lstrip()
+        for name in names if wanted == "auto" else [wanted]:
+            format = FORMATS[name](self.tools)
+            for style in format.styles:
+                format.style = style
+                said = format.write(SENTINEL, [call])
+                drops = worded.count(SENTINEL) < 2
+                if not bare.startswith(format.write("", [call]) + self._close):
+                    continue
+                if not drops and not worded.startswith(said + self._close):
+                    continue
+                if said.count(SENTINEL) == 2 and drops:
+                    self._declare("drops words in front of a call")
+                if bare == written.lstrip():
+                    self._call_lead = written[: len(written) - len(bare)]
+                self._words = "" if drops else "I compute."
+                self.format, self.format_name = format, name
+                return True
+        return False
 
     def _conversations(self):
         """What the proof renders: one round and two, thinking, one call and two, odd results."""
-        system, user, again = {"role": "system", "content": "Be brief."}, _user("2+3?"), _user("3?")
+        system, user, again = BRIEF, _user("2+3?"), _user("3?")
         last, thought = _say("It is 5."), "<think>\nhm\n</think>\n\n"
         yield [system, user, last]
         yield [user, last, again, last]
@@ -413,15 +526,14 @@ class Chat:
         if not self.tools:
             return
         name = self.tools[0]["function"]["name"]
-        call = Call(name, {"x": 'print("ü")'})
-        words = "" if self.format_name == "llama3" else "I compute."  # there a call is all
+        call, words = Call(name, {ARGUMENT: 'print("ü")'}), self._words
         for content in ("5", ' "quoted" \\ \n', '{"a": [1, 2]}', "\nünï ✓ 漢\n\n", ""):
             yield [system, user, _say("", call), _result(name, content), last]
         five, seven = _result(name, "5"), _result(name, "7")
         first = _say(words and thought + words, call)
         yield [user, first, five, last, again, _say("", call), seven, last]
         yield [user, first, five, _say("", call), seven, last]
-        if self.format_name == "hermes":
+        if self.format.parallel:
             yield [user, _say(words, call, call), five, seven, last]
 
     def _compare(self, messages):
@@ -429,7 +541,9 @@ class Chat:
         ours = "".join(text for text, _ in self._pieces(messages))
         theirs = self._render(messages, start=True)
         ids, whole = self.render(messages)[0], self._encode(ours, first=True)
-        if not self._same(ours, theirs):
+        if not self._same(ours, theirs) and self._same(*map(self._unmoved, (ours, theirs))):
+            self._declare("writes the system prompt and the tools only at the last user message")
+        elif not self._same(ours, theirs):
             mine, kept = THINK.findall(ours), THINK.findall(theirs)
             if not (mine or kept) or not self._same(self._bare(ours), self._bare(theirs)):
                 raise self._refusal(self._first_difference(ids, self._encode(theirs, first=True)))
@@ -442,6 +556,18 @@ class Chat:
         # An inline result is encoded apart from the turn that it goes on in, as in a rollout.
         if ids != whole and not (self.format.inline and "tool" in [m["role"] for m in messages]):
             raise self._refusal(f"pieces and whole differ: {self._first_difference(ids, whole)}")
+
+    def _unmoved(self, text) -> str:
+        """Without what tools and a system prompt add to a prompt: Mistral's first templates write
+        it in front of the last user message, so that it moves when there is another."""
+        bare = self._render([_user("x")], generate=True)
+        tools = self._render([_user("x")], generate=True, start=True)
+        system = self._render([BRIEF, _user("x")], generate=True, start=True)
+        for short, long in ((bare, tools), (tools, system)):
+            start = len(commonprefix([short, long]))
+            tail = len(commonprefix([short[start:][::-1], long[start:][::-1]]))
+            text = text.replace(long[start : len(long) - tail], "", 1)
+        return text
 
     def _bare(self, text) -> str:
         """Without thinking, and without the whitespace that it leaves at the start of a turn."""

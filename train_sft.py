@@ -49,6 +49,7 @@ class Config:
     out_dir: str = "out/sft"  # must be new or empty
     resume: bool = False  # go on from out_dir's last checkpoint; without one, begin
     seed: int = 0  # of the weights made here, the demonstrations, and their order
+    dry_run: bool = False  # prints the first row as it would be trained on: no model, no download
     save_every: int = 500  # updates between checkpoints; 0: only when it ends or is stopped
     keep_last: int = 2  # checkpoints; each takes three times the memory of what is trained
     logger: Literal["none", "wandb", "tensorboard"] = "none"  # beside metrics.jsonl
@@ -67,7 +68,9 @@ class Config:
     val_rows: int = 0  # held out, chosen by the seed, to measure val_loss and val_token_accuracy on
     val_every: int = 50  # updates between two such measurements; there is one at the end too
     system_prompt: str = ""  # put in front of conversations that have none
-    format: Literal["hermes", "llama3", "fence", "tags"] = "hermes"  # how calls are written
+    format: Literal[
+        "auto", "hermes", "llama3", "mistral", "qwen_xml", "fence", "tags", "json_actions"
+    ] = "hermes"  # how calls are written; auto: as the model's template does
     tools: tuple[str, ...] = ("python",)  # shown where a row has no `tools`: <name> or file.py:name
     max_tokens: int = 2048  # a longer conversation is cut on the right
     # optimisation
@@ -129,7 +132,7 @@ def check_rows(cfg: Config, rows: list[dict]) -> None:
 
 def render(rows: list[dict], tokenizer, format: str, tools: list[dict], name: str) -> list[tuple]:
     """(ids, mask) of each row: recorded ones as they are; a conversation with the tools of its row,
-    or else these, by one Chat for each set of tools, which proves the template for that set."""
+    or else these, by one Chat for each set of tools. The first proves the template."""
     chats = {}
     if any("messages" in row and row["tools"] is None for row in rows):
         chats[json.dumps(tools)] = Chat(tokenizer, format, tools)
@@ -144,7 +147,8 @@ def render(rows: list[dict], tokenizer, format: str, tools: list[dict], name: st
             data.check_calls(row["messages"], [tool["function"]["name"] for tool in shown])
             key = json.dumps(shown)
             if key not in chats:
-                chats[key] = Chat(tokenizer, format, shown)
+                known = next(iter(chats.values()), None)
+                chats[key] = known.with_tools(shown) if known else Chat(tokenizer, format, shown)
             samples.append(chats[key].render(row["messages"]))
         except UserError as error:
             raise UserError(f"{name}, row {row['row']}: {error}") from None
@@ -264,7 +268,7 @@ def validate(model, samples: list[tuple], token_budget: int, packing: bool = Fal
 
 def setup(cfg: Config):
     """(model, tokenizer, samples, held-out samples, a word on the data), the cheap checks first."""
-    toolbox = Toolbox(cfg.tools)
+    toolbox = Toolbox(cfg.tools, describe_only=True)
     if cfg.model != "tiny":
         models.find(cfg.model)
     rows = data.conversations(cfg.data, cfg.rows, cfg.seed, cfg.system_prompt)
@@ -297,6 +301,11 @@ def setup(cfg: Config):
 
 def train(cfg: Config) -> dict:
     """Trains, saves the model to out_dir, and returns the last step's metrics."""
+    if cfg.dry_run:
+        import dry_run
+
+        dry_run.sft(cfg)
+        return {}
     report.check_logger(cfg.logger)
     run = Run(cfg)
     model, tokenizer, samples, held_out, said = setup(cfg)

@@ -384,7 +384,7 @@ def test_llama_rows_with_two_calls_in_a_turn_are_refused(llama):
 # fence and tags
 
 
-@pytest.mark.parametrize("name", ["fence", "tags"])
+@pytest.mark.parametrize("name", ["fence", "tags", "json_actions"])
 def test_inline_formats_describe_the_tools_in_the_system_prompt(tokenizer, name):
     """Appended to a system prompt, or made where there is none."""
     chat = Chat(tokenizer, name, [PYTHON])
@@ -459,7 +459,10 @@ def refusal(tokenizer, *args):
 
 def test_what_a_format_cannot_do_is_refused(tokenizer):
     """One sentence: what was given, what would do."""
-    assert "expected one of hermes, llama3, fence, tags" in refusal(tokenizer, "xml", [ADD])
+    said = refusal(tokenizer, "xml", [ADD])
+    assert said.endswith(
+        "one of auto, hermes, llama3, mistral, qwen_xml, fence, tags, json_actions"
+    )
     assert "add needs (a, b)" in refusal(tokenizer, "fence", [ADD])
     assert "got python, search" in refusal(tokenizer, "fence", [PYTHON, SEARCH])
     said = refusal(tokenizer, "llama3", [ADD])

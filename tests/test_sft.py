@@ -226,13 +226,17 @@ def test_ids_of_another_tokenizer_are_refused(played, tokenizer, folder, tmp_pat
 
 
 def test_a_row_shows_its_own_tools_and_else_those_of_the_config(tokenizer, monkeypatch):
-    """Pitfall 49: each distinct set of tools is proved, once."""
+    """Pitfall 49: the template is proved once, and each distinct set of tools is looked at once."""
     made = []
 
     class Counted(Chat):
         def __init__(self, tokenizer, format, tools):
             made.append([tool["function"]["name"] for tool in tools])
             super().__init__(tokenizer, format, tools)
+
+        def with_tools(self, tools):
+            made.append([tool["function"]["name"] for tool in tools])
+            return super().with_tools(tools)
 
     monkeypatch.setattr(train_sft, "Chat", Counted)
     find, add = schema("find"), schema("add")
