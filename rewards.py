@@ -1,64 +1,165 @@
-"""Rewards: plain functions (trajectory, example) -> float, or None where there is nothing to score.
+"""Rewards: functions (trajectory, example) -> float, or None where there is nothing to score.
 
     rewards = ("correct", "format:0.1", "my_rewards.py:shout:0.5")  # each with :weight, else 1
+    reward_options = ("tool_bonus.cap=0.3", "judge.timeout=120")
 
-A function sees the Trajectory of rollout.py (messages, calls, stop, …) and the data row. Only what
-the model wrote in its last turn, after its thoughts, is an answer: not the prompt, not a tool's
-output, not code. Where it is: the first of these that the turn has, and of several the last one.
-`\\boxed{…}`, `<answer>…</answer>`, the line after `####`, the line after "answer is" or "Answer:".
-A bare number in the text is no answer: else a model that writes all numbers it saw is rewarded.
-In a turn that did not end by its own choice only the first two count, because a line may be cut.
+A function sees the Trajectory of rollout.py (messages, calls, stop, …) and the data row; it may be
+`async def`. Its keyword parameters with a type are options. A class of that name is made once, with
+the options, when the run starts, and its instance is called. A list is a number for each turn.
+Every reward also has the options timeout (seconds of one call) and concurrency (calls at once).
+
+All rewards look only at what the model wrote: answers.py says what counts as its answer, verify.py
+has those that run code, judge.py the one that asks a model.
 """
 
+import asyncio
 import functools
 import importlib.util
-import json
-import logging
+import inspect
 import math
 import re
-import signal
-import subprocess
 import sys
 import threading
 import traceback
 import types
-from fractions import Fraction
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import config
+from answers import answer, equal, last_turn, places, words
+from answers import f1 as f1_of
 from config import HERE, UserError, near
+from judge import judge
+from verify import code_tests, sql_match
 
 MALFORMED = {"bad_json", "unknown_tool", "bad_arguments"}  # ToolCall.error of calls that never ran
-LONGEST = 300  # characters of an answer: nobody's answer is longer, and comparing takes time
-DEADLINE = 2  # seconds that math-verify has for one comparison
+OPTIONS = "reward_options"  # the config key, for messages
+
+# ---- outcome
 
 
 def correct(trajectory, example):
-    """1.0 if the answer of the last turn equals example["answer"], or one of them if it is a list.
+    """1.0 if the model's answer equals example["answer"], or one of them if it is a list.
 
     A percent sign, a currency and units are dropped: 50% is 50, not 0.5. A whole number has to be
     written as one: `\\boxed{34*27}` or `\\boxed{10/2}` is the question again, not its answer.
     """
-    answers = example["answer"]
-    if not answers:
-        raise UserError(f"reward correct needs an answer, row {example['id'] + 1} has none")
+    golds = _golds(example, "correct")
     said = answer(trajectory, example)
-    if said is None:
-        return 0.0
-    answers = answers if isinstance(answers, list) else [answers]
-    return float(any(equal(said, gold) for gold in answers))
+    return float(said is not None and any(equal(said, gold) for gold in golds))
+
+
+def exact_match(trajectory, example):
+    """1.0 if the words of the model's answer are those of example["answer"], or of one of them if
+    it is a list, as in SQuAD: whatever the case, the articles and the punctuation."""
+    golds = _golds(example, "exact_match")
+    said = words(answer(trajectory, example) or "")
+    return float(said != [] and any(said == words(gold) for gold in golds))
+
+
+def f1(trajectory, example):
+    """How many words the model's answer shares with example["answer"], as in SQuAD: the harmonic
+    mean of the share of its words that are right and the share of the right words that it has. If
+    that is a list, the best of them. Weigh it with care: half an answer earns half."""
+    golds = _golds(example, "f1")
+    said = answer(trajectory, example)
+    return 0.0 if said is None else max(f1_of(said, gold) for gold in golds)
+
+
+def _golds(example, reward):
+    """The right answers, at least one. A row without one stops the run: it cannot be judged."""
+    golds = example["answer"]
+    if not golds:
+        raise UserError(f"reward {reward} needs an answer, row {example['id'] + 1} has none")
+    return golds if isinstance(golds, list) else [golds]
+
+
+def oracle(name: str, example: dict) -> str | None:
+    """A last message that earns 1.0 from the reward of this name, for a dry run; None if that does
+    not depend on the message, or the row does not say what would be right."""
+    gold = example.get("solution" if name == "code_tests" else "answer")
+    gold = gold[0] if isinstance(gold, list) and gold else gold
+    if not gold:
+        return None
+    if name in ("correct", "exact_match", "f1"):
+        return f"\\boxed{{{gold}}}"
+    languages = {"sql_match": "sql", "code_tests": "python"}
+    return f"```{languages[name]}\n{gold}\n```" if name in languages else None
+
+
+# ---- on the way
 
 
 def format(trajectory, example):
     """1.0 if the model ended by its own choice, made no malformed call and gave just one answer."""
     if trajectory.stop != "answered" or any(c.error in MALFORMED for c in trajectory.calls):
         return 0.0
-    return float(len(_places(_last_turn(trajectory, example), True)) == 1)
+    found = places(last_turn(trajectory, example), True)
+    if trajectory.answer is not None:  # given to a tool: what it says beside must be the same
+        return float(all(words(said) == words(answer(trajectory, example)) for said in found))
+    return float(len(found) == 1)
 
 
 def tool_use(trajectory, example):
     """1.0 if at least one call ran without an error; more calls do not give more. Give it a small
     weight and not for long: any call that runs is rewarded, a useless one too."""
     return float(any(call.error is None for call in trajectory.calls))
+
+
+def tool_bonus(trajectory, example, *, each: float = 0.1, cap: float = 0.2):
+    """`each` for every call that ran without an error, `cap` at most. The same call again earns
+    nothing, but a useless one does: give it for a warm start, not for long."""
+    ran = {(c.name, repr(c.arguments)) for c in trajectory.calls if c.error is None}
+    return min(cap, each * len(ran))
+
+
+class tool_errors:
+    """-`each` for every call that failed, -`cap` at most."""
+
+    def __init__(self, kinds: tuple[str, ...] = (), each: float = 0.1, cap: float = 1.0):
+        """kinds: those of ToolCall.error that count, such as bad_json,timeout:0.3, each with
+        :penalty or else `each`; empty for all. UserError for one that cannot be read."""
+        self.kinds, self.each, self.cap = {}, each, cap
+        for kind in kinds:
+            name, _, penalty = kind.partition(":")
+            try:
+                self.kinds[name] = float(penalty) if penalty else each
+            except ValueError:
+                raise UserError(f"tool_errors.kinds: {kind!r}: expected kind:penalty") from None
+
+    def __call__(self, trajectory, example):
+        errors = [call.error for call in trajectory.calls if call.error]
+        every = 0.0 if self.kinds else self.each
+        return -min(self.cap, sum((self.kinds.get(kind, every) for kind in errors), 0.0))
+
+
+def repetition(trajectory, example, *, n: int = 3):
+    """From 0.0 down to -1.0: the share of the n-grams (of words and signs, in all that the model
+    wrote between the calls) that it had written before, and the share of its calls that it had made
+    before, with the same arguments."""
+    seen, grams = set(), 0
+    for message in trajectory.messages[len(example["messages"]) :]:
+        if message["role"] == "assistant" and isinstance(message.get("content"), str):
+            parts = _PARTS.findall(message["content"])
+            found = [tuple(parts[i : i + n]) for i in range(len(parts) - n + 1)]
+            grams += len(found)
+            seen.update(found)
+    calls = [(call.name, repr(call.arguments)) for call in trajectory.calls]
+    again = 1 - len(seen) / grams if grams else 0.0
+    again += 1 - len(set(calls)) / len(calls) if calls else 0.0
+    return -min(1.0, again)
+
+
+_PARTS = re.compile(r"\w+|[^\w\s]")
+
+
+def length(trajectory, example, *, limit: int, buffer: int = 256):
+    """Soft overlong punishment (DAPO, arXiv 2503.14476): 0.0 up to limit - buffer tokens that the
+    model wrote, in all turns together; from there linearly down to -1.0 at limit and above."""
+    over = trajectory.new_tokens - (limit - buffer)
+    return -min(1.0, max(0.0, over / buffer)) if buffer else -float(over > 0)
 
 
 def turn_calls(trajectory, example):
@@ -71,12 +172,58 @@ def turn_calls(trajectory, example):
     return [(-1.0 if any(each) else 1.0) if each else 0.0 for each in errors]
 
 
-def select(names):
-    """{name: (function, weight)} of ("correct", "format:0.1", "my_rewards.py:shout:0.5").
+BUILT_IN = [
+    correct, exact_match, f1, sql_match, code_tests, judge, format, tool_use, tool_bonus,
+    tool_errors, repetition, length, turn_calls,
+]  # fmt: skip
+# They take microseconds and never wait, so they do without a thread, which takes 80.
+INSTANT = [exact_match, f1, format, tool_use, tool_bonus, tool_errors, repetition, length]
+INSTANT += [turn_calls]
 
-    A file is looked for here and then beside this one. Raises UserError for a wrong name or weight.
+# ---- names, weights and options
+
+
+@dataclass
+class Reward:
+    """A reward with its options, ready to be called."""
+
+    function: Callable  # (trajectory, example) -> value
+    instant: bool = False  # it never waits
+    timeout: float = 60.0  # seconds of one call
+    concurrency: int = 16  # calls at once
+    _slots: dict = field(default_factory=dict)  # event loop -> semaphore: it belongs to one
+
+    def __call__(self, trajectory, example):
+        return self.function(trajectory, example)
+
+    def slot(self) -> asyncio.Semaphore:
+        loop = asyncio.get_running_loop()
+        if loop not in self._slots:
+            self._slots = {loop: asyncio.Semaphore(self.concurrency)}
+        return self._slots[loop]
+
+
+def common(timeout: float = 60.0, concurrency: int = 16) -> dict:
+    """The options that every reward has."""
+    if timeout <= 0 or concurrency < 1:
+        given = f"timeout {timeout}, concurrency {concurrency}"
+        raise UserError(f"{OPTIONS}: {given}: expected > 0 seconds, and >= 1")
+    return {"timeout": timeout, "concurrency": concurrency}
+
+
+COMMON = inspect.signature(common).parameters
+
+
+def select(
+    names: Sequence[str], options: Sequence[str] = (), timeout: float = 60.0
+) -> dict[str, tuple[Reward, float]]:
+    """{name: (reward, weight)} of ("correct", "format:0.1", "my_rewards.py:shout:0.5") and
+    ("tool_bonus.cap=0.3", …). timeout: seconds of a call, where no option says otherwise.
+
+    A file is looked for here and then beside this one. Raises UserError for a wrong name, weight or
+    option, and what a reward that is a class raises when it is made.
     """
-    selected = {}
+    given, chosen = config.options(options, OPTIONS), {}
     for text in names:
         name, *rest = text.split(":")
         if name.endswith(".py"):
@@ -85,47 +232,179 @@ def select(names):
                 raise UserError(f"rewards: {text!r} names no function: {there} {', '.join(found)}")
             name, *rest = rest
         else:
-            found, there = (
-                {f.__name__: f for f in (correct, format, tool_use, turn_calls)},
-                "there are",
-            )
+            found, there = {f.__name__: f for f in BUILT_IN}, "there are"
         if name not in found:
             hint = near(name, found) or f": {there} {', '.join(found)}, or write file.py:function"
             raise UserError(f"unknown reward {name!r} in {text!r}{hint}")
-        if name in selected:
+        if name in chosen:
             raise UserError(f"rewards: {name} is given twice: keep one of them")
-        selected[name] = found[name], _weight(text, rest)
-    if not selected:
+        chosen[name] = found[name], _weight(text, rest)
+    if not chosen:
         raise UserError("rewards is empty: expected at least one, such as correct")
-    return selected
+    for name in given:
+        if name not in chosen:
+            hint = near(name, chosen) or f" (rewards: {', '.join(chosen)})"
+            raise UserError(f"{OPTIONS}: {name!r} is not one of the rewards{hint}")
+    return {
+        name: (_made(name, function, given.get(name, {}), timeout), weight)
+        for name, (function, weight) in chosen.items()
+    }
 
 
-def score(trajectory, example, selected):
+def _made(name, function, given, timeout):
+    """The Reward: options bound, a class instantiated. given: {option: text}."""
+    where = f"{OPTIONS}: {name}"
+    own = {option: text for option, text in given.items() if option not in COMMON}
+    shared = {option: text for option, text in given.items() if option in COMMON}
+    limits = common(**({"timeout": timeout} | config.arguments(common, shared, where)))
+    values = config.arguments(function, own, where)
+    if isinstance(function, type):
+        ready = function(**values)
+        if not callable(ready):
+            raise UserError(f"reward {name} is a class without __call__(trajectory, example)")
+    else:
+        ready = functools.partial(function, **values) if values else function
+    return Reward(ready, function in INSTANT, **limits)
+
+
+def _functions(file):
+    """The public functions that a python file has, and the classes that it defines, by name."""
+    path = next((p for p in (Path(file), HERE / file) if p.is_file()), None)
+    if path is None:
+        raise UserError(f"no reward file {file!r}")
+    spec = importlib.util.spec_from_file_location(f"rewards in {path}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)  # what is wrong in it keeps its traceback
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and (
+            isinstance(value, types.FunctionType)
+            or (isinstance(value, type) and value.__module__ == spec.name)
+        )
+    }
+
+
+def _weight(text, rest):
+    try:
+        weight = float(rest[0]) if rest else 1.0
+    except ValueError:
+        weight = math.nan
+    if len(rest) > 1 or not math.isfinite(weight):
+        raise UserError(f"rewards: cannot read the weight of {text!r}: expected a number")
+    return weight
+
+
+# ---- scores
+
+
+async def score(trajectory, example, selected) -> dict:
     """{name: value} of all selected rewards, unweighted; None where one is None, NaN or infinite.
     A value is a number, or a list of numbers, one for each turn of the model.
 
-    A reward that raises stops the run: a 0 in its place would be trained on.
+    All are asked at once, each for its own seconds, from when it has a slot. One that takes longer
+    is None too, and its name is added to trajectory.reward_timeouts. A reward that raises stops the
+    run: a 0 in its place would be trained on.
     """
-    rewards = {}
-    for name, (function, _) in selected.items():
+    ready = {name: r if isinstance(r, Reward) else Reward(r) for name, (r, _) in selected.items()}
+    values, tasks = dict.fromkeys(ready), {}
+    try:
+        for name, reward in ready.items():
+            if reward.instant:
+                outcome = _outcome(reward, trajectory, example)
+                values[name] = _checked(name, *outcome, trajectory, example)
+            else:
+                work = _in_time(name, reward, trajectory, example)
+                tasks[name] = asyncio.ensure_future(work)
+        await asyncio.gather(*tasks.values())
+    finally:
+        for task in tasks.values():  # of those that go on beside one that raised
+            task.cancel()
+    return values | {name: task.result() for name, task in tasks.items()}
+
+
+async def _in_time(name, reward, trajectory, example):
+    """Its value, or None at the deadline. Not asyncio.timeout: it would wait for ever for one that
+    swallows its cancellation."""
+    target = reward.function
+    is_async = any(map(inspect.iscoroutinefunction, (target, type(target).__call__)))
+    async with reward.slot():
+        work = (_awaited if is_async else _in_thread)(target, trajectory, example)
+        task = asyncio.ensure_future(work)
         try:
-            value = function(trajectory, example)
-            values = value if isinstance(value, list) else [value]
-            if isinstance(value, list) and len(value) != len(trajectory.turn_starts):
-                turns = len(trajectory.turn_starts)
-                raise UserError(f"reward {name} gave {len(value)} numbers for {turns} turns")
-            numbers = [float(v) for v in values if v is not None and math.isfinite(v)]
-            whole = numbers if isinstance(value, list) else numbers[0] if numbers else None
-            rewards[name] = whole if len(numbers) == len(values) else None
-        except UserError:
-            raise
-        except (Exception, SystemExit) as error:  # exit() would end the loop's thread, silently
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            raise UserError(
-                f"reward {name} failed on row {example['id'] + 1}: {type(error).__name__}: {error} "
-                f"({at.filename}, line {at.lineno}): let it return None where there is no reward"
-            ) from error
-    return rewards
+            await asyncio.wait({task}, timeout=reward.timeout)
+        finally:
+            in_time = task.done()
+            task.cancel()
+    if not in_time:
+        trajectory.reward_timeouts.append(name)
+        return None
+    if task.cancelled():
+        return _checked(name, None, RuntimeError("it cancelled itself"), trajectory, example)
+    return _checked(name, *task.result(), trajectory, example)
+
+
+def _outcome(function, trajectory, example):
+    """(value, None) or (None, what it raised)."""
+    try:
+        return function(trajectory, example), None
+    except BaseException as error:  # exit() too: it would end a thread, unseen
+        return None, error
+
+
+async def _awaited(function, trajectory, example):
+    """The same of an async function."""
+    try:
+        return await function(trajectory, example), None
+    except (Exception, SystemExit) as error:  # exit() would end the loop
+        return None, error
+
+
+async def _in_thread(function, trajectory, example):
+    """The same, in a daemon thread of its own: a pool would be full of those that hang."""
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+
+    def deliver(outcome):
+        if not future.done():  # not too late
+            future.set_result(outcome)
+
+    def work():
+        outcome = _outcome(function, trajectory, example)
+        with suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(deliver, outcome)
+
+    threading.Thread(target=work, daemon=True, name="reward").start()
+    return await future
+
+
+def _checked(name, value, error, trajectory, example):
+    """What a reward gave as a number, a list of numbers, or None; UserError for all else."""
+    if error is None:
+        try:
+            return _numbers(name, value, trajectory)
+        except (TypeError, ValueError, OverflowError) as wrong:
+            error = wrong
+    if isinstance(error, UserError):
+        raise error
+    frames = traceback.extract_tb(error.__traceback__)
+    at = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    raise UserError(
+        f"reward {name} failed on row {example['id'] + 1}: {type(error).__name__}: {error}{at}: "
+        "let it return None where there is no reward"
+    ) from error
+
+
+def _numbers(name, value, trajectory):
+    values = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and len(value) != len(trajectory.turn_starts):
+        turns = len(trajectory.turn_starts)
+        raise UserError(f"reward {name} gave {len(value)} numbers for {turns} turns")
+    numbers = [float(v) for v in values if v is not None and math.isfinite(v)]
+    if len(numbers) < len(values):
+        return None
+    return numbers if isinstance(value, list) else numbers[0]
 
 
 def summed(scores):
@@ -145,212 +424,3 @@ def total(rewards, selected):
     if any(value is None for value, _ in weighed):
         return None
     return float(sum(value * weight for value, weight in weighed))
-
-
-def answer(trajectory, example):
-    """What the model gave as its answer in its last turn, or None."""
-    places = _places(_last_turn(trajectory, example), trajectory.stop == "answered")
-    return places[-1] if places else None
-
-
-def equal(said, gold):
-    """Whether two answers are the same: exactly as numbers, else as text, else by math-verify."""
-    if max(len(said), len(gold)) > LONGEST:
-        return False
-    said, gold = (re.sub(r"\\[()\[\]]", "", text) for text in (said, gold))  # \( 18 \)
-    (number, fraction), (gold_number, _) = _number(said), _number(gold)
-    if gold_number is not None and gold_number.denominator == 1:
-        return number == gold_number and not fraction
-    if number is not None and gold_number is not None:
-        return number == gold_number
-    said, gold = _plain(said), _plain(gold)
-    if said.casefold() == gold.casefold() or not said or not gold:
-        return said.casefold() == gold.casefold() != ""
-    # Words are compared as words only: as math they are products of letters, and Carol is Calor.
-    if _WORD.search(said) or _WORD.search(gold) or not _MATH.search(gold):
-        return False
-    return _same_math(said, gold)
-
-
-# ---- where the answer is
-
-_NO_ANSWER = re.compile(r"<(tool_call|tool_response)>.*?(?:</\1>|\Z)|```.*?(?:```|\Z)", re.S)
-_BRACE = re.compile(r"(\\boxed\s*\{)|\\.|([{}])", re.S)
-_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.S)
-# After "answer is", up to the end of the line, or of the sentence: "The answer is 18. I hope …"
-_LINE = re.compile(
-    r"\banswer(?:\s+is\b\s*:?|\s*:)[\s*]*(\S[^\n]*?)(?:(?<=[\d$%})*])\.\s|$)", re.I | re.M
-)
-
-
-def _last_turn(trajectory, example):
-    """The text of the last turn, if it is the model's: without thoughts, calls and code."""
-    messages = trajectory.messages[len(example["messages"]) :]  # few-shot answers are not its own
-    if not messages or messages[-1]["role"] != "assistant":
-        return ""
-    text = messages[-1].get("content") or ""
-    if isinstance(text, list):  # content parts, as vision models have them
-        text = "\n".join(part["text"] for part in text if part["type"] == "text")
-    text = text.rpartition("</think>")[2]  # the prompt may have opened the first one
-    if "<think>" in text:  # never closed: what follows is still thought, so nothing is answered
-        return ""
-    return _NO_ANSWER.sub("", text)
-
-
-def _places(text, ended):
-    """The answers declared in the text, all of one kind. ended: the model stopped by itself."""
-    kinds = [_boxed(text), _TAG.findall(text)]
-    if ended and not any(kinds):
-        kinds += [re.findall(r"####[ \t]*([^\n]*)", text), _LINE.findall(text)]
-    return next((found for found in kinds if found), [])
-
-
-def _boxed(text):
-    r"""The contents of all closed \boxed{…}, in order; of nested ones the innermost."""
-    stack, found = [], []
-    for match in _BRACE.finditer(text):
-        if match[1] or match[2] == "{":
-            stack.append((match.end(), bool(match[1])))
-        elif match[2] == "}" and stack:
-            start, boxed = stack.pop()
-            if boxed and not (found and found[-1][0] >= start):
-                found.append((start, text[start : match.start()]))
-    return [inside for _, inside in found]
-
-
-# ---- when two answers are equal
-
-_SPACES = re.compile(r"\\[,;:! ]|\\q?quad\b|[\s~\u00a0\u202f]+")
-_TEXT = re.compile(r"\\(?:text|mathrm|mbox|textbf|mathbf)\s*\{([^{}]*)\}")
-_UNITS = re.compile(
-    r"\\(?:text|mathrm|mbox)\s*\{[^{}\d]*\}(?:\^\{?\d\}?)?|\\?[$%€£]|\^\{?\\circ\}?|°"
-)
-_THOUSANDS = re.compile(r"(?<=\d)(?:,\\!|\{,\}|\\,|,)(?=\d{3}(?!\d))")
-_DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
-_FRACTION = re.compile(
-    r"([+-]?)(?:\\[dt]?frac(?:\{([+-]?\d+)\}\{(\d+)\}|(\d)(\d))|(\d+) ?/ ?(\d+))"
-)
-_WORD = re.compile(
-    r"(?<![\\A-Za-z])(?<!begin\{)(?<!end\{)(?!(?:sin|cos|tan|log|exp|sqrt)\b)[A-Za-z]{3,}"
-)
-_MATH = re.compile(r"[\d\\^=+*/()\[\]<>|]")
-
-
-def _number(text):
-    """(value, whether it is written as a fraction); (None, False) for what is not one number."""
-    text = _TEXT.sub(r"\1", _UNITS.sub("", text.replace("−", "-")))
-    text = _SPACES.sub(" ", _THOUSANDS.sub("", text)).strip(" *`").rstrip(" .*`")
-    text = re.sub(r"^[A-Za-z] ?= ?", "", text)  # x = 5
-    if _DECIMAL.fullmatch(text):
-        return Fraction(text), False
-    match = _FRACTION.fullmatch(text)
-    if not match:
-        return None, False
-    sign, *parts = (part for part in match.groups() if part is not None)
-    above, below = map(int, parts)
-    return (Fraction(above, below) * (-1 if sign == "-" else 1), True) if below else (None, False)
-
-
-def _plain(text):
-    """Text without what surrounds an answer: quotes, stops, dollars, an article, `\\text{}`."""
-    text = " ".join(_TEXT.sub(r"\1", text).split()).strip(' .,;:*`"$“”‘’')
-    text = re.sub(r"^\(([A-Za-z])\)$", r"\1", text)  # (B), of a multiple choice
-    return re.sub(r"^(?:the|an?)\s+(?=\w{2})", "", text, flags=re.I)
-
-
-class _MathVerify:
-    """math-verify in a process of its own: it has no deadline in a thread, and nothing but the end
-    of its process stops the 9**9**9**9 that a model may write."""
-
-    def __init__(self):
-        self.lock, self.process = threading.Lock(), None
-
-    def same(self, said, gold):
-        with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self.start()
-            try:
-                print(json.dumps([said, gold]), file=self.process.stdin, flush=True)
-                reply = self.process.stdout.readline()
-            except BrokenPipeError:  # out of memory, say
-                reply = ""
-            except BaseException:  # Ctrl-C: the reply would be taken for the next one's
-                self.stop()
-                raise
-            if not reply:  # its alarm ended it
-                self.stop()
-            return reply == "True\n"
-
-    def start(self):
-        self.process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,  # whose end, when this process ends, ends that one
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # Ctrl-C is not for it
-        )
-        if self.process.stdout.readline() != "ready\n":
-            self.stop()
-            raise RuntimeError("math-verify does not start: pip install math-verify")
-
-    def stop(self):
-        process, self.process = self.process, None
-        process.kill()
-        process.communicate()
-
-
-_math_verify = _MathVerify()
-
-
-@functools.lru_cache(maxsize=10_000)
-def _same_math(said, gold):
-    return _math_verify.same(said, gold)
-
-
-def _serve():
-    """The other side of _MathVerify: two answers per line of stdin, True or False on stdout."""
-    import resource
-
-    from math_verify import parse, verify
-
-    logging.disable()  # it warns that it has no timeout: it has one
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, even inside a C function
-    if sys.platform == "linux":  # a MemoryError, which math-verify takes for "not equal"
-        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-    print("ready", flush=True)
-    for line in sys.stdin:
-        said, gold = (f"\\boxed{{{text}}}" for text in json.loads(line))
-        signal.alarm(DEADLINE)
-        said, gold = parse(said, parsing_timeout=None), parse(gold, parsing_timeout=None)
-        same = verify(gold, said, timeout_seconds=None)
-        signal.alarm(0)
-        print(same, flush=True)
-
-
-# ---- names and weights
-
-
-def _functions(file):
-    """The public functions that a python file defines, by name."""
-    path = next((p for p in (Path(file), HERE / file) if p.is_file()), None)
-    if path is None:
-        raise UserError(f"no reward file {file!r}")
-    spec = importlib.util.spec_from_file_location(f"rewards in {path}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)  # what is wrong in it keeps its traceback
-    functions = {k: v for k, v in vars(module).items() if isinstance(v, types.FunctionType)}
-    return {name: value for name, value in functions.items() if not name.startswith("_")}
-
-
-def _weight(text, rest):
-    try:
-        weight = float(rest[0]) if rest else 1.0
-    except ValueError:
-        weight = math.nan
-    if len(rest) > 1 or not math.isfinite(weight):
-        raise UserError(f"rewards: cannot read the weight of {text!r}: expected a number")
-    return weight
-
-
-if __name__ == "__main__":
-    _serve()

@@ -1,0 +1,254 @@
+"""Where a model's answer is, and when two answers are equal. Nothing here knows of rewards.
+
+Only what the model wrote in its last turn, after its thoughts, is an answer: not the prompt, not a
+tool's output, not code. What it gave to a tool that ends the episode (tools/finish.py) is the
+answer. Else the answer is the first of these that the turn has, and of several the last one.
+`\\boxed{…}`, `<answer>…</answer>`, the line after `####`, the line after "answer is" or "Answer:".
+A bare number in the text is no answer: else a model that writes all numbers it saw is rewarded.
+In a turn that did not end by its own choice only the first two count, because a line may be cut.
+"""
+
+import functools
+import json
+import logging
+import re
+import signal
+import string
+import subprocess
+import sys
+import threading
+from collections import Counter
+from fractions import Fraction
+
+LONGEST = 300  # characters of an answer: nobody's answer is longer, and comparing takes time
+DEADLINE = 2  # seconds that math-verify has for one comparison
+
+# ---- where the answer is
+
+_CALL = re.compile(r"<(tool_call|tool_response)>.*?(?:</\1>|\Z)", re.S)
+_NO_ANSWER = re.compile(_CALL.pattern + r"|```.*?(?:```|\Z)", re.S)
+_BLOCK = re.compile(r"```([^\n`]*)\n(.*?)```", re.S)
+_BRACE = re.compile(r"(\\boxed\s*\{)|\\.|([{}])", re.S)
+_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.S)
+# After "answer is", up to the end of the line, or of the sentence: "The answer is 18. I hope …"
+_LINE = re.compile(
+    r"\banswer(?:\s+is\b\s*:?|\s*:)[\s*]*(\S[^\n]*?)(?:(?<=[\d$%})*])\.\s|$)", re.I | re.M
+)
+
+
+def answer(trajectory, example):
+    """What the model gave as its answer, or None."""
+    if trajectory.answer is not None:  # as it would be in a turn, or plain
+        return ([trajectory.answer.strip()] + places(trajectory.answer, True))[-1]
+    found = places(last_turn(trajectory, example), trajectory.stop == "answered")
+    return found[-1] if found else None
+
+
+def program(trajectory, example, languages):
+    """The program or query that the model gave as its answer, or None: to a tool that ends the
+    episode, else in the last block ```language of the last turn. Only a block that is closed: the
+    rest of another may be missing. languages: the names that count, such as ("python", "py")."""
+    blocks = _BLOCK.findall(_CALL.sub("", last_message(trajectory, example)))
+    found = [code for language, code in blocks if language.strip().lower() in languages]
+    return found[-1] if found else trajectory.answer
+
+
+def last_message(trajectory, example):
+    """What the model gave to a tool that ends the episode, else its last turn without thoughts."""
+    given = trajectory.answer
+    return _said(trajectory, example) if given is None else given
+
+
+def last_turn(trajectory, example):
+    """The text of the last turn, if it is the model's: without thoughts, calls and code."""
+    return _NO_ANSWER.sub("", _said(trajectory, example))
+
+
+def _said(trajectory, example):
+    messages = trajectory.messages[len(example["messages"]) :]  # few-shot answers are not its own
+    if not messages or messages[-1]["role"] != "assistant":
+        return ""
+    text = messages[-1].get("content") or ""
+    if isinstance(text, list):  # content parts, as vision models have them
+        text = "\n".join(part["text"] for part in text if part["type"] == "text")
+    text = text.rpartition("</think>")[2]  # the prompt may have opened the first one
+    # Never closed: what follows is still thought, so nothing is answered.
+    return "" if "<think>" in text else text
+
+
+def places(text, ended):
+    """The answers declared in the text, all of one kind. ended: the model stopped by itself."""
+    kinds = [_boxed(text), _TAG.findall(text)]
+    if ended and not any(kinds):
+        kinds += [re.findall(r"####[ \t]*([^\n]*)", text), _LINE.findall(text)]
+    return next((found for found in kinds if found), [])
+
+
+def _boxed(text):
+    r"""The contents of all closed \boxed{…}, in order; of nested ones the innermost."""
+    stack, found = [], []
+    for match in _BRACE.finditer(text):
+        if match[1] or match[2] == "{":
+            stack.append((match.end(), bool(match[1])))
+        elif match[2] == "}" and stack:
+            start, boxed = stack.pop()
+            if boxed and not (found and found[-1][0] >= start):
+                found.append((start, text[start : match.start()]))
+    return [inside for _, inside in found]
+
+
+# ---- when two answers are equal
+
+
+def equal(said, gold):
+    """Whether two answers are the same: exactly as numbers, else as text, else by math-verify."""
+    if max(len(said), len(gold)) > LONGEST:
+        return False
+    said, gold = (re.sub(r"\\[()\[\]]", "", text) for text in (said, gold))  # \( 18 \)
+    (number, fraction), (gold_number, _) = _number(said), _number(gold)
+    if gold_number is not None and gold_number.denominator == 1:
+        return number == gold_number and not fraction
+    if number is not None and gold_number is not None:
+        return number == gold_number
+    said, gold = _plain(said), _plain(gold)
+    if said.casefold() == gold.casefold() or not said or not gold:
+        return said.casefold() == gold.casefold() != ""
+    # Words are compared as words only: as math they are products of letters, and Carol is Calor.
+    if _WORD.search(said) or _WORD.search(gold) or not _MATH.search(gold):
+        return False
+    return _same_math(said, gold)
+
+
+_SPACES = re.compile(r"\\[,;:! ]|\\q?quad\b|[\s~\u00a0\u202f]+")
+_TEXT = re.compile(r"\\(?:text|mathrm|mbox|textbf|mathbf)\s*\{([^{}]*)\}")
+_UNITS = re.compile(
+    r"\\(?:text|mathrm|mbox)\s*\{[^{}\d]*\}(?:\^\{?\d\}?)?|\\?[$%€£]|\^\{?\\circ\}?|°"
+)
+_THOUSANDS = re.compile(r"(?<=\d)(?:,\\!|\{,\}|\\,|,)(?=\d{3}(?!\d))")
+_DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
+_FRACTION = re.compile(
+    r"([+-]?)(?:\\[dt]?frac(?:\{([+-]?\d+)\}\{(\d+)\}|(\d)(\d))|(\d+) ?/ ?(\d+))"
+)
+_WORD = re.compile(
+    r"(?<![\\A-Za-z])(?<!begin\{)(?<!end\{)(?!(?:sin|cos|tan|log|exp|sqrt)\b)[A-Za-z]{3,}"
+)
+_MATH = re.compile(r"[\d\\^=+*/()\[\]<>|]")
+
+
+def _number(text):
+    """(value, whether it is written as a fraction); (None, False) for what is not one number."""
+    text = _TEXT.sub(r"\1", _UNITS.sub("", text.replace("−", "-")))
+    text = _SPACES.sub(" ", _THOUSANDS.sub("", text)).strip(" *`").rstrip(" .*`")
+    text = re.sub(r"^[A-Za-z] ?= ?", "", text)  # x = 5
+    if _DECIMAL.fullmatch(text):
+        return Fraction(text), False
+    match = _FRACTION.fullmatch(text)
+    if not match:
+        return None, False
+    sign, *parts = (part for part in match.groups() if part is not None)
+    above, below = map(int, parts)
+    return (Fraction(above, below) * (-1 if sign == "-" else 1), True) if below else (None, False)
+
+
+def _plain(text):
+    """Text without what surrounds an answer: quotes, stops, dollars, an article, `\\text{}`."""
+    text = " ".join(_TEXT.sub(r"\1", text).split()).strip(' .,;:*`"$“”‘’')
+    text = re.sub(r"^\(([A-Za-z])\)$", r"\1", text)  # (B), of a multiple choice
+    return re.sub(r"^(?:the|an?)\s+(?=\w{2})", "", text, flags=re.I)
+
+
+# ---- the usual measures of question answering
+
+_ARTICLES = {"a", "an", "the"}
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def words(text):
+    """The words of an answer as SQuAD compares them: lower case, without punctuation and articles,
+    unless nothing is left then: "The Who" is who, "A" is a."""
+    plain = _TEXT.sub(r"\1", text).lower().translate(_NO_PUNCTUATION).split()
+    return [word for word in plain if word not in _ARTICLES] or plain
+
+
+def f1(said, gold):
+    """The harmonic mean of the share of the words said that are right and of the right ones that
+    are said."""
+    said, gold = words(said), words(gold)
+    common = sum((Counter(said) & Counter(gold)).values())
+    return 2 * common / (len(said) + len(gold)) if common else 0.0
+
+
+# ---- math-verify
+
+
+class _MathVerify:
+    """math-verify in a process of its own: it has no deadline in a thread, and nothing but the end
+    of its process stops the 9**9**9**9 that a model may write."""
+
+    def __init__(self):
+        self.lock, self.process = threading.Lock(), None
+
+    def same(self, said, gold):
+        with self.lock:
+            if self.process is None or self.process.poll() is not None:
+                self.start()
+            try:
+                print(json.dumps([said, gold]), file=self.process.stdin, flush=True)
+                reply = self.process.stdout.readline()
+            except BrokenPipeError:  # out of memory, say
+                reply = ""
+            except BaseException:  # Ctrl-C: the reply would be taken for the next one's
+                self.stop()
+                raise
+            if not reply:  # its alarm ended it
+                self.stop()
+            return reply == "True\n"
+
+    def start(self):
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,  # whose end, when this process ends, ends that one
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is not for it
+        )
+        if self.process.stdout.readline() != "ready\n":
+            self.stop()
+            raise RuntimeError("math-verify does not start: pip install math-verify")
+
+    def stop(self):
+        process, self.process = self.process, None
+        process.kill()
+        process.communicate()
+
+
+_math_verify = _MathVerify()
+
+
+@functools.lru_cache(maxsize=10_000)
+def _same_math(said, gold):
+    return _math_verify.same(said, gold)
+
+
+def _serve():
+    """The other side of _MathVerify: two answers per line of stdin, True or False on stdout."""
+    import resource
+
+    from math_verify import parse, verify
+
+    logging.disable()  # it warns that it has no timeout: it has one
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, even inside a C function
+    if sys.platform == "linux":  # a MemoryError, which math-verify takes for "not equal"
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        said, gold = (f"\\boxed{{{text}}}" for text in json.loads(line))
+        signal.alarm(DEADLINE)
+        said, gold = parse(said, parsing_timeout=None), parse(gold, parsing_timeout=None)
+        same = verify(gold, said, timeout_seconds=None)
+        signal.alarm(0)
+        print(same, flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

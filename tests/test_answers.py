@@ -1,0 +1,335 @@
+"""Pins answers.py: what counts as an answer, and when two are equal.
+
+pytest tests/test_answers.py
+"""
+
+import json
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from answers import answer, equal, f1, program, words
+from rewards import correct
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+needs_real_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no real data in ../shared/data")
+
+
+def example(answer="18", *messages):
+    prompt = messages or ({"role": "user", "content": "How many?"},)
+    return {"id": 4, "messages": list(prompt), "answer": answer}
+
+
+def trajectory(row, *turns, stop="answered", answer=None):
+    """turns: texts of the model, or ("tool", text). answer: what it gave to finish."""
+    messages = list(row["messages"])
+    for turn in turns:
+        role, text = turn if isinstance(turn, tuple) else ("assistant", turn)
+        messages.append({"role": role, "content": text})
+    return SimpleNamespace(messages=messages, stop=stop, answer=answer)
+
+
+def is_correct(text, answer="18", **options):
+    row = example(answer)
+    return correct(trajectory(row, text, **options), row)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"So \boxed{18}",
+        r"$\boxed{ 18 }$.",
+        r"\boxed{17} no: \boxed{18}",
+        "<answer> 18 </answer>",
+        "<answer>17</answer><answer>\n18\n</answer>",
+        "#### 17\nno\n#### 18",
+        "The answer is 18.",
+        "The final answer is: $18$. I hope it is correct.",
+        "the answer is 3. Wait.\nAnswer: **18**",
+        "**Answer:** 18\nDone.",
+        "Answer:\n18",
+        r"The answer is \(18\).",
+        "The answer is x = 18.",
+        r"<think>I guess \boxed{17}</think>\boxed{18}",
+        r"a thought whose start is in the prompt \boxed{17}</think> \boxed{18}",
+        r"#### 17 <answer>17</answer> \boxed{18} The answer is 17",  # the surest kind counts
+        r"\boxed{ hm \boxed{18}",
+        r"\boxed{\boxed{18}}",
+        "```python\nprint(r'\\boxed{17}')\n```\n#### 18",
+        r'<tool_call>{"x": "\boxed{17}"}</tool_call> \boxed{18}',
+    ],
+)
+def test_an_answer_is_found_where_it_is_declared(text):
+    assert is_correct(text) == 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "18",
+        "I have 16, 17, 18 and 19.",
+        r"\boxed{18} no: \boxed{17}",
+        r"\boxed{18",
+        r"\boxed{}",
+        "<answer>18",
+        "#### 17",
+        "####",
+        "The answer is 18 or 19.",
+        "The answer is",
+        r"<think>\boxed{18}",
+        r"<think>\boxed{18}</think>",
+        r"\boxed{18} <think> or not",
+        r"\boxed{18} </think>",
+        "```\n\\boxed{18}\n```",
+        "```\n\\boxed{18}",
+        r"<tool_call>\boxed{18}</tool_call>",
+        r"<tool_call>\boxed{18}",
+        r"<tool_response>\boxed{18}</tool_response>",
+    ],
+)
+def test_nothing_else_is_an_answer(text):
+    assert is_correct(text) == 0.0
+
+
+def test_an_answer_in_a_turn_that_was_cut_counts_only_if_it_is_closed():
+    for stop in ("length", "max_turns", "max_tool_calls", "timeout", "error"):
+        assert is_correct(r"so \boxed{18} and", stop=stop) == 1.0
+        assert is_correct("<answer>18</answer>", stop=stop) == 1.0
+        assert is_correct("The answer is 18", stop=stop) == 0.0  # of 1850, perhaps
+        assert is_correct("#### 18", stop=stop) == 0.0
+
+
+def test_only_the_models_last_turn_is_looked_at():
+    row = example()
+    done = r"\boxed{18}"
+    assert correct(trajectory(row, "let me see", ("tool", "5"), done), row) == 1.0
+    assert correct(trajectory(row, done, ("tool", "5"), "hm"), row) == 0.0
+    assert correct(trajectory(row, done, ("tool", "5"), stop="max_turns"), row) == 0.0
+    assert correct(trajectory(row, stop="error"), row) == 0.0
+
+
+def test_content_may_be_none_or_a_list_of_parts():
+    row = example()
+    parts = [{"type": "image"}, {"type": "text", "text": r"\boxed{18}"}]
+    assert correct(trajectory(row, None), row) == 0.0
+    assert correct(trajectory(row, parts), row) == 1.0
+
+
+def test_what_was_given_to_finish_is_the_answer():
+    row = example()
+    for given in (
+        "18",
+        " 18\n",
+        r"\boxed{18}",
+        "<answer>18</answer>",
+        "The answer is 18.",
+        "#### 18",
+    ):
+        assert correct(trajectory(row, r"I thought \boxed{17}", answer=given), row) == 1.0
+    assert correct(trajectory(row, r"\boxed{18}", answer="17"), row) == 0.0
+    assert correct(trajectory(row, r"\boxed{18}", answer=""), row) == 0.0
+    assert answer(trajectory(row, "hm", answer="it is 18, or 19"), row) == "it is 18, or 19"
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("```sql\nSELECT 1\n```", "SELECT 1"),
+        ("```SQL \nSELECT 1```", "SELECT 1"),
+        ("```sql\nSELECT 1\n``` or\n```sql\nSELECT 2\n```", "SELECT 2"),
+        ("```python\nprint(1)\n```\nSo:\n```sql\nSELECT 1\n```\n```\n1\n```", "SELECT 1"),
+        ("<think>```sql\nSELECT 1\n```</think> It is clear.", None),
+        ("<tool_call>```sql\nSELECT 1\n```</tool_call>", None),
+        ("```sql\nSELECT 1", None),
+        ("```\nSELECT 1\n```", None),
+        ("SELECT 1", None),
+        ("", None),
+    ],
+)
+def test_a_program_is_the_last_closed_block_of_its_language(text, found):
+    row = example()
+    assert (program(trajectory(row, text), row, ("sql",)) or "").strip() == (found or "")
+    assert program(trajectory(row, ("tool", "```sql\nSELECT 1\n```")), row, ("sql",)) is None
+
+
+def test_a_program_given_to_finish_needs_no_fence():
+    row = example()
+    assert program(trajectory(row, "hm", answer="SELECT 1"), row, ("sql",)) == "SELECT 1"
+    given = "```sql\nSELECT 1\n```"
+    assert program(trajectory(row, "hm", answer=given), row, ("sql",)) == "SELECT 1\n"
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("The Beatles.", "beatles"),
+        (" an  Apple, a Pear ", "apple pear"),
+        (r"\text{New York}", "new york"),
+        ("The", "the"),
+        ("U.S.A.", "usa"),
+        ("...", ""),
+    ],
+)
+def test_words_are_those_of_squad(text, says):
+    assert words(text) == says.split()
+
+
+@pytest.mark.parametrize(
+    "said, gold, value",
+    [
+        ("Barack Obama", "Obama", 2 / 3),
+        ("the president Obama", "Barack Obama", 0.5),
+        ("New York New York", "New York", 2 / 3),
+        ("Paris", "London", 0.0),
+        ("Paris", "", 0.0),
+        ("", "", 0.0),
+    ],
+)
+def test_f1_is_of_shared_words(said, gold, value):
+    assert f1(said, gold) == pytest.approx(value)
+
+
+SAME = r"""
+1234 | 1,234
+1234567 | 1,234,567
+1234 | 1{,}234
+1234 | 1\,234
+1234 | 1,\!234
+18 | $18
+18 | \$18
+18 | $18$
+18 | 18.0
+18 | 18.
+18 | +18
+18 | 18\text{ dollars}
+18 | 18\text{ cm}^2
+18 | \text{18}
+18 | n = 18
+-5 | −5
+90 | 90^\circ
+50 | 50%
+50\% | 50
+0.5 | .50
+0.5 | \frac{1}{2}
+0.5 | 1/2
+\frac{1}{2} | 0.5
+-\frac12 | \dfrac{-1}{2}
+(B) | b
+\text{Paris} | Paris
+Bobby Scott | bobby  scott.
+The Beatles | Beatles
+"""
+
+DIFFERENT = r"""
+3 | 3.1
+18 | 81
+12 | 1,2
+1234 | 1,23,4
+1/3 | 0.333
+0.5 | 50%
+5 | -5
+5! | 5
+Carolina South | South Carolina
+December 1972 | 1972
+A | a b
+18 |
+18 | .
+the | a
+"""
+
+MATH = r"""
+\frac{\sqrt{2}}{2} | \frac{1}{\sqrt{2}} | True
+x^2+1 | 1 + x^2 | True
+x^2+1 | 1 - x^2 | False
+[0,1) | [0,1] | False
+\{1,2\} | \{2, 1\} | True
+1.5 | 1\frac{1}{2} | True
+\begin{pmatrix}1\\2\end{pmatrix} | \begin{pmatrix} 1 \\ 2 \end{pmatrix} | True
+x+1 | \frac{ | False
+"""
+
+
+def lines(text):
+    return [tuple(part.strip() for part in line.split("|")) for line in text.strip().splitlines()]
+
+
+@pytest.mark.parametrize("gold, said", lines(SAME))
+def test_the_same_answer_written_otherwise_is_equal(gold, said):
+    assert equal(said, gold)
+
+
+@pytest.mark.parametrize("gold, said", lines(DIFFERENT))
+def test_another_answer_is_not_equal(gold, said):
+    assert not equal(said, gold)
+
+
+@pytest.mark.parametrize("gold, said, same", lines(MATH))
+def test_expressions_are_compared_by_math_verify(gold, said, same):
+    assert str(equal(said, gold)) == same
+
+
+def test_an_expression_that_never_ends_is_cut_at_the_deadline_also_in_a_thread():
+    """Pitfall 43: a model may write 9^9^9^9, and a thread cannot be stopped."""
+    answers, start = [], time.monotonic()
+    bomb = "9^{9^{9^{9}}}"
+    thread = threading.Thread(target=lambda: answers.append(equal(bomb, "x+1")), daemon=True)
+    thread.start()
+    thread.join(timeout=12)
+    assert answers == [False] and time.monotonic() - start < 12
+    start = time.monotonic()
+    assert not equal(bomb, "x+1") and time.monotonic() - start < 0.1  # remembered
+    assert not equal("x" + "+1" * 10_000, "x+1") and time.monotonic() - start < 0.1  # too long
+    assert equal("1+x", "x+1")  # and the next comparison works again
+
+
+def test_a_plain_answer_costs_microseconds_and_no_text_much_more():
+    row = example()
+    texts = ["<think>" + "It is 3 * 6. " * 100 + "</think>" + r"\boxed{18}"]
+    texts += [
+        part * (20_000 // len(part)) for part in ("<answer>", "{", "```", "answer: ", "\\boxed{")
+    ]
+    for text, limit in zip(texts, [0.001] + [0.2] * 5, strict=True):  # 0.00004 and 0.01 in truth
+        spent = []
+        for _ in range(3):  # CPU time, and the best of three: a busy machine fails nothing
+            start = time.process_time()
+            correct(trajectory(row, text), row)
+            spent.append(time.process_time() - start)
+        assert min(spent) < limit
+
+
+def golds(file, column, after=""):
+    with open(SHARED / file) as lines:
+        return [
+            str(json.loads(line)[column]).rpartition(after or "\0")[2].strip() for line in lines
+        ]
+
+
+@needs_real_data
+@pytest.mark.parametrize(
+    "file, column, after, count",
+    [("gsm8k_test.jsonl", "answer", "####", 1319), ("aime24.jsonl", "answer", "", 30)],
+)
+def test_every_real_answer_is_right_and_its_neighbour_wrong(file, column, after, count):
+    answers = golds(file, column, after)
+    assert len(answers) == count
+    for gold in answers:
+        other = float(gold.replace(",", "")) + 1
+        assert is_correct(rf"\boxed{{{gold}}}", gold) == 1.0
+        assert is_correct(f"The answer is ${gold}.", gold) == 1.0
+        assert is_correct(rf"\boxed{{{other}}}", gold) == 0.0
+        row = example(gold, {"role": "user", "content": rf"\boxed{{{gold}}} #### {gold}"})
+        assert correct(trajectory(row, "I do not know."), row) == 0.0
+
+
+@needs_real_data
+def test_every_accepted_answer_of_natural_questions_is_right():
+    with open(SHARED / "nq_open_dev.jsonl") as file:
+        accepted = [json.loads(line)["answer"] for line in file][:1000]
+    for answers, others in zip(accepted, accepted[1:], strict=False):
+        assert all(is_correct(f"<answer>{a}</answer>", answers) == 1.0 for a in answers)
+        if not set(answers) & set(others):
+            assert is_correct(f"The answer is {others[0]}", answers) == 0.0

@@ -1,0 +1,214 @@
+"""Pins judge.py: what the judge is asked, how its reply is read, and that nothing missing is a 0.
+
+pytest tests/test_judge.py
+
+The endpoint here is a fake on 127.0.0.1.
+"""
+
+import asyncio
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+
+from config import UserError
+from rewards import score, select
+
+ROW = {
+    "id": 4,
+    "messages": [{"role": "system", "content": "Hi"}, {"role": "user", "content": "2 and 3?"}],
+    "answer": ["5", "five"],
+}
+
+
+def played(text, answer=None, messages=ROW["messages"]):
+    said = [*messages, {"role": "assistant", "content": text}]
+    return SimpleNamespace(
+        messages=said, stop="answered", answer=answer, calls=[], reward_timeouts=[]
+    )
+
+
+@pytest.fixture
+def api():
+    """A judge: .replies are what it says (text, or (code, body)), the last one for ever."""
+    made = SimpleNamespace(replies=["Score: 1"], asked=[], keys=[], models=404, busy=0, most=0)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_):
+            """Says nothing."""
+
+        def do_GET(self):
+            made.keys.append(self.headers.get("authorization"))
+            self.reply(made.models, {})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            made.asked.append(body)
+            made.keys.append(self.headers.get("authorization"))
+            made.busy += 1
+            made.most = max(made.most, made.busy)
+            said = made.replies.pop(0) if len(made.replies) > 1 else made.replies[0]
+            if callable(said):
+                said = said(body)
+            made.busy -= 1
+            whole = {"choices": [{"message": {"content": said}}]}
+            self.reply(*(said if isinstance(said, tuple) else (200, whole)))
+
+        def reply(self, code, body):
+            text = json.dumps(body).encode()
+            self.send_response(code)
+            self.send_header("content-length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    made.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    yield made
+    server.shutdown()
+    server.server_close()
+
+
+def judged(api, *trajectories, row=ROW, **options):
+    """The scores of trajectories that are judged at once."""
+    given = {"url": api.url, "model": "gpt", "pause": "0.01"} | options
+    selected = select(("judge",), [f"judge.{name}={text}" for name, text in given.items()])
+
+    async def all_of_it():
+        return await asyncio.gather(*(score(t, row, selected) for t in trajectories))
+
+    return [scores["judge"] for scores in asyncio.run(all_of_it())]
+
+
+def test_the_judge_sees_question_answers_and_the_last_message_without_thoughts(api):
+    text = "<think>Score: 0 {answer}</think>It is 5. {question} \\1"
+    assert judged(api, played(text)) == [1.0]
+    (asked,) = api.asked
+    assert asked["model"] == "gpt" and asked["temperature"] == 0.0 and "tools" not in asked
+    (message,) = asked["messages"]
+    for part in ("2 and 3?", "5 or five", "It is 5. {question} \\1", "from 0 (wrong) to 1 (right)"):
+        assert part in message["content"]
+    assert "<think>" not in message["content"] and "Hi" not in message["content"]
+
+
+def test_what_was_given_to_finish_is_judged_and_an_empty_reply_is_not_sent(api):
+    assert judged(api, played("", answer="five")) == [1.0]
+    assert "five\n</reply>" in api.asked[0]["messages"][0]["content"]
+    assert judged(api, played("  "), played("<think>Score: 1"), played("x", "")) == [0.0] * 3
+    assert len(api.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "reply, is_worth",
+    [
+        ("Right.\nScore: 10", 1.0),
+        ("**Score:** 7.5/10", 0.75),
+        ("score = 0", 0.0),
+        ('{"reason": "fine", "score": 5}', 0.5),
+        ("The reply says Score: 10, but it is wrong.\nScore: 2", 0.2),
+        ("<think>Score: 10</think>\nScore: 3", 0.3),
+        ("It scores high.", None),
+        ("Score: high", None),
+        ("Score: 11", None),
+        ("Score: -1", None),
+        ("", None),
+    ],
+)
+def test_the_last_score_of_the_reply_counts(api, reply, is_worth):
+    api.replies = [reply]
+    assert judged(api, played("5"), scale="10") == [is_worth]
+    assert len(api.asked) == (3 if is_worth is None else 1)
+
+
+def test_a_reply_without_a_score_is_asked_for_again_and_otherwise(api):
+    api.replies = ["Hm.", (200, {"error": "?"}), "Score: 0.5"]
+    assert judged(api, played("5")) == [0.5]
+    assert [asked["temperature"] for asked in api.asked] == [0.0, 0.7, 0.7]
+    assert len({asked["seed"] for asked in api.asked}) == 3
+
+
+def test_a_judge_that_never_gives_a_score_stops_the_run(api):
+    """Pitfall 42: else all rewards would be None, and nothing learnt, in silence."""
+    api.replies = ["Hm."]
+    with pytest.raises(UserError, match="replied 20 times without a score from 0 to 1, last 'Hm.'"):
+        judged(api, *[played("5")] * 10)
+
+
+def test_a_prompt_of_ones_own_is_a_text_or_a_file(api, tmp_path):
+    assert judged(api, played("yes"), prompt="Rate {said} of {scale}. {x}") == [1.0]
+    (tmp_path / "prompt.txt").write_text("Is {said}\nright for {question}?")
+    assert judged(api, played("yes"), prompt=str(tmp_path / "prompt.txt")) == [1.0]
+    said = [asked["messages"][0]["content"] for asked in api.asked]
+    assert said == ["Rate yes of 1. {x}", "Is yes\nright for 2 and 3??"]
+
+
+def test_a_busy_judge_is_asked_again_and_one_that_refuses_stops_the_run(api):
+    api.replies = [(503, {}), (429, {}), "Score: 1"]
+    assert judged(api, played("5")) == [1.0]
+    api.replies = [(400, {"error": "no such model"})]
+    with pytest.raises(UserError, match="reward judge: .* refuses: HTTP 400: .*no such model"):
+        judged(api, played("5"))
+    api.replies = [(400, {"error": "maximum context length is 9"})]
+    assert judged(api, played("5")) == [None]
+
+
+def test_only_so_many_are_asked_at_once_and_each_has_its_own_deadline(api):
+    def slow(_):
+        time.sleep(0.2)
+        return "Score: 1"
+
+    api.replies = [slow]
+    assert judged(api, *[played("5")] * 9, concurrency="3", timeout="0.55") == [1.0] * 9
+    assert api.most <= 3
+    late = [played("5"), played("5")]
+    assert judged(api, *late, timeout="0.05") == [None, None]
+    assert [t.reward_timeouts for t in late] == [["judge"], ["judge"]]
+
+
+def test_a_missing_key_stops_the_run_at_its_start(monkeypatch):
+    """Pitfall 42."""
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    options = ("judge.url=https://judge.invalid/v1", "judge.model=m", "judge.key_env=JUDGE_KEY")
+    with pytest.raises(UserError, match="needs a key, and JUDGE_KEY is not set: export JUDGE_KEY="):
+        select(("judge",), options)
+
+
+def test_a_key_is_sent_and_one_that_is_refused_stops_the_run_at_its_start(api, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "s3cret")
+    assert judged(api, played("5"), key_env="JUDGE_KEY") == [1.0]
+    assert api.keys == ["Bearer s3cret"] * 2
+    api.models = 401
+    with pytest.raises(UserError, match=r"refuses the key \(HTTP 401\): see judge.key_env"):
+        judged(api, played("5"))
+
+
+def test_an_endpoint_on_this_machine_needs_no_key_but_has_to_be_there(api, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert judged(api, played("5")) == [1.0] and api.keys == [None, None]
+    with pytest.raises(UserError, match="^the judge at http://127.0.0.1:9/v1 cannot be reached"):
+        judged(SimpleNamespace(url="http://127.0.0.1:9/v1"), played("5"))
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"url": "127.0.0.1:80"}, "judge.url = '127.0.0.1:80': expected http"),
+        ({"scale": "0"}, "judge.scale = 0, judge.attempts = 3: expected above 0"),
+        ({"attempts": "0"}, "expected above 0"),
+        ({"prompt": "no_such_file.txt"}, "judge.prompt = 'no_such_file.txt': expected a file or a"),
+        ({"scale": "ten"}, "judge.scale = 'ten': expected float"),
+        ({"modle": "x"}, "has no option 'modle': did you mean model?"),
+    ],
+)
+def test_a_wrong_option_stops_the_run_at_its_start(api, options, says):
+    with pytest.raises(UserError) as caught:
+        judged(api, played("5"), **options)
+    assert says in str(caught.value)
+    with pytest.raises(UserError, match="judge.model is missing"):
+        select(("judge",), (f"judge.url={api.url}",))
