@@ -1,0 +1,174 @@
+"""The tools that ask another model, and that end the episode.
+
+    pytest tests/test_tool_ask.py
+
+The other model is a fake on 127.0.0.1.
+"""
+
+import asyncio
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from config import UserError
+from tools import NetworkError, Toolbox, ToolError
+from tools.ask import ask
+from tools.finish import finish
+
+
+@pytest.fixture
+def model():
+    """answer(request body) -> (status, body); then .requests: (path, headers, body)."""
+
+    class Model:
+        requests, url = [], ""
+
+        @staticmethod
+        def answer(body):
+            return says("4")
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            """Says nothing."""
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            made.requests.append((self.path, dict(self.headers), body))
+            status, said = made.answer(body)
+            text = said if isinstance(said, bytes) else json.dumps(said).encode()
+            self.send_response(status)
+            self.send_header("content-length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+    made = Model()
+    made.requests = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    made.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    yield made
+    server.shutdown()
+    server.server_close()
+
+
+def says(text, finish="stop"):
+    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": finish}
+    return 200, {"choices": [choice]}
+
+
+def call(tool, question="2 and 2?"):
+    return asyncio.run(tool(question))
+
+
+def test_a_question_goes_out_with_system_prompt_key_and_limits(model, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "my-secret")
+    tool = ask(model.url + "/", "big", "MY_KEY", "Be short.", max_tokens=9, temperature=0.5)
+    assert call(tool) == "4"
+    assert call(tool, "\ud800") == "4"  # and from another event loop
+    path, headers, body = model.requests[0]
+    sent = {name.lower(): value for name, value in headers.items()}
+    assert path == "/v1/chat/completions" and sent["authorization"] == "Bearer my-secret"
+    assert body == {
+        "model": "big",
+        "messages": [
+            {"role": "system", "content": "Be short."},
+            {"role": "user", "content": "2 and 2?"},
+        ],
+        "temperature": 0.5,
+        "max_tokens": 9,
+    }
+
+
+def test_a_missing_key_stops_the_run_at_the_start_but_not_on_this_machine(model, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(UserError, match="export OPENAI_API_KEY=..., or give ask.key_env="):
+        ask("https://api.example.com/v1", "big")
+    ask("https://api.example.com/v1", "big", key_env="")
+    assert call(ask(model.url, "big")) == "4"
+    assert "authorization" not in {name.lower() for name in model.requests[0][1]}
+    for local in ("http://localhost:1/v1", "http://[::1]:1/v1", "http://127.0.0.2/v1"):
+        ask(local, "big")
+    with pytest.raises(UserError, match="is no address"):
+        ask("localhost:8000", "big")
+    with pytest.raises(UserError, match="ask.max_tokens = 0"):
+        ask(model.url, "big", max_tokens=0)
+    with pytest.raises(UserError, match="ask.*url"):
+        Toolbox([ask], options=("ask.model=big",))
+
+
+def test_an_endpoint_that_wants_another_name_for_the_limit_gets_it(model):
+    def answer(body):
+        if "max_tokens" in body:
+            return 400, {"error": "use 'max_completion_tokens' instead of 'max_tokens'"}
+        return says(f"{body['max_completion_tokens']}")
+
+    model.answer = answer
+    tool = ask(model.url, "new", max_tokens=77)
+    assert call(tool) == "77" and call(tool) == "77" and len(model.requests) == 3
+
+
+@pytest.mark.parametrize(
+    "answer, kind, text",
+    [
+        ((500, b"oh"), NetworkError, "error: the other model is busy (HTTP 500: oh)"),
+        ((429, {}), NetworkError, "error: the other model is busy (HTTP 429: {})"),
+        ((401, b"no"), ToolError, "error: the other model refuses the key (HTTP 401: no)"),
+        ((404, b"no"), ToolError, "error: the other model refuses the request (HTTP 404: no)"),
+        ((200, b"<p>"), ToolError, "error: the answer of the other model makes no sense: <p>"),
+        ((200, {"choices": []}), ToolError, None),
+        ((200, [1]), ToolError, None),
+    ],
+)
+def test_what_the_endpoint_does_wrong_is_an_observation(model, answer, kind, text):
+    model.answer = lambda body: answer
+    with pytest.raises(ToolError) as caught:
+        call(ask(model.url, "big"))
+    assert type(caught.value) is kind and caught.value.kind == "network"
+    assert caught.value.text == text if text else "makes no sense" in caught.value.text
+
+
+def test_an_answer_that_is_cut_or_empty_says_so(model):
+    model.answer = lambda body: says("It is", "length")
+    assert call(ask(model.url, "big", max_tokens=2)) == "It is\n[... cut at 2 tokens ...]"
+    model.answer = lambda body: says(None)
+    assert call(ask(model.url, "big")) == "(the other model said nothing)"
+
+
+def test_questions_are_asked_at_the_same_time_and_a_busy_endpoint_again(model):
+    """Pitfalls 38 and 41."""
+    seen, running, most = [], [], []
+
+    def answer(body):
+        question = body["messages"][0]["content"]
+        seen.append(question)
+        if seen.count("q3") == 1 and question == "q3":
+            return 503, b"busy"
+        running.append(question)
+        time.sleep(0.3)
+        most.append(len(running))
+        running.remove(question)
+        return says(question.upper())
+
+    model.answer = answer
+    box = Toolbox([ask], options=(f"ask.url={model.url}", "ask.model=big", "ask.timeout=20"))
+
+    async def calls():
+        session = box.open({})
+        asked = (session.call("ask", {"question": f"q{i}"}) for i in range(8))
+        found = await asyncio.gather(*asked)
+        await box.close()
+        return found
+
+    found = asyncio.run(calls())
+    assert [(text, error) for text, error, _ in found] == [(f"Q{i}", None) for i in range(8)]
+    assert len(seen) == 9 and max(most) >= 4
+
+
+def test_finish_ends_the_episode_with_its_answer():
+    tool = Toolbox([finish]).tools["finish"]
+    assert tool.ends and finish(answer="42") == "42"
+    assert list(tool.schema["function"]["parameters"]["properties"]) == ["answer"]

@@ -1,0 +1,401 @@
+"""The sql tool: no query changes the file, runs on, or fills the memory; what the model is told.
+
+    pytest tests/test_tool_sql.py
+
+Chinook (../shared/data/chinook.sqlite) is a shop's database that many people test with; the tests
+that need it are skipped where it is not there.
+"""
+
+import asyncio
+import gc
+import hashlib
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from config import UserError
+from tools import Toolbox, ToolError
+from tools import sql as module
+from tools.sql import describe, execute, sql
+
+ROOT = Path(__file__).parent.parent
+CHINOOK = ROOT.parent / "shared" / "data" / "chinook.sqlite"
+needs_chinook = pytest.mark.skipif(not CHINOOK.is_file(), reason=f"no {CHINOOK}")
+
+ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c"
+MILLION = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 1000000) "
+INSIDE = "SELECT instr(printf('%.*c', 16000000, 'a'), printf('%.*c', 8000000, 'a') || 'b')"
+PRINTF = "SELECT printf('%.*c', 2000000000, 'x')"
+
+
+@pytest.fixture
+def shop(tmp_path):
+    """A small database, its path with what means something in a URI."""
+    path = tmp_path / "a shop?mode=rw#1 50%20.sqlite"
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript(
+            """
+            CREATE TABLE city (id INTEGER PRIMARY KEY, name TEXT NOT NULL);
+            CREATE TABLE "order" (
+                number INTEGER, line INTEGER, city INTEGER REFERENCES city(id), "the sum" REAL,
+                PRIMARY KEY (number, line)
+            );
+            CREATE VIEW cities AS SELECT name FROM city;
+            INSERT INTO city VALUES (1, 'Oslo'), (2, 'Rome');
+            INSERT INTO "order" VALUES (1, 1, 1, 9.5), (1, 2, 2, NULL);
+            """
+        )
+    return str(path)
+
+
+def refused(path, query, seconds=5.0, **more):
+    """-> kind, text of the error."""
+    with pytest.raises(ToolError) as caught:
+        sql({"database": path}, seconds=seconds, **more)(query)
+    return caught.value.kind, caught.value.text
+
+
+def digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def workers():
+    """Processes of sql.py that are children of ours."""
+    listed = subprocess.run(
+        ["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True
+    ).stdout
+    lines = [line.split(None, 2) for line in listed.splitlines()]
+    ours = [line for line in lines if line[1] == str(os.getpid())]
+    return [int(pid) for pid, _, command in ours if "tools/sql.py" in command]
+
+
+@needs_chinook
+def test_hostile_queries_are_observations_and_the_file_stays_as_it_is(tmp_path):
+    """Writing, attaching, an endless recursion, a million rows: as a model would call the tool."""
+    copy = tmp_path / "chinook.sqlite"
+    shutil.copy(CHINOOK, copy)  # writable: nothing but the tool is in the way
+    copy.chmod(0o666)
+    before, around = digest(copy), sorted(os.listdir(tmp_path))
+    box = Toolbox([sql], options=("sql.seconds=0.5",))
+    expected = {
+        "INSERT INTO Artist VALUES (999, 'x')": ("exception", "can only be read"),
+        "UPDATE Artist SET Name = 'x'": ("exception", "can only be read"),
+        "DROP TABLE Artist": ("exception", "can only be read"),
+        "CREATE TEMP TABLE t (x)": ("exception", "can only be read"),
+        f"ATTACH '{tmp_path}/other.sqlite' AS other": ("exception", "can only be read"),
+        f"VACUUM INTO '{tmp_path}/other.sqlite'": ("exception", "can only be read"),
+        "PRAGMA journal_mode = DELETE": ("exception", "can only be read"),
+        "PRAGMA query_only = 0": ("exception", "can only be read"),
+        "BEGIN IMMEDIATE": ("exception", "can only be read"),
+        "SELECT load_extension('/tmp/x.so')": ("exception", "not authorized"),
+        "SELECT 1; DROP TABLE Artist": ("exception", "one statement"),
+        "UPDATE sqlite_master SET sql = 'x'": ("exception", "may not be modified"),
+        "SELECT * FROM pragma_database_list": ("exception", "can only be read"),
+        ENDLESS: ("timeout", "took longer than 0.5 s"),
+        INSIDE: ("timeout", "took longer than 0.5 s"),
+        PRINTF: ("timeout", "took longer than 0.5 s"),
+        MILLION + "SELECT x, 'row ' || x FROM c": (None, "(the first 20 rows; there are more)"),
+        "SELECT * FROM Track a, Track b": (None, "there are more"),
+    }
+
+    async def calls():
+        session = box.open({"database": str(copy)})
+        return {query: await session.call("sql", {"query": query}) for query in expected}
+
+    for query, (content, error, seconds) in asyncio.run(calls()).items():
+        kind, text = expected[query]
+        assert error == kind and text in content, query
+        assert seconds < 1.5 and len(content) < 5000, query
+    assert digest(copy) == before and sorted(os.listdir(tmp_path)) == around
+    assert not box.leaked
+
+
+@needs_chinook
+def test_the_shared_database_is_described_and_read_as_it_is():
+    before = digest(CHINOOK)
+    text = describe(str(CHINOOK), samples=1)
+    assert "CREATE TABLE Album (\n  AlbumId INTEGER PRIMARY KEY NOT NULL,\n" in text
+    assert "ArtistId INTEGER NOT NULL REFERENCES Artist(ArtistId)" in text
+    assert "\n-- 1 | For Those About To Rock We Salute You | 1\n" in text
+    assert "PRIMARY KEY (PlaylistId, TrackId)" in text and len(text) < 5000
+    columns, rows = execute(str(CHINOOK), "SELECT TrackId, UnitPrice FROM Track ORDER BY TrackId")
+    assert columns == ["TrackId", "UnitPrice"] and len(rows) == 3503 and rows[0] == (1, 0.99)
+    assert digest(CHINOOK) == before
+
+
+@pytest.mark.parametrize(
+    "query, kind, text",
+    [
+        ("SELECT hex(zeroblob(1000000000))", "exception", "too big"),
+        ("SELECT length(randomblob(1000000000))", "exception", "too big"),
+        (
+            MILLION + "SELECT group_concat(hex(zeroblob(50000))) FROM (SELECT x FROM c LIMIT 500)",
+            "exception",
+            "too big",
+        ),
+        (MILLION + "SELECT hex(randomblob(50000)) FROM c ORDER BY 1", "exception", "256 MB"),
+        (MILLION + "SELECT DISTINCT hex(randomblob(50000)) FROM c", "exception", "larger than"),
+        (
+            MILLION + "SELECT count(*) FROM (SELECT DISTINCT hex(randomblob(50000)) FROM c)",
+            "exception",
+            "256 MB",
+        ),
+    ],
+)
+def test_a_query_cannot_take_all_memory(shop, query, kind, text):
+    assert sql({}, shop)("SELECT 1") == "1\n1"
+    peaks = [peak(pid) for pid in workers()]
+    with pytest.raises(ToolError, match=text) as caught:
+        execute(shop, query, rows=1_000_000, seconds=20.0)
+    assert caught.value.kind == kind
+    assert all(peak(pid) < 400 for pid in workers()), f"MB of the workers, before: {peaks}"
+
+
+def peak(pid):
+    """MB that a process had at most; 0 where there is no /proc."""
+    status = Path(f"/proc/{pid}/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return max((int(x.split()[1]) / 1024 for x in lines if x.startswith("VmHWM")), default=0)
+
+
+def test_a_result_that_is_too_large_for_a_reward_is_an_error(shop):
+    query = MILLION + "SELECT hex(zeroblob(50000)) FROM c"
+    with pytest.raises(ToolError, match="larger than 32 MB"):
+        execute(shop, query, rows=1_000_000)
+    assert "there are more" in sql({}, shop)(query)  # the model sees the first rows
+
+
+def test_a_long_function_inside_of_sqlite_is_stopped_and_the_next_query_runs(shop):
+    start = time.perf_counter()
+    assert refused(shop, INSIDE, 0.3) == (
+        "timeout",
+        "error: the query took longer than 0.3 s and was stopped",
+    )
+    assert time.perf_counter() - start < 2.0
+    assert sql({}, shop)("SELECT name FROM city") == "name\nOslo\nRome"
+
+
+def test_a_table_is_compact_and_every_row_is_a_line(shop):
+    tool = sql({}, shop)
+    query = "SELECT NULL AS n, x'00ff' AS b, 'a\nb\tc' AS t, 1.5 AS f, -3 AS i"
+    assert tool(query) == "n | b | t | f | i\nNULL | x'00ff' | a\\nb\\tc | 1.5 | -3"
+    assert tool("SELECT printf('%.*c', 1000, 'x') AS long") == "long\n" + "x" * 200 + "…"
+    assert tool("SELECT zeroblob(99) AS b") == f"b\nx'{'00' * 16}…'"
+    assert tool("SELECT * FROM city WHERE id > 9") == "(no rows)"
+    assert tool("SELECT CAST(x'ff41' AS TEXT) AS t") == "t\n\N{REPLACEMENT CHARACTER}A"
+    assert sql({}, shop, rows=1)("SELECT id FROM city") == (
+        "id\n1\n(the first 1 rows; there are more)"
+    )
+    assert sql({}, shop, rows=2)("SELECT id FROM city") == "id\n1\n2"
+
+
+def test_what_only_reads_is_allowed(shop):
+    tool = sql({}, shop)
+    assert tool("SELECT value FROM json_each('[7, 8]')") == "value\n7\n8"
+    assert tool("SELECT name FROM pragma_table_info('city')") == "name\nid\nname"
+    assert tool("PRAGMA table_info(city)").startswith("cid | name | type")
+    assert tool("WITH c AS (SELECT name FROM cities) SELECT upper(name) AS n FROM c LIMIT 1") == (
+        "n\nOSLO"
+    )
+    assert tool("SELECT name FROM sqlite_master WHERE type = 'view'") == "name\ncities"
+    assert tool("EXPLAIN QUERY PLAN SELECT * FROM city").startswith("id | parent")
+    assert tool("VALUES (1), (2)") == "column1\n1\n2"
+
+
+def test_a_wide_or_long_table_is_cut_to_the_characters_that_are_allowed(shop):
+    rows = "SELECT x, 'some text' FROM c"
+    text = sql({}, shop, rows=500, chars=300)(MILLION + rows)
+    assert len(text) < 350 and text.endswith("rows; there are more)")
+    wide = "SELECT " + ", ".join(f"'{'y' * 150}'" for _ in range(50))
+    assert len(sql({}, shop, chars=300)(wide)) < 700
+
+
+def test_errors_name_the_tables_and_columns_that_there_are(shop):
+    assert refused(shop, "SELECT * FROM Citty") == (
+        "exception",
+        "error: no such table: Citty: did you mean city?; the tables are city, order, cities",
+    )
+    assert refused(shop, "SELECT c.Names FROM city c") == (
+        "exception",
+        "error: no such column: c.Names: did you mean name?; city has the columns id, name",
+    )
+    assert refused(shop, "SELEC 1")[1] == 'error: near "SELEC": syntax error'
+    assert "write one SELECT statement" in refused(shop, "-- nothing")[1]
+    assert refused(shop, "SELECT '\ud800'")[0] == "bad_arguments"
+    assert refused(shop, f"SELECT '{'x' * 200_000}'")[0] == "bad_arguments"
+    assert refused(shop, "SELECT 1 \0")[0] == "exception"
+    assert refused(shop, "SELECT ?")[0] == "exception"
+
+
+def test_the_schema_has_keys_and_quotes_names_that_need_it(shop):
+    assert describe(shop, samples=1) == (
+        "CREATE TABLE city (\n  id INTEGER PRIMARY KEY,\n  name TEXT NOT NULL\n);\n-- 1 | Oslo\n"
+        'CREATE TABLE "order" (\n  number INTEGER,\n  line INTEGER,\n'
+        '  city INTEGER REFERENCES city(id),\n  "the sum" REAL,\n  PRIMARY KEY (number, line)\n'
+        ");\n-- 1 | 1 | 1 | 9.5\nCREATE VIEW cities (\n  name TEXT\n);"
+    )
+    assert "--" not in describe(shop, samples=0)
+
+
+def test_a_reward_gets_values_and_not_their_text(shop):
+    query = "SELECT 1 AS a, 2.5, 'x', NULL, x'00ff', 9e999, 9223372036854775807"
+    columns, rows = execute(shop, query)
+    assert columns[0] == "a" and len(columns) == 7
+    assert rows == [(1, 2.5, "x", None, b"\x00\xff", float("inf"), 2**63 - 1)]
+    assert len(execute(shop, MILLION + "SELECT x FROM c", rows=7)[1]) == 7
+    with pytest.raises(ToolError, match="no such table"):
+        execute(shop, "SELECT * FROM nowhere")
+
+
+def test_the_database_comes_from_the_row_and_else_from_the_option(shop, tmp_path):
+    other = tmp_path / "other.sqlite"
+    with closing(sqlite3.connect(other)) as database:
+        database.executescript("CREATE TABLE only_here (x); INSERT INTO only_here VALUES (7)")
+    tool = sql({"database": str(other)}, database=shop)
+    assert tool("SELECT x FROM only_here") == "x\n7" and tool.key == str(other)
+    assert sql({}, database=shop).key == shop
+    with pytest.raises(UserError, match="has no database: give the data a column `database`, or"):
+        sql({"prompt": "x"})
+    with pytest.raises(UserError, match="sql.rows = 0"):
+        sql({}, shop, rows=0)
+
+
+def test_two_rows_with_the_same_query_get_each_the_result_of_its_own_database(shop, tmp_path):
+    """Pitfall 40, with the cache of results: its key has the path."""
+    other = tmp_path / "other.sqlite"
+    with closing(sqlite3.connect(other)) as database:
+        database.executescript("CREATE TABLE city (name); INSERT INTO city VALUES ('Bonn')")
+    box = Toolbox([sql])
+
+    async def calls():
+        sessions = [box.open({"database": path}) for path in (shop, str(other), shop)]
+        asked = {"query": "SELECT count(*) AS n FROM city"}
+        return [(await session.call("sql", asked))[0] for session in sessions]
+
+    assert asyncio.run(calls()) == ["n\n2", "n\n1", "n\n2"] and box.cache.hits == 1
+
+
+def test_a_file_that_cannot_be_read_as_it_is_is_refused(shop, tmp_path):
+    text = tmp_path / "text.sqlite"
+    text.write_text("not a database at all")
+    for path, why in (
+        (text, "is no SQLite database"),
+        (tmp_path / "not there", "No such file"),
+        (tmp_path, "Is a directory"),
+    ):
+        for use in (describe, lambda path: sql({}, path), lambda path: execute(path, "SELECT 1")):
+            with pytest.raises(UserError, match=why):
+                use(str(path))
+    with closing(sqlite3.connect(shop)) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("INSERT INTO city VALUES (3, 'Bonn')")
+        database.commit()  # in the log, where immutable does not look
+        with pytest.raises(UserError, match="changes that are not in it yet"):
+            sql({}, shop)
+    assert "Bonn" in sql({}, shop)("SELECT * FROM city")
+
+
+def test_a_broken_database_is_an_error_and_no_crash(shop, tmp_path):
+    data = Path(shop).read_bytes()
+    broken = tmp_path / "broken.sqlite"
+    broken.write_bytes(data[:1000] + b"\xff" * 3000 + data[4000:])
+    assert refused(str(broken), "SELECT * FROM city")[0] == "exception"
+    with pytest.raises(UserError, match="cannot read the database"):
+        describe(str(broken))
+
+
+def test_queries_run_at_the_same_time_and_their_workers_are_used_again(shop):
+    """Pitfall 38: eight queries of half a second take half a second each, not four in all."""
+    tool, times = sql({}, shop, seconds=0.5), []
+
+    def late():
+        start = time.perf_counter()
+        with pytest.raises(ToolError, match="longer than 0.5 s"):
+            tool(ENDLESS)
+        times.append(time.perf_counter() - start)
+
+    threads = [threading.Thread(target=late) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(times) == 8 and max(times) < 3.0
+    before = set(workers())
+    assert len(before) <= module.IDLE
+    for _ in range(50):
+        tool("SELECT 1")
+    assert set(workers()) == before
+
+
+def test_a_worker_that_was_killed_is_replaced(shop):
+    tool = sql({}, shop)
+    tool("SELECT 1")
+    for pid in workers():
+        os.kill(pid, signal.SIGKILL)
+    assert tool("SELECT 1") == "1\n1"
+
+
+def test_a_worker_has_no_secrets_and_may_write_nothing(shop, monkeypatch):
+    monkeypatch.setenv("SECRET_OF_THE_RUN", "1")
+    module._end()
+    sql({}, shop)("SELECT 1")
+    (pid,) = workers()
+    if not Path(f"/proc/{pid}").exists():
+        pytest.skip("no /proc on this system")
+    assert b"SECRET" not in Path(f"/proc/{pid}/environ").read_bytes()
+    limits = Path(f"/proc/{pid}/limits").read_text().splitlines()
+    (size,) = [line.split()[3:5] for line in limits if line.startswith("Max file size")]
+    assert size == ["0", "0"]
+
+
+def test_workers_end_with_the_program_and_a_fork_gets_its_own(shop):
+    """Also when the program is killed: its end of the socket closes."""
+    code = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from tools import sql as module
+tool = module.sql({{}}, {shop!r})
+tool("SELECT 1")
+print(module._idle[0].process.pid, flush=True)
+pid = os.fork()
+if pid == 0:
+    assert not module._idle
+    assert tool("SELECT 2") == "2\\n2"
+    print(module._idle[0].process.pid, flush=True)
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+assert tool("SELECT 1") == "1\\n1"
+os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    pids = [int(word) for word in done.stdout.split()]
+    assert len(pids) == 2 and done.returncode == -signal.SIGKILL, done.stderr
+    for _ in range(100):
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            break
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_no_file_stays_open_over_many_calls(shop):
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("no /proc on this system")
+    tool = sql({}, shop, seconds=0.05)
+    tool("SELECT 1")
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(ToolError):
+            tool(INSIDE)  # its worker is killed
+        tool("SELECT 1")
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
