@@ -4,6 +4,10 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RUN = .venv/bin/python
+# real MCP servers, not ours, for the tests; in environments of their own
+PYPI_SERVERS = mcp==2.3.0 mcp-server-time==2026.10.19 mcp-server-git==2026.10.19
+NPM_SERVERS = @modelcontextprotocol/server-everything@2026.8.31 \
+  @modelcontextprotocol/server-filesystem@2026.8.31
 
 .PHONY: demo test test-vllm clean
 
@@ -25,6 +29,11 @@ test-vllm: .venv/installed-vllm
 
 .venv/installed-test: pyproject.toml .venv/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	test -x .venv/mcp-servers/bin/python || $(RUN) -m venv .venv/mcp-servers
+	.venv/mcp-servers/bin/python -m pip install --quiet --disable-pip-version-check $(PYPI_SERVERS)
+	if command -v npm >/dev/null; \
+	  then npm install --silent --no-audit --no-fund --prefix .venv/mcp-npm $(NPM_SERVERS); \
+	  else echo "no npm here: the tests of its MCP servers are skipped"; fi
 	touch $@
 
 # The CPU build asks for a torchvision that is made for GPUs, with which transformers cannot be

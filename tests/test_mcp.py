@@ -1,0 +1,606 @@
+"""tools/mcp.py: other people's MCP servers, over stdio, streamable HTTP and SSE, as tools.
+
+    pytest tests/test_mcp.py
+
+The servers are real: mcp-server-time and mcp-server-git from PyPI, server-everything and
+server-filesystem from npm. make .venv/installed-test installs them; a test skips without them.
+"""
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mcp", reason='no MCP here: pip install -e ".[mcp]"')
+
+from mcp import types
+from PIL import Image
+
+from config import UserError
+from tools import Toolbox, ToolError
+from tools import mcp as module
+
+ROOT = Path(__file__).parent.parent
+PYPI, NPM = ROOT / ".venv/mcp-servers/bin", ROOT / ".venv/mcp-npm/node_modules/.bin"
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk"
+    "+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
+
+def program(folder, name):
+    if not (folder / name).exists():
+        pytest.skip(f"no {name} in {folder}: make .venv/installed-test installs it")
+    if folder is NPM and not shutil.which("node"):
+        pytest.skip(f"no node to run {name} with: install Node.js 20 or newer")
+    return str(folder / name)
+
+
+def everything(**more):
+    return {"command": program(NPM, "mcp-server-everything"), "args": ["stdio"], **more}
+
+
+def clock(**more):
+    return {"command": program(PYPI, "mcp-server-time"), **more}
+
+
+@pytest.fixture
+def toolbox(tmp_path):
+    """toolbox(name={...}): a Toolbox of these servers; options of a Toolbox as `box`."""
+
+    def make(box=None, ask="", **servers):
+        file = tmp_path / "servers.json"
+        file.write_text(json.dumps({"mcpServers": servers}))
+        return Toolbox([f"mcp:{file}{ask}"], **(box or {}))
+
+    return make
+
+
+@contextlib.asynccontextmanager
+async def opened(box):
+    session = box.open({})
+    try:
+        yield session
+    finally:
+        await session.close()
+        await box.close()
+
+
+def children(pid=None):
+    files = Path(f"/proc/{pid or os.getpid()}/task").glob("*/children")
+    return {int(child) for file in files for child in file.read_text().split()}
+
+
+def alive(pids):
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def gone(pids, seconds=5.0):
+    end = time.monotonic() + seconds
+    while alive(pids) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not alive(pids)
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+
+
+# -- real servers
+
+
+@linux
+def test_two_servers_from_pypi_and_two_from_npm_over_stdio(toolbox, tmp_path):
+    """List, call, image, resource, error; 100 calls at once; no process is left."""
+    (tmp_path / "note.txt").write_text("hello")
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    before = children()
+    box = toolbox(
+        time=clock(),
+        git={"command": program(PYPI, "mcp-server-git")},
+        everything=everything(),
+        files={"command": program(NPM, "mcp-server-filesystem"), "args": [str(tmp_path)]},
+    )
+    assert children() == before  # listed and stopped
+    assert {"get_current_time", "git_status", "get-tiny-image", "read_text_file"} < set(box.tools)
+    for tool in box.tools.values():
+        assert tool.schema["function"]["parameters"]["type"] == "object"
+        assert tool.schema["function"]["description"] and "$schema" not in json.dumps(tool.schema)
+
+    async def scene():
+        async with opened(box) as session:
+
+            async def call(name, **arguments):
+                content, error, _ = await session.call(name, arguments)
+                return content, error
+
+            text, error = await call("get_current_time", timezone="Europe/Berlin")
+            assert '"timezone": "Europe/Berlin"' in text and error is None
+            text, error = await call("get_current_time", timezone="Mars/Olympus")
+            assert "Mars/Olympus" in text and error == "exception"
+            text, error = await call("git_status", repo_path=str(tmp_path))
+            assert "note.txt" in text and error is None
+            assert await call("read_text_file", path=str(tmp_path / "note.txt")) == ("hello", None)
+            text, error = await call("read_text_file", path="/etc/passwd")
+            assert "outside allowed directories" in text and error == "exception"
+            text, error = await call("get-sum", a=1, b="2")
+            assert "b must be number" in text and error == "bad_arguments"
+            (said, image, _), error = await call("get-tiny-image")
+            assert "image" in said and image.size == (20, 20) and error is None
+            text, _ = await call("get-resource-reference", resourceType="Text", resourceId=1)
+            assert "plaintext resource created" in text
+            text, _ = await call("get-resource-links", count=1)
+            assert "(a resource demo://" in text and ": not shown)" in text
+
+            start = time.perf_counter()
+            calls = [session.call("get-sum", {"a": i, "b": 1}) for i in range(100)]
+            texts = [text for text, _, _ in await asyncio.gather(*calls)]
+            assert texts == [f"The sum of {i} and 1 is {i + 1}." for i in range(100)]
+            assert time.perf_counter() - start < 10
+            servers = children() - before
+            assert len(servers) == 4
+        assert gone(servers)
+
+    asyncio.run(scene())
+    assert box.errors == {"exception": 2, "bad_arguments": 1}
+
+
+@contextlib.contextmanager
+def served(transport, port):
+    """server-everything over HTTP, on a port of 127.0.0.1, ready."""
+    command = [program(NPM, "mcp-server-everything"), transport]
+    env = {"PATH": os.environ["PATH"], "PORT": str(port)}
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(500):
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            time.sleep(0.02)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.mark.parametrize("transport", ["streamableHttp", "sse"])
+def test_a_server_over_http_is_called_lost_and_found_again(toolbox, transport):
+    """Calls in flight, calls while it is away, calls after: an observation each, of its kind."""
+    port = free_port()
+    server = {"url": f"http://127.0.0.1:{port}/mcp"}
+    if transport == "sse":
+        server = {"url": f"http://127.0.0.1:{port}/sse", "type": "sse"}
+
+    async def scene():
+        with served(transport, port) as process:
+            box = toolbox(remote=server, box={"options": ["echo.retries=0"]})
+            session = box.open({})
+            (_, image, _), _, _ = await session.call("get-tiny-image", {})
+            assert image.size == (20, 20)
+            assert (await session.call("get-sum", {"a": 1, "b": 2}))[
+                0
+            ] == "The sum of 1 and 2 is 3."
+            calls = [session.call("echo", {"message": str(i)}) for i in range(50)]
+            texts = [text for text, _, _ in await asyncio.gather(*calls)]
+            assert texts == [f"Echo: {i}" for i in range(50)]
+            long = {"duration": 20, "steps": 2}
+            calls = [session.call("trigger-long-running-operation", long) for _ in range(3)]
+            calls = [asyncio.ensure_future(call) for call in calls]
+            await asyncio.sleep(0.3)
+            process.kill()
+            for text, error, seconds in await asyncio.gather(*calls):
+                assert error == "server" and "'remote' ended during the call" in text
+                assert seconds < 15
+        text, error, _ = await session.call("echo", {"message": "away"})
+        assert error == "network" and "'remote' does not answer" in text
+        with served(transport, port):
+            assert (await session.call("echo", {"message": "back"}))[:2] == ("Echo: back", None)
+            await session.close()
+            await box.close()
+
+    asyncio.run(scene())
+
+
+@linux
+def test_a_killed_server_is_an_observation_and_is_started_again(toolbox, caplog):
+    box = toolbox(everything=everything())
+    before = children()
+
+    async def scene():
+        async with opened(box) as session:
+            assert (await session.call("echo", {"message": "1"}))[1] is None
+            long = {"duration": 20, "steps": 2}
+            calls = [session.call("trigger-long-running-operation", long) for _ in range(3)]
+            calls = [asyncio.ensure_future(call) for call in calls]
+            await asyncio.sleep(0.3)
+            for pid in children() - before:
+                os.kill(pid, signal.SIGKILL)
+            for text, error, seconds in await asyncio.gather(*calls):
+                assert error == "server" and "starts it again, without its state" in text
+                assert seconds < 10
+            assert (await session.call("echo", {"message": "2"}))[:2] == ("Echo: 2", None)
+            assert len(children() - before) == 1
+
+    asyncio.run(scene())
+    assert children() == before and box.errors == {"server": 3}
+    assert caplog.text.count("the MCP server 'everything' ended") == 1  # the user reads it once
+
+
+@linux
+def test_a_server_that_cannot_be_started_again_is_an_observation_each_time(toolbox, tmp_path):
+    """No exception: the trajectory goes on, and may answer without the tool."""
+    link = tmp_path / "server"
+    link.symlink_to(program(NPM, "mcp-server-everything"))
+    box = toolbox(lost={"command": str(link), "args": ["stdio"]})
+    before = children()
+
+    async def scene():
+        async with opened(box) as session:
+            await session.call("echo", {"message": "1"})
+            for pid in children() - before:
+                os.kill(pid, signal.SIGKILL)
+            link.rename(tmp_path / "aside")
+            results = [await session.call("echo", {"message": "2"}) for _ in range(4)]
+            assert [error for _, error, _ in results] == ["server"] * 4
+            assert all("cannot run" in text for text, _, _ in results[1:])
+            (tmp_path / "aside").rename(link)
+            assert (await session.call("echo", {"message": "3"}))[:2] == ("Echo: 3", None)
+
+    asyncio.run(scene())
+
+
+@linux
+@pytest.mark.parametrize("kind", ["run", "trajectory"])
+def test_a_session_for_the_run_or_for_each_trajectory(toolbox, kind):
+    """Pitfall 40: members of a group share no state, if the user says so."""
+    box = toolbox(everything=everything(session=kind))
+    before = children()
+
+    async def scene():
+        sessions = [box.open({}) for _ in range(3)]
+        toggled = [(await one.call("toggle-simulated-logging", {}))[0] for one in sessions]
+        again, _, _ = await sessions[0].call("toggle-simulated-logging", {})
+        began = [text.startswith("Started") for text in [*toggled, again]]
+        servers = children() - before
+        if kind == "run":
+            assert began == [True, False, True, False] and len(servers) == 1
+        else:
+            assert began == [True, True, True, False] and len(servers) == 3
+            await sessions[0].close()
+            assert len(alive(servers)) == 2
+        for one in sessions:
+            await one.close()
+        await box.close()
+        assert gone(servers)
+
+    asyncio.run(scene())
+
+
+@linux
+def test_a_killed_trainer_leaves_no_server(tmp_path):
+    """SIGKILL: no code of ours runs any more, and the servers see the end of their stdin."""
+    files = {"command": program(NPM, "mcp-server-filesystem"), "args": [str(tmp_path)]}
+    servers = {"time": clock(), "everything": everything(), "files": files}
+    (tmp_path / "servers.json").write_text(json.dumps({"mcpServers": servers}))
+    code = f"""if True:
+        import asyncio
+        from tools import Toolbox
+        box = Toolbox(["mcp:{tmp_path}/servers.json"])
+        async def scene():
+            session = box.open({{}})
+            await session.call("get_current_time", {{"timezone": "UTC"}})
+            await session.call("get-tiny-image", {{}})
+            await session.call("list_allowed_directories", {{}})
+            print("ready", flush=True)
+            await asyncio.sleep(60)
+        asyncio.run(scene())"""
+    trainer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        assert trainer.stdout.readline() == b"ready\n"
+        running = children(trainer.pid)
+        assert len(running) == 3
+    finally:
+        trainer.kill()
+        trainer.wait()
+    assert gone(running)
+
+
+def test_several_event_loops_one_after_the_other_and_a_running_one(toolbox):
+    """Each asyncio.run is a loop of its own; a notebook's runs while a Toolbox is made."""
+    box = toolbox(everything=everything())
+
+    async def scene(box):
+        return (await box.open({}).call("echo", {"message": "x"}))[0]
+
+    assert [asyncio.run(scene(box)) for _ in range(2)] == ["Echo: x", "Echo: x"]
+
+    async def notebook():
+        box = toolbox(everything=everything())
+        assert await scene(box) == "Echo: x"
+        await box.close()
+
+    asyncio.run(notebook())
+
+
+def test_a_call_past_its_deadline_leaves_the_session_usable(toolbox):
+    options = ["trigger-long-running-operation.timeout=1"]
+    box = toolbox(everything=everything(), box={"options": options})
+
+    async def scene():
+        async with opened(box) as session:
+            await session.call("echo", {"message": "start"})
+            long = {"duration": 30, "steps": 2}
+            text, error, seconds = await session.call("trigger-long-running-operation", long)
+            assert error == "timeout" and seconds < 5
+            assert (await session.call("echo", {"message": "x"}))[:2] == ("Echo: x", None)
+
+    asyncio.run(scene())
+    assert box.leaked == 0
+
+
+def test_names_filter_and_clashes(toolbox):
+    box = toolbox(a=everything(tools=["echo"]), b=everything(tools=["echo", "get-sum"]))
+    assert set(box.tools) == {"a_echo", "b_echo", "get-sum"}
+    assert {schema["function"]["name"] for schema in box.schemas} == set(box.tools)
+
+    async def scene():
+        async with opened(box) as session:
+            assert (await session.call("b_echo", {"message": "x"}))[:2] == ("Echo: x", None)
+
+    asyncio.run(scene())
+    one = toolbox(ask=":a", a=everything(tools=["echo"]), b={"command": "no-such-program"})
+    assert list(one.tools) == ["echo"]  # b is not started
+    with pytest.raises(UserError, match=r"has no tool 'ecko': did you mean echo\?"):
+        toolbox(x=everything(tools=["ecko"]))
+
+
+def test_variables_are_expanded_and_a_server_sees_no_secret(toolbox, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "abc")
+    monkeypatch.setenv("SECRET_KEY", "hunter2")
+    env = {"GIVEN": "Bearer ${MY_TOKEN}", "DEFAULT": "${NOT_THERE:-none}"}
+    box = toolbox(everything=everything(env=env))
+
+    async def scene():
+        async with opened(box) as session:
+            return json.loads((await session.call("get-env", {}))[0])
+
+    seen = asyncio.run(scene())
+    assert (seen["GIVEN"], seen["DEFAULT"]) == ("Bearer abc", "none")
+    assert "SECRET_KEY" not in seen and "MY_TOKEN" not in seen
+
+
+NEWEST = """
+import anyio
+from mcp import MCPError, types
+from mcp.server.lowlevel import Server
+from mcp.server.stdio import stdio_server
+
+async def list_tools(ctx, params):
+    tools = [types.Tool(name=n, input_schema={"type": "object"}) for n in ("version", "fail")]
+    page = int(params.cursor or 0)
+    return types.ListToolsResult(tools=[tools[page]], next_cursor=None if page else "1")
+
+async def call_tool(ctx, params):
+    if params.name == "fail":
+        raise MCPError(-32000, "try again later")
+    return types.CallToolResult(content=[types.TextContent(type="text", text=ctx.protocol_version)])
+
+async def no_handshake(ctx, call_next):
+    if ctx.method == "initialize":
+        raise MCPError(types.UNSUPPORTED_PROTOCOL_VERSION, "no", {"supported": ["2026-07-28"]})
+    return await call_next(ctx)
+
+async def main():
+    server = Server("newest", on_list_tools=list_tools, on_call_tool=call_tool)
+    server.middleware.append(no_handshake)
+    async with stdio_server() as (read, write):
+        await server.run(read, write, server.create_initialization_options())
+
+anyio.run(main)
+"""
+
+
+def test_a_server_without_the_handshake_pages_of_tools_and_errors_of_the_protocol(toolbox):
+    """A server of the newest protocol alone, made with the official SDK. An error it answers with
+    is no loss of the server, even with the code that the SDK has for one."""
+    box = toolbox(newest={"command": sys.executable, "args": ["-c", NEWEST]})
+    assert list(box.tools) == ["version", "fail"]
+
+    async def scene():
+        async with opened(box) as session:
+            assert (await session.call("version", {}))[:2] == ("2026-07-28", None)
+            results = [(await session.call("fail", {}))[:2] for _ in range(2)]
+            assert results == [("error: try again later", "exception")] * 2
+
+    asyncio.run(scene())
+
+
+# -- what is refused
+
+
+REFUSED = {
+    '{"mcpServers": {"x": {"comand": "x"}}}': r"unknown key 'comand': did you mean command\?",
+    '{"servers": {}}': "unknown key 'servers' in .*expected",
+    '{"mcpServers": {}}': "no server in",
+    "{": "is no JSON",
+    "[]": "no server in",
+    '{"mcpServers": {"x": 3}}': 'expected {"command": …} or',
+    '{"mcpServers": {"x": {"args": []}}}': "expected one of command and url",
+    '{"mcpServers": {"x": {"command": "x", "url": "http://x"}}}': "expected one of command and url",
+    '{"mcpServers": {"x": {"command": "x", "args": "y"}}}': 'args = "y": expected a list of texts',
+    '{"mcpServers": {"x": {"command": "x", "headers": {}}}}': "headers has no effect beside",
+    '{"mcpServers": {"x": {"command": "x", "cwd": "/nope"}}}': "cwd = '/nope' is no folder",
+    '{"mcpServers": {"x": {"command": "x", "type": "http"}}}': "type = 'http': expected stdio",
+    '{"mcpServers": {"x": {"url": "http://x", "type": "ssh"}}}': "expected http or sse",
+    '{"mcpServers": {"x": {"url": "localhost:80"}}}': "expected http:// or https://",
+    '{"mcpServers": {"x": {"command": "x", "session": "runs"}}}': "expected run or trajectory",
+    '{"mcpServers": {"x": {"command": "x", "start_timeout": true}}}': "expected a number above 0",
+    '{"mcpServers": {"x": {"command": "x", "env": {"A": "${NOT_THERE}"}}}}': "no variable 'NOT_T",
+    '{"mcpServers": {"x": {"command": "x", "disabled": true}}}': "every server .* is disabled",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_a_wrong_file_is_refused_in_a_sentence(tmp_path, text):
+    (tmp_path / "servers.json").write_text(text)
+    with pytest.raises(UserError, match=REFUSED[text]) as caught:
+        module.load(str(tmp_path / "servers.json"), None, 10.0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_or_a_server_that_is_not_there_is_named(toolbox):
+    with pytest.raises(UserError, match="cannot read .*nope.json.*No such file"):
+        Toolbox(["mcp:nope.json"])
+    with pytest.raises(UserError, match=r"no server 'tine': did you mean time\?"):
+        toolbox(ask=":tine", time={"command": "x"})
+
+
+def shell(code, **more):
+    return {"command": "sh", "args": ["-c", code], **more}
+
+
+STARTS = {
+    "no program": ({"command": "no-such-program"}, "cannot run 'no-such-program': .*install it"),
+    "ends": (shell("echo oh no >&2; exit 3"), "ended at once, saying 'oh no': try `sh -c 'echo"),
+    "hangs": (shell("sleep 61", start_timeout=0.5), 'no answer in 0.5 s: .*"start_timeout"'),
+    "chatters": (shell("yes", start_timeout=0.5), "no answer in 0.5 s"),
+    "refused": ({"url": "http://127.0.0.1:1/mcp"}, "from http://127.0.0.1:1/mcp: start it, or"),
+    "refused sse": ({"url": "http://127.0.0.1:1/s", "type": "sse"}, "127.0.0.1:1/s: start it, or"),
+}
+
+
+@linux
+@pytest.mark.parametrize("name", STARTS)
+def test_a_server_that_does_not_start_is_an_error_of_one_sentence(toolbox, name, capfd):
+    server, message = STARTS[name]
+    before, start = children(), time.perf_counter()
+    with pytest.raises(UserError, match=message) as caught:
+        toolbox(x=server)
+    assert str(caught.value).startswith("MCP server 'x' of ") and "\n" not in str(caught.value)
+    assert time.perf_counter() - start < 15 and gone(children() - before)
+    assert capfd.readouterr() == ("", "")  # neither the server's stderr nor the SDK's tracebacks
+
+
+def test_the_page_of_another_program_at_the_url_is_an_error(toolbox, tmp_path):
+    """HTTP 404 or 501 of a web server: no MCP there."""
+    port = free_port()
+    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
+    web = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(500):
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            time.sleep(0.02)
+        with pytest.raises(UserError, match=r"HTTP 501 from http://127.*: correct its url"):
+            toolbox(x={"url": f"http://127.0.0.1:{port}/mcp"})
+    finally:
+        web.kill()
+        web.wait()
+
+
+def test_a_missing_package_is_an_error_with_the_pip_line():
+    code = "import sys; sys.modules['mcp'] = None; from tools import mcp"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (
+        "UserError: MCP needs a package" in done.stderr and 'pip install -e ".[mcp]"' in done.stderr
+    )
+
+
+# -- schemas and results
+
+
+def test_a_schema_is_made_plain_for_a_chat_template():
+    """$ref is replaced, a schema within itself ends; arguments may have the names of keywords."""
+    schema = {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "Arguments",
+        "properties": {
+            "title": {"title": "Title", "type": "string"},
+            "$ref": {"type": "integer", "default": {"$ref": "a value"}},
+            "where": {"$ref": "#/$defs/Point", "description": "here"},
+            "tree": {"$ref": "#/$defs/Tree"},
+            "limit": {"anyOf": [{"type": "integer"}, {"type": "null"}], "default": None},
+            "many": {"anyOf": [{"type": "integer"}, {"type": "string"}, {"type": "null"}]},
+            "old": {"type": ["string", "null"]},
+            "away": {"$ref": "https://example.org/x.json"},
+        },
+        "$defs": {
+            "Point": {"type": "object", "properties": {"x": {"type": "number"}}},
+            "Tree": {"type": "object", "properties": {"left": {"$ref": "#/$defs/Tree"}}},
+        },
+    }
+    assert module.parameters(schema) == {
+        "type": "object",
+        "properties": {
+            "title": {"type": "string"},
+            "$ref": {"type": "integer", "default": {"$ref": "a value"}},
+            "where": {
+                "type": "object",
+                "properties": {"x": {"type": "number"}},
+                "description": "here",
+            },
+            "tree": {"type": "object", "properties": {"left": {}}},
+            "limit": {"type": "integer", "default": None, "nullable": True},
+            "many": {"anyOf": [{"type": "integer"}, {"type": "string"}], "nullable": True},
+            "old": {"type": "string", "nullable": True},
+            "away": {},
+        },
+    }
+    assert module.parameters({}) == {"type": "object", "properties": {}}
+    options = {"anyOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}
+    assert module.parameters(options)["additionalProperties"] is True
+
+
+def result(*blocks, **more):
+    return module.content(types.CallToolResult(content=list(blocks), **more))
+
+
+def block(kind, data, mime):
+    made = types.ImageContent if kind == "image" else types.AudioContent
+    return made(type=kind, data=base64.b64encode(data).decode(), mime_type=mime)
+
+
+def test_every_kind_of_content_becomes_text_or_an_image():
+    text = types.TextContent(type="text", text="hi")
+    assert result(text, text) == "hi\nhi"
+    assert result() is None
+    assert result(structured_content={"a": [1]}) == '{"a": [1]}'
+    assert result(text, structured_content={"a": 1}) == "hi"
+    said, image = result(text, block("image", PIXEL, "image/png"))
+    assert said == "hi" and isinstance(image, Image.Image) and image.size == (1, 1)
+    assert result(block("audio", b"x", "audio/wav")) == "(a resource of type audio/wav: not shown)"
+    assert "cannot be read" in result(block("image", b"no image", "image/png"))
+    assert "cannot be read" in result(block("image", PIXEL[:40], "image/png"))
+    broken = PIXEL[:33] + b"\0\0\0\1iCCP?0000" + PIXEL[33:]  # a colour profile of a wrong checksum
+    assert result(block("image", broken, "image/png"))[0].size == (1, 1)
+    blob = types.BlobResourceContents(uri="a://b", blob="AA==", mime_type="application/zip")
+    embedded = types.EmbeddedResource(type="resource", resource=blob)
+    assert result(embedded) == "(a resource a://b of type application/zip: not shown)"
+
+
+def test_an_error_of_the_server_has_its_words():
+    with pytest.raises(ToolError, match="^no such city$") as caught:
+        result(types.TextContent(type="text", text="no such city"), is_error=True)
+    assert caught.value.kind == "exception"
+    with pytest.raises(ToolError, match="does not say why"):
+        result(is_error=True)
