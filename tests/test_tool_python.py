@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 
 from config import UserError
-from tools import Tool, Toolbox, sandbox
-from tools import python as module
+from tools import Tool, Toolbox, confine, fork_server, sandbox
+from tools.python import python
 
 ROOT = Path(__file__).parent.parent
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the fork server is Linux only")
@@ -29,17 +29,15 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="the fork server is L
 
 @pytest.fixture(params=[pytest.param("fork_server", marks=linux), "one_process"])
 def way(request, monkeypatch):
-    monkeypatch.setattr(module, "_has_fork_server", lambda: request.param == "fork_server")
+    monkeypatch.setattr(sandbox, "has_fork_server", lambda: request.param == "fork_server")
     return request.param
 
 
 def toolbox(timeout=10.0, concurrency=16):
     """Toolbox(["python"]), without the two seconds that transformers takes to make the schema."""
     parameters = {"properties": {"code": {"type": "string"}}, "required": ["code"]}
-    schema = {"function": {"parameters": parameters}}
-    box = Toolbox([], concurrency, timeout)
-    box.tools["python"] = Tool("python", module.python, False, True, schema)
-    return box
+    tool = Tool("python", {"function": {"parameters": parameters}}, python, True)
+    return Toolbox([tool], concurrency, timeout, cache="none")
 
 
 def run(code, timeout=10.0):
@@ -50,8 +48,8 @@ def run(code, timeout=10.0):
     return asyncio.run(call())
 
 
-def server():
-    return module._server["process"].pid
+def server(name="light"):
+    return sandbox._servers[name][0].pid
 
 
 def children(pid):
@@ -61,7 +59,7 @@ def children(pid):
 
 def rests():
     """Processes of calls, and scratch directories, that are there now."""
-    if module._has_fork_server():
+    if sandbox.has_fork_server():
         return children(server()) + glob.glob(f"{tempfile.gettempdir()}/nanotool-{server()}-*")
     scratch = f"{tempfile.gettempdir()}/nanotool-{os.getpid()}-"
     inside = [path for path in glob.glob("/proc/[0-9]*/cwd") if _target(path).startswith(scratch)]
@@ -84,7 +82,7 @@ def nothing_left():
 
 
 def need(layer):
-    if not module.layers()[layer]:
+    if not sandbox.layers()[layer]:
         pytest.skip(f"this system does not allow the layer {layer}")
 
 
@@ -117,7 +115,7 @@ def need(layer):
 )
 def test_output_is_shown_as_in_a_notebook(way, code, shown):
     """Found broken in the wild: code that prints nothing says so."""
-    if "Thread" in code and way == "one_process" and module.layers()["limit_processes"]:
+    if "Thread" in code and way == "one_process" and sandbox.layers()["limit_processes"]:
         pytest.skip("to Linux, not to macOS, a thread counts as a process")
     assert run(code) == (shown, None)
 
@@ -152,7 +150,7 @@ def test_a_traceback_names_line_and_source(way):
 def test_long_output_keeps_head_and_tail(way):
     text, error = run("print('a' * 50_000, end=''); print('b' * 50_000)")
     assert error is None and text.startswith("aaa") and text.endswith("bbb")
-    assert "[... 80000 characters cut ...]" in text and len(text) < module.SHOWN + 100
+    assert "[... 80000 characters cut ...]" in text and len(text) < sandbox.SHOWN + 100
 
 
 @linux
@@ -161,15 +159,54 @@ def test_the_same_code_gives_the_same_result_in_every_server_and_way(monkeypatch
     code = "import random\nprint(random.random(), hash('a'), {'x', 'y', 'z'})"
     first = run(code)
     with monkeypatch.context() as portable:
-        portable.setattr(module, "_has_fork_server", lambda: False)
+        portable.setattr(sandbox, "has_fork_server", lambda: False)
         assert run(code) == first
     os.kill(server(), signal.SIGKILL)
-    module._server["process"].wait()
+    sandbox._servers["light"][0].wait()
     assert run(code) == first
 
 
+def test_numpy_and_sympy_are_there_and_seeded(way):
+    """Pitfall 41: also what numpy draws is the same in a resumed run."""
+    code = (
+        "import numpy as np, sympy as sp\nx = sp.symbols('x')\n"
+        "print(np.arange(4).sum(), sp.solve(x**2 - 4, x), sp.integrate(2 * x, x))\n"
+        "print(np.random.rand(), np.random.default_rng().random())"
+    )
+    first = run(code, 30)
+    assert first[0].startswith("6 [-2, 2] x**2\n0.") and first[1] is None
+    assert run(code, 30) == first
+    assert python.pure is True
+
+
+@linux
+def test_numpy_draws_the_same_in_both_ways(monkeypatch):
+    code = "import numpy as np\nprint(np.random.rand(2), np.random.default_rng().random(2))"
+    first = run(code, 30)
+    monkeypatch.setattr(sandbox, "has_fork_server", lambda: False)
+    assert first[1] is None and run(code, 30) == first
+
+
+def test_which_server_runs_the_code_is_a_question_of_speed_alone(way):
+    """numpy without its name in the code: the light server imports it too."""
+    code = "__import__('num' + 'py').arange(3).tolist()"
+    assert run(code, 30) == ("[0, 1, 2]", None)
+    assert run(f"'numpy'\n{code}", 30) == ("[0, 1, 2]", None)
+    text, error = run("import no_such_package_")
+    assert error == "exception" and "ModuleNotFoundError: No module named 'no_such" in text
+
+
+def test_of_the_installed_packages_only_the_listed_ones_are_seen():
+    need("private_root")
+    code = "import os\nprint(*sorted(os.listdir('/packages')))"
+    shown = run(code)[0].split()
+    assert "numpy" in shown and set(shown) <= set(fork_server.PACKAGES)
+    assert "No module named 'torch'" in run("import torch")[0]
+    assert run("open('/packages/numpy/x', 'w')")[1] == "exception"
+
+
 def test_code_that_is_too_long_is_refused():
-    assert run("#" * (module.CODE_SIZE + 1))[1] == "bad_arguments"
+    assert run("#" * (sandbox.CODE_SIZE + 1))[1] == "bad_arguments"
 
 
 # -- hostile code: code, error kind, what the text must contain, deadline, layers that it needs
@@ -239,6 +276,10 @@ HOSTILE = {
         "import os\nos.makedirs('a/b/c')\nos.symlink('/', 'l')\n"
         "for d in ('a/b/c', 'a/b', 'a'): os.chmod(d, 0)\nprint('made')", None, "made", 5, (),
     ),
+    "very deep directories": (
+        "import os\nfor _ in range(1500): os.mkdir('d' * 9); os.chdir('d' * 9)\nprint('made')",
+        None, "made", 9, (),
+    ),
     "segmentation fault": (
         "import ctypes\nctypes.string_at(0)", "exception", "killed by SIGSEGV", 5, (),
     ),
@@ -282,7 +323,8 @@ def test_no_descriptor_secret_or_file_of_ours_is_seen(way, monkeypatch, tmp_path
             "import os\nprint(sorted(os.environ))\nopen_fds = []\nfor fd in range(300):\n"
             "    try: os.fstat(fd); open_fds.append(fd)\n    except OSError: pass\nopen_fds"
         )
-        assert run(code) == ("['HOME', 'PATH', 'TMPDIR']\n[0, 1, 2]", None)
+        names = ["HOME", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PATH", "TMPDIR"]
+        assert run(code) == (f"{names}\n[0, 1, 2]", None)
     need("private_root")
     for path in (tmp_path / "secret", f"/proc/{os.getpid()}/environ", "/proc/self/mem", __file__):
         assert "FileNotFoundError" in run(f"open({str(path)!r}).read()")[0]
@@ -304,7 +346,7 @@ def test_a_cancelled_call_ends_with_all_its_group(way):
 
     async def scene():
         code = "import os, time\ntry: os.fork()\nexcept OSError: pass\ntime.sleep(60)"
-        task = asyncio.ensure_future(module.python(code))
+        task = asyncio.ensure_future(python(code))
         await asyncio.sleep(0.2)
         assert rests()
         task.cancel()
@@ -320,13 +362,13 @@ def test_the_cpu_limit_ends_a_call_without_a_deadline(monkeypatch):
     code = (
         "import resource as r\nr.setrlimit(r.RLIMIT_CPU, (1, 1))\nprint('begun')\nwhile True: pass"
     )
-    monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)  # what the caller's side calls the limit
+    monkeypatch.setattr(confine, "CPU_SECONDS", 1)  # what the caller's side calls the limit
 
     async def scene():
         calls = []
-        for fork_server in {module._has_fork_server(), False}:
-            monkeypatch.setattr(module, "_has_fork_server", lambda here=fork_server: here)
-            calls.append(asyncio.ensure_future(module.python(code)))
+        for forking in {sandbox.has_fork_server(), False}:
+            monkeypatch.setattr(sandbox, "has_fork_server", lambda here=forking: here)
+            calls.append(asyncio.ensure_future(python(code)))
             await asyncio.sleep(0.05)
         return await asyncio.gather(*calls, return_exceptions=True)
 
@@ -335,11 +377,13 @@ def test_the_cpu_limit_ends_a_call_without_a_deadline(monkeypatch):
 
 
 def test_windows_is_refused_in_a_sentence_and_the_sandbox_is_no_tool(monkeypatch):
-    with pytest.raises(UserError, match=r"\(tools: (?!.*(sandbox|__init__)).*python"):
+    with pytest.raises(
+        UserError, match=r"\(tools: (?!.*(sandbox|confine|fork_server|__init__)).*python"
+    ):
         Toolbox(["nope"])
-    spec = importlib.util.spec_from_file_location("fresh", module.__file__)
+    spec = importlib.util.spec_from_file_location("fresh", confine.__file__)
     monkeypatch.setattr(sys, "platform", "win32")
-    with pytest.raises(UserError, match="needs Linux or macOS: on Windows run"):
+    with pytest.raises(UserError, match="need Linux or macOS: on Windows run"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
@@ -367,7 +411,7 @@ def test_many_calls_at_once_in_several_event_loops():
 @linux
 def test_a_dead_server_is_replaced_even_under_a_running_call():
     async def scene():
-        task = asyncio.ensure_future(module.python("import time\ntime.sleep(0.3)\nprint('done')"))
+        task = asyncio.ensure_future(python("import time\ntime.sleep(0.3)\nprint('done')"))
         await asyncio.sleep(0.1)
         os.kill(server(), signal.SIGKILL)
         return await task
@@ -392,11 +436,12 @@ def test_a_fork_of_ours_gets_its_own_server():
 
 CHILD = """
 import asyncio, sys
-from tools import python as module
+from tools import sandbox
+from tools.python import python
 if sys.argv[1] == "one_process":
-    module._has_fork_server = lambda: False
+    sandbox.has_fork_server = lambda: False
 async def main():
-    task = asyncio.ensure_future(module.python("import time\\ntime.sleep(60)"))
+    task = asyncio.ensure_future(python("import time\\ntime.sleep(60)"))
     await asyncio.sleep(0.3)
     print("begun", flush=True)
     await task
@@ -435,11 +480,12 @@ def test_server_and_calls_end_with_the_trainer_however_it_dies(way):
 # next program runs without them.
 BARE = """
 import os, sys
-from tools import sandbox
+from tools import confine
 if os.geteuid() == 0:
-    sandbox._libc("prctl", 24, 21, 0, 0, 0)
-sandbox._libc("prctl", 38, 1, 0, 0, 0)
-sandbox._refuse_calls(True)
+    confine.libc("prctl", 24, 21, 0, 0, 0)
+del confine.REFUSED["socket"]  # that one is the sandbox's own to refuse
+confine.libc("prctl", 38, 1, 0, 0, 0)
+confine.refuse_calls(True)
 os.execv(sys.executable, [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider",
     "tests/test_tool_python.py", "-k", "bare_code or not one_process and (descriptor or "
     "hostile and (then or SIGTERM or socket or limits or directories))"])
@@ -462,7 +508,7 @@ def test_without_namespaces_nothing_escapes_either():
 
 @pytest.mark.skipif("BARE_SANDBOX" not in os.environ, reason="part of the test above")
 def test_bare_code_cannot_start_a_process_or_signal_the_trainer():
-    assert not module.layers()["pid_namespace"] and not module.layers()["network_namespace"]
+    assert not sandbox.layers()["pid_namespace"] and not sandbox.layers()["network_namespace"]
     for code in (
         "import os\nos.fork()",
         "import subprocess\nsubprocess.run(['/bin/true'])",

@@ -1,0 +1,748 @@
+"""A corpus of hostile programs: each is held, answered in time, and leaves nothing behind.
+
+    pytest tests/test_hostile.py        # about 30 s
+
+They run in batches, by the python, bash and python_session tools, with 32 honest calls beside each
+batch. A program that needs a layer which this system lacks is a skip with the layer's name. How it
+is where all layers are forced off: tests/test_tool_python.py.
+"""
+
+import asyncio
+import glob
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tools import Tool, Toolbox, sandbox
+from tools.bash import bash
+from tools.python import python
+from tools.python_session import python_session
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere the sandbox holds accidents, not malice"
+)
+BATCH = 10
+MARK = f"hostile-{os.getpid()}"  # what programs name the files that they try to leave
+SECRET = f"hunter2-{os.getpid()}"
+
+
+@dataclass
+class Program:
+    code: str | tuple[str, ...]  # several: the calls of a session
+    kind: str | None  # of error, of the last call; "any": not ours to say
+    shown: str = ""  # what the last observation contains; "|" between alternatives
+    deadline: float = 8.0  # seconds; short where the program will not end by itself
+    layers: tuple[str, ...] = ()  # that it needs
+    tool: str = "python"
+
+
+# -- the corpus. PARENT, VICTIM: process ids of this test and of a child of it; PORT: where it
+# listens; CANARY: a file of it; MARK: see above
+
+NS, ROOT, PROC = ("pid_namespace",), ("private_root",), ("pid_namespace", "user_namespace")
+LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+TRY = """
+def attempt(work, *args):
+    try:
+        print('DONE', work(*args))
+    except BaseException as error:
+        print('refused', type(error).__name__)
+"""
+
+PROCESSES = {
+    "infinite loop": Program("while True: pass", "timeout", "was stopped", 0.5),
+    "endless sleep": Program("import time\ntime.sleep(1e6)", "timeout", "was stopped", 0.3),
+    "ignores SIGTERM": Program(
+        "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: pass",
+        "timeout", deadline=0.5,
+    ),
+    "ignores every signal": Program(
+        "import signal, time\nfor n in range(1, 65):\n    try: signal.signal(n, signal.SIG_IGN)\n"
+        "    except (OSError, ValueError): pass\nwhile True: time.sleep(1)", "timeout",
+        deadline=0.5,
+    ),
+    "swallows every exception": Program(
+        "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
+        "timeout", deadline=0.5,
+    ),
+    "fork bomb": Program(
+        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+        "timeout", "", 0.7, PROC,
+    ),
+    "fork bomb of bash": Program(":(){ :|:& };:; sleep 60", "any", "", 0.7, PROC, "bash"),
+    "fork bomb of a session": Program(
+        ("1", "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"),
+        "timeout", "", 0.7, PROC, "python_session",
+    ),
+    "fork bomb that exits as it forks": Program(
+        "import os\nwhile True:\n    try:\n        if os.fork(): os._exit(0)\n"
+        "    except OSError: pass", "any", "", 0.7, PROC,
+    ),
+    "thread bomb": Program(
+        "import threading, time\nwhile True: threading.Thread(target=time.sleep, "
+        "args=(60,)).start()",
+        "exception", "can't start new thread", layers=PROC,
+    ),
+    "double fork and setsid": Program(
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+        "        os.setsid(); time.sleep(60)\n    os._exit(0)\nprint('gone')", None, "gone",
+        layers=NS,
+    ),
+    "daemon with closed descriptors": Program(
+        "import os, time\nif os.fork() == 0:\n    os.setsid(); os.closerange(0, 99)\n"
+        "    while True: time.sleep(1)\nprint('gone')", None, "gone", layers=NS,
+    ),
+    "daemon of bash": Program(
+        "nohup setsid sleep 99 >/dev/null 2>&1 & disown; trap '' TERM HUP; echo gone",
+        None, "gone", layers=NS, tool="bash",
+    ),
+    "child that keeps the output open": Program(
+        "import subprocess, sys\nsubprocess.Popen([sys.executable or '/none', '-c', '1'])\n"
+        "print(1)",
+        "any", layers=NS,
+    ),
+    "bash waits for ever": Program("mkfifo f; cat f", "timeout", "", 0.5, NS, "bash"),
+    "bash loops and ignores TERM": Program(
+        "trap '' TERM INT HUP; while :; do :; done", "timeout", "", 0.5, NS, "bash",
+    ),
+    "stops itself": Program(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGSTOP)\ntime.sleep(60)",
+        "timeout", deadline=0.5, layers=NS,
+    ),
+    "stops its child and waits for it": Program(
+        "import os, signal\npid = os.fork()\nif pid == 0: os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "os.waitpid(pid, 0)", "timeout", deadline=0.5, layers=NS,
+    ),
+    "exec of another program": Program(
+        "import os\nos.execv('/bin/sh', ['sh', '-c', 'cat /etc/passwd'])",
+        "exception", "FileNotFoundError", layers=ROOT,
+    ),
+}  # fmt: skip
+
+MEMORY = {
+    "memory bomb": Program(
+        "x = 'a' * 10**10", "exception", "MemoryError (the limit is 512 MB)",
+        layers=("limit_memory",),
+    ),
+    "memory bomb in steps": Program(
+        "x = []\nwhile True: x.append(bytearray(10**7))", "exception", "MemoryError",
+        layers=("limit_memory",),
+    ),
+    "memory bomb of a session": Program(
+        ("x = []", "while True: x.append(bytearray(10**7))", "del x; 6 * 7"), None, "42",
+        layers=("limit_memory",), tool="python_session",
+    ),
+    "memory bomb of bash": Program(
+        "x=$(head -c 900M /dev/zero | tr '\\0' x); echo ${#x}", "any", "", 5,
+        (*NS, "limit_memory"), "bash",
+    ),
+    "memory by mmap": Program(
+        "import mmap\nfor i in range(99): globals()[f'm{i}'] = mmap.mmap(-1, 2**27)",
+        "exception", "Cannot allocate memory", layers=("limit_memory",),
+    ),
+    "memory in several processes": Program(
+        "import os\nfor _ in range(6):\n    if os.fork() == 0:\n        try: bytearray(10**9)\n"
+        "        except MemoryError: os._exit(7)\n        os._exit(0)\n"
+        "print([os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(6)])",
+        None, "[7, 7, 7, 7, 7, 7]", layers=(*NS, "limit_memory"),
+    ),
+    "memory that no process owns (memfd)": Program(
+        "import os\nos.memfd_create('x')", "exception", "PermissionError", layers=("seccomp",),
+    ),
+    "memory that outlives its maker (System V)": Program(
+        LIBC + "print(libc.shmget(0, 2**28, 0o1600), libc.msgget(0, 0o1600), libc.semget(0, 1, "
+        "0o1600))",
+        None, "-1 -1 -1", layers=("seccomp",),
+    ),
+    "numpy array of a terabyte": Program(
+        "import numpy\nnumpy.ones(10**11)", "exception", "MemoryError|No module",
+        layers=("limit_memory",),
+    ),
+    "compressed bomb": Program(
+        "import zlib\nd = zlib.compressobj(1)\n"
+        "b = b''.join(d.compress(bytes(10**7)) for _ in range(60))"
+        " + d.flush()\nlen(zlib.decompress(b))", "exception", "MemoryError", 9,
+        layers=("limit_memory",),
+    ),
+    "raises its limits": Program(
+        "import resource as r\nr.setrlimit(r.RLIMIT_AS, (2**40, 2**40))",
+        "exception", "not allowed to raise maximum limit", layers=("limit_memory",),
+    ),
+    "a session raises its limits": Program(
+        ("import resource as r", "r.setrlimit(r.RLIMIT_AS, (2**40, 2**40))"), "exception",
+        "not allowed to raise maximum limit", layers=("limit_memory",), tool="python_session",
+    ),
+    "a session lifts its limit on CPU time": Program(
+        ("import resource as r", "h = r.getrlimit(r.RLIMIT_CPU)[1]\n"
+         "r.setrlimit(r.RLIMIT_CPU, (h, h))\n"
+         "while True: pass"), "timeout", "", 0.5, tool="python_session",
+    ),
+    "huge power": Program("x = 9 ** 9 ** 9", "any", "", 0.7),
+    "huge shift": Program("x = 1 << 10**11", "exception", "MemoryError", layers=("limit_memory",)),
+    "huge int as text": Program("print(7 ** 10**5)", "exception", "ValueError: Exceeds the limit"),
+    "huge power of sympy": Program(
+        "import sympy\nprint(sympy.factorial(10**9))", "any", "", 1.0,
+    ),
+    "deep recursion": Program("def f(): f()\nf()", "exception", "RecursionError"),
+    "deep recursion without a limit": Program(
+        "import sys\nsys.setrecursionlimit(10**9)\ndef f(x): return [f(x)]\nf(1)", "any", "", 1.0,
+    ),
+    "deep recursion in C": Program(
+        "x = []\nfor _ in range(10**6): x = [x]\nprint(repr(x))", "exception",
+        "RecursionError|SIGSEGV",
+    ),
+    "deeply nested code": Program("(" * 5000 + ")" * 5000, "exception", "too many nested|Error"),
+    "code that the compiler chokes on": Program("-" * 90_000 + "1", "any"),
+    "regular expression without end": Program(
+        "import re\nre.match('(a+)+$', 'a' * 60 + 'b')", "timeout", deadline=0.5,
+    ),
+}  # fmt: skip
+
+OUTPUT = {
+    "endless print": Program("while True: print('x' * 100)", "oversized", "1000000 bytes of out"),
+    "floods stderr": Program(
+        "import sys\nwhile True: sys.stderr.write('x' * 1000)", "oversized", "1000000 bytes of out",
+    ),
+    "floods past python": Program("import os\nwhile True: os.write(2, b'x' * 65536)", "oversized"),
+    "floods from a child": Program(
+        "import os\nos.fork()\nwhile True: os.write(1, b'x' * 65536)", "oversized", layers=NS,
+    ),
+    "floods from bash": Program("yes & yes >&2", "oversized", layers=NS, tool="bash"),
+    "one endless line": Program("print('x' * 10**8)", "oversized", "1000000 bytes of output"),
+    "a value with an endless repr": Program("[0] * 10**7", "oversized", "1000000 bytes of output"),
+    "a repr that does not end": Program(
+        "class A:\n    def __repr__(self):\n        while True: pass\nA()", "timeout", deadline=0.5,
+    ),
+    "an exception that cannot be shown": Program(
+        "class E(Exception):\n    def __str__(self): raise self\nraise E", "exception",
+        "E: <exception",
+    ),
+    "terminal codes and bytes that are no text": Program(
+        "import os\nos.write(1, bytes(range(256)) + b'\\x1b[2J')", None, "\ufffd",
+    ),
+    "closes all descriptors and sleeps": Program(
+        "import os, time\nos.closerange(0, 99)\ntime.sleep(60)", "timeout", deadline=0.5,
+    ),
+    "closes all descriptors and ends": Program("import os\nos.closerange(0, 99)", "any"),
+    "replaces its streams": Program(
+        "import sys\nclass S:\n    def write(self, x): return 0\n"
+        "    def flush(self): raise OSError\n"
+        "sys.stdout = sys.stderr = S()\nprint(1)", "exception",
+    ),
+    "hangs at exit": Program(
+        "import atexit, time, threading\natexit.register(time.sleep, 60)\nclass D:\n"
+        "    def __del__(self): time.sleep(60)\nd = D()\nprint('end')", None, "end",
+    ),
+    "breaks the interpreter's modules": Program(
+        "import sys, builtins\nbuiltins.print = builtins.open = builtins.isinstance = None\n"
+        "sys.modules.clear()\n1 / 0", "any",
+    ),
+    "segmentation fault": Program("import ctypes\nctypes.string_at(0)", "exception", "SIGSEGV"),
+    "aborts": Program("import os\nos.abort()", "exception", "SIGABRT|SIGSEGV"),
+    "exits behind python's back": Program("import os\nos._exit(101)", "exception"),
+    "null bytes and half characters": Program("'\ud800'\0", "exception", "surrogates"),
+    "a null byte for bash": Program("echo \0", "bad_arguments", "null byte", layers=NS,
+    tool="bash"),
+}  # fmt: skip
+
+FILES = {
+    "big file": Program(
+        "open('f', 'wb').write(b'x' * 10**8)", "exception", "File too large",
+        layers=("limit_file_size",),
+    ),
+    "sparse file": Program(
+        "open('f', 'wb').truncate(2**40)", "exception", "File too large",
+        layers=("limit_file_size",),
+    ),
+    "fills the disk": Program(
+        "for i in range(10**6): open(str(i), 'wb').write(b'x' * 10**7)",
+        "exception", "No space left", layers=ROOT,
+    ),
+    "fills the disk from bash": Program(
+        "for i in $(seq 99); do head -c 15M /dev/zero > $i || exit 1; done", None, "No space left",
+        layers=(*NS, *ROOT), tool="bash",
+    ),
+    "a million empty files": Program(
+        "for i in range(10**6): open(str(i), 'w').close()", "exception", "No space left",
+        layers=ROOT,
+    ),
+    "folders a thousand deep": Program(
+        "import os\nfor _ in range(1000): os.mkdir('d'); os.chdir('d')\nprint('made')", None,
+        "made",
+    ),
+    "unreadable folders and a link to /": Program(
+        "import os\nos.makedirs('a/b/c')\nos.symlink('/', 'l')\n"
+        "for d in ('a/b/c', 'a/b', 'a'): os.chmod(d, 0)\nprint('made')", None, "made",
+    ),
+    "many open files": Program(
+        "x = [open('/dev/null') for _ in range(1000)]", "exception", "Too many open files",
+        layers=("limit_open_files",),
+    ),
+    "writes outside scratch": Program(
+        TRY + "import os\nfor d in ('/', '/usr/lib', '/packages', '/dev', '/etc', '/dev/shm', "
+        "'/root',"
+        " '/home', '/var/tmp', os.path.dirname(os.__file__)):\n"
+        "    attempt(open, d + '/MARK', 'w')\n"
+        "print('end')", None, "end", layers=ROOT,
+    ),
+    "writes outside scratch from bash": Program(
+        "for d in / /usr /usr/bin /etc /dev/shm /packages /root /home; do (echo x > $d/MARK); "
+        "done; "
+        "rm -rf --no-preserve-root / 2>/dev/null; ls /usr/bin | wc -l", None, "Read-only|No such",
+        layers=(*NS, *ROOT), tool="bash",
+    ),
+    "leaves a file in /tmp": Program(
+        "open('/tmp/MARK', 'w').write('x')\nprint('written')", None, "written", layers=ROOT,
+    ),
+    "reads a file of the trainer": Program(
+        TRY + "attempt(open, 'CANARY')\nattempt(open, 'CANARY', 'a')", None,
+        "refused FileNotFoundError\nrefused FileNotFoundError", layers=ROOT,
+    ),
+    "reads it through a link": Program(
+        "import os\nos.symlink('CANARY', 'l')\nprint(open('l').read())", "exception",
+        "FileNotFoundError", layers=ROOT,
+    ),
+    "reads it by climbing": Program(
+        "print(open('../' * 20 + 'CANARY'.lstrip('/')).read())", "exception", "FileNotFoundError",
+        layers=ROOT,
+    ),
+    "deletes it from bash": Program(
+        "rm -f CANARY; cat CANARY; ls -a $(dirname CANARY)", None, "No such file",
+        layers=(*NS, *ROOT), tool="bash",
+    ),
+    "overwrites through a link": Program(
+        "import os\nos.symlink(os.__file__, 'l')\nopen('l', 'w')", "exception",
+        "Read-only|Permission",
+        layers=ROOT,
+    ),
+    "hard link to the library": Program(
+        "import os\nos.link(os.__file__, 'l')", "exception", "OSError|PermissionError", layers=ROOT,
+    ),
+    "moves its scratch directory away": Program(
+        TRY + "import os\nattempt(os.rename, os.getcwd(), os.getcwd() + '-MARK')\nprint('end')",
+        None, "end", layers=ROOT,
+    ),
+    "passwords and keys": Program(
+        TRY + "import os\nfor f in ('/etc/passwd', '/etc/shadow', '/root/.ssh', '/home', "
+        "'/proc/1/environ',"
+        " '/proc/self/mem', '/sys/kernel', '/var/run'):\n    attempt(os.stat, f)\nprint('end')",
+        None,
+        "end", layers=ROOT,
+    ),
+    "leaves the root by chroot": Program(
+        "import os\nos.mkdir('r')\nos.chroot('r')", "exception", "PermissionError",
+        layers=("no_capabilities",),
+    ),
+    "makes a device": Program(
+        "import os, stat\nos.mknod('d', stat.S_IFBLK | 0o666, os.makedev(254, 0))", "exception",
+        "PermissionError", layers=("no_capabilities",),
+    ),
+    "mounts": Program(
+        LIBC + "print(libc.mount(b'none', b'/tmp', b'proc', 0, None), ctypes.get_errno())", None,
+        "-1 1", layers=("seccomp",),
+    ),
+    "makes the library writable": Program(
+        LIBC + "print(libc.mount(None, b'/usr/lib', None, 0x1020, None), libc.umount2(b'/tmp', 2))",
+        None, "-1 -1", layers=("seccomp",),
+    ),
+    "a program with the owner's rights": Program(
+        "cp /bin/bash b; chmod 4777 b; ./b -p -c 'id -u; cat /etc/shadow'; su -c id; sudo -n id",
+        None,
+        "", layers=(*NS, *ROOT), tool="bash",
+    ),
+}  # fmt: skip
+
+OTHERS = {
+    "reads the trainer's environment": Program(
+        "print(open('/proc/PARENT/environ').read())", "exception", "Error",
+        layers=("private_root",),
+    ),
+    "looks for secrets in its own": Program(
+        LIBC + "libc.secure_getenv.restype = ctypes.c_char_p\n"
+        "print(libc.secure_getenv(b'HOSTILE_SECRET'), sorted(os.environ))", None, "None ['HOME'",
+    ),
+    "looks for secrets from bash": Program("env; set", None, "PATH=", layers=NS, tool="bash"),
+    "reads the trainer's memory": Program(
+        LIBC + "b = ctypes.create_string_buffer(8)\n"
+        "v = (ctypes.c_void_p * 2)(ctypes.addressof(b), 8)\n"
+        "print(libc.process_vm_readv(PARENT, v, 1, v, 1, 0), ctypes.get_errno())", None, "-1 1",
+        layers=("seccomp",),
+    ),
+    "traces a process": Program(
+        LIBC + "print(libc.ptrace(16, PARENT, 0, 0), ctypes.get_errno())", None, "-1 1",
+        layers=("seccomp",),
+    ),
+    "kills the trainer": Program(
+        TRY + "import os\nfor pid in (PARENT, VICTIM):\n    attempt(os.kill, pid, 9)",
+        None, "refused ProcessLookupError\nrefused ProcessLookupError", layers=NS,
+    ),
+    "kills the trainer from bash": Program(
+        "kill -9 PARENT VICTIM; echo $?", None, "No such process", layers=NS, tool="bash",
+    ),
+    "kills everything": Program(
+        "import os, time\nif os.fork() == 0: time.sleep(60)\nos.kill(-1, 9)\nprint('alone')", None,
+        "alone", layers=NS,
+    ),
+    "kills everything from bash": Program("kill -9 -1; echo alone", None, "alone", layers=NS,
+    tool="bash"),
+    "kills its process group": Program(
+        "import os\nos.killpg(0, 9)\nprint('alone')", "any", layers=NS,
+    ),
+    "changes the trainer's limits": Program(
+        "import resource as r\nr.prlimit(PARENT, r.RLIMIT_CPU, (1, 1))", "exception",
+        "ProcessLookupError", layers=NS,
+    ),
+    "becomes root": Program(
+        TRY + "import os\nattempt(os.setuid, 0)\nattempt(os.setgroups, [0])", None,
+        "refused PermissionError|refused OSError", layers=("no_capabilities", "user_namespace"),
+    ),
+    "takes capabilities": Program(
+        LIBC + "h = (ctypes.c_uint32 * 2)(0x20080522, 0); d = (ctypes.c_uint32 * 6)(*[2**32 - 1] "
+        "* 6)\n"
+        "print(libc.capset(h, d), ctypes.get_errno())", None, "-1 1", layers=("no_capabilities",),
+    ),
+    "makes namespaces": Program(
+        LIBC + "print([libc.unshare(f) for f in (0x10000000, 0x20000, 0x40000000)])", None,
+        "[-1, -1, -1]", layers=("seccomp",),
+    ),
+    "makes a user namespace by clone": Program(
+        LIBC + "print(libc.syscall({'x86_64': 56}.get(os.uname().machine, 220), 0x10000011, 0, 0, "
+        "0, 0))",
+        None, "-1", layers=("user_namespace",),
+    ),
+    "calls the kernel's odd corners": Program(
+        LIBC + "n = {'x86_64': (425, 321, 298, 250, 323)}.get(os.uname().machine, (425, 280, 241, "
+        "219, 282))\n"
+        "print([libc.syscall(i, 1, 0, 0, 0, 0) for i in n])", None, "[-1, -1, -1, -1, -1]",
+        layers=("seccomp",),
+    ),
+    "connects to the trainer's machine": Program(
+        "import socket\nsocket.create_connection(('127.0.0.1', PORT), 1)", "exception",
+        "PermissionError", layers=("seccomp",),
+    ),
+    "connects from bash": Program(
+        "echo hi > /dev/tcp/127.0.0.1/PORT", "any", "not permitted|No such file", layers=(*NS,
+        "seccomp"),
+        tool="bash",
+    ),
+    "connects without seccomp's help": Program(
+        "import os\nprint(os.path.exists('/sys/class/net'), os.path.exists('/proc/net'))", None,
+        "False False", layers=("network_namespace", "private_root"),
+    ),
+    "every kind of socket": Program(
+        TRY + "import socket as s\nfor f in (s.AF_INET, s.AF_INET6, s.AF_UNIX, 16, 17, 38):\n"
+        "    for t in (s.SOCK_STREAM, s.SOCK_DGRAM, s.SOCK_RAW): attempt(s.socket, f, t)\n"
+        "print('end')",
+        None, "end", layers=("seccomp",),
+    ),
+    "looks up a name": Program(
+        "import socket\nsocket.getaddrinfo('localhost.example', 80)", "exception", "gaierror",
+        layers=("seccomp",),
+    ),
+}  # fmt: skip
+
+FAKE = "b'{\"exit\": 0}'"
+WRITE_ALL = (
+    "import os\nfor fd in range(3, 64):\n    try: os.write(fd, "
+    + FAKE
+    + ")\n    except OSError: pass\n"
+)
+SESSIONS = {
+    "prints the reply's words": Program(
+        ("print(" + FAKE + ".decode())", "6 * 7"), None, "42", tool="python_session",
+    ),
+    "writes a reply of its own": Program(
+        ("x = 5\n" + WRITE_ALL, "import time\ntime.sleep(0.2)\nprint('second')", "6 * 7"), "any",
+        "42|a new session", tool="python_session",
+    ),
+    "writes many replies, all wrong": Program(
+        ("import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'[' * 3000)\n"
+         "    except OSError: pass",
+         "6 * 7"), None, "42", tool="python_session",
+    ),
+    "writes replies for ever in a thread": Program(
+        ("import threading\ndef f():\n    while True:\n        exec(" + repr(WRITE_ALL) + ")\n"
+         "threading.Thread(target=f, daemon=True).start()", "print('second')", "6 * 7"), "any", "",
+         2.0,
+        tool="python_session",
+    ),
+    "steals the next request": Program(
+        ("import os, threading\ndef f():\n    while True:\n        for fd in range(3, 64):\n"
+         "            try: os.set_blocking(fd, False); os.read(fd, 9)\n"
+         "            except OSError: pass\n"
+         "threading.Thread(target=f, daemon=True).start()", "1", "2", "6 * 7"), "any", "", 1.0,
+        tool="python_session",
+    ),
+    "a fork that comes back": Program(
+        ("import os\nx = 1 if os.fork() else 2\nprint(x)", "x", "x + 41"), None, "42", layers=NS,
+        tool="python_session",
+    ),
+    "a fork that says it is its parent": Program(
+        ("import os\npid = os.getpid()\nos.getpid = lambda: pid\nos.fork()\nx = 1", "x", "x + 41"),
+        "any", "", 2.0, NS, "python_session",
+    ),
+    "a child that keeps writing": Program(
+        ("import os, time\nif os.fork() == 0:\n    while True:\n"
+         "        try: print('noise', flush=True)\n"
+         "        except OSError: pass\n        time.sleep(0.01)\nprint('first')", "6 * 7"), None,
+         "42",
+        layers=NS, tool="python_session",
+    ),
+    "a child that floods": Program(
+        ("import os\nif os.fork() == 0:\n    while True:\n        try: os.write(1, b'x' * 65536)\n"
+         "        except OSError: pass", "6 * 7"), None, "42", layers=NS, tool="python_session",
+    ),
+    "a thread that floods": Program(
+        ("import threading\ndef f():\n    while True: print('x' * 1000)\n"
+         "threading.Thread(target=f, daemon=True).start()", "6 * 7"), "any", "", 2.0,
+        tool="python_session",
+    ),
+    "ends its session": Program(
+        ("x = 1", "import os\nos._exit(0)", "x"), "exception", "(a new session: ",
+        tool="python_session",
+    ),
+    "a thread that ends it between calls": Program(
+        ("import os, threading\nthreading.Timer(0.1, os._exit, (3,)).start()",
+        "import time\ntime.sleep(1)",
+         "6 * 7"), None, "42", tool="python_session",
+    ),
+    "an alarm between calls": Program(
+        ("import signal\ndef f(*_): raise KeyboardInterrupt\nsignal.signal(signal.SIGALRM, f)\n"
+         "signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)", "1", "2", "6 * 7"), "any", "", 2.0,
+        tool="python_session",
+    ),
+    "closes all descriptors": Program(
+        ("import os\nos.closerange(0, 99)", "6 * 7"), None, "(a new session: ",
+        tool="python_session",
+    ),
+    "closes its output alone": Program(
+        ("import os\nos.close(1); os.close(2)", "6 * 7"), None, "42", tool="python_session",
+    ),
+    "a session without its streams": Program(
+        ("import sys\nsys.stdout.close()\nsys.stdout = sys.stdin = None", "6 * 7"), None, "42",
+        tool="python_session",
+    ),
+    "a session without its builtins": Program(
+        ("import builtins\nvars(builtins).clear()", "6 * 7", "6 * 7"), "any", "",
+        tool="python_session",
+    ),
+    "hangs, and the state is lost": Program(
+        ("x = 1", "while True: pass", "x"), "exception", "(a new session: ", 0.5,
+        tool="python_session",
+    ),
+    "a limit that later calls would feel": Program(
+        ("import resource as r\nr.setrlimit(r.RLIMIT_CPU, (1, 1))\n"
+         "r.setrlimit(r.RLIMIT_NOFILE, (9, 9))",
+         "6 * 7"), "any", tool="python_session",
+    ),
+}  # fmt: skip
+CORPUS = PROCESSES | MEMORY | OUTPUT | FILES | OTHERS | SESSIONS
+
+HONEST = (  # tool, code, observation
+    *[("python", f"print({i} * 7)", str(i * 7)) for i in range(18)],
+    *[("python", f"open('f', 'w').write('{i}')\nopen('f').read()", f"'{i}'") for i in range(4)],
+    ("python", "import numpy\nprint(numpy.arange(5).sum())", "10"),
+    ("python", "import sympy\nprint(sympy.factorint(91))", "{7: 1, 13: 1}"),
+    *[("python_session", f"x = {i}\nx + 1", str(i + 1)) for i in range(4)],
+    *[("bash", f"echo {i} | tr 0-9 a-j", "abcd"[i]) for i in range(4)],
+)  # fmt: skip
+
+
+# -- running it
+
+
+def box_of(tool, deadline):
+    """A Toolbox of that tool, without the seconds that transformers takes to make its schema."""
+    word = "command" if tool == "bash" else "code"
+    parameters = {"properties": {word: {"type": "string"}}, "required": [word]}
+    made = {
+        "python": lambda schema: Tool("python", schema, python, True),
+        "bash": lambda schema: Tool("bash", schema, bash().__call__, True),
+        "python_session": lambda schema: Tool(
+            "python_session", schema, python_session.__call__, True, lambda _: python_session()
+        ),
+    }[tool]({"function": {"parameters": parameters}})
+    return Toolbox([made], concurrency=64, timeout=deadline, cache="none"), word
+
+
+async def calls(tool, codes, deadline):
+    """-> (observation, error kind, seconds) of each call, of one trajectory."""
+    box, word = box_of(tool, deadline)
+    session = box.open()
+    results = []
+    for code in codes:
+        start = time.perf_counter()
+        text, error, _ = await session.call(tool, {word: code})
+        results.append((text, error, time.perf_counter() - start))
+    await session.close()
+    assert not box.leaked and not box.errors["close"]
+    return results
+
+
+@dataclass
+class World:
+    """What hostile programs aim at, and what came of it."""
+
+    victim: subprocess.Popen
+    canary: Path
+    results: dict  # name -> results of calls()
+    honest: list  # (expected, results)
+    connections: list
+
+
+def lacking(program):
+    layers = sandbox.layers("shell" if program.tool == "bash" else "light")
+    return [layer for layer in program.layers if not layers[layer]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Runs everything once; the tests look at what happened."""
+    if sandbox.layers("shell")["pid_namespace"]:
+        tools = ("python", "python_session", "bash")
+    else:
+        tools = ("python", "python_session")
+    canary = tmp_path_factory.mktemp("trainer") / "canary"
+    canary.write_text(SECRET)
+    os.environ["HOSTILE_SECRET"] = SECRET
+    listener = socket.create_server(("127.0.0.1", 0))
+    world = World(subprocess.Popen(["sleep", "600"]), canary, {}, [], [])
+
+    def accept():
+        while True:
+            try:
+                world.connections.append(listener.accept())
+            except OSError:
+                return
+
+    threading.Thread(target=accept, daemon=True).start()
+    words = {"PARENT": os.getpid(), "VICTIM": world.victim.pid, "MARK": MARK, "CANARY": canary}
+    words["PORT"] = listener.getsockname()[1]
+
+    def filled(program):
+        codes = program.code if isinstance(program.code, tuple) else (program.code,)
+        for word, value in words.items():
+            codes = [code.replace(word, str(value)) for code in codes]
+        return codes
+
+    async def batch(names):
+        async def hostile(name):
+            program = CORPUS[name]
+            world.results[name] = await calls(program.tool, filled(program), program.deadline)
+
+        async def honest(tool, code, expected):
+            await asyncio.sleep(0.05)  # the hostile ones have begun
+            world.honest.append((expected, await calls(tool, [code], 30.0)))
+
+        works = [hostile(name) for name in names]
+        works += [honest(*each) for each in HONEST if each[0] in tools]
+        await asyncio.gather(*works)
+
+    names = [name for name, program in CORPUS.items() if not lacking(program)]
+    batches = -(-len(names) // BATCH)
+    for i in range(batches):
+        asyncio.run(batch(names[i::batches]))  # kinds mixed
+    yield world
+    os.environ.pop("HOSTILE_SECRET")
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    world.victim.kill()
+    world.victim.wait()
+
+
+def descriptors(pid):
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def children(pid):
+    text = "".join(Path(path).read_text() for path in glob.glob(f"/proc/{pid}/task/*/children"))
+    return text.split()
+
+
+def wait_until_idle(pids):
+    for _ in range(300):  # the last kills take their milliseconds
+        if not any(children(pid) for pid in pids.values()):
+            time.sleep(0.05)  # and what the server closes after it
+            return
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def before():
+    """Descriptors of this process and of the servers, all started and idle."""
+    warm = [("python", "1"), ("python", "import numpy"), ("python_session", "1")]
+    if sandbox.layers("shell")["pid_namespace"]:
+        warm.append(("bash", "true"))
+    for tool, code in warm:
+        asyncio.run(calls(tool, [code], 60.0))
+    pids = {name: process.pid for name, (process, _) in sandbox._servers.items()}
+    wait_until_idle(pids)
+    counts = {name: descriptors(pid) for name, pid in pids.items()}
+    return pids, counts, descriptors(os.getpid())
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_hostile_program_is_held_and_answered_in_time(world, name):
+    """Pitfall 39."""
+    program = CORPUS[name]
+    if lacking(program):
+        pytest.skip(f"this system does not allow the layer {', '.join(lacking(program))}")
+    text, error, _ = world.results[name][-1]
+    for _, _, seconds in world.results[name]:
+        assert seconds < program.deadline + 1, f"{seconds:.1f} s"
+    assert text and len(text) < sandbox.SHOWN + 500
+    assert any(shown in text for shown in program.shown.split("|")), text[-2000:]
+    assert program.kind in ("any", error), (error, text[-2000:])
+    assert SECRET not in text and "DONE" not in text
+
+
+def test_there_are_at_least_sixty_kinds():
+    assert len(CORPUS) >= 60 and len(HONEST) == 32
+    assert sum(map(len, (PROCESSES, MEMORY, OUTPUT, FILES, OTHERS, SESSIONS))) == len(CORPUS)
+    assert {layer for p in CORPUS.values() for layer in p.layers} <= set(sandbox.layers())
+
+
+def test_honest_calls_beside_them_are_unharmed(world):
+    assert len(world.honest) >= 28 * len(world.results) // BATCH
+    wrong = [(expected, got) for expected, got in world.honest if got[0][:2] != (expected, None)]
+    assert not wrong
+
+
+def test_nothing_of_them_is_left(world, before):
+    """No process, file, descriptor; the servers are the same as before."""
+    pids, counts, ours = before
+    wait_until_idle(pids)
+    now = {name: process.pid for name, (process, _) in sandbox._servers.items()}
+    assert now == pids, "a server has died"
+    assert not any(children(pid) for pid in pids.values())
+    for name, pid in pids.items():
+        assert descriptors(pid) == counts[name], name
+    assert descriptors(os.getpid()) <= ours + 1  # the listener
+    places = (
+        tempfile.gettempdir(),
+        "/tmp",
+        "/dev/shm",
+        "/var/tmp",
+        "/",
+        "/usr/lib",
+        "/root",
+        "/etc",
+    )
+    places += (os.path.dirname(os.__file__), os.path.dirname(sandbox.__file__), os.getcwd())
+    for place in places:
+        assert not glob.glob(f"{place}/*{MARK}*")
+    for pid in pids.values():
+        assert not glob.glob(f"{tempfile.gettempdir()}/nanotool-{pid}-*")
+
+
+def test_what_they_aimed_at_is_untouched(world):
+    assert world.victim.poll() is None and not world.connections
+    assert world.canary.read_text() == SECRET

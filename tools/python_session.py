@@ -1,0 +1,105 @@
+"""The python_session tool: python whose variables and files live as long as the trajectory.
+
+One confined process from the first call to close(), with the layers of sandbox.py around it. Every
+call is under the caller's deadline; a call that does not end in time, is cancelled, crashes or
+writes too much takes the session with it. The next call gets a new one, and says so.
+
+What is covered beyond the python tool: each call has sockets of its own, so the code of a session
+can neither speak in a later call nor keep it waiting: it harms its own trajectory alone. What is
+not: see sandbox.py, what it says on sessions.
+"""
+
+import asyncio
+import contextlib
+import socket
+
+from tools import ToolError, sandbox
+from tools.python import NO_OUTPUT
+
+LOST = "(a new session: what was defined before is lost)"
+
+
+class python_session:
+    def __init__(self):
+        self._ctl = None  # the server tells the session's end here; closing it ends the session
+        self._requests = None
+        self._lost = False
+
+    async def __call__(self, code: str) -> str:
+        """Run Python code and return what it prints. Variables and files stay for the next calls.
+
+        Args:
+            code: Python 3 code with numpy and sympy, no network. Use print to see a value.
+        """
+        data = sandbox.encoded(code)
+        if self._ctl and self._has_ended():
+            self._end()
+        note, self._lost = LOST if self._lost else "", False
+        going_on = False
+        try:
+            async with asyncio.timeout(sandbox.WALL_SECONDS):
+                if not self._ctl:
+                    await self._start()
+                output, reply, ended = await sandbox.exchange(self._hand_over, data, self._ctl)
+            if not ended:
+                reply = {"status": _exit_status(reply) << 8}
+            going_on = not ended
+        except TimeoutError:
+            text = f"error: stopped after {sandbox.WALL_SECONDS:g} s; the session is lost"
+            raise ToolError("timeout", _joined(note, text)) from None
+        except (ConnectionError, ValueError, RecursionError):  # its code, or the server was killed
+            raise ToolError("exception", _joined(note, "error: the session is lost")) from None
+        finally:
+            if not going_on:
+                self._end()
+        lost = "" if going_on else "(the session ended: what was defined is lost)"
+        try:
+            text = sandbox.observation(output, reply)
+        except ToolError as error:
+            raise ToolError(error.kind, _joined(note, error.text, lost)) from None
+        return _joined(note, text or NO_OUTPUT, lost)
+
+    async def _start(self):
+        self._ctl, far_ctl = socket.socketpair()
+        self._requests, far_requests = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._ctl.setblocking(False)
+        self._requests.setblocking(False)
+        with far_ctl, far_requests:
+            await sandbox.send_session(far_ctl, far_requests)
+
+    async def _hand_over(self, *sockets):
+        fds = [each.fileno() for each in sockets]
+        socket.send_fds(self._requests, [b"call"], fds)
+
+    def _has_ended(self):
+        with contextlib.suppress(BlockingIOError):
+            self._ctl.recv(1, socket.MSG_PEEK)
+            return True
+        return False
+
+    def _end(self):
+        self._lost = True
+        if self._ctl:
+            self._ctl.close()
+            self._requests.close()
+        self._ctl = self._requests = None
+
+    async def close(self) -> None:
+        """Ends the session; returns when its processes and files are gone."""
+        if self._ctl:
+            with contextlib.suppress(OSError):
+                self._ctl.shutdown(socket.SHUT_WR)
+                await asyncio.get_running_loop().sock_recv(self._ctl, 4096)
+        self._end()
+        self._lost = False
+
+
+def _exit_status(reply):
+    status = reply.get("exit") if isinstance(reply, dict) else None
+    if not isinstance(status, int) or not 0 <= status <= 255:
+        raise ValueError("not what _run_session() sends")
+    return status
+
+
+def _joined(*lines):
+    return "\n".join(line for line in lines if line)
