@@ -34,6 +34,7 @@ def load(
     limit=None,
     seed=0,
     require_answer=True,
+    database="",
 ):
     """A list of examples: {"id": index, "messages": [...], "answer": str or list[str]} and the
     row's other columns; those called id, messages or answer give way to these.
@@ -44,13 +45,17 @@ def load(
     those in the data, stay as they are. The answer is text, a number, or a list of accepted ones.
     answer_after="####": only what follows its last occurrence, without commas, is the answer.
     limit: the first n rows. seed: of a generated task. require_answer=False: a row that has no
-    answer gets "". Raises UserError, with the row's number (from 1), where a row does not fit.
+    answer gets "". database: the SQLite file of a row, as a template: then row["database"] is its
+    path, and {schema} in prompt_template describes it.
+    Raises UserError, with the row's number (from 1), where a row does not fit.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit = {limit}: expected at least 1, or none for all rows")
     examples = []
     for index, row in enumerate(itertools.islice(_rows(data, split, seed), limit)):
         try:
+            if database:
+                row = row | _database(row, database, prompt_template)
             prompt = _column(row, prompt_column, "prompt_column")
             if isinstance(prompt, list):
                 messages = _chat(prompt, prompt_column, prompt_template)
@@ -92,7 +97,8 @@ def conversations(data, rows=None, seed=0, system_prompt="") -> list[dict]:
     found = []
     for number, row in enumerate(source, 1):
         try:
-            recorded = row.get("ids") is not None and row.get("mask") is not None
+            # an endpoint's rollouts (evaluate.py) have no ids: they are conversations
+            recorded = bool(row.get("ids")) and row.get("mask") is not None
             made = _recorded(row) if recorded else _conversation(row, json_text)
         except UserError as error:
             raise UserError(f"{data}, row {number}: {error}") from None
@@ -109,6 +115,12 @@ def conversations(data, rows=None, seed=0, system_prompt="") -> list[dict]:
         for messages in lists:
             messages.insert(0, {"role": "system", "content": system_prompt})
     return found
+
+
+def oracle(data, example) -> list[dict] | None:
+    """The assistant messages that solve an example of a task, "task:calc"; None if it has none."""
+    solve = getattr(_task(data.removeprefix("task:")), "oracle", None)
+    return solve(example) if solve else None
 
 
 def rewarded(rows, min_reward, name) -> list[dict]:
@@ -392,6 +404,18 @@ def _schemas(tools):
             form = '[{"type": "function", "function": {"name": …, "parameters": …}}]'
             raise UserError(f"its 'tools' holds {tool!r:.80}: expected {form}, or its JSON")
     return list(tools)
+
+
+def _database(row, template, prompt_template):
+    """What a row's SQLite file adds to it: database, its path, and schema, if the prompt has it."""
+    path = re.sub(r"\{(\w+)\}", lambda m: str(_column(row, m[1], "database")), template)
+    if not Path(path).is_file():
+        raise UserError(f"its database {path!r} is no file: check database = {template!r}")
+    if "{schema}" not in prompt_template:
+        return {"database": path}
+    from tools import sql  # what the model reads of a database is the tool's affair
+
+    return {"database": path, "schema": sql.describe(path)}
 
 
 def _fill(template, row, prompt_column, answer_column):

@@ -72,6 +72,16 @@ def rows(split: str, seed: int = 0, n: int | None = None) -> list[dict]:
     return [problem(rng, split) for _ in range(n or (8192 if split == "train" else 512))]
 
 
+def oracle(row: dict) -> list[dict]:
+    """The assistant messages that solve a row as it should be learnt."""
+    call = {"name": "python", "arguments": {"code": f"print({row['a']} {row['op']} {row['b']})"}}
+    calls = [{"type": "function", "function": call}]
+    return [
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "assistant", "content": f"The answer is \\boxed{{{row['answer']}}}."},
+    ]
+
+
 def practice(rng: random.Random) -> list[dict]:
     """A conversation that is nothing but copying, which a pre-trained model would know already."""
     text = " ".join(f"{rng.randint(10, 99)} {rng.choice(THINGS)}" for _ in range(rng.randint(3, 6)))

@@ -4,6 +4,7 @@ pytest tests/test_readme.py
 """
 
 import asyncio
+import os
 import re
 from pathlib import Path
 
@@ -38,6 +39,26 @@ def test_the_reward_of_the_readme_is_a_reward(tmp_path):
     selected = reward_functions.select(("correct", f"{tmp_path}/my_rewards.py:brief:0.1"))
     assert selected["brief"][1] == 0.1
     assert len(block("brief").strip().splitlines()) <= 6
+
+
+def test_the_mcp_server_of_the_readme_is_a_set_of_tools(tmp_path, monkeypatch):
+    servers = ROOT / ".venv" / "mcp-servers" / "bin"
+    if not (servers / "mcp-server-time").exists():
+        pytest.skip("mcp-server-time is not installed: `make test` does that")
+    monkeypatch.setenv("PATH", f"{servers}:{os.environ['PATH']}")
+    (text,) = re.findall(r"```json\n(.*?)```", README, re.S)
+    assert len(text.strip().splitlines()) == 3
+    (tmp_path / "servers.json").write_text(text)
+
+    async def call():
+        box = Toolbox([f"mcp:{tmp_path}/servers.json"], timeout=20.0)
+        try:
+            return await box.open().call("get_current_time", {"timezone": "UTC"})
+        finally:
+            await box.close()
+
+    content, error, _ = asyncio.run(call())
+    assert error is None and "UTC" in content
 
 
 def test_every_file_that_the_readme_names_is_there():

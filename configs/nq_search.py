@@ -1,0 +1,29 @@
+# 8x A100 80 GB, 5.3 h with RL-Factory (Qwen3-4B: NQ exact match 0.458); not run here.
+# Wikipedia is searched by a Search-R1 retrieval server; --tool_options=search.corpus=wiki.jsonl
+# searches a JSONL file by BM25 instead.
+out_dir = "out/nq_search"
+model = "Qwen/Qwen3-4B"
+engine = "vllm"
+data = "RUC-NLPIR/FlashRAG_datasets:nq"
+prompt_column = "question"
+answer_column = "golden_answers"
+system_prompt = (
+    "Answer the question. Search for what you do not know for sure, as often as you need to. Give "
+    "the answer, a few words, as <answer>...</answer>."
+)
+tools = ("search",)
+tool_options = ("search.url=http://127.0.0.1:8000/retrieve", "search.k=3", "search.retries=3")
+tool_concurrency = 64
+format = "hermes"
+rewards = ("exact_match", "format:0.1")
+steps = 200
+prompts_per_step = 128
+group_size = 5
+max_tokens = 4096
+max_new_tokens = 512
+max_turns = 4
+max_observation_tokens = 1536
+learning_rate = 1e-6
+beta = 1e-3
+dtype = "mixed"
+gradient_checkpointing = True

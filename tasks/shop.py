@@ -1,0 +1,202 @@
+"""shop: questions about a shop that a model from scratch learns to answer with SQL.
+
+`rows` are the problems for RL and evaluation, each with the path of the "database" that the sql
+tool opens; `demos` the demonstrations for SFT. The database is generated, always the same, and
+kept in the folder of temporary files. The demonstrators are people: they look up most prices, but
+guess most of the rest, and one query in six has the wrong column, table or sign. So a model that
+copies them well is often wrong, and GRPO has something to find: always ask the database, and for
+the right thing. Some conversations only repeat names and numbers: a model from scratch has to learn
+copying somewhere.
+
+Train and held-out problems are disjoint by construction: a problem is a kind of question and what
+it asks about, and their hash says which of the two it belongs to.
+"""
+
+import functools
+import hashlib
+import os
+import random
+import sqlite3
+import tempfile
+import zlib
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from config import UserError
+from tasks.facts import NAMES, PEOPLE, VALUES, call, said, thought
+
+HELD_OUT = 5  # one problem in five is held out
+
+COLOURS = tuple("Black Blue Brown Gold Green Grey Orange Pink Purple Red White Yellow".split())
+THINGS = tuple(
+    "Basket Bowl Candle Chair Clock Desk Kettle Lamp "
+    "Mirror Mug Pillow Rug Shelf Stool Table Vase".split()
+)
+PRODUCTS = tuple(f"{colour} {thing}" for colour in COLOURS for thing in THINGS)
+CUSTOMERS = NAMES[::3]
+TOWNS = tuple(VALUES["town"])
+ABOUT = {  # what the questions of a kind ask about
+    "price": PRODUCTS,
+    "stock": PRODUCTS,
+    "town": CUSTOMERS,
+    "orders": CUSTOMERS,
+    "above": tuple(range(10, 100)),
+    "below": tuple(range(10, 100)),
+}
+QUESTIONS = {
+    "price": ("What does the {x} cost?", "What is the price of the {x}?"),
+    "stock": ("How many pieces of the {x} are in stock?", "How often do we have the {x}?"),
+    "town": ("Where does our customer {x} live?", "To which town do we send orders of {x}?"),
+    "orders": ("How many orders did {x} place?", "How often did {x} order?"),
+    "above": ("How many products cost more than {x}?", "Above {x}, how many prices are there?"),
+    "below": ("How many products cost less than {x}?", "Below {x}, how many prices are there?"),
+}
+QUERIES = {
+    "price": "SELECT price FROM products WHERE name = '{x}'",
+    "stock": "SELECT stock FROM products WHERE name = '{x}'",
+    "town": "SELECT town FROM customers WHERE name = '{x}'",
+    "orders": "SELECT COUNT(*) FROM orders WHERE customer = '{x}'",
+    "above": "SELECT COUNT(*) FROM products WHERE price > {x}",
+    "below": "SELECT COUNT(*) FROM products WHERE price < {x}",
+}
+MISTAKEN = {  # whose query is written where one is wrong
+    "price": "stock",
+    "stock": "price",
+    "town": "orders",
+    "orders": "town",
+    "above": "below",
+    "below": "above",
+}
+# share of the demonstrations that ask the database
+USES_TOOL = {"price": 0.9, "stock": 0.4, "town": 0.9, "orders": 0.4, "above": 0.4, "below": 0.4}
+PRACTICE = 0.2  # share of the conversations that only repeat names and numbers
+WRONG_QUERY = 1 / 6  # share of the queries that are those of another kind
+
+
+def tables() -> dict[str, tuple[str, list[tuple]]]:
+    """{table: (its columns, its rows)}, always the same. Prices and stocks have two digits."""
+    rng = random.Random("shop tables")
+    products = [(name, rng.randint(10, 99), rng.randint(10, 99)) for name in PRODUCTS]
+    customers = [(name, PEOPLE[name]["town"]) for name in CUSTOMERS]
+    orders = [(c, rng.choice(PRODUCTS)) for c in CUSTOMERS for _ in range(rng.randint(1, 19))]
+    return {
+        "products": ("name TEXT, price INTEGER, stock INTEGER", products),
+        "customers": ("name TEXT, town TEXT", customers),
+        "orders": ("customer TEXT, product TEXT", orders),
+    }
+
+
+@functools.cache
+def database() -> str:
+    """The path of the database, which is made if it is not there."""
+    made = tables()
+    digest = hashlib.sha256(repr(made).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"nanotool-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise UserError(f"{folder} is somebody else's: set TMPDIR to a folder of your own")
+    path = folder / f"shop-{digest}.sqlite"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            unfinished = Path(scratch) / "shop.sqlite"
+            with closing(sqlite3.connect(unfinished)) as connection:
+                for name, (columns, rows) in made.items():
+                    connection.execute(f"CREATE TABLE {name} ({columns})")
+                    marks = ", ".join("?" * len(rows[0]))
+                    connection.executemany(f"INSERT INTO {name} VALUES ({marks})", rows)
+                connection.commit()
+            os.replace(unfinished, path)  # at once: another run may be looking for it
+    return str(path)
+
+
+@functools.cache
+def ask(query: str) -> tuple[str, str]:
+    """(name of the column, value) of a query whose result is one value; value "" if there is none.
+
+    The result is that of SQLite itself: nothing here says twice what a query means.
+    """
+    with closing(sqlite3.connect(f"file:{database()}?mode=ro&immutable=1", uri=True)) as connection:
+        cursor = connection.execute(query)
+        row = cursor.fetchone()
+        return cursor.description[0][0], "" if row is None else str(row[0])
+
+
+def held_out(kind: str, x: str | int) -> bool:
+    return zlib.crc32(f"{kind} {x}".encode()) % HELD_OUT == 0
+
+
+@functools.cache
+def things(kind: str, split: str) -> list:
+    """What the questions of a kind ask about in a split."""
+    if split not in ("train", "test"):
+        raise UserError(f"split = {split!r}: task:shop has train and test")
+    return [x for x in ABOUT[kind] if held_out(kind, x) == (split == "test")]
+
+
+def query(kind: str, x: str | int) -> str:
+    return QUERIES[kind].format(x=x)
+
+
+def problem(rng: random.Random, split: str, kinds: Sequence[str] = tuple(ABOUT)) -> dict:
+    """One problem of the split: prompt, answer, database, and the kind and x it was made from."""
+    kind = rng.choice(kinds)
+    x = rng.choice(things(kind, split))
+    prompt = rng.choice(QUESTIONS[kind]).format(x=x)
+    answer = ask(query(kind, x))[1]
+    return {"prompt": prompt, "answer": answer, "database": database(), "kind": kind, "x": x}
+
+
+def rows(split: str, seed: int = 0, n: int | None = None) -> list[dict]:
+    """n problems of "train" (default 8192) or "test" (default 512), always the same for a seed."""
+    rng = random.Random(f"shop {split} {seed}")
+    return [problem(rng, split) for _ in range(n or (8192 if split == "train" else 512))]
+
+
+def found(text: str) -> dict:
+    """The message of the sql tool about a query."""
+    column, value = ask(text)
+    return {
+        "role": "tool",
+        "name": "sql",
+        "content": f"{column}\n{value}" if value else "(no rows)",
+    }
+
+
+def oracle(row: dict) -> list[dict]:
+    """The assistant's messages of a perfect conversation about a row."""
+    return [call("sql", {"query": query(row["kind"], row["x"])}), said(row["answer"])]
+
+
+def practice(rng: random.Random) -> list[dict]:
+    """A conversation that is nothing but copying, which a pre-trained model would know already."""
+    known = (PRODUCTS, CUSTOMERS, ABOUT["above"])
+    text = ", ".join(str(rng.choice(rng.choice(known))) for _ in range(rng.randint(2, 5)))
+    return [
+        {"role": "user", "content": f"Repeat: {text}."},
+        {"role": "assistant", "content": text},
+    ]
+
+
+def guess(rng: random.Random, kind: str) -> str:
+    return rng.choice(TOWNS) if kind == "town" else str(rng.randrange(10, 100, 10))
+
+
+def attempt(rng: random.Random, row: dict) -> list[dict]:
+    """How a demonstrator deals with a row, as chat messages: with a query, or a guess."""
+    messages = [{"role": "user", "content": row["prompt"]}]
+    kind, x = row["kind"], row["x"]
+    if rng.random() >= USES_TOOL[kind]:
+        return messages + [thought(guess(rng, kind))]
+    text = query(MISTAKEN[kind] if rng.random() < WRONG_QUERY else kind, x)
+    return messages + [call("sql", {"query": text}), found(text), said(ask(text)[1])]
+
+
+def demo(rng: random.Random) -> list[dict]:
+    """One demonstration on a train problem."""
+    return practice(rng) if rng.random() < PRACTICE else attempt(rng, problem(rng, "train"))
+
+
+def demos(n: int, seed: int = 0) -> list[list[dict]]:
+    rng = random.Random(f"shop demos {seed}")
+    return [demo(rng) for _ in range(n)]
