@@ -68,7 +68,8 @@ def serve(kind, parent, folders, prepare, run, run_session):
 def _serve_calls(control, parent, active, start):
     poller = select.epoll()
     poller.register(control, select.EPOLLIN)
-    calls, callers, cleaners = {}, {}, {}  # pidfd -> call, the caller's socket -> pidfd, see below
+    # pidfd -> call; the caller's socket -> pidfd; pidfd -> process id, call, reply
+    calls, callers, cleaners = {}, {}, {}
     number = 0
     # Not PR_SET_PDEATHSIG for ourselves: that tells the death of the *thread* which started us.
     while os.getppid() == parent:
@@ -108,15 +109,19 @@ def _serve_calls(control, parent, active, start):
                     poller.unregister(call["ctl"])
                 poller.unregister(fd)
                 os.close(fd)
-                _answer(call, _reap(call))
-                if call["scratch"] != "/tmp":
-                    cleaner = _start_cleaner(call["scratch"])
-                    cleaners[cleaner["pidfd"]] = cleaner
-                    poller.register(cleaner["pidfd"], select.EPOLLIN)
-            elif fd in cleaners:
+                reply = _reap(call)
+                if call["scratch"] == "/tmp":
+                    _answer(call, reply)
+                    continue
+                pid, pidfd = _start_cleaner(call["scratch"])
+                cleaners[pidfd] = pid, call, reply
+                poller.register(pidfd, select.EPOLLIN)
+            elif fd in cleaners:  # its files are gone
                 poller.unregister(fd)
                 os.close(fd)
-                os.waitpid(cleaners.pop(fd)["pid"], 0)
+                pid, call, reply = cleaners.pop(fd)
+                os.waitpid(pid, 0)
+                _answer(call, reply)
 
 
 def _start_call(ctl, second, uid, active, limits, run, session):
@@ -195,7 +200,7 @@ def _start_cleaner(scratch):
             _remove(scratch)
         finally:
             os._exit(0)
-    return {"pid": pid, "pidfd": os.pidfd_open(pid)}
+    return pid, os.pidfd_open(pid)
 
 
 def _remove(scratch):

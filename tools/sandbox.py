@@ -84,7 +84,7 @@ async def call(server: str, code: str) -> tuple[bytearray, dict | None]:
             threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie
 
     data = encoded(code)
-    for _ in range(2):  # a server that died left nothing of the call behind: run it again
+    for _ in range(3):  # a server that died left nothing of the call behind: run it again
         try:
             async with asyncio.timeout(WALL_SECONDS):
                 output, reply, _ = await exchange(hand_over, data)
@@ -92,8 +92,8 @@ async def call(server: str, code: str) -> tuple[bytearray, dict | None]:
         except TimeoutError:
             raise ToolError("timeout", f"error: stopped after {WALL_SECONDS:g} s") from None
         except ConnectionError:
-            continue
-    raise RuntimeError("the sandbox died twice during the call")
+            await asyncio.sleep(0.05)  # one that is dying may still take requests
+    raise RuntimeError("the sandbox died three times during the call")
 
 
 def encoded(code: str) -> bytes:
@@ -238,22 +238,23 @@ def _try_send(server, message, fds):
     """Hands a request and its sockets to the server, which is started if there is none that lives.
     False if its queue is full."""
     with _lock[0]:
-        if server in _servers and _servers[server][0].poll() is not None:
-            _forget(server)
-        if server not in _servers:
-            near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            near.setblocking(False)
-            with far:
-                _servers[server] = _popen(server, far, None), near
-        process, control = _servers[server]
-        try:
-            socket.send_fds(control, [message], fds)
-        except BlockingIOError:
-            return False
-        except ConnectionError:  # it died since poll(): the caller tries again with a new one
-            process.wait()
-            raise
-        return True
+        for _ in range(2):
+            if server in _servers and _servers[server][0].poll() is not None:
+                _forget(server)
+            if server not in _servers:
+                near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                near.setblocking(False)
+                with far:
+                    _servers[server] = _popen(server, far, None), near
+            process, control = _servers[server]
+            try:
+                socket.send_fds(control, [message], fds)
+                return True
+            except BlockingIOError:
+                return False
+            except ConnectionError:  # it died since poll()
+                process.wait()
+    raise ConnectionResetError("the sandbox died")
 
 
 def _popen(what, stdin, stdout):
