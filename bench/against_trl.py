@@ -14,7 +14,8 @@ Not equal, since it is what is measured. TRL samples with transformers' generate
 trajectories after the other, runs the calls of one trajectory after those of another, and trains on
 all rows in one shape. How many rows it takes at once in the update is tried out first (`batches`).
 Ours is train_grpo.py --config calc.py as it is, with its log of metrics and rollouts; TRL's log is
-off. Checkpoints are off on both sides.
+off. Checkpoints are off on both sides. Ours knows the results of calls that were made before, as
+the samples of a group often make the same; "all calls" is ours without that (tool_cache=none).
 
 Each run is a process of its own, ours and TRL's by turns. A step is timed from its end to that of
 the next, so with tools, reward and update, and whatever else is done between; the first two are not
@@ -65,7 +66,10 @@ class Config:
         24,
     )  # rows of TRL's updates at once: the fastest counts
     save_to: str = ""  # a .json for the results
-    part: str = ""  # for the subprocesses: ours, or trl:192
+    part: str = ""  # for the subprocesses: ours, all, or trl:192
+
+
+SIDES = {"ours": "ours", "all": "all calls", "trl": "TRL"}  # and how they are called in the table
 
 
 def check(cfg: Config) -> None:
@@ -98,7 +102,9 @@ def ours(cfg: Config, folder: str) -> tuple[list[float], list[dict]]:
             times.append(time.perf_counter())
 
     report.Log = Log
-    train_grpo.train(settings(cfg, f"{folder}/run"))
+    cache = "none" if cfg.part == "all" else train_grpo.Config.tool_cache
+    run = dataclasses.replace(settings(cfg, f"{folder}/run"), tool_cache=cache)
+    train_grpo.train(run)
     rows = report.read(f"{folder}/run/metrics.jsonl")
     return times, [{"reward": row["reward"], "tool_calls": row["tool_calls"]} for row in rows]
 
@@ -198,7 +204,7 @@ def part(cfg: Config) -> dict:
 
 
 def measure(cfg: Config) -> dict:
-    """{"ours": [a result for each seed], "trl": ..., "tried": {rows at once: seconds per step}}"""
+    """{a side: [a result for each seed], "tried": {rows at once: seconds per step of TRL}}"""
 
     def run(part, seed, steps):
         items = [f"--model={cfg.model}", f"--part={part}", f"--seeds={seed}", f"--steps={steps}"]
@@ -211,10 +217,11 @@ def measure(cfg: Config) -> dict:
             tried[batch] = run(f"trl:{batch}", cfg.seeds[0], few)["seconds_per_step"]
             print(f"TRL with {batch} rows at once: {tried[batch]:.2f} s a step")
     batch = min(tried, key=tried.get) if tried else cfg.batches[0]
-    found = {"tried": tried, "batch": batch, "ours": [], "trl": []}
+    found = {"tried": tried, "batch": batch} | {side: [] for side in SIDES}
     for seed in cfg.seeds:
-        for name, side in (("ours", "ours"), ("trl", f"trl:{batch}")):
-            found[name].append(run(side, seed, cfg.steps))
+        for side in SIDES:
+            part = f"trl:{batch}" if side == "trl" else side
+            found[side].append(run(part, seed, cfg.steps))
     return found
 
 
@@ -222,17 +229,19 @@ def table(found: dict, cfg: Config) -> None:
     """A line for each run, then medians and ratios."""
     keys = ("seconds_per_step", "seconds_to_goal", "steps_to_goal", "last_reward", "tool_calls")
     heads = ("s/step", f"s to {GOAL}", f"steps to {GOAL}", "last reward", "calls/rollout")
-    print(f"\n{'':12}" + "".join(f"{head:>14}" for head in heads))
+    print(f"\n{'':17}" + "".join(f"{head:>14}" for head in heads))
     medians = {}
-    for name, label in (("ours", "ours"), ("trl", "TRL")):
+    for name, label in SIDES.items():
         for seed, result in zip(cfg.seeds, found[name], strict=True):
-            print(f"{label + ', seed ' + str(seed):12}" + "".join(_cell(result[k]) for k in keys))
+            print(f"{label + ', seed ' + str(seed):17}" + "".join(_cell(result[k]) for k in keys))
         values = {k: [r[k] for r in found[name] if r[k] is not None] for k in keys}
         medians[name] = {k: statistics.median(v) if v else None for k, v in values.items()}
-        print(f"{label + ', median':12}" + "".join(_cell(medians[name][k]) for k in keys))
+        print(f"{label + ', median':17}" + "".join(_cell(medians[name][k]) for k in keys))
     for key, what in (("seconds_per_step", "seconds per step"), ("seconds_to_goal", "to 0.9")):
-        a, b = medians["ours"][key], medians["trl"][key]
-        print(f"{what}: ours / TRL = " + (f"{a / b:.2f}" if a and b else "not reached"))
+        for name in ("ours", "all"):
+            a, b = medians[name][key], medians["trl"][key]
+            ratio = f"{a / b:.2f}" if a and b else "not reached"
+            print(f"{what}: {SIDES[name]} / TRL = {ratio}")
     found["medians"] = medians
     print(f"\nTRL's first completion of its last step:\n{found['trl'][0]['sample']}")
 

@@ -2,6 +2,7 @@
 
     python bench/tools.py                         # two minutes on two idle cores
     python bench/tools.py --part=python --save_to=evidence/bench/tools.json
+    python bench/tools.py --part=search           # bench/search.py says what that is
 
 python: three codes (a print; numpy; sympy, with an equation solved in a fourth), each
 
@@ -15,6 +16,7 @@ What starts a server is paid before, and shown.
 """
 
 import asyncio
+import importlib.util
 import json
 import os
 import platform
@@ -48,7 +50,7 @@ CODES = {  # code, what it shows
 
 @dataclass
 class Config:
-    part: Literal["all", "python"] = "all"
+    part: Literal["all", "python", "search"] = "all"
     concurrency: int = 4  # calls at once
     calls: int = 300  # of a code by the tool, in one run
     plain_calls: int = 12  # of a code by `python -c`, in one run
@@ -161,8 +163,34 @@ def python_misses(measured: dict) -> list[str]:
     return misses
 
 
+# -- search: bench/search.py, which has more to set
+
+
+def load_search():
+    """That file; by its path, because tools/search.py is nearer."""
+    spec = importlib.util.spec_from_file_location(
+        "search_bench", Path(__file__).parent / "search.py"
+    )
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def search_calls(cfg: Config) -> dict:
+    module = load_search()
+    return module.measure(module.Config())
+
+
+def show_search(cfg: Config, measured: dict) -> None:
+    print("\nsearch")
+    load_search().show(measured)
+
+
 # part -> what measures it, what shows that, and what finds misses in it
-PARTS = {"python": (python_calls, show_python, python_misses)}
+PARTS = {
+    "python": (python_calls, show_python, python_misses),
+    "search": (search_calls, show_search, lambda measured: load_search().misses(measured)),
+}
 
 
 def main(argv: list[str]) -> None:

@@ -79,8 +79,10 @@ class search:
         if web_url and not web:
             raise UserError(f"search.web_url = {web_url!r} has no effect without search.web")
         self.k, self.chars, self.url, self.web = k, chars, url, web
+        self.key = ""
         if corpus:
             self.index = Index(corpus, index)
+            self.key = self.index.made_from
             return
         if web:
             where, name = WEB[web]
@@ -131,10 +133,11 @@ class Index:
             if folder:
                 raise UserError(f"search.index has no effect on {corpus}, kept in memory")
             rows = enumerate(_of_task(corpus.removeprefix("task:")), 1)
-            index = _open(tantivy)
+            index, self.made_from = _open(tantivy), ""
             _fill(tantivy, index, (_contents(row, f"{corpus}, row {n}") for n, row in rows))
         else:
             path = _on_disk(tantivy, corpus, folder)
+            self.made_from = str(_stamp(path))  # kept results are those of this very corpus
             self.links = None if os.access(path, os.W_OK) else _linked(path)
             try:
                 index = _open(tantivy, self.links.name if self.links else path)
