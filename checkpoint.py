@@ -35,7 +35,8 @@ from config import UserError
 # What may differ when a run goes on. Only steps and epochs change what is learnt, and only where
 # the schedule falls towards the last step: a run that is made longer falls more slowly from there.
 FREE = {"resume", "steps", "save_every", "keep_last", "logger", "rollouts_per_step", "epochs"}
-FREE |= {"token_budget", "gradient_checkpointing", "tool_concurrency"}  # memory and speed
+FREE |= {"token_budget", "gradient_checkpointing"}  # memory and speed
+FREE |= {"tool_concurrency", "tool_cache"}
 
 
 class Run:

@@ -21,6 +21,7 @@ import errno
 import inspect
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -95,9 +96,16 @@ def split(argv, names):
 
 
 def options(texts, key):
-    """{name: {option: text}} of ("search.k=5", ...), the entries of the config key `key`."""
-    found = {}
+    """{name: {option: text}} of ("search.k=5", ...), the entries of the config key `key`. What does
+    not begin like an option goes on with the one before: a comma of its value, cut on the command
+    line."""
+    found, whole = {}, []
     for text in texts:
+        if whole and not re.match(r"[\w-]+\.\w+=", text):
+            whole[-1] += f",{text}"
+        else:
+            whole.append(text)
+    for text in whole:
         name, dot, rest = text.partition(".")
         option, equals, value = rest.partition("=")
         if not (dot and equals and name and option):
@@ -108,15 +116,21 @@ def options(texts, key):
     return found
 
 
-def arguments(function, given, where):
+def arguments(function, given, where, skip=()):
     """The texts of `given`, {option: text}, as keyword arguments of `function`, a function or a
     class, each cast to the type of its parameter. Parameters without a type are no options, nor
-    are those in GIVEN. where: "tool_options: search", for messages. UserError for an option that
-    is unknown, of another type, or missing."""
+    are those in `skip` and in GIVEN. where: "tool_options: search", for messages. UserError for an
+    option that is unknown, of another type, or missing."""
     made = function.__init__ if isinstance(function, type) else function
-    hints = typing.get_type_hints(made) if isinstance(made, types.FunctionType) else {}
     parameters = inspect.signature(function).parameters
-    kinds = {name: hints[name] for name in parameters if name in hints.keys() - GIVEN}
+    names = [name for name in parameters if name not in skip]
+    try:
+        hints = typing.get_type_hints(made) if isinstance(made, types.FunctionType) else {}
+    except NameError as error:
+        raise UserError(f"{where}: a type of its parameters is not known ({error})") from None
+    named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    names = [name for name in names if name in hints and parameters[name].kind in named]
+    kinds = {name: hints[name] for name in names if name not in GIVEN}
     for name in given:
         if name not in kinds:
             there = f" (options: {', '.join(kinds) or 'none'})"
@@ -128,6 +142,8 @@ def arguments(function, given, where):
         except ValueError:
             expected = _say(kinds[name])
             raise UserError(f"{where}.{name} = {text!r}: expected {expected}") from None
+        except AssertionError as error:  # a dict, say
+            raise UserError(f"{where}.{name} cannot be given as an option: {error}") from None
     for name in kinds:
         if name not in values and parameters[name].default is inspect.Parameter.empty:
             write = where.rpartition(" ")[2]

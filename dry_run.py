@@ -46,6 +46,8 @@ def grpo(cfg) -> Trajectory:
         conversation = example["messages"] + turns
         tokenizer, cfg = _tokenizer(cfg, [conversation], toolbox.schemas, notes)
         chat = Chat(tokenizer, cfg.format, toolbox.schemas)
+        if (length := len(chat.prompt(example["messages"]))) >= cfg.max_tokens:
+            raise UserError(f"max_tokens = {cfg.max_tokens}: the first prompt alone has {length}")
         engine = ScriptedEngine(_sampled(chat, example["messages"], turns), tokenizer)
         trajectory = wait(_play(example, chat, engine, toolbox, Settings.of(cfg), selected))
     show(trajectory, tokenizer)
@@ -70,9 +72,7 @@ def sft(cfg) -> Trajectory:
     notes = []
     with tempfile.TemporaryDirectory() as folder:
         cfg = _with_data(cfg, folder, notes)
-        rows = data.conversations(cfg.data, cfg.rows and min(cfg.rows, 64), cfg.seed)
-        if cfg.system_prompt:
-            rows = data.conversations(cfg.data, len(rows), cfg.seed, cfg.system_prompt)
+        rows = data.conversations(cfg.data, min(cfg.rows or 64, 64), cfg.seed, cfg.system_prompt)
     toolbox = Toolbox(cfg.tools, describe_only=True)
     rows = data.rewarded(rows, cfg.min_reward, cfg.data)
     talks = [row["messages"] for row in rows if "messages" in row]
@@ -152,17 +152,14 @@ def _oracle(cfg, example: dict, toolbox: Toolbox, names: list[str]) -> list[dict
     turns = []
     callable_ = [tool for tool in toolbox.tools.values() if not tool.ends]
     if callable_ and cfg.max_turns > 1:
-        tool = callable_[0]
-        schema = tool.schema["function"]["parameters"]
-        needed = schema.get("required", [])
-        arguments = {name: _guess(name, schema["properties"][name], example) for name in needed}
-        turns = [_say("", tool.name, arguments)]
+        turns = [_say("", callable_[0].name, _arguments(callable_[0], example))]
     if enders := [tool for tool in toolbox.tools.values() if tool.ends]:
-        (argument,) = enders[0].schema["function"]["parameters"]["required"]
+        arguments = _arguments(enders[0], example)
         gold = example["answer"]
         gold = gold[0] if isinstance(gold, list) else gold
-        return [*turns, _say("", enders[0].name, {argument: gold})]
-    return [*turns, _say(answer)]
+        arguments |= dict.fromkeys(list(arguments)[:1], gold)
+        turns.append(_say("", enders[0].name, arguments))
+    return [*turns, _say(answer)]  # behind an answer by a call it is not asked for
 
 
 def _answer(cfg, name: str, example: dict) -> str | None:
@@ -183,17 +180,25 @@ def _say(text: str, name: str = "", arguments: dict | None = None) -> dict:
     return message
 
 
+def _arguments(tool, example: dict) -> dict:
+    """What the tool needs to be called."""
+    schema = tool.schema["function"]["parameters"]
+    needed = schema.get("required", [])
+    return {name: _guess(name, schema["properties"].get(name, {}), example) for name in needed}
+
+
 def _guess(name: str, schema: dict, example: dict):
     """A value for an argument of a call that is only there to be seen."""
     users = [message["content"] for message in example["messages"] if message["role"] == "user"]
-    kind = schema.get("type")
-    known = {"code": "print(6 * 7)", "command": "echo 42", "query": users[-1]}
+    kind, said = schema.get("type"), (users or [""])[-1]
+    kind = kind[0] if isinstance(kind, list) else kind
+    known = {"code": "print(6 * 7)", "command": "echo 42", "query": said}
     if "database" in example and name == "query":
         known["query"] = example["answer"]
     if "enum" in schema:
         return schema["enum"][0]
     plain = {"integer": 1, "number": 1.0, "boolean": True, "array": [], "object": {}}
-    return plain.get(kind, known.get(name, users[-1]))
+    return plain.get(kind, known.get(name, said))
 
 
 def _sampled(chat: Chat, prompt: list[dict], turns: list[dict]) -> list[list[int]]:

@@ -17,7 +17,7 @@ import httpx2 as httpx
 
 from config import UserError
 from engine import Sampling
-from formats import Call
+from formats import Call, too_deep
 from rollout import Settings, Trajectory, ends, run, seed_of
 
 ATTEMPTS = 6  # for one answer; the waits between them double, from a second on
@@ -35,10 +35,18 @@ class Endpoint:
             raise UserError(f"endpoint = {url!r}: expected http(s)://host/v1")
         self.url, self.model, self.tools, self.pause = url.rstrip("/"), model, tools, pause
         self.limit_name = "max_tokens"  # newer endpoints want max_completion_tokens
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        patience = httpx.Timeout(600.0, connect=10.0)
-        self.http = httpx.AsyncClient(headers=headers, timeout=patience, limits=limits)
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = self._loop = None  # connections belong to one event loop
+
+    @property
+    def http(self) -> httpx.AsyncClient:
+        if self._loop is not asyncio.get_running_loop():
+            self._loop = asyncio.get_running_loop()
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+            patience = httpx.Timeout(600.0, connect=10.0)
+            headers = self.headers
+            self._http = httpx.AsyncClient(headers=headers, timeout=patience, limits=limits)
+        return self._http
 
     def prompt(self, messages: list[dict]) -> list[int]:
         return []
@@ -71,7 +79,10 @@ class Endpoint:
                 why = f"{type(error).__name__} {error}".strip()
                 continue
             if answer.status_code == 200:
-                return answer.json()
+                if (said := _answer(answer)) is not None:
+                    return said
+                why = f"an answer without a message: {' '.join(answer.text.split())[:300]}"
+                continue
             why = f"HTTP {answer.status_code}: {' '.join(answer.text.split())[:300]}"
             if "context length" in answer.text or "context_length" in answer.text:
                 return None
@@ -85,6 +96,16 @@ class Endpoint:
             given = answer.headers.get("retry-after", "")
             after = min(60.0, float(given)) if given.replace(".", "", 1).isdigit() else 0.0
         raise UserError(f"{self.url} has not answered in {ATTEMPTS} attempts: {why}")
+
+
+def _answer(answer) -> dict | None:
+    """The JSON of an answer with a message in it; None for what an endpoint may send instead."""
+    try:
+        said = answer.json()
+        message = said["choices"][0]["message"]
+    except (ValueError, KeyError, IndexError, TypeError):
+        return None
+    return said if isinstance(message, dict) else None
 
 
 def key_of(name: str) -> str:
@@ -114,18 +135,25 @@ async def turn(
     choice, usage = answer["choices"][0], answer.get("usage") or {}
     message = choice["message"]
     trajectory.turn_starts.append(0)  # of ids that nobody here sees
-    trajectory.unseen_tokens += usage.get("completion_tokens", 0)
+    trajectory.unseen_tokens += usage.get("completion_tokens") or 0
     asked = message.get("tool_calls") or []
     said = {"role": "assistant", "content": message.get("content") or ""}
     trajectory.messages.append(said | ({"tool_calls": asked} if asked else {}))
     calls = [_call(one["function"]) for one in asked]
-    if ends(trajectory, calls, choice["finish_reason"] == "length", toolbox, settings):
+    if ends(trajectory, calls, choice.get("finish_reason") == "length", toolbox, settings):
         return
     results = await run(trajectory, calls, session, toolbox, settings, None)
+    if trajectory.stop:
+        return
     for one, (call, result) in zip(asked, results, strict=True):
-        told = {"role": "tool", "tool_call_id": one["id"], "name": call.name, "content": result}
+        told = {
+            "role": "tool",
+            "tool_call_id": one.get("id", ""),
+            "name": call.name,
+            "content": result,
+        }
         trajectory.messages.append(told)
-    if not trajectory.stop and usage.get("total_tokens", 0) >= settings.max_tokens:
+    if (usage.get("total_tokens") or 0) >= settings.max_tokens:
         trajectory.stop = "length"
 
 
@@ -135,8 +163,10 @@ def _call(function: dict) -> Call:
     try:
         arguments = json.loads(text) if isinstance(text, str) else text
         if not isinstance(arguments, dict):
-            raise ValueError(f"an object is expected, not {text[:40]}")
-    except ValueError as error:
+            raise ValueError(f"an object is expected, not {str(text)[:40]}")
+        if too_deep(arguments):
+            raise ValueError("it is too deep")
+    except (ValueError, RecursionError) as error:
         message = f"malformed call of {name}: its arguments are not JSON ({error})"
         return Call(name, None, "bad_json", message, str(text))
     return Call(name, arguments, raw=str(text))

@@ -458,7 +458,7 @@ def _typed(text, types) -> object:
             value = PYTHON[text.strip()]
         else:
             value = json.loads(text, parse_constant=int)  # NaN is no JSON: ValueError
-        if _too_deep(value):
+        if too_deep(value):
             raise ValueError("too deep")
     except (ValueError, RecursionError) as e:
         if types and "string" not in types:
@@ -468,11 +468,11 @@ def _typed(text, types) -> object:
     return text if "string" in types and not kinds & types else value
 
 
-def _too_deep(value, levels=DEEPEST) -> bool:
+def too_deep(value, levels=DEEPEST) -> bool:
     items = value.values() if isinstance(value, dict) else value
     if not isinstance(value, (dict, list)):
         return False
-    return levels == 0 or any(_too_deep(item, levels - 1) for item in items)
+    return levels == 0 or any(too_deep(item, levels - 1) for item in items)
 
 
 def _json(text, start) -> tuple:
@@ -482,7 +482,7 @@ def _json(text, start) -> tuple:
     start += len(text[start:]) - len(text[start:].lstrip())
     try:
         value, end = json.JSONDecoder().raw_decode(text, start)
-        return value, end, "no valid JSON: too large or too deep" if _too_deep(value) else ""
+        return value, end, "no valid JSON: too large or too deep" if too_deep(value) else ""
     except json.JSONDecodeError as e:
         reason = f"no valid JSON: {e.msg}, at {text[e.pos : e.pos + 12]!r}"
         if "control character" in e.msg:

@@ -98,20 +98,23 @@ def format(trajectory, example):
         return 0.0
     found = places(last_turn(trajectory, example), True)
     if trajectory.answer is not None:  # given to a tool: what it says beside must be the same
-        return float(all(words(said) == words(answer(trajectory, example)) for said in found))
+        one = sum(call.ends for call in trajectory.calls) < 2
+        same = all(words(said) == words(answer(trajectory, example)) for said in found)
+        return float(one and same)
     return float(len(found) == 1)
 
 
 def tool_use(trajectory, example):
     """1.0 if at least one call ran without an error; more calls do not give more. Give it a small
     weight and not for long: any call that runs is rewarded, a useless one too."""
-    return float(any(call.error is None for call in trajectory.calls))
+    return float(any(call.error is None and not call.ends for call in trajectory.calls))
 
 
 def tool_bonus(trajectory, example, *, each: float = 0.1, cap: float = 0.2):
     """`each` for every call that ran without an error, `cap` at most. The same call again earns
     nothing, but a useless one does: give it for a warm start, not for long."""
-    ran = {(c.name, repr(c.arguments)) for c in trajectory.calls if c.error is None}
+    calls = [c for c in trajectory.calls if c.error is None and not c.ends]
+    ran = {(c.name, repr(c.arguments)) for c in calls}
     return min(cap, each * len(ran))
 
 
@@ -159,7 +162,7 @@ def length(trajectory, example, *, limit: int, buffer: int = 256):
     """Soft overlong punishment (DAPO, arXiv 2503.14476): 0.0 up to limit - buffer tokens that the
     model wrote, in all turns together; from there linearly down to -1.0 at limit and above."""
     over = trajectory.new_tokens - (limit - buffer)
-    return -min(1.0, max(0.0, over / buffer)) if buffer else -float(over > 0)
+    return -min(1.0, max(0.0, over / buffer)) if buffer else -float(over >= 0)
 
 
 def turn_calls(trajectory, example):
@@ -257,8 +260,12 @@ def _made(name, function, given, timeout):
     own = {option: text for option, text in given.items() if option not in COMMON}
     shared = {option: text for option, text in given.items() if option in COMMON}
     limits = common(**({"timeout": timeout} | config.arguments(common, shared, where)))
-    values = config.arguments(function, own, where)
-    if isinstance(function, type):
+    if shared and function in INSTANT:
+        raise UserError(f"{where}.{next(iter(shared))} has no effect: it takes no time, so drop it")
+    is_class = isinstance(function, type)
+    positional = () if is_class else list(inspect.signature(function).parameters)[:2]
+    values = config.arguments(function, own, where, positional)
+    if is_class:
         ready = function(**values)
         if not callable(ready):
             raise UserError(f"reward {name} is a class without __call__(trajectory, example)")

@@ -275,11 +275,12 @@ def ends(trajectory: Trajectory, calls: list, was_cut: bool, toolbox, settings: 
     trajectory.stop if so. A call that gives the answer is run also behind the limits."""
     turns = len(trajectory.turn_starts)
     rest = [call for call in calls if not _finishes(call, toolbox)]
+    finishes = len(rest) < len(calls)
     if was_cut:
         trajectory.stop = "length"  # a call in a turn that was cut is never executed
     elif not calls:
         trajectory.stop = "answered"
-    elif rest and turns >= settings.max_turns + settings.final_turn:
+    elif not finishes and turns >= settings.max_turns + settings.final_turn:
         trajectory.stop = "max_turns"  # nobody would read the results
     elif rest and len(trajectory.calls) + len(rest) > settings.max_tool_calls:
         trajectory.stop = "max_tool_calls"
@@ -296,10 +297,15 @@ async def run(trajectory, calls: list, session, toolbox, settings, tokenizer) ->
     at once; what happened is added to trajectory.calls. If one of them gave the answer, sets
     trajectory.answer and stop; behind the limits a turn is the last one anyhow."""
     turns = len(trajectory.turn_starts)
-    done = await asyncio.gather(*(_call(call, turns - 1, session, toolbox) for call in calls))
+    tasks = [asyncio.ensure_future(_call(c, turns - 1, session, toolbox)) for c in calls]
+    try:
+        done = await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:  # beside one that ended the run
+            task.cancel()
     trajectory.calls += done  # in call order, whatever finished first
     for ran in done:
-        if not ran.error and toolbox.tools[ran.name].ends:
+        if ran.ends:
             trajectory.stop, trajectory.answer = "answered", ran.result
     if not trajectory.stop and turns >= settings.max_turns + settings.final_turn:
         trajectory.stop = "max_turns"  # its finish failed
@@ -323,7 +329,8 @@ async def _call(call, turn, session, toolbox) -> ToolCall:
     texts = [p if isinstance(p, str) else "(an image, which this model cannot see)" for p in parts]
     # A lone surrogate, which JSON can spell and an error message then quotes, crashes tokenizers.
     text = "\n".join(texts).encode("utf-8", "replace").decode()
-    return ToolCall(turn, call.name, call.arguments, text, error, seconds)
+    ends = error is None and toolbox.tools[call.name].ends
+    return ToolCall(turn, call.name, call.arguments, text, error, seconds, ends)
 
 
 def cut(text: str, limit: int, tokenizer) -> str:
@@ -332,10 +339,9 @@ def cut(text: str, limit: int, tokenizer) -> str:
         return text
     if tokenizer is None:  # another's model: four characters a token, about
         half, dropped = 2 * limit, len(text) - 4 * limit
-        whole = dropped <= 0
-        return (
-            text if whole else f"{text[:half]}\n[... {dropped} characters cut ...]\n{text[-half:]}"
-        )
+        if dropped <= 0:
+            return text
+        return f"{text[:half]}\n[... {dropped} characters cut ...]\n{text[len(text) - half :]}"
     # Only the ends of a long text are encoded: a megabyte takes a second, in which nobody plays.
     reach = max(16 * limit, 256)  # characters
     long = len(text) > 2 * reach
@@ -436,7 +442,7 @@ def stats(trajectories: list[Trajectory], outcome: str) -> dict:
     for t in trajectories:
         groups[t.group] |= set() if t.reward is None else {t.reward}
     out["equal_groups"] = _mean([len(seen) < 2 for seen in groups.values()])  # nothing to learn
-    out["tool_call_rate"] = _mean([bool(t.calls) for t in trajectories])
+    out["tool_call_rate"] = _mean([any(not call.ends for call in t.calls) for t in trajectories])
     out["tool_calls"] = len(calls) / n
     out["tool_error_rate"] = sum(errors.values()) / max(1, len(calls))
     out["empty_observation_rate"] = _mean([not c.result or "(no output" in c.result for c in calls])
@@ -459,7 +465,7 @@ def _by_tool(calls: list[ToolCall]) -> dict:
         out[f"calls_{name}"] = len(own)
         out[f"errors_{name}"] = sum(bool(call.error) for call in own)
         for percent in (50, 95):
-            out[f"seconds_p{percent}_{name}"] = seconds[(len(own) - 1) * percent // 100]
+            out[f"seconds_p{percent}_{name}"] = seconds[-(-(len(own) - 1) * percent // 100)]
     return out
 
 

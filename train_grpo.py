@@ -365,7 +365,7 @@ def train(cfg: Config) -> dict:
                 metrics |= models.gpu_gib("rollout")
                 wait(engine.sleep())
             rollout_seconds = time.monotonic() - started - metrics["sync_seconds"]
-            metrics |= stats(played, next(iter(selected)))
+            metrics |= stats(played, next(iter(selected))) | {"tools_leaked": toolbox.leaked}
             if cfg.oversample:  # who was taken: the first to be complete, and so the shorter
                 metrics["groups_dropped"] = cursor - before - len(played) // cfg.group_size
                 metrics["groups_kept"] = sorted({t.group for t in played})

@@ -5,6 +5,7 @@
 The endpoint here is a fake on 127.0.0.1; tests/test_vllm.py asks a real one.
 """
 
+import asyncio
 import json
 import threading
 from collections import Counter
@@ -17,6 +18,7 @@ import evaluate
 import rewards
 from config import UserError
 from endpoint import Endpoint, turn
+from engine import Sampling
 from rollout import Settings, rollouts, wait
 from tools import Toolbox
 
@@ -144,6 +146,33 @@ def test_a_busy_endpoint_is_asked_again_and_what_it_never_says_ends_the_evaluati
     assert t.reward == 1.0 and len(api.requests) == 3
     with pytest.raises(UserError, match="not answered in 6 attempts: HTTP 500"):
         episode(api, lambda asked: (500, {"error": "down"}))
+
+
+def test_an_answer_without_a_message_is_asked_for_again(api):
+    """As some endpoints send when they are busy: with status 200."""
+    odd = [(200, {"error": "busy"}), (200, {"choices": []}), (200, ["?"])]
+    (t,) = episode(api, [*odd, say("\\boxed{5}")])
+    assert t.reward == 1.0 and len(api.requests) == 4
+    bare = {"choices": [{"message": {"role": "assistant", "content": "\\boxed{5}"}}]}
+    bare["usage"] = {"completion_tokens": None}
+    (t,) = episode(api, [(200, bare)])
+    assert (t.stop, t.reward, t.new_tokens) == ("answered", 1.0, 0)
+
+
+def test_calls_without_an_id_or_too_deep_do_not_end_the_run(api):
+    said = say("", ("add", '{"a": 2, "b": 3}'), ("add", "[" * 5000), ("add", '{"a":' * 900))
+    for call in said[1]["choices"][0]["message"]["tool_calls"]:
+        del call["id"]
+    (t,) = episode(api, [said, say("\\boxed{5}")])
+    assert [c.error for c in t.calls] == [None, "bad_json", "bad_json"] and t.reward == 1.0
+
+
+def test_an_endpoint_is_used_from_one_event_loop_after_the_other(api):
+    asked = Endpoint(api.url, "gpt", [])
+    for _ in range(2):
+        api.script = [say("hello")]
+        asking = asked.ask([{"role": "user", "content": "x"}], Sampling(), tools=False)
+        assert asyncio.run(asking)["choices"][0]["message"]["content"] == "hello"
 
 
 def test_refusals_say_what_to_do(api):

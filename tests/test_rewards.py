@@ -14,6 +14,7 @@ import pytest
 import rewards
 from config import UserError
 from rewards import correct, oracle, select, tool_use, total
+from tools import ToolCall
 
 
 def example(answer="18", *messages):
@@ -39,7 +40,7 @@ def trajectory(row, *turns, calls=(), stop="answered", answer=None, new_tokens=0
 
 
 def call(error=None, result="18", **arguments):
-    return SimpleNamespace(turn=0, name="python", arguments=arguments, result=result, error=error)
+    return ToolCall(0, "python", arguments, result, error, 0.1)
 
 
 def score(played, row, selected):
@@ -282,6 +283,15 @@ def test_format_with_finish_wants_that_the_text_says_the_same():
 # ---- on the way
 
 
+def test_giving_the_answer_is_no_use_of_a_tool_and_is_done_once():
+    """Pitfall 43."""
+    row, given = example(), [ToolCall(0, "finish", {}, "18", None, 0.1, ends=True)] * 2
+    played = trajectory(row, "", answer="18", calls=given)
+    for name in ("tool_use", "tool_bonus", "format"):
+        assert value(name, played, row) == 0.0
+    assert value("format", trajectory(row, "", answer="18", calls=given[:1]), row) == 1.0
+
+
 def test_the_bonus_is_for_different_calls_that_ran_and_has_a_cap():
     row = example()
     many = [call(code=str(i)) for i in range(9)]
@@ -327,7 +337,7 @@ def test_length_costs_from_the_buffer_on_down_to_minus_one():
     for tokens, is_worth in [(0, 0), (600, 0), (700, -0.25), (800, -0.5), (1000, -1), (5000, -1)]:
         played = trajectory(row, "x", new_tokens=tokens)
         assert value("length", played, limit="1000", buffer="400") == pytest.approx(is_worth)
-    for tokens, is_worth in [(1000, 0), (1001, -1)]:
+    for tokens, is_worth in [(999, 0), (1000, -1)]:
         played = trajectory(row, "x", new_tokens=tokens)
         assert value("length", played, limit="1000", buffer="0") == is_worth
 

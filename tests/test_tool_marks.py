@@ -180,10 +180,89 @@ def test_a_mistake_of_the_user_ends_the_run():
         def __call__(self) -> str:
             """Nothing."""
 
-    for options in (), ("Missing.cache=true",):
+    for pure in (False, True):
+        Missing.pure = pure
         with pytest.raises(UserError, match="no file nope.sqlite"):
-            example = {"database": "nope.sqlite"}
-            play(Toolbox([Missing], options=options), ("Missing", {}), example=example)
+            play(Toolbox([Missing]), ("Missing", {}), example={"database": "nope.sqlite"})
+
+
+def test_what_depends_on_a_state_is_not_kept():
+    """Pitfall 40: neither by a user's option, nor by a mark without a key."""
+
+    class Tally:
+        def __init__(self):
+            self.n = 0
+
+        def __call__(self) -> str:
+            """Counts."""
+            self.n += 1
+            return str(self.n)
+
+    with pytest.raises(UserError, match="depends on what it was asked before: drop it"):
+        Toolbox([Tally], options=("Tally.cache=true",))
+    Tally.pure = True
+    done = play(Toolbox([Tally]), ("Tally", {}), ("Tally", {}))
+    assert [content for content, _, _ in done] == ["1", "2"]
+
+
+def test_an_instance_that_is_made_behind_its_deadline_is_closed():
+    closed = []
+
+    class Slow:
+        def __init__(self):
+            time.sleep(0.1)
+
+        def __call__(self) -> str:
+            """Does."""
+
+        def close(self):
+            closed.append(self)
+
+    async def run():
+        box = Toolbox([Slow], timeout=0.02)
+        session = box.open()
+        assert (await session.call("Slow", {}))[1] == "timeout"
+        await session.close()
+        await asyncio.sleep(0.2)
+
+    asyncio.run(run())
+    assert len(closed) == 1
+
+
+def test_options_of_tool_objects_are_checked_and_the_object_stays_as_it_was():
+    parameters = {"type": "object", "properties": {}}
+    schema = {"function": {"name": "mine", "description": "x", "parameters": parameters}}
+
+    async def mine():
+        raise NetworkError("busy")
+
+    tool = Tool("mine", schema, mine, True, network=True, retries=0)
+    with pytest.raises(UserError, match="mine has no option 'nonsense'"):
+        Toolbox([tool], options=("mine.nonsense=3",))
+    box = Toolbox([tool], options=("mine.timeout=1",))
+    assert tool.timeout is None and box.tools["mine"].timeout == 1
+    assert box.tools["mine"].retries == 0
+
+
+def test_a_file_that_was_changed_is_run_again(tmp_path):
+    file = tmp_path / "mine.py"
+    for text in ("old", "new"):
+        file.write_text(
+            f'def mine() -> str:\n    """Says."""\n    return "{text}"\n\n\nmine.pure = True\n'
+        )
+        box = Toolbox([f"{file}:mine"], cache=str(tmp_path / "cache"))
+        assert play(box, ("mine", {}))[0][0] == text
+
+
+def test_a_damaged_cache_file_is_no_end_of_the_run(tmp_path):
+    path = tmp_path / "cache.sqlite"
+    tool = counted()
+    play(Toolbox([tool], cache=str(path)), ("count", {"x": 1}))
+    data = bytearray(path.read_bytes())
+    data[4096:] = b"\xff" * (len(data) - 4096)
+    path.write_bytes(data)
+    content, error, _ = play(Toolbox([tool], cache=str(path)), ("count", {"x": 1}))[0]
+    assert (content, error) == ("1 2", None)
 
 
 def test_tools_of_one_maker_share_its_state_and_wait_for_each_other_only_if_serial():

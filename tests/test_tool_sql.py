@@ -261,8 +261,8 @@ def test_the_database_comes_from_the_row_and_else_from_the_option(shop, tmp_path
     with closing(sqlite3.connect(other)) as database:
         database.executescript("CREATE TABLE only_here (x); INSERT INTO only_here VALUES (7)")
     tool = sql({"database": str(other)}, database=shop)
-    assert tool("SELECT x FROM only_here") == "x\n7" and tool.key == str(other)
-    assert sql({}, database=shop).key == shop
+    assert tool("SELECT x FROM only_here") == "x\n7" and tool.path == str(other)
+    assert sql({}, database=shop).path == shop
     with pytest.raises(UserError, match="has no database: give the data a column `database`, or"):
         sql({"prompt": "x"})
     with pytest.raises(UserError, match="sql.rows = 0"):

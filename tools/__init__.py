@@ -13,8 +13,8 @@ tool_options=("search.k=5",), and `example`, the data row, if it asks for it; `c
 `async def` tools are awaited, sync ones run in a thread of their own. A tool returns text, a PIL
 image, or a list of both; all else becomes text. Marks, on the function or the class:
 
-    pure = True     the same arguments give the same result: it is kept for the run (cache.py). An
-                    instance may have a `key`, what else it depends on: the path of its database
+    pure = True     the same arguments give the same result: it is kept for the run (cache.py). The
+                    instance of a trajectory also has a `key`: what else its results depend on
     network = True  a NetworkError that it raises is tried again, inside the deadline
     ends = True     a call without an error ends the episode, and its result is the answer
 
@@ -66,6 +66,7 @@ class ToolCall:
     result: str  # what the model was told
     error: str | None  # one of the kinds above
     seconds: float  # without the wait for a free slot; 0.0 if it was not run: refused, or known
+    ends: bool = False  # it gave the answer, and nothing was done after it
 
 
 class ToolError(Exception):
@@ -186,7 +187,9 @@ class Session:
                 done = False
             if not done:  # the call itself will say what is wrong
                 return await self._timed(tool, arguments)
-            depends = getattr(state, "key", "")
+            depends = str(getattr(state, "key", ""))
+            if not depends and not tool.shared:  # it does not say what its results depend on
+                return await self._timed(tool, arguments)
         key = json.dumps([tool.name, tool.key, depends, arguments], sort_keys=True)
         return await self.box.cache.run(key, lambda: self._timed(tool, arguments))
 
@@ -245,7 +248,7 @@ class Session:
                 if inspect.iscoroutinefunction(tool.make):
                     state = await tool.make(self.example)
                 else:
-                    state = await self._in_thread(lambda: tool.make(self.example))
+                    state = await self._in_thread(lambda: tool.make(self.example), self._too_late)
                 states[tool.make] = state
                 if not tool.shared:
                     self._to_close.append(state)
@@ -272,14 +275,23 @@ class Session:
             raise RuntimeError("the tool cancelled itself")
         return True, task.result()
 
-    async def _in_thread(self, function):
-        """A daemon thread per call, no pool: a hung one costs no worker and does not block exit."""
+    def _too_late(self, state):
+        """What was made behind its deadline is closed."""
+        session = Session(self.box, {})
+        session._to_close = [state]
+        self.box._abandoned.append(asyncio.ensure_future(session.close()))
+
+    async def _in_thread(self, function, late=None):
+        """A daemon thread per call, no pool: a hung one costs no worker and does not block exit.
+        late: called with a result that nobody waits for any more."""
         loop = asyncio.get_running_loop()
         future = loop.create_future()
 
         def deliver(result, error):
             if not future.done():
                 future.set_result((result, error))
+            elif late and error is None:
+                late(result)
 
         def work():
             try:

@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from config import UserError
 
-ENTRIES = 20_000  # kept in memory; the one that was not used for longest goes
+SIZE = 200_000_000  # characters kept in memory; what was not used for longest goes
 LONGEST = 50_000  # characters of a result; a longer one is not kept
 
 
@@ -26,7 +26,7 @@ class Cache:
 
     def __init__(self, where: str = "memory"):
         self.on, self.hits = where != "none", 0
-        self._known = OrderedDict()  # key -> text
+        self._known, self._size = OrderedDict(), 0  # key -> text; their characters
         self._running = {}  # key -> a future that is done when the call is
         self._file = _open(where) if where not in ("memory", "none") else None
 
@@ -57,17 +57,21 @@ class Cache:
         if found is not None:
             self._known.move_to_end(key)
         elif self._file is not None:
-            row = self._file.execute("select result from results where key = ?", (key,)).fetchone()
-            found = row[0] if row else None
+            with suppress(sqlite3.DatabaseError):  # damaged meanwhile: then it is not known
+                rows = self._file.execute("select result from results where key = ?", (key,))
+                found = next((row[0] for row in rows), None)
         self.hits += found is not None
         return found
 
     def _keep(self, key: str, text: str) -> None:
+        if key in self._known:  # two that waited for one that failed
+            return
+        self._size += len(key) + len(text)
         self._known[key] = text
-        if len(self._known) > ENTRIES:
-            self._known.popitem(last=False)
+        while self._size > SIZE:
+            self._size -= sum(map(len, self._known.popitem(last=False)))
         if self._file is not None:
-            with suppress(sqlite3.OperationalError):  # locked or full: then it is not kept
+            with suppress(sqlite3.DatabaseError):  # locked, full, damaged: then it is not kept
                 self._file.execute("insert or replace into results values (?, ?)", (key, text))
 
     def close(self) -> None:

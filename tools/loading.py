@@ -14,7 +14,7 @@ import sys
 import typing
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import config
@@ -37,7 +37,7 @@ class Tool:
     ends: bool = False  # a call without an error ends the episode; its result is the answer
     timeout: float | None = None  # seconds; None: the Toolbox's
     concurrency: int | None = None  # calls at once; None: as many as the Toolbox lets
-    retries: int = 0  # after a NetworkError
+    retries: int | None = None  # after a NetworkError; None: 2
     key: str = ""  # what a result depends on beside the arguments: for the cache
 
 
@@ -68,16 +68,16 @@ def load(
     """
     given = config.options(options, OPTIONS)
     places = [_find(item) if isinstance(item, str) else item for item in items]
-    tools, states = [], {}
+    tools, states, modules = [], {}, {}
     for place in places:
         if isinstance(place, Tool):
-            tools.append(place)
+            tools.append(_without_options(replace(place), given))
         elif isinstance(place, tuple) and place[0] == "mcp":
             from tools import mcp
 
-            tools += mcp.load(*place[1:], timeout)
+            tools += [_without_options(tool, given) for tool in mcp.load(*place[1:], timeout)]
         else:
-            target = _load(*place) if isinstance(place, tuple) else place
+            target = _load(*place, modules) if isinstance(place, tuple) else place
             tools.append(_describe(target, given, states, describe_only))
     names = [tool.name for tool in tools]
     if len(set(names)) < len(names):
@@ -92,6 +92,13 @@ def load(
     return tools, states
 
 
+def _without_options(tool: Tool, given: dict) -> Tool:
+    """A tool that has no options but those of every tool: others are refused."""
+    own = {key: text for key, text in given.get(tool.name, {}).items() if key not in COMMON}
+    config.arguments(_no_options, own, f"{OPTIONS}: {tool.name}")
+    return tool
+
+
 def _set_common(tool: Tool, given: dict) -> None:
     where = f"{OPTIONS}: {tool.name}"
     own = {name: text for name, text in given.items() if name in COMMON}
@@ -101,12 +108,15 @@ def _set_common(tool: Tool, given: dict) -> None:
             raise UserError(f"{where}.{name} = {values[name]}: expected more than 0")
     if values["retries"] is not None and not tool.network:
         raise UserError(f"{where}.retries has no effect: {tool.name} asks no network, so drop it")
+    if values["cache"] and tool.make and not tool.shared and not tool.pure:
+        why = "what it says depends on what it was asked before"
+        raise UserError(f"{where}.cache: {why}: drop it")
     tool.timeout = values["timeout"] or tool.timeout
     tool.concurrency = values["concurrency"] or tool.concurrency
     if values["cache"] is not None:
         tool.pure = values["cache"]
-    if tool.network:
-        tool.retries = 2 if values["retries"] is None else values["retries"]
+    asked = tool.retries if values["retries"] is None else values["retries"]
+    tool.retries = (2 if asked is None else asked) if tool.network else 0
 
 
 # -- finding and loading
@@ -144,13 +154,13 @@ def _defined(path: Path) -> list[str]:
     return re.findall(r"^(?:async def|def|class) +([A-Za-z]\w*)", text, re.MULTILINE)
 
 
-def _load(path: Path | None, name: str) -> Callable:
+def _load(path: Path | None, name: str, modules: dict) -> Callable:
     if path is None:
         return getattr(importlib.import_module(f"tools.{name}"), name)
-    module = sys.modules.get(str(path))  # two tools of one file share the module
-    if module is None:
+    module = modules.get(path)  # two tools of one file share the module
+    if module is None:  # run again for each Toolbox: in a notebook the file may have changed
         spec = importlib.util.spec_from_file_location(str(path), path)
-        module = importlib.util.module_from_spec(spec)
+        module = modules[path] = importlib.util.module_from_spec(spec)
         sys.modules[str(path)] = module
         try:
             spec.loader.exec_module(module)
@@ -201,8 +211,12 @@ def _no_options() -> None:
 
 def _key(function: Callable, given: dict) -> str:
     """Changes with the file of the tool and with its options: what a kept result depends on."""
-    text = inspect.getsourcefile(function)
-    text = Path(text).read_text(encoding="utf-8") if text and Path(text).exists() else ""
+    file, here = inspect.getsourcefile(function), Path(__file__).parent
+    files = [Path(file)] if file and Path(file).is_file() else []
+    if files and files[0].parent == here:  # ours use each other
+        files = sorted(here.glob("*.py"))
+    code = function.__code__  # where there is no file, as in a notebook
+    text = [path.read_text(encoding="utf-8") for path in files] or [code.co_code, code.co_consts]
     return hashlib.blake2b(f"{text}{sorted(given.items())}".encode(), digest_size=12).hexdigest()
 
 

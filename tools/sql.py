@@ -65,8 +65,8 @@ class sql:
     ):
         """database: path, where the data row has no `database`. rows, chars: of a result, at most.
         seconds: that a query may take. UserError if there is no such database."""
-        self.key = str(example.get("database") or database)
-        if not self.key:
+        self.path = str(example.get("database") or database)
+        if not self.path:
             raise UserError(
                 "the sql tool has no database: give the data a column `database`, or the option "
                 "sql.database=file.sqlite"
@@ -76,7 +76,9 @@ class sql:
                 f"sql.rows = {rows}, sql.chars = {chars}, sql.seconds = {seconds}: "
                 "expected 1 or more, and seconds above 0"
             )
-        _check(self.key)
+        _check(self.path)
+        file = os.stat(self.path)
+        self.key = f"{os.path.abspath(self.path)} {file.st_size} {file.st_mtime_ns}"
         self.rows, self.chars, self.seconds = rows, chars, seconds
 
     def __call__(self, query: str) -> str:
@@ -85,7 +87,7 @@ class sql:
         Args:
             query: One SELECT statement, in SQLite's dialect.
         """
-        columns, rows = _run(self.key, query, self.rows + 1, self.seconds, CELL)
+        columns, rows = _run(self.path, query, self.rows + 1, self.seconds, CELL)
         return _table(columns, rows, self.rows, self.chars)
 
 
