@@ -1,7 +1,8 @@
-"""The whole of it in a few minutes on a CPU: a tiny model from scratch learns to call python.
+"""The whole of it in a few minutes on a CPU: a tiny model from scratch learns to use tools.
 
-    make demo                                   # or: python demo.py
+    make demo                                   # or: python demo.py; it learns to call python
     python demo.py --seed=1 --out_dir=out/seed1
+    python demo.py --task=facts                 # to search;  shop: SQL;  multi: which of the three
 
 SFT on imperfect demonstrations (train_sft.py), evaluation, GRPO (train_grpo.py), evaluation again,
 both greedy on the same 512 held-out problems. The runs are out/calc_sft and out/calc, as the
@@ -10,6 +11,7 @@ configs of these names say. The last lines are `key: value`, for people and for 
 
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import config
 
@@ -25,6 +27,7 @@ import train_sft
 
 @dataclass
 class Config:
+    task: Literal["calc", "facts", "shop", "multi"] = "calc"  # a file in tasks/
     out_dir: str = "out"  # where calc_sft/ and calc/ are made; they must not be there yet
     seed: int = 0  # of everything
 
@@ -32,26 +35,28 @@ class Config:
 def run(cfg: Config) -> dict:
     """Trains and evaluates; returns what it prints at the end."""
     started = time.monotonic()
-    sft, grpo = f"{cfg.out_dir}/calc_sft", f"{cfg.out_dir}/calc"
+    sft, grpo = f"{cfg.out_dir}/{cfg.task}_sft", f"{cfg.out_dir}/{cfg.task}"
+    tuned, learnt = ["--config", f"{cfg.task}_sft.py"], ["--config", f"{cfg.task}.py"]
     for folder in (sft, grpo):
         config.fresh_dir(folder)  # both, before the first minute is spent
     seed = f"--seed={cfg.seed}"
 
     print("\n1. SFT: the form of a tool call, from demonstrations that are often wrong\n")
-    argv = ["--config", "calc_sft.py", f"--out_dir={sft}", seed]
+    argv = [*tuned, f"--out_dir={sft}", seed]
     train_sft.train(config.parse(train_sft.Config, argv, train_sft.check))
-    argv = ["--config", "calc.py", f"--model={sft}", f"--out_dir={grpo}", seed]
+    argv = [*learnt, f"--model={sft}", f"--out_dir={grpo}", seed]
     cfg_grpo = config.parse(train_grpo.Config, argv, train_grpo.check)
     before = evaluated(cfg_grpo, sft, f"{sft}/eval")
 
-    print("\n2. GRPO: from trying, with python in the loop\n")
+    print("\n2. GRPO: from trying, with the tools in the loop\n")
     train_grpo.train(cfg_grpo)
     after = evaluated(cfg_grpo, grpo, f"{grpo}/eval")
 
     print("\n3. One rollout: green is trained, grey is context, yellow is what a tool said\n")
-    rollout.main(["--config", "calc.py", f"--model={grpo}", "--split=test", "--temperature=0"])
+    rollout.main([*learnt, f"--model={grpo}", "--split=test", "--temperature=0"])
     results = {"problems": after["problems"], "curves": f"{grpo}/curves.png"}
-    for name in ("accuracy", "tool_call_rate"):
+    logged = [name for name in after if name.startswith("reward_right")]
+    for name in ("accuracy", "tool_call_rate", *logged):
         results |= {f"{name}_before": before[name], f"{name}_after": after[name]}
     results["minutes"] = (time.monotonic() - started) / 60
     return results

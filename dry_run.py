@@ -130,7 +130,8 @@ def _tokenizer(cfg, conversations: list, schemas: list[dict], notes: list[str]):
         notes.append(f"format: {cfg.format} needs the model's own template: hermes is shown")
         cfg = dataclasses.replace(cfg, format="hermes")
     if cfg.data.startswith("task:"):  # as train_sft.py makes that of a tiny model
-        conversations = [row["messages"] for row in data.conversations(cfg.data, 2048)]
+        rows = data.conversations(cfg.data, 2048, 0, cfg.system_prompt)
+        conversations = [row["messages"] for row in rows]
         return models.tiny_tokenizer(conversations, schemas), cfg
     plain = [[_plain(message) for message in talk] for talk in conversations]
     return models.tiny_tokenizer(plain, schemas), cfg

@@ -52,17 +52,18 @@ CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
 
-def tiny_tokenizer(conversations: list[list[dict]], tools: list[dict], vocab_size: int = 768):
+def tiny_tokenizer(conversations: list[list[dict]], tools: list[dict], vocab_size: int = 2048):
     """A byte-level BPE tokenizer trained on the conversations, with TEMPLATE as its chat template.
 
-    Digits are single tokens, so numbers are copied digit by digit, and a line break ends a token,
-    as the roles of the template do. All else may merge, across words too, so the parts of a task
-    that never change take few tokens.
+    Digits and words with a capital are tokens of their own, so numbers are copied digit by digit
+    and names word by word, and a line break ends a token, as the roles of the template do. All else
+    may merge, across words too. The system prompt with its tool schemas, which never changes in a
+    task, is one token: it would be most of what a model reads, and teaches nothing.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    def wrap(inner):
+    def wrap(inner, more=()):
         wrapped = PreTrainedTokenizerFast(
             tokenizer_object=inner,
             eos_token="<|im_end|>",
@@ -70,39 +71,41 @@ def tiny_tokenizer(conversations: list[list[dict]], tools: list[dict], vocab_siz
             additional_special_tokens=["<|im_start|>"],
             chat_template=TEMPLATE,
         )
-        wrapped.add_tokens([AddedToken(m, special=False, normalized=False) for m in MARKERS])
+        plain = (*MARKERS, *more)
+        wrapped.add_tokens([AddedToken(m, special=False, normalized=False) for m in plain])
         return wrapped
 
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\d"), "isolated"),
+            pre_tokenizers.Split(Regex(r"\d|[A-Z][a-z]+"), "isolated"),
             pre_tokenizers.Split("\n", "merged_with_previous"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     inner.decoder = decoders.ByteLevel()
     untrained = wrap(Tokenizer.from_str(inner.to_str()))
+    between = re.compile("|".join(map(re.escape, CONTROL + MARKERS)))
     texts = [
-        part
-        for messages in conversations
-        for part in re.split(
-            "|".join(map(re.escape, CONTROL + MARKERS)),
-            untrained.apply_chat_template(messages, tools=tools or None, tokenize=False),
-        )
+        between.split(untrained.apply_chat_template(talk, tools=tools or None, tokenize=False))
+        for talk in conversations
     ]
+    # what stands behind the first <|im_start|>, if it is the same in all of them
+    first = texts[0][1]
+    is_one = first.startswith("system\n") and all(parts[1] == first for parts in texts)
+    system = [first] if is_one else []
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(MARKERS),
+        vocab_size=vocab_size - len(MARKERS) - len(system),
         special_tokens=list(CONTROL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    inner.train_from_iterator(texts, trainer)
-    return wrap(inner)
+    inner.train_from_iterator((p for parts in texts for p in parts if p not in system), trainer)
+    return wrap(inner, system)
 
 
 def tiny(tokenizer, seed: int = 0, hidden_size: int = 96, layers: int = 4, heads: int = 2):
-    """A Qwen3-shaped model from scratch, about 0.55 M parameters with a vocabulary of 768.
+    """A Qwen3-shaped model from scratch, about 0.65 M parameters with a vocabulary of 2048.
 
     Qwen3 and not Qwen2: with its normalised queries and keys, copying is learnt in half the steps.
     The same goes for the initial weights, which at this width are larger than the usual 0.02.
