@@ -105,7 +105,7 @@ def tiny_tokenizer(conversations: list[list[dict]], tools: list[dict], vocab_siz
 
 
 def tiny(tokenizer, seed: int = 0, hidden_size: int = 96, layers: int = 4, heads: int = 2):
-    """A Qwen3-shaped model from scratch, about 0.65 M parameters with a vocabulary of 2048.
+    """A Qwen3-shaped model from scratch, about 0.6 M parameters with a vocabulary of 1,264.
 
     Qwen3 and not Qwen2: with its normalised queries and keys, copying is learnt in half the steps.
     The same goes for the initial weights, which at this width are larger than the usual 0.02.

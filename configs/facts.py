@@ -1,10 +1,10 @@
-# 2-core CPU, about 1 minute. GRPO from out/facts_sft: held-out accuracy about 0.3 -> 0.98.
+# 2-core CPU, about 1 minute. GRPO from out/facts_sft: held-out accuracy about 0.3 -> 0.99.
 out_dir = "out/facts"
 model = "out/facts_sft"
 data = "task:facts"
 system_prompt = "Answer the question. You can search. Give the answer in \\boxed{}."
 tools = ("search",)
-tool_options = ("search.corpus=task:facts", "search.k=1")
+tool_options = ("search.corpus=task:facts", "search.k=1")  # needs .[search]
 format = "hermes"
 rewards = ("correct",)
 steps = 40

@@ -1,10 +1,10 @@
-# 2-core CPU, about 3 minutes. GRPO from out/multi_sft: held-out accuracy about 0.3 -> 0.95.
+# 2-core CPU, about 2 minutes. GRPO from out/multi_sft: held-out accuracy about 0.3 -> 0.99.
 out_dir = "out/multi"
 model = "out/multi_sft"
 data = "task:multi"
 system_prompt = "Choose the tool that the question needs. Give the answer in \\boxed{}."
 tools = ("python", "search", "sql")
-tool_options = ("search.corpus=task:facts", "search.k=1")
+tool_options = ("search.corpus=task:facts", "search.k=1")  # needs .[search]
 format = "hermes"
 rewards = ("correct", "tasks/multi.py:right_tool:0")  # weight 0: right_tool is only logged
 steps = 60

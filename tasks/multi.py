@@ -30,7 +30,10 @@ SHOP_KINDS = tuple(kind for kind in shop.ABOUT if kind != "town")
 FACTS_KINDS = ("town", "drink")  # each kind takes its time to learn
 QUESTIONS = {
     "bill": ("What do {n} pieces of the {x} cost?", "How much are {n} of the {x} together?"),
-    "town": ("How many customers live where {x} lives?", "How many customers has the town of {x}?"),
+    "town": (
+        "How many customers live where {x} lives?",
+        "How many customers live in the town of {x}?",
+    ),
 }
 BOTH = 0.45  # share of the demonstrations of these that make both calls
 WRONG_TOOL = 1 / 8  # share of the demonstrations that ask the wrong tool

@@ -34,7 +34,7 @@ THINGS = tuple(
     "Mirror Mug Pillow Rug Shelf Stool Table Vase".split()
 )
 PRODUCTS = tuple(f"{colour} {thing}" for colour in COLOURS for thing in THINGS)
-CUSTOMERS = NAMES[::3]
+CUSTOMERS = tuple(sorted(random.Random("shop customers").sample(NAMES, 192)))
 TOWNS = tuple(VALUES["town"])
 ABOUT = {  # what the questions of a kind ask about
     "price": PRODUCTS,
@@ -46,11 +46,11 @@ ABOUT = {  # what the questions of a kind ask about
 }
 QUESTIONS = {
     "price": ("What does the {x} cost?", "What is the price of the {x}?"),
-    "stock": ("How many pieces of the {x} are in stock?", "How often do we have the {x}?"),
+    "stock": ("How many pieces of the {x} are in stock?", "What is the stock of the {x}?"),
     "town": ("Where does our customer {x} live?", "To which town do we send orders of {x}?"),
     "orders": ("How many orders did {x} place?", "How often did {x} order?"),
-    "above": ("How many products cost more than {x}?", "Above {x}, how many prices are there?"),
-    "below": ("How many products cost less than {x}?", "Below {x}, how many prices are there?"),
+    "above": ("How many products cost more than {x}?", "How many prices are above {x}?"),
+    "below": ("How many products cost less than {x}?", "How many prices are below {x}?"),
 }
 QUERIES = {
     "price": "SELECT price FROM products WHERE name = '{x}'",
