@@ -132,7 +132,8 @@ def _tokenizer(cfg, conversations: list, schemas: list[dict], notes: list[str]):
     if cfg.data.startswith("task:"):  # as train_sft.py makes that of a tiny model
         rows = data.conversations(cfg.data, 2048, 0, cfg.system_prompt)
         conversations = [row["messages"] for row in rows]
-        return models.tiny_tokenizer(conversations, schemas), cfg
+        # with whole names, as most tasks have them: here it is only to be short
+        return models.tiny_tokenizer(conversations, schemas, whole_names=True), cfg
     plain = [[_plain(message) for message in talk] for talk in conversations]
     return models.tiny_tokenizer(plain, schemas), cfg
 

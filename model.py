@@ -52,13 +52,14 @@ CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
 
-def tiny_tokenizer(conversations: list[list[dict]], tools: list[dict], vocab_size: int = 2048):
+def tiny_tokenizer(conversations: list[list[dict]], tools: list[dict], whole_names: bool = False):
     """A byte-level BPE tokenizer trained on the conversations, with TEMPLATE as its chat template.
 
-    Digits and words with a capital are tokens of their own, so numbers are copied digit by digit
-    and names word by word, and a line break ends a token, as the roles of the template do. All else
-    may merge, across words too. The system prompt with its tool schemas, which never changes in a
-    task, is one token: it would be most of what a model reads, and teaches nothing.
+    Digits are single tokens, so numbers are copied digit by digit, and a line break ends a token,
+    as the roles of the template do. All else may merge, across words too, so the parts of a task
+    that never change take few tokens. whole_names: a word with a capital is a token of its own, so
+    that names are copied whole; and the system prompt with its tool schemas, which never changes in
+    a task, is one token: with several tools it would be most of what a model reads.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -75,10 +76,11 @@ def tiny_tokenizer(conversations: list[list[dict]], tools: list[dict], vocab_siz
         wrapped.add_tokens([AddedToken(m, special=False, normalized=False) for m in plain])
         return wrapped
 
+    alone = r"\d|[A-Z][a-z]+" if whole_names else r"\d"
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\d|[A-Z][a-z]+"), "isolated"),
+            pre_tokenizers.Split(Regex(alone), "isolated"),
             pre_tokenizers.Split("\n", "merged_with_previous"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
@@ -93,9 +95,9 @@ def tiny_tokenizer(conversations: list[list[dict]], tools: list[dict], vocab_siz
     # what stands behind the first <|im_start|>, if it is the same in all of them
     first = texts[0][1]
     is_one = first.startswith("system\n") and all(parts[1] == first for parts in texts)
-    system = [first] if is_one else []
+    system = [first] if whole_names and is_one else []
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(MARKERS) - len(system),
+        vocab_size=(2048 if whole_names else 768) - len(MARKERS) - len(system),
         special_tokens=list(CONTROL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -105,7 +107,7 @@ def tiny_tokenizer(conversations: list[list[dict]], tools: list[dict], vocab_siz
 
 
 def tiny(tokenizer, seed: int = 0, hidden_size: int = 96, layers: int = 4, heads: int = 2):
-    """A Qwen3-shaped model from scratch, about 0.6 M parameters with a vocabulary of 1,264.
+    """A Qwen3-shaped model from scratch, about 0.55 M parameters with a vocabulary of 768.
 
     Qwen3 and not Qwen2: with its normalised queries and keys, copying is learnt in half the steps.
     The same goes for the initial weights, which at this width are larger than the usual 0.02.

@@ -55,6 +55,7 @@ class Config:
     logger: Literal["none", "wandb", "tensorboard"] = "none"  # beside metrics.jsonl
     # model
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # hub id, folder, or "tiny": made from scratch
+    whole_names: bool = False  # tiny: words with a capital, and the system prompt, are one token
     tune: Literal["full", "lora", "qlora"] = "full"  # lora: small optimizer; qlora: 4-bit base too
     lora_r: int = 32  # rank of the adapters
     lora_alpha: int = 64  # their scale is lora_alpha / lora_r
@@ -91,6 +92,7 @@ def check(cfg: Config) -> None:
     lora = "lora_r lora_alpha lora_targets"
     rules = (
         (cfg.tune == "full", lora, "with tune=full: use --tune=lora, or drop it"),
+        (cfg.model != "tiny", "whole_names", f"with model={cfg.model}: it has a tokenizer"),
         (cfg.val_rows == 0, "val_every", "with val_rows=0: use --val_rows=64, or drop it"),
     )
     config.useless(cfg, rules)
@@ -277,7 +279,7 @@ def setup(cfg: Config):
     tiny = cfg.model == "tiny"
     if tiny:
         conversations = [row["messages"] for row in chosen[:4096]]
-        tokenizer = models.tiny_tokenizer(conversations, toolbox.schemas)
+        tokenizer = models.tiny_tokenizer(conversations, toolbox.schemas, cfg.whole_names)
     else:
         tokenizer = models.load_tokenizer(cfg.model)
     # rendered, and so proved, before any weights are loaded

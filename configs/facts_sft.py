@@ -1,6 +1,7 @@
 # 2-core CPU, about 1.5 minutes. A tiny model from scratch learns the form; greedy accuracy 0.3.
 out_dir = "out/facts_sft"
 model = "tiny"
+whole_names = True
 data = "task:facts"
 rows = 14400
 system_prompt = "Answer the question. You can search. Give the answer in \\boxed{}."

@@ -1,6 +1,7 @@
 # 2-core CPU, about 2.5 minutes. A tiny model from scratch learns the form; greedy accuracy 0.3.
 out_dir = "out/multi_sft"
 model = "tiny"
+whole_names = True
 data = "task:multi"
 rows = 19200
 system_prompt = "Choose the tool that the question needs. Give the answer in \\boxed{}."

@@ -5,6 +5,8 @@ pytest tests/test_bash.py
 
 import asyncio
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +80,13 @@ def test_calls_share_nothing_and_see_nothing_of_ours(tool, monkeypatch, tmp_path
 def test_a_time_out_ends_everything(tool):
     text, error = run(tool, "sleep 60 & sleep 60", timeout=0.5)
     assert (text, error) == ("error: bash took longer than 0.5 s and was stopped", "timeout")
+    server = sandbox._servers["shell"][0].pid
+    for _ in range(300):
+        files = Path(f"/proc/{server}/task").glob("*/children")
+        if not any(file.read_text() for file in files):
+            return
+        time.sleep(0.01)
+    raise AssertionError("something of it still runs")
 
 
 def test_where_nothing_confines_it_the_run_does_not_start(monkeypatch):

@@ -82,7 +82,12 @@ def children(pid=None):
 
 
 def alive(pids):
-    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):  # a zombie, which somebody else has to reap, has no exe
+            os.readlink(f"/proc/{pid}/exe")
+            found.append(pid)
+    return found
 
 
 def gone(pids, seconds=5.0):

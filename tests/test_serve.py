@@ -299,17 +299,26 @@ def test_several_workers_share_the_calls_and_end_with_their_parent(tools_file):
                 calls = [made.call_tool("process", {}) for _ in range(100)]
                 return {text_of(result) for result in await asyncio.gather(*calls)}
 
-        workers = asyncio.run(scene())
-        assert process.pid not in map(int, workers)
+        served = set(map(int, asyncio.run(scene())))
         if not os.path.exists("/proc"):
             pytest.skip("whether the workers have ended is looked up in /proc")
+        files = Path(f"/proc/{process.pid}/task").glob("*/children")
+        workers = {int(child) for file in files for child in file.read_text().split()}
+        assert served <= workers and len(workers) >= 2
         process.kill()
         process.wait()
         for _ in range(500):
-            if not any(os.path.exists(f"/proc/{pid}") for pid in workers):
+            if not any(running(pid) for pid in workers):
                 break
             time.sleep(0.02)
-        assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
+        assert not any(running(pid) for pid in workers)
+
+
+def running(pid):
+    try:
+        return bool(os.readlink(f"/proc/{pid}/exe"))  # a zombie, whom nobody reaps, has none
+    except OSError:
+        return False
 
 
 def test_a_server_killed_and_restarted_on_its_port_is_found_again(

@@ -16,6 +16,7 @@ if sys.platform == "win32":  # before the modules that are not there
 
 import ctypes
 import functools
+import glob
 import json
 import os
 import resource
@@ -41,8 +42,9 @@ LAYERS = (
 # System calls by number, (x86_64, aarch64); None: that machine has no such call.
 NUMBERS = {
     "clone": (56, 220), "capset": (126, 91), "pivot_root": (155, 41), "mount_setattr": (442, 442),
-    "prlimit64": (302, 261),
+    "prlimit64": (302, 261), "prctl": (157, 167),
 }  # fmt: skip
+REFUSED_FIRST = {"prctl": 1}  # by first argument: PR_SET_PDEATHSIG, which ends what we started
 REFUSED = {
     "socket": (41, 198), "io_uring_setup": (425, 425), "ptrace": (101, 117), "bpf": (321, 280),
     "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "unshare": (272, 97),
@@ -173,6 +175,10 @@ def _enter_private_root(shown):
             if not os.path.isdir(path):
                 open(inside, "w").close()
             libc("mount", path.encode(), inside.encode(), None, 0x5000, None)  # MS_BIND | MS_REC
+        # below python's library lie the packages of its own environment, if it is no venv
+        for name in ("site-packages", "dist-packages"):
+            for path in glob.glob(f"/proc{sys.base_prefix}/lib/python3*/{name}"):
+                libc("mount", b"none", path.encode(), b"tmpfs", 0, b"size=4k")
         os.mkdir("/proc/tmp")
         read_only = struct.pack("=4Q", 0x1 | 0x2, 0, 0, 0)  # MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID
         _syscall("mount_setattr", -1, b"/proc", 0x8000, read_only, len(read_only))  # AT_RECURSIVE
@@ -208,6 +214,8 @@ def probe(active, limits):
         try:
             pid = clone(trial)
         except OSError:
+            os.close(reader)
+            os.close(writer)
             continue
         if pid == 0:
             try:
@@ -217,7 +225,8 @@ def probe(active, limits):
                 os._exit(0)
         os.close(writer)
         os.waitpid(pid, 0)
-        return json.loads(os.read(reader, 4096))
+        with open(reader, "rb") as found:
+            return json.loads(found.read())
 
 
 def apply_layers(active, uid, scratch, limits, probing=False):
@@ -253,11 +262,12 @@ def apply_layers(active, uid, scratch, limits, probing=False):
         "seccomp": lambda: refuse_calls(active["pid_namespace"]),
     }
     for name, step in steps.items():
+        if name == "seccomp":  # PR_SET_PDEATHSIG: die with the server. own_user would undo it,
+            libc("prctl", 1, signal.SIGKILL, 0, 0, 0)  # and seccomp refuses it
         if probing:
             active[name] = works(step)
         elif active[name]:
             step()
-    libc("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die with the server
 
 
 @functools.cache  # made once, in the server
@@ -278,6 +288,9 @@ def seccomp_filter(pid_namespace):
         # its own limits (pid 0), not those of others; `load` again: clone's lines load its flags
         program += [(load, 0, 0, 0), (equal, 0, 3, NUMBERS["prlimit64"][column]), (load, 0, 0, 16)]
         program += [(equal, 1, 0, 0), (answer, 0, 0, eperm)]
+    for name, first in REFUSED_FIRST.items():
+        program += [(load, 0, 0, 0), (equal, 0, 3, NUMBERS[name][column]), (load, 0, 0, 16)]
+        program += [(equal, 0, 1, first), (answer, 0, 0, eperm)]
     program += [(answer, 0, 0, allow)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
     return struct.pack("@HP", len(program), ctypes.addressof(code)), code

@@ -70,6 +70,17 @@ def _serve_calls(control, parent, active, start):
     poller.register(control, select.EPOLLIN)
     # pidfd -> call; the caller's socket -> pidfd; pidfd -> process id, call, reply
     calls, callers, cleaners = {}, {}, {}
+    try:
+        _serve_until_the_end(control, parent, active, start, poller, calls, callers, cleaners)
+    finally:  # the trainer has gone, or we fail
+        for call in calls.values():
+            _kill(call)
+            _reap(call)
+            if call["scratch"] != "/tmp":
+                _remove(call["scratch"])
+
+
+def _serve_until_the_end(control, parent, active, start, poller, calls, callers, cleaners):
     number = 0
     # Not PR_SET_PDEATHSIG for ourselves: that tells the death of the *thread* which started us.
     while os.getppid() == parent:
@@ -85,13 +96,14 @@ def _serve_calls(control, parent, active, start):
                     ctl.close()
                     continue
                 taken = {call["number"] for call in calls.values()}
-                while number in taken:  # a session's: it may live for long
-                    number = (number + 1) % confine.UIDS
                 try:
+                    if len(taken) == confine.UIDS:
+                        raise OSError("too many calls and sessions at once")
+                    while number in taken:  # a session's: it may live for long
+                        number = (number + 1) % confine.UIDS
                     call = start(message, ctl, fds[1], number)
                 except OSError as error:  # no process or memory left, say
-                    ctl.send(json.dumps({"broken": str(error)}).encode())
-                    ctl.close()
+                    _answer({"ctl": ctl}, {"broken": str(error)})
                     continue
                 finally:
                     os.close(fds[1])

@@ -281,10 +281,10 @@ def _plain(schema, root, inside):
         return [_plain(item, root, inside) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    reference = schema.get("$ref")
-    if isinstance(reference, str):
+    while isinstance(reference := schema.get("$ref"), str):  # which may stand for another one
+        rest = {key: value for key, value in schema.items() if key != "$ref"}
         known = reference not in inside  # a schema within itself ends in "any value"
-        schema = {**(_target(root, reference) if known else {}), **schema}
+        schema = {**(_target(root, reference) if known else {}), **rest}
         inside = (*inside, reference)
     made = {}
     for key, value in schema.items():
@@ -569,7 +569,7 @@ class _Link:
 
     def last_words(self, size):
         """The end of what it wrote to stderr."""
-        return " | ".join(line.strip() for line in self.stderr if line.strip())[-size:]
+        return " | ".join(line.strip() for line in tuple(self.stderr) if line.strip())[-size:]
 
 
 def _leaf(error):

@@ -4,9 +4,9 @@ One confined process from the first call to close(), with the layers of sandbox.
 call is under the caller's deadline; a call that does not end in time, is cancelled, crashes or
 writes too much takes the session with it. The next call gets a new one, and says so.
 
-What is covered beyond the python tool: each call has sockets of its own, so the code of a session
-can neither speak in a later call nor keep it waiting: it harms its own trajectory alone. What is
-not: see sandbox.py, what it says on sessions.
+What is covered beyond the python tool: each call has sockets of its own, so a process that a call
+leaves cannot speak in a later one. What is not: a thread can, and can keep it waiting until its
+deadline; it harms its own trajectory alone. See also what sandbox.py says on sessions.
 """
 
 import asyncio
@@ -60,16 +60,22 @@ class python_session:
         return _joined(note, text or NO_OUTPUT, lost)
 
     async def _start(self):
-        self._ctl, far_ctl = socket.socketpair()
-        self._requests, far_requests = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._ctl.setblocking(False)
-        self._requests.setblocking(False)
+        ctl, far_ctl = socket.socketpair()
+        try:
+            requests, far_requests = socket.socketpair()  # a byte for each: macOS has no SEQPACKET
+        except OSError:
+            ctl.close()
+            far_ctl.close()
+            raise
+        self._ctl, self._requests = ctl, requests
+        ctl.setblocking(False)
+        requests.setblocking(False)
         with far_ctl, far_requests:
             await sandbox.send_session(far_ctl, far_requests)
 
     async def _hand_over(self, *sockets):
         fds = [each.fileno() for each in sockets]
-        socket.send_fds(self._requests, [b"call"], fds)
+        socket.send_fds(self._requests, [b"c"], fds)
 
     def _has_ended(self):
         with contextlib.suppress(BlockingIOError):
@@ -86,12 +92,14 @@ class python_session:
 
     async def close(self) -> None:
         """Ends the session; returns when its processes and files are gone."""
-        if self._ctl:
-            with contextlib.suppress(OSError):
-                self._ctl.shutdown(socket.SHUT_WR)
-                await asyncio.get_running_loop().sock_recv(self._ctl, 4096)
-        self._end()
-        self._lost = False
+        try:
+            if self._ctl:
+                with contextlib.suppress(OSError):
+                    self._ctl.shutdown(socket.SHUT_WR)
+                    await asyncio.get_running_loop().sock_recv(self._ctl, 4096)
+        finally:
+            self._end()
+            self._lost = False
 
 
 def _exit_status(reply):

@@ -62,6 +62,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 
 from tools import ToolError, confine, fork_server
 
@@ -203,7 +204,7 @@ def layers(server: str = "light") -> dict[str, bool]:
         with far:
             if has_fork_server():
                 while not _try_send(server, b"layers", [far.fileno()]):
-                    pass
+                    time.sleep(0.005)
             else:
                 _popen("layers", far, far).wait()
         return _parsed(near.recv(4096))
