@@ -30,10 +30,10 @@ test-vllm: .venv/installed-vllm
 .venv/installed-test: pyproject.toml .venv/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[test]"
 	test -x .venv/mcp-servers/bin/python || $(RUN) -m venv .venv/mcp-servers
-	.venv/mcp-servers/bin/python -m pip install --quiet --disable-pip-version-check $(PYPI_SERVERS)
-	if command -v npm >/dev/null; \
-	  then npm install --silent --no-audit --no-fund --prefix .venv/mcp-npm $(NPM_SERVERS); \
-	  else echo "no npm here: the tests of its MCP servers are skipped"; fi
+	.venv/mcp-servers/bin/python -m pip install --quiet --disable-pip-version-check $(PYPI_SERVERS) \
+	  || echo "the MCP servers of PyPI are not installed: their tests are skipped"
+	npm install --silent --no-audit --no-fund --prefix .venv/mcp-npm $(NPM_SERVERS) \
+	  || echo "the MCP servers of npm are not installed: their tests are skipped"
 	touch $@
 
 # The CPU build asks for a torchvision that is made for GPUs, with which transformers cannot be
