@@ -1,6 +1,6 @@
 """Our tools as an MCP server, for any MCP client, over stdio or streamable HTTP.
 
-    python -m tools.serve python sql --stdio --tool_options=sql.path=shop.sqlite
+    python -m tools.serve python sql --stdio --tool_options=sql.database=shop.sqlite
     NANOTOOL_TOKEN=secret python -m tools.serve python my_tools.py:weather --http --workers=4
     {"mcpServers": {"ours": {"url": "http://127.0.0.1:8765/mcp",
                              "headers": {"Authorization": "Bearer ${NANOTOOL_TOKEN}"}}}}
