@@ -1,4 +1,4 @@
-# 2-core CPU, about 1 minute. A tiny model from scratch learns the form; greedy accuracy about 0.4.
+# 2-core CPU, about 1 minute. A tiny model from scratch learns the form; greedy accuracy about 0.3.
 out_dir = "out/calc_sft"
 model = "tiny"
 data = "task:calc"
