@@ -27,7 +27,7 @@ import rewards as reward_functions
 from chat import Chat
 from config import UserError
 from engine import ScriptedEngine
-from rollout import Settings, Trajectory, rollouts, show, task, wait
+from rollout import Settings, Trajectory, check_prompt, rollouts, show, task, wait
 from tools import Toolbox
 
 SAMPLES = config.HERE / "configs" / "samples.jsonl"
@@ -46,8 +46,7 @@ def grpo(cfg) -> Trajectory:
         conversation = example["messages"] + turns
         tokenizer, cfg = _tokenizer(cfg, [conversation], toolbox.schemas, notes)
         chat = Chat(tokenizer, cfg.format, toolbox.schemas)
-        if (length := len(chat.prompt(example["messages"]))) >= cfg.max_tokens:
-            raise UserError(f"max_tokens = {cfg.max_tokens}: the first prompt alone has {length}")
+        check_prompt(chat, example, cfg.max_tokens)
         engine = ScriptedEngine(_sampled(chat, example["messages"], turns), tokenizer)
         trajectory = wait(_play(example, chat, engine, toolbox, Settings.of(cfg), selected))
     show(trajectory, tokenizer)
@@ -84,7 +83,7 @@ def sft(cfg) -> Trajectory:
     trajectory = Trajectory(row[0], messages=row[0].get("messages", []), stop="answered")
     for i, bit in enumerate(mask):
         trajectory.add(ids[i : i + 1], bit, [0.0] if bit else None)
-    trajectory.turn_starts = [i for i, bit in enumerate(mask) if bit and not mask[i - 1]]
+    trajectory.turn_starts = _starts(mask)
     show(trajectory, tokenizer)
     cut = f"max_tokens = {cfg.max_tokens}: this row has {len(ids)} tokens and would be cut"
     notes += [cut] * (len(ids) > cfg.max_tokens)
@@ -210,13 +209,14 @@ def _sampled(chat: Chat, prompt: list[dict], turns: list[dict]) -> list[list[int
         called = [call["function"]["name"] for call in turn.get("tool_calls", [])]
         messages += [turn, *({"role": "tool", "name": name, "content": "…"} for name in called)]
     ids, mask = chat.render(messages)
-    found = []
-    for i, bit in enumerate(mask):
-        if bit and not mask[i - 1]:
-            found.append([])
-        if bit:
-            found[-1].append(ids[i])
-    return found
+    starts = _starts(mask)
+    parts = zip(starts, [*starts[1:], len(ids)], strict=True)
+    return [[ids[i] for i in range(first, end) if mask[i]] for first, end in parts]
+
+
+def _starts(mask: list[int]) -> list[int]:
+    """Where the turns begin."""
+    return [i for i, bit in enumerate(mask) if bit and not mask[i - 1]]
 
 
 def _doubts(trajectory: Trajectory, names: list[str]) -> list[str]:

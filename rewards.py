@@ -19,11 +19,9 @@ import inspect
 import math
 import re
 import sys
-import threading
 import traceback
 import types
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +30,7 @@ from answers import answer, equal, last_turn, places, words
 from answers import f1 as f1_of
 from config import HERE, UserError, near
 from judge import judge
+from tools import start_thread
 from verify import code_tests, sql_match
 
 MALFORMED = {"bad_json", "unknown_tool", "bad_arguments"}  # ToolCall.error of calls that never ran
@@ -369,21 +368,8 @@ async def _awaited(function, trajectory, example):
 
 
 async def _in_thread(function, trajectory, example):
-    """The same, in a daemon thread of its own: a pool would be full of those that hang."""
-    loop = asyncio.get_running_loop()
-    future = loop.create_future()
-
-    def deliver(outcome):
-        if not future.done():  # not too late
-            future.set_result(outcome)
-
-    def work():
-        outcome = _outcome(function, trajectory, example)
-        with suppress(RuntimeError):  # the loop was closed meanwhile
-            loop.call_soon_threadsafe(deliver, outcome)
-
-    threading.Thread(target=work, daemon=True, name="reward").start()
-    return await future
+    """The same, in a thread of its own: a pool would be full of those that hang."""
+    return await start_thread(lambda: function(trajectory, example))[1]
 
 
 def _checked(name, value, error, trajectory, example):

@@ -32,7 +32,7 @@ import rewards as reward_functions
 from chat import Chat
 from config import UserError
 from engine import Engine, Sampling
-from tools import Toolbox, ToolCall
+from tools import Toolbox, ToolCall, shortened
 
 # The keys of train_grpo's Config that shape a rollout: those that --key=value may set here.
 KEYS = tuple(
@@ -338,10 +338,7 @@ def cut(text: str, limit: int, tokenizer) -> str:
     if len(text.encode()) <= limit:  # a token is at least one byte
         return text
     if tokenizer is None:  # another's model: four characters a token, about
-        half, dropped = 2 * limit, len(text) - 4 * limit
-        if dropped <= 0:
-            return text
-        return f"{text[:half]}\n[... {dropped} characters cut ...]\n{text[len(text) - half :]}"
+        return shortened(text, 4 * limit)
     # Only the ends of a long text are encoded: a megabyte takes a second, in which nobody plays.
     reach = max(16 * limit, 256)  # characters
     long = len(text) > 2 * reach
@@ -496,8 +493,7 @@ def setup(cfg, tune: str, limit: int | None = None):
     toolbox, selected, rows = task(cfg, limit)
     tokenizer = models.load_tokenizer(cfg.model)
     chat = Chat(tokenizer, cfg.format, toolbox.schemas)  # proved before any weights are loaded
-    if (length := len(chat.prompt(rows[0]["messages"]))) >= cfg.max_tokens:
-        raise UserError(f"max_tokens = {cfg.max_tokens}: the first prompt alone has {length}")
+    check_prompt(chat, rows[0], cfg.max_tokens)
     lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
     if tune == "none" and cfg.tune == "qlora" and models.is_adapter(cfg.model):
         tune = "none4bit"  # what was trained was an adapter on the rounded base
@@ -505,6 +501,12 @@ def setup(cfg, tune: str, limit: int | None = None):
     if cfg.engine == "transformers" or tune != "none":
         model, _ = models.load(cfg.model, tune, cfg.dtype, "auto", *lora)
     return model, tokenizer, chat, toolbox, selected, rows
+
+
+def check_prompt(chat: Chat, example: dict, max_tokens: int) -> None:
+    """UserError if there is no room to answer it."""
+    if (length := len(chat.prompt(example["messages"]))) >= max_tokens:
+        raise UserError(f"max_tokens = {max_tokens}: the first prompt alone has {length}")
 
 
 @contextlib.contextmanager

@@ -168,9 +168,7 @@ class Session:
         else:
             content, error, seconds = await self._cached(tool, arguments)
         if isinstance(content, str) and len(content) > MAX_RESULT_CHARS:
-            dropped, half = len(content) - MAX_RESULT_CHARS, MAX_RESULT_CHARS // 2
-            content = f"{content[:half]}\n[... {dropped} characters cut ...]\n{content[-half:]}"
-            error = error or "oversized"
+            content, error = shortened(content, MAX_RESULT_CHARS), error or "oversized"
         if error:
             self.box.errors[error] += 1
         return content, error, seconds
@@ -282,27 +280,7 @@ class Session:
         self.box._abandoned.append(asyncio.ensure_future(session.close()))
 
     async def _in_thread(self, function, late=None):
-        """A daemon thread per call, no pool: a hung one costs no worker and does not block exit.
-        late: called with a result that nobody waits for any more."""
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-
-        def deliver(result, error):
-            if not future.done():
-                future.set_result((result, error))
-            elif late and error is None:
-                late(result)
-
-        def work():
-            try:
-                outcome = function(), None
-            except BaseException as error:  # SystemExit too: in a thread it would vanish unseen
-                outcome = None, error
-            with suppress(RuntimeError):  # the loop was closed while an abandoned thread went on
-                loop.call_soon_threadsafe(deliver, *outcome)
-
-        thread = threading.Thread(target=work, daemon=True, name="tool")
-        thread.start()
+        thread, future = start_thread(function, late)
         try:
             result, error = await future
         except asyncio.CancelledError:
@@ -330,6 +308,40 @@ class Session:
                 closed = False
             if not closed:
                 self.box.errors["close"] += 1
+
+
+def start_thread(function: Callable, late: Callable | None = None):
+    """(thread, future of (result, None) or (None, what it raised)) of function(), which runs in a
+    daemon thread of its own, not in a pool: a hung one costs no worker and does not block exit.
+    late: called with a result that nobody waits for any more."""
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+
+    def deliver(result, error):
+        if not future.done():
+            future.set_result((result, error))
+        elif late and error is None:
+            late(result)
+
+    def work():
+        try:
+            outcome = function(), None
+        except BaseException as error:  # SystemExit too: in a thread it would vanish unseen
+            outcome = None, error
+        with suppress(RuntimeError):  # the loop was closed while an abandoned thread went on
+            loop.call_soon_threadsafe(deliver, *outcome)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread, future
+
+
+def shortened(text: str, limit: int) -> str:
+    """`text` with its middle taken out so that `limit` characters stay; the cut is marked."""
+    dropped, half = len(text) - limit, limit // 2
+    if dropped <= 0:
+        return text
+    return f"{text[:half]}\n[... {dropped} characters cut ...]\n{text[len(text) - half :]}"
 
 
 def _parameters(tool):

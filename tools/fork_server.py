@@ -66,12 +66,9 @@ def serve(kind, parent, folders, prepare, run, run_session):
 
 
 def _serve_calls(control, parent, active, start):
-    poller = select.epoll()
-    poller.register(control, select.EPOLLIN)
-    # pidfd -> call; the caller's socket -> pidfd; pidfd -> process id, call, reply
-    calls, callers, cleaners = {}, {}, {}
+    calls = {}  # pidfd -> call
     try:
-        _serve_until_the_end(control, parent, active, start, poller, calls, callers, cleaners)
+        _serve_until_the_end(control, parent, active, start, calls)
     finally:  # the trainer has gone, or we fail
         for call in calls.values():
             _kill(call)
@@ -80,7 +77,10 @@ def _serve_calls(control, parent, active, start):
                 _remove(call["scratch"])
 
 
-def _serve_until_the_end(control, parent, active, start, poller, calls, callers, cleaners):
+def _serve_until_the_end(control, parent, active, start, calls):
+    poller = select.epoll()
+    poller.register(control, select.EPOLLIN)
+    callers, cleaners = {}, {}  # the caller's socket -> pidfd; pidfd -> process id, call, reply
     number = 0
     # Not PR_SET_PDEATHSIG for ourselves: that tells the death of the *thread* which started us.
     while os.getppid() == parent:

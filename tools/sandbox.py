@@ -64,7 +64,7 @@ import sys
 import threading
 import time
 
-from tools import ToolError, confine, fork_server
+from tools import ToolError, confine, fork_server, shortened
 
 WALL_SECONDS = 60.0  # for callers without a deadline; a Toolbox's `timeout` is shorter
 CODE_SIZE = 100_000  # bytes of code
@@ -81,8 +81,7 @@ async def call(server: str, code: str) -> tuple[bytearray, dict | None]:
         if has_fork_server():
             await send(server, b"run", ctl, out)
         else:
-            process = _popen("one", ctl, out)
-            threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie
+            _popen_alone("one", ctl, out)
 
     data = encoded(code)
     for _ in range(3):  # a server that died left nothing of the call behind: run it again
@@ -175,10 +174,7 @@ def observation(
 ) -> str:
     """What the model reads. Raises ToolError if that is an error. `raised`: the exit status that
     tells of an exception, of which the output has the traceback."""
-    text = output.decode("utf-8", "replace").rstrip("\n")
-    if len(text) > SHOWN:
-        dropped, half = len(text) - SHOWN, SHOWN // 2
-        text = f"{text[:half]}\n[... {dropped} characters cut ...]\n{text[-half:]}"
+    text = shortened(output.decode("utf-8", "replace").rstrip("\n"), SHOWN)
     if reply is None:
         raise ToolError("oversized", f"{text}\n(killed: more than {OUTPUT_SIZE} bytes of output)")
     if "broken" in reply:
@@ -226,8 +222,7 @@ async def send_session(ctl, requests):
     if has_fork_server():
         await send("heavy", b"session", ctl, requests)
     else:
-        process = _popen("session", ctl, requests)
-        threading.Thread(target=process.wait, daemon=True).start()
+        _popen_alone("session", ctl, requests)
 
 
 # name -> (process, our end of its control socket); one of each name per process of ours
@@ -256,6 +251,12 @@ def _try_send(server, message, fds):
             except ConnectionError:  # it died since poll()
                 process.wait()
     raise ConnectionResetError("the sandbox died")
+
+
+def _popen_alone(what, first, second):
+    """For one call or session, where there is no server to end it."""
+    process = _popen(what, first, second)
+    threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie
 
 
 def _popen(what, stdin, stdout):
