@@ -544,7 +544,7 @@ def test_without_servers_the_run_stops_and_goes_on_when_one_is_back(caller, serv
 
 def processes():
     """Of vLLM, that run now: their pids."""
-    out = subprocess.run(["ps", "-eo", "pid=,stat=,args="], capture_output=True, text=True).stdout
+    out = subprocess.run(["ps", "-ewwo", "pid=,stat=,args="], capture_output=True, text=True).stdout
     lines = [line.split(maxsplit=2) for line in out.splitlines() if "VLLM::" in line]
     return {int(pid) for pid, state, _ in lines if state[0] != "Z"}  # Z: ended, nobody has asked
 
