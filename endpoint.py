@@ -75,6 +75,8 @@ class Endpoint:
             after = 0.0
             try:
                 answer = await self.http.post(self.url + "/chat/completions", json=body)
+            except httpx.LocalProtocolError:  # its text quotes the key
+                raise UserError(f"{self.url}: the key cannot be sent: see --key_env") from None
             except httpx.TransportError as error:
                 why = f"{type(error).__name__} {error}".strip()
                 continue
@@ -110,7 +112,7 @@ def _answer(answer) -> dict | None:
 
 def key_of(name: str) -> str:
     """The key in the environment variable `name`, "" for none."""
-    return os.environ.get(name, "") if name else ""
+    return os.environ.get(name, "").strip() if name else ""  # of a file with CRLF, a CR stays
 
 
 async def turn(

@@ -192,9 +192,12 @@ def test_newer_endpoints_want_another_name_for_the_limit(api):
 
 
 def test_the_key_comes_from_the_environment(api, monkeypatch):
-    monkeypatch.setenv("MY_KEY", "secret")
+    monkeypatch.setenv("MY_KEY", "secret\r\n")  # as a file with CRLF gives it
     episode(api, [say("x")], key=endpoint.key_of("MY_KEY"))
     assert api.headers[0]["Authorization"] == "Bearer secret"
+    with pytest.raises(UserError, match="the key cannot be sent: see --key_env") as caught:
+        episode(api, [say("x")], key="my-\nsecret")
+    assert "my-" not in str(caught.value) and len(api.requests) == 1
     assert endpoint.key_of("") == endpoint.key_of("NOT_THERE") == ""
 
 

@@ -16,7 +16,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -435,6 +437,117 @@ def test_a_server_without_the_handshake_pages_of_tools_and_errors_of_the_protoco
             assert results == [("error: try again later", "exception")] * 2
 
     asyncio.run(scene())
+
+
+@pytest.fixture
+def scripted():
+    """An MCP server over HTTP whose tool answers with the HTTP status, or the JSON-RPC error code,
+    that it is asked for; .seen: the methods and the tokens that came."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_):
+            """Says nothing."""
+
+        def reply(self, status, said=None):
+            text = b"" if said is None else json.dumps(said).encode()
+            self.send_response(status)
+            self.send_header("content-type", "application/json" if text else "text/plain")
+            self.send_header("content-length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def do_GET(self):
+            self.reply(405)
+
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            server.seen.append((asked["method"], self.headers["authorization"]))
+            if "id" not in asked:
+                return self.reply(202)
+            given = asked.get("params", {}).get("arguments", {})
+            if "status" in given:
+                return self.reply(given["status"])
+            said = {"jsonrpc": "2.0", "id": asked["id"]}
+            if "code" in given:
+                return self.reply(200, said | {"error": {"code": given["code"], "message": "own"}})
+            whole = {"type": "object", "additionalProperties": True}
+            results = {
+                "initialize": {
+                    "protocolVersion": "2025-06-18",
+                    "capabilities": {"tools": {}},
+                    "serverInfo": {"name": "scripted", "version": "1"},
+                },
+                "tools/list": {"tools": [{"name": "do", "inputSchema": whole}]},
+                "tools/call": {"content": [{"type": "text", "text": "done"}]},
+            }
+            self.reply(200, said | {"result": results[asked["method"]]})
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads, server.seen = True, []
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_address[1]}/mcp"
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_error_that_is_the_servers_own_or_a_busy_server_is_no_loss_of_it(toolbox, scripted):
+    """Pitfall 41: nobody else's call is lost, and the connection is looked at only where an error
+    may mean that it is dead."""
+    box = toolbox(x={"url": scripted.url}, box={"options": ["do.retries=0"]})
+    scripted.seen.clear()
+
+    async def scene():
+        async with opened(box) as session:
+
+            async def call(**asked):
+                return (await session.call("do", asked))[:2]
+
+            assert await call() == ("done", None)
+            before = [method for method, _ in scripted.seen]
+            assert await call(code=-32602) == ("error: own", "exception")
+            assert await call(code=7) == ("error: own", "exception")
+            text, error = await call(status=503)
+            assert error == "network" and "'x' is busy (HTTP 503" in text
+            assert [m for m, _ in scripted.seen[len(before) :]] == ["tools/call"] * 3
+            assert await call(code=-32603) == ("error: own", "exception")  # though it was busy
+            assert (await asyncio.gather(call(status=429), call(), call(code=-32603)))[1:] == [
+                ("done", None),
+                ("error: own", "exception"),
+            ]
+            methods = [method for method, _ in scripted.seen]
+            assert methods.count("initialize") == 1 and methods.count("tools/list") == 3
+
+    asyncio.run(scene())
+
+
+def test_a_token_is_sent_without_what_a_file_with_crlf_adds_and_is_in_no_message(
+    toolbox, scripted, monkeypatch
+):
+    server = {"url": scripted.url, "headers": {"Authorization": "Bearer ${MY_TOKEN}"}}
+    monkeypatch.setenv("MY_TOKEN", "my-secret\r\n")
+    first = toolbox(x=server).tools["do"].key
+    assert {token for _, token in scripted.seen} == {"Bearer my-secret"}
+    monkeypatch.setenv("MY_TOKEN", "another")  # may be another user, who sees other things
+    assert toolbox(x=server).tools["do"].key != first and "secret" not in first
+    monkeypatch.setenv("MY_TOKEN", "my-\nsecret")
+    with pytest.raises(UserError, match="a value that cannot be sent .*: correct its head") as seen:
+        toolbox(x=server)
+    assert "secret" not in str(seen.value)
+
+
+def test_a_call_has_as_long_as_the_server_that_it_may_have_to_start(toolbox, scripted):
+    tools = [
+        toolbox({"timeout": 10.0, "options": options}, x={"url": scripted.url, **more}).tools["do"]
+        for options, more in (
+            ([], {"start_timeout": 30}),
+            ([], {"start_timeout": 5}),
+            (["do.timeout=2"], {"start_timeout": 30}),
+        )
+    ]
+    assert [tool.timeout for tool in tools] == [30, None, 2]
 
 
 # -- what is refused

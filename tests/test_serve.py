@@ -36,6 +36,7 @@ TOOLS = '''
 import os
 import sys
 from PIL import Image
+from config import UserError
 
 print("stdout of an import")
 
@@ -48,6 +49,11 @@ def picture(colour: str):
     """
     print("stdout of a tool")
     return ["a picture", Image.new("RGB", (8, 6), colour)]
+
+
+def noise():
+    """Draw a large picture."""
+    return Image.effect_noise((1100, 1100), 100)
 
 
 async def double(number: int) -> str:
@@ -80,10 +86,27 @@ class counter:
         return str(self.count)
 
     def close(self):
-        with open(self.log, "a") as file:
-            file.write(f"closed at {self.count}\\n")
+        if self.count:
+            with open(self.log, "a") as file:
+                file.write(f"closed at {self.count}\\n")
+
+
+class file:
+    """Reads a file that there has to be, for each session."""
+
+    def __init__(self, path: str):
+        if not os.path.exists(path):
+            raise UserError(f"there is no {path}")
+        if path == "/":
+            raise IsADirectoryError("a folder")
+        self.path = path
+
+    def __call__(self) -> str:
+        """Read."""
+        with open(self.path) as file:
+            return file.read()
 '''
-STATELESS = ["picture", "double", "process"]
+STATELESS = ["picture", "noise", "double", "process"]
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +141,7 @@ def http(tools_file, names=STATELESS, *arguments, token="", port=0):
 @pytest.fixture(scope="module")
 def remote(tools_file):
     """A server that several tests share: with a token, its tools have no state."""
-    with http(tools_file, token="the secret") as (_, url):
+    with http(tools_file, token="the secret\r\n") as (_, url):  # as a file with CRLF gives it
         yield url
 
 
@@ -258,6 +281,8 @@ def test_our_client_gives_its_token_and_is_told_when_it_is_wrong(remote, tmp_pat
         assert content[1].getpixel((0, 0)) == (0, 0, 255) and error is None
         text, error, _ = await session.call("picture", {"colour": "no colour"})
         assert "unknown color" in text and error == "exception"
+        large, error, _ = await session.call("noise", {})  # more than a MiB
+        assert large[0].size == (1100, 1100) and error is None
         calls = [box.open({}).call("double", {"number": i}) for i in range(100)]
         assert [text for text, _, _ in await asyncio.gather(*calls)] == [
             str(2 * i) for i in range(100)
@@ -375,6 +400,30 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(tools_file, monkeypatch)
         assert "cannot listen at 127.0.0.1:" in said and "give another --port" in said
     said = refused(monkeypatch, f"{tools_file}:counter", "--http", "--workers=2")
     assert "counter keeps a state" in said and "--workers=1" in said
+
+
+def test_a_tool_that_no_session_could_have_is_refused_at_the_start(tools_file, monkeypatch):
+    """Not served, for every call of it to fail."""
+    for way in "--stdio", "--http":
+        name, option = f"{tools_file}:file", "--tool_options=file.path="
+        assert "there is no /nope" in refused(monkeypatch, name, way, option + "/nope")
+        said = refused(monkeypatch, name, way, option + "/")
+        assert said == "tool 'file' cannot be made: IsADirectoryError: a folder"
+
+
+def test_what_is_gone_later_is_an_error_of_the_call(tools_file, tmp_path):
+    path = tmp_path / "text"
+    path.write_text("hello")
+    with http(tools_file, ["file", "double"], f"--tool_options=file.path={path}") as (_, url):
+
+        async def scene():
+            async with client(url, mode="legacy") as one:
+                path.unlink()
+                result = await one.call_tool("file", {})
+                assert result.is_error and text_of(result) == f"error: there is no {path}"
+                assert text_of(await one.call_tool("double", {"number": 2})) == "4"
+
+        asyncio.run(scene())
 
 
 def test_help_is_printed(capsys):

@@ -65,7 +65,7 @@ def call(tool, question="2 and 2?"):
 
 
 def test_a_question_goes_out_with_system_prompt_key_and_limits(model, monkeypatch):
-    monkeypatch.setenv("MY_KEY", "my-secret")
+    monkeypatch.setenv("MY_KEY", "my-secret\r\n")  # as a file with CRLF gives it
     tool = ask(model.url + "/", "big", "MY_KEY", "Be short.", max_tokens=9, temperature=0.5)
     assert call(tool) == "4"
     assert call(tool, "\ud800") == "4"  # and from another event loop
@@ -81,6 +81,14 @@ def test_a_question_goes_out_with_system_prompt_key_and_limits(model, monkeypatc
         "temperature": 0.5,
         "max_tokens": 9,
     }
+
+
+def test_a_key_that_cannot_be_sent_is_not_told_to_the_model(model, monkeypatch):
+    """Nor written to rollouts.jsonl."""
+    monkeypatch.setenv("MY_KEY", "my-\nsecret")
+    with pytest.raises(ToolError, match="cannot be asked with the key as it is") as caught:
+        call(ask(model.url, "big", "MY_KEY"))
+    assert "secret" not in str(caught.value) and not model.requests
 
 
 def test_a_missing_key_stops_the_run_at_the_start_but_not_on_this_machine(model, monkeypatch):

@@ -4,6 +4,8 @@ pytest tests/test_tool_marks.py
 """
 
 import asyncio
+import linecache
+import math
 import time
 from pathlib import Path
 
@@ -110,6 +112,8 @@ def test_options_reach_the_instance_and_are_cast():
         (("Shelf.book=x", "Self.book=y"), "Self is none of the tools: did you mean Shelf?"),
         (("Shelf.book=x", "Shelf.timeout=0"), "timeout = 0.0: expected more than 0"),
         (("Shelf.book=x", "Shelf.retries=3"), "retries has no effect: Shelf asks no network"),
+        (("Shelf.book=x", "Shelf.retries=-1"), "retries = -1: expected 0 or more"),
+        (("Shelf.book=x", "Shelf.concurrency=17"), "run at most tool_concurrency = 16 calls"),
         (("Shelf.book=burnt",), "book = 'burnt': expected one that can be read"),
     ],
 )
@@ -124,6 +128,34 @@ def test_a_function_has_no_options_but_those_of_every_tool():
     with pytest.raises(UserError, match="count has no option 'x'"):
         Toolbox([counted()], options=("count.x=1",))
     assert Toolbox([counted()], options=("count.timeout=3",)).tools["count"].timeout == 3
+
+
+def test_an_option_of_its_own_that_has_the_name_of_a_common_one_is_refused():
+    """Pitfall 55: it could not be given, or would set something else."""
+
+    class Slow:
+        def __init__(self, timeout: float = 3.0):
+            self.timeout = timeout
+
+        def __call__(self) -> str:
+            """Waits."""
+
+    with pytest.raises(UserError, match="'Slow' has 'timeout', as every tool has: rename that"):
+        Toolbox([Slow])
+
+
+def test_a_shared_tool_that_cannot_be_made_is_named():
+    class Broken:
+        shared = True
+
+        def __init__(self):
+            raise OSError("no such device")
+
+        def __call__(self) -> str:
+            """Does."""
+
+    with pytest.raises(UserError, match="'Broken' cannot be made: OSError: no such device"):
+        Toolbox([Broken])
 
 
 def test_describing_alone_makes_nothing_and_needs_no_option():
@@ -150,6 +182,15 @@ def test_a_shared_tool_is_made_once_and_closed_with_the_box():
 
     asyncio.run(run())
     assert len(Shelf.made) == 1 and Shelf.made[0].closed == 1 and not box.errors
+
+
+def test_a_mistake_in_another_tool_leaves_no_shared_one_behind():
+    """Nobody could close it: there is no Toolbox."""
+    Shelf.made.clear()
+    for wrong in "count.timeout=0", "count.pages=1", "cuont.timeout=1":
+        with pytest.raises(UserError):
+            Toolbox([Shelf, counted()], options=("Shelf.book=x", wrong))
+    assert not Shelf.made
 
 
 def test_a_tool_gets_the_row_of_its_trajectory():
@@ -244,6 +285,18 @@ def test_options_of_tool_objects_are_checked_and_the_object_stays_as_it_was():
     assert box.tools["mine"].retries == 0
 
 
+def test_fewer_than_no_retries_are_refused():
+    """Pitfall 41: the tool would never be asked, and "(no output)" kept as its result."""
+    tool = counted()
+    tool.network = True
+    with pytest.raises(UserError, match="count.retries = -1: expected 0 or more"):
+        Toolbox([tool], options=("count.retries=-1",))
+    made = loading.load([tool])[0][0]
+    made.retries = -1
+    with pytest.raises(UserError, match="count.retries = -1: expected 0 or more"):
+        Toolbox([made])
+
+
 def test_a_file_that_was_changed_is_run_again(tmp_path):
     file = tmp_path / "mine.py"
     for text in ("old", "new"):
@@ -309,7 +362,7 @@ def test_what_is_known_is_not_run_again_and_takes_no_time():
     box = Toolbox([tool])
     first, again, other = play(box, *[("count", {"x": x}) for x in (1, 1, 2)])
     assert (first[0], again[0], other[0]) == ("1 1", "1 1", "2 2")
-    assert first[2] > 0.005 and again[2] == 0.0 and box.cache.hits == 1
+    assert first[2] > 0.005 and again[2] == 0.0 and other[2] > 0.005 and box.cache.hits == 1
 
 
 def test_calls_at_the_same_moment_run_once():
@@ -325,6 +378,22 @@ def test_an_error_is_not_kept_and_those_who_waited_for_it_run_at_once():
     done = play(Toolbox([tool]), *[("count", {"x": 1})] * 8, at_once=True)
     assert [error for _, error, _ in done] == ["exception"] * 8 and tool.calls == 8
     assert time.perf_counter() - start < 0.5
+
+
+def test_an_instance_that_hangs_while_it_is_made_takes_one_deadline():
+    class Hangs:
+        pure = True
+
+        def __init__(self):
+            time.sleep(1)
+
+        def __call__(self) -> str:
+            """Does."""
+
+    box = Toolbox([Hangs], timeout=0.2)
+    content, error, seconds = play(box, ("Hangs", {}))[0]
+    assert (content, error) == ("error: Hangs took longer than 0.2 s and was stopped", "timeout")
+    assert 0.2 <= seconds < 0.39 and box.errors == {"timeout": 1}
 
 
 def test_a_cancelled_call_leaves_nobody_waiting():
@@ -364,11 +433,53 @@ def test_a_file_keeps_results_until_the_tool_or_its_options_change(tmp_path):
     assert play(box, ("Row", {"x": 1}), example={"name": "a"})[0][0] == "pa1" and Row.calls == [1]
 
 
-def test_a_file_that_cannot_be_a_cache_is_refused(tmp_path):
+def cell_key(code, name=None):
+    """The key of a tool of a notebook: there is no file. name: of a cell whose source is known."""
+    text = "def tool(x: float) -> float:\n    'Maps.\\n\\nArgs:\\n    x: it'\n"
+    text += f"    {code}\n"
+    if name:
+        linecache.cache[name] = len(text), None, text.splitlines(True), name
+    space = {"math": math}
+    exec(compile(text, name or "<string>", "exec"), space)
+    return loading.load([space["tool"]])[0][0].key
+
+
+def bound(value, default=0):
+    def tool(x: int = default) -> int:
+        """Adds.
+
+        Args:
+            x: it
+        """
+        return x + value
+
+    return loading.load([tool])[0][0].key
+
+
+def test_another_function_never_gets_what_was_kept_of_this_one():
+    """Pitfall 41: in a notebook too, and where only the values differ that are bound in it."""
+    codes = [f"return math.{name}(x)" for name in ("sin", "cos")]
+    codes += [f"return (lambda y: y + {n})(x)" for n in (1, 2)]
+    keys = [cell_key(code) for code in codes]
+    assert len(set(keys)) == 4 and [cell_key(code) for code in codes] == keys
+    assert cell_key(codes[0], "<cell 1>") == cell_key(codes[0], "<cell 2>")
+    assert cell_key(codes[0], "<cell 1>") != cell_key(codes[1], "<cell 1>")
+    assert bound("a") == bound("a") and len({bound("a"), bound("b"), bound("a", 1)}) == 3
+
+
+def test_a_file_that_cannot_be_a_cache_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("not a database " * 100)
-    for path in (tmp_path / "text", tmp_path / "no" / "folder"):
+    for path in (tmp_path / "text", tmp_path / "no" / "folder", "", "true", "False"):
         with pytest.raises(UserError, match="tool_cache = .*: give memory, none, or a file"):
             Toolbox([counted()], cache=str(path))
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_keeping_the_results_of_a_tool_where_none_are_kept_is_refused():
+    """Pitfall 55."""
+    with pytest.raises(UserError, match="count.cache has no effect with tool_cache=none"):
+        Toolbox([counted(pure=False)], options=("count.cache=true",), cache="none")
 
 
 # -- network

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from config import UserError
-from tools import Tool, Toolbox, confine, fork_server, sandbox
+from tools import Tool, Toolbox, ToolError, confine, fork_server, sandbox
 from tools.python import python
 
 ROOT = Path(__file__).parent.parent
@@ -374,6 +374,32 @@ def test_the_cpu_limit_ends_a_call_without_a_deadline(monkeypatch):
 
     for error in asyncio.run(scene()):
         assert (error.kind, error.text) == ("timeout", "begun\n(killed: 1 s of CPU time)")
+
+
+@pytest.mark.parametrize("timeout, cpu", [(2.5, 10), (10.0, 10), (29.5, 30)])
+def test_a_longer_deadline_brings_more_cpu_time(timeout, cpu, way):
+    """Pitfall 55: else python.timeout=30 would have no effect for what computes."""
+    code = "import resource\nresource.getrlimit(resource.RLIMIT_CPU)[0]"
+    assert run(code, timeout) == (f"{cpu}", None)
+
+    async def session():
+        options = (f"python_session.timeout={timeout}",)
+        box = Toolbox(["python_session"], options=options)
+        session = box.open()
+        said = await session.call("python_session", {"code": code})
+        await session.close()
+        return said[:2]
+
+    content, error = asyncio.run(session())
+    assert cpu <= int(content) <= cpu + 2 and error is None  # what it has taken, and a second
+
+
+def test_a_caller_without_a_deadline_has_a_wall_clock(monkeypatch):
+    """Pitfall 39. A Toolbox's deadline may be later than that."""
+    monkeypatch.setattr(sandbox, "WALL_SECONDS", 0.3)
+    with pytest.raises(ToolError, match="stopped after 0.3 s"):
+        asyncio.run(python("import time; time.sleep(5)"))
+    assert run("import time; time.sleep(0.6); 'done'") == ("'done'", None)
 
 
 def test_windows_is_refused_in_a_sentence_and_the_sandbox_is_no_tool(monkeypatch):

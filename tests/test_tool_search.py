@@ -183,6 +183,16 @@ def test_a_task_has_its_corpus_in_memory():
     assert ask(tool, title) == f"Doc 1(Title: {title}) {text}"
 
 
+def test_what_is_kept_of_a_task_is_that_of_its_rows(monkeypatch):
+    """Pitfall 41: the task may have changed since."""
+    pytest.importorskip("tantivy")
+    from tasks import facts
+
+    first, again = (search(corpus="task:facts").key for _ in range(2))
+    monkeypatch.setattr(facts, "corpus", lambda: PASSAGES)
+    assert first == again != search(corpus="task:facts").key
+
+
 def test_a_packed_corpus_is_read_as_it_is(tmp_path):
     pytest.importorskip("tantivy")
     path = write(tmp_path / "wiki.jsonl.gz", PASSAGES, gzip.open)
@@ -321,7 +331,7 @@ def test_a_search_r1_server_is_asked_as_search_r1_asks_it(server):
     ],
 )
 def test_a_web_search_api_is_asked_with_the_key(server, monkeypatch, web, key, answer):
-    monkeypatch.setenv(key, "my-secret")
+    monkeypatch.setenv(key, "my-secret\r\n")  # as a file with CRLF gives it
     server.answers = [(200, answer), (200, {})]
     tool = search(web=web, web_url=server.url, k=4)
     assert ask(tool, "a & b") == "Doc 1(Title: T) S (L)"
@@ -373,3 +383,9 @@ def test_a_server_that_is_not_there_is_tried_again_and_then_an_observation(serve
     content, error, _ = asyncio.run(calls(gone, "Oslo"))
     assert error == "network" and "the search server does not answer" in content
     assert gone.errors == {"network": 1}
+
+
+def test_retries_are_refused_where_no_server_is_asked(corpus):
+    """Pitfall 55: a corpus on this machine is not asked again."""
+    with pytest.raises(UserError, match="search.retries has no effect: search asks no network"):
+        Toolbox([search], options=(f"search.corpus={corpus}", "search.retries=3"))

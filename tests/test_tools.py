@@ -309,6 +309,16 @@ def test_images_alone_or_among_text_are_kept():
     assert call(Toolbox([making(["see", image, 3])]), "make", {})[0] == ["see", image, "3"]
 
 
+def test_a_long_text_beside_an_image_is_cut_too():
+    from PIL import Image
+
+    image = Image.new("RGB", (2, 2))
+    box = Toolbox([making(["x" * (MAX_RESULT_CHARS + 1), image])])
+    (text, seen), error, _ = call(box, "make", {})
+    assert "[... 1 characters cut ...]" in text and seen is image
+    assert error == "oversized" and box.errors == {"oversized": 1}
+
+
 # -- deadlines and concurrency
 
 
@@ -470,6 +480,34 @@ def test_sessions_never_share_an_instance_and_all_are_closed_though_close_raises
         await second.close()
         assert all(counter.closed for counter in Counter.made)
         assert box.errors == {"close": 2}
+
+    asyncio.run(run())
+
+
+def test_a_close_that_is_cancelled_still_closes_every_instance():
+    """Pitfall 37: a second Ctrl-C must not leave the rest of the processes behind."""
+    closed = []
+
+    def tool(name):
+        async def __call__(self) -> str:
+            """Does."""
+
+        async def close(self):
+            await asyncio.sleep(0.05)
+            closed.append(name)
+
+        return type(name, (), {"__call__": __call__, "close": close})
+
+    async def run():
+        session = Toolbox([tool("one"), tool("two"), tool("three")]).open()
+        for name in ("one", "two", "three"):
+            await session.call(name, {})
+        closing = asyncio.ensure_future(session.close())
+        await asyncio.sleep(0.01)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        assert closed == ["three", "two", "one"]
 
     asyncio.run(run())
 

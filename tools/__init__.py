@@ -43,6 +43,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from config import UserError
@@ -56,6 +57,10 @@ NO_OUTPUT = "(no output)"
 CLOSING = 10.0  # seconds, at least, that close() has: a server ends in its own time
 GRACE = 0.1  # seconds that a cancelled async tool has to clean up before it counts as leaked
 PAUSE = 0.5  # seconds before the first retry of a network tool; doubled before each further one
+
+
+# Seconds that the call which runs here has, 0 for one that nobody stops: for limits of its own.
+DEADLINE = ContextVar("deadline", default=0.0)
 
 
 @dataclass
@@ -106,7 +111,8 @@ class Toolbox:
             raise UserError(
                 f"tool concurrency {concurrency}, timeout {timeout}: expected >= 1, and > 0 seconds"
             )
-        found, self._shared = loading.load(tools, options, timeout, describe_only)
+        more = timeout, describe_only, concurrency, cache != "none"
+        found, self._shared = loading.load(tools, options, *more)
         self.tools = {tool.name: tool for tool in found}
         self.schemas = [tool.schema for tool in found]
         self.cache = Cache("none" if describe_only else cache)
@@ -167,8 +173,8 @@ class Session:
             error = "bad_arguments"
         else:
             content, error, seconds = await self._cached(tool, arguments)
-        if isinstance(content, str) and len(content) > MAX_RESULT_CHARS:
-            content, error = shortened(content, MAX_RESULT_CHARS), error or "oversized"
+        if any(map(_is_too_long, content if isinstance(content, list) else [content])):
+            content, error = _cut(content), error or "oversized"
         if error:
             self.box.errors[error] += 1
         return content, error, seconds
@@ -179,12 +185,13 @@ class Session:
             return await self._timed(tool, arguments)
         depends = ""
         if tool.make:  # made also if the result is known: it must cost little
+            start = time.perf_counter()
             try:
-                done, state = await self._in_time(self._state(tool), self._limit(tool))
-            except Exception:
-                done = False
-            if not done:  # the call itself will say what is wrong
+                done, state = await self.make(tool)
+            except Exception:  # the call itself will say what is wrong
                 return await self._timed(tool, arguments)
+            if not done:
+                return self._late(tool), "timeout", time.perf_counter() - start
             depends = str(getattr(state, "key", ""))
             if not depends and not tool.shared:  # it does not say what its results depend on
                 return await self._timed(tool, arguments)
@@ -205,10 +212,11 @@ class Session:
 
     async def _run(self, tool, arguments):
         try:
+            DEADLINE.set(self._limit(tool))
             done, result = await self._in_time(self._tried(tool, arguments), self._limit(tool))
             if done:
                 return _content(result), None
-            text = f"error: {tool.name} took longer than {self._limit(tool):g} s and was stopped"
+            text = self._late(tool)
             if tool.make and not tool.shared and not tool.is_async:
                 # its thread may still be changing the instance: the next call gets a new one
                 self._states.pop(tool.make, None)
@@ -237,6 +245,10 @@ class Session:
             return await tool.function(*first, **arguments)
         return await self._in_thread(lambda: tool.function(*first, **arguments))
 
+    async def make(self, tool: Tool) -> tuple[bool, object]:
+        """(True, its instance), or (False, None) at the deadline. Raises what making it raises."""
+        return await self._in_time(self._state(tool), self._limit(tool))
+
     async def _state(self, tool):
         """What tool.make made for this trajectory, or for the run; made now if it is the first."""
         states = self.box._shared if tool.shared else self._states
@@ -254,6 +266,9 @@ class Session:
 
     def _limit(self, tool):
         return tool.timeout or self.box.timeout
+
+    def _late(self, tool):
+        return f"error: {tool.name} took longer than {self._limit(tool):g} s and was stopped"
 
     async def _in_time(self, work, seconds):
         """(True, result), or (False, None) at the deadline. Not asyncio.timeout: it would wait for
@@ -293,7 +308,16 @@ class Session:
         return result
 
     async def close(self) -> None:
-        """Closes every instance, under the deadline; a failure is counted, and the rest go on."""
+        """Closes every instance, under the deadline; a failure is counted, and the rest go on. Who
+        is cancelled waits for the end of it too."""
+        closing = asyncio.ensure_future(self._close())
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            await asyncio.wait({closing})
+            raise
+
+    async def _close(self):
         self._states.clear()
         while self._to_close:
             instance = self._to_close.pop()
@@ -342,6 +366,16 @@ def shortened(text: str, limit: int) -> str:
     if dropped <= 0:
         return text
     return f"{text[:half]}\n[... {dropped} characters cut ...]\n{text[len(text) - half :]}"
+
+
+def _is_too_long(part):
+    return isinstance(part, str) and len(part) > MAX_RESULT_CHARS
+
+
+def _cut(content):
+    if isinstance(content, list):
+        return [_cut(part) for part in content]
+    return shortened(content, MAX_RESULT_CHARS) if isinstance(content, str) else content
 
 
 def _parameters(tool):

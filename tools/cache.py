@@ -25,7 +25,7 @@ class Cache:
     database. UserError if that cannot be used. Used from one event loop at a time."""
 
     def __init__(self, where: str = "memory"):
-        self.on, self.hits = where != "none", 0
+        self.on, self.hits = where != "none", 0  # hits: results that were known
         self._known, self._size = OrderedDict(), 0  # key -> text; their characters
         self._running = {}  # key -> a future that is done when the call is
         self._file = _open(where) if where not in ("memory", "none") else None
@@ -81,6 +81,9 @@ class Cache:
 
 
 def _open(path: str) -> sqlite3.Connection:
+    remedy = "give memory, none, or a file that may be made"
+    if path.lower() in ("", "true", "false"):  # SQLite would take them for names of a file
+        raise UserError(f"tool_cache = {path!r}: {remedy}")
     try:
         # no thread is asked: calls come from one event loop, but the run may end in another
         file = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=1.0)
@@ -88,6 +91,5 @@ def _open(path: str) -> sqlite3.Connection:
         file.execute("pragma synchronous = off")  # a cache may be lost with the machine
         file.execute("create table if not exists results (key text primary key, result text)")
     except sqlite3.Error as error:
-        remedy = "give memory, none, or a file that may be made"
         raise UserError(f"tool_cache = {path!r}: {error}: {remedy}") from error
     return file

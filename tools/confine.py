@@ -24,7 +24,7 @@ import signal
 import struct
 import time
 
-CPU_SECONDS = 10  # per process; in a session per call. The wall clock is the caller's deadline
+CPU_SECONDS = 10  # at least, per process; in a session per call. More if the call may take longer
 SESSION_CPU_SECONDS = 600  # per process of a session, for its life: what its code cannot lift
 MEMORY = 512 * 2**20  # bytes of address space, per process, beside what the server has loaded
 PROCESSES = 16  # processes and threads at once, per call
@@ -95,10 +95,11 @@ def limit(kind, soft, hard=None):
     resource.setrlimit(kind, (soft, hard or soft))
 
 
-def limits_of(loaded, session):
-    """name -> arguments of limit(). `loaded`: the bytes that the server has mapped already."""
+def limits_of(loaded, session, cpu):
+    """name -> arguments of limit(). `loaded`: the bytes that the server has mapped already. `cpu`:
+    seconds."""
     return {
-        "limit_cpu": (resource.RLIMIT_CPU, CPU_SECONDS, session and SESSION_CPU_SECONDS),
+        "limit_cpu": (resource.RLIMIT_CPU, cpu, session and max(cpu, SESSION_CPU_SECONDS)),
         "limit_memory": (resource.RLIMIT_AS, loaded + MEMORY),
         "limit_file_size": (resource.RLIMIT_FSIZE, FILE_SIZE),
         "limit_open_files": (resource.RLIMIT_NOFILE, OPEN_FILES),
@@ -106,10 +107,10 @@ def limits_of(loaded, session):
     }
 
 
-def renew_cpu_limit():
-    """CPU_SECONDS more for this process, up to the hard limit of a session."""
+def renew_cpu_limit(cpu):
+    """So many seconds more for this process, up to the hard limit of a session."""
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + CPU_SECONDS, hard)
+    limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + cpu, hard)
 
 
 def use_huge_pages(maps):
@@ -302,11 +303,11 @@ def refuse_calls(pid_namespace):
     libc("prctl", 22, 2, seccomp_filter(pid_namespace)[0], 0, 0)  # PR_SET_SECCOMP, ..._FILTER
 
 
-def confine_portably(scratch, session=False):
+def confine_portably(scratch, session=False, cpu=CPU_SECONDS):
     """What every Unix has. -> the layers, as layers() gives them."""
     os.chdir(scratch)
     active = dict.fromkeys(LAYERS, False)
-    for name, args in limits_of(0, session).items():
+    for name, args in limits_of(0, session, cpu).items():
         active[name] = works(functools.partial(limit, *args))  # macOS refuses some
 
     def no_new_process():  # the user's own processes count too, so only zero makes sense

@@ -51,14 +51,15 @@ def serve(kind, parent, folders, prepare, run, run_session):
         prepare(["/packages"] if active["private_root"] else folders)
         loaded = confine.use_huge_pages(maps.read())
     confine.allow_open_files(MAX_FD)  # three per call
-    active = confine.probe(active, confine.limits_of(loaded, False))
+    active = confine.probe(active, confine.limits_of(loaded, False, confine.CPU_SECONDS))
     if active["seccomp"]:
         confine.seccomp_filter(active["pid_namespace"])
 
     def start(message, ctl, fd, number):
-        session = message == b"session"
+        what, cpu = message.split()
+        session = what == b"session"
         uid = confine.FIRST_UID + SERVERS.index(kind) * confine.UIDS + number
-        limits = confine.limits_of(loaded, session)
+        limits = confine.limits_of(loaded, session, int(cpu))
         function = run_session if session else run
         return _start_call(ctl, fd, uid, active, limits, function, session)
 
@@ -240,9 +241,9 @@ def _remove(scratch):
 # -- one process per call or session, where there is no fork server
 
 
-def serve_one(run, session):
+def serve_one(run, session, cpu):
     """Serves the call or session whose sockets are stdin and stdout, in a child, and sees to the
-    child's end."""
+    child's end. `cpu`: seconds."""
     ctl = socket.socket(fileno=os.dup(0))
     second = os.dup(1)
     code = None if session else read_code(ctl)  # here: `watch` below must not find a byte of it
@@ -255,7 +256,7 @@ def serve_one(run, session):
 
         def confined():
             os.setsid()
-            confine.confine_portably(scratch, session)
+            confine.confine_portably(scratch, session, cpu)
 
         if session:
             _child(0, second, confined, lambda: run(socket.socket(fileno=second)))

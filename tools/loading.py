@@ -14,6 +14,7 @@ import sys
 import typing
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,16 +60,19 @@ def load(
     options: Sequence[str] = (),
     timeout: float = 10.0,
     describe_only: bool = False,
+    concurrency: int = 16,
+    cached: bool = True,
 ) -> tuple[list[Tool], dict]:
     """The tools, and {make: state} of those that have one state for the run, made here.
 
     timeout: seconds that an MCP server has to say what it offers. describe_only: nothing is made,
-    and a required option may be missing: for SFT, which shows tools and calls none.
-    Raises UserError on a tool that does not exist, cannot be described, or lacks an option.
+    and a required option may be missing: for SFT, which shows tools and calls none. concurrency:
+    calls at once, of all tools together. cached: the run keeps results.
+    Raises UserError on a tool that does not exist, cannot be described or made, or lacks an option.
     """
     given = config.options(options, OPTIONS)
     places = [_find(item) if isinstance(item, str) else item for item in items]
-    tools, states, modules = [], {}, {}
+    tools, described, states, modules = [], [], {}, {}
     for place in places:
         if isinstance(place, Tool):
             tools.append(_without_options(replace(place), given))
@@ -78,7 +82,8 @@ def load(
             tools += [_without_options(tool, given) for tool in mcp.load(*place[1:], timeout)]
         else:
             target = _load(*place, modules) if isinstance(place, tuple) else place
-            tools.append(_describe(target, given, states, describe_only))
+            described.append(_describe(target, given, describe_only))
+            tools.append(described[-1])
     names = [tool.name for tool in tools]
     if len(set(names)) < len(names):
         twice = Counter(names).most_common(1)[0][0]
@@ -87,8 +92,20 @@ def load(
         if name not in names:
             there = f" (tools: {', '.join(names) or 'none'})"
             raise UserError(f"{OPTIONS}: {name} is none of the tools{near(name, names) or there}")
+    now = [tool for tool in described if tool.shared and tool.make]
     for tool in tools:
-        _set_common(tool, given.get(tool.name, {}))
+        if tool not in now:
+            _set_common(tool, given.get(tool.name, {}), concurrency, cached)
+    for tool in now:  # last: a mistake elsewhere must not leave one behind that nobody closes
+        try:
+            states[tool.make] = tool.make({})
+        except UserError:
+            raise
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}".removesuffix(": ")
+            raise UserError(f"tool {tool.name!r} cannot be made: {why}") from error
+        tool.network = getattr(states[tool.make], "network", tool.network)  # its options decide
+        _set_common(tool, given.get(tool.name, {}), concurrency, cached)
     return tools, states
 
 
@@ -99,23 +116,30 @@ def _without_options(tool: Tool, given: dict) -> Tool:
     return tool
 
 
-def _set_common(tool: Tool, given: dict) -> None:
+def _set_common(tool: Tool, given: dict, most: int, cached: bool) -> None:
     where = f"{OPTIONS}: {tool.name}"
     own = {name: text for name, text in given.items() if name in COMMON}
     values = common(**config.arguments(common, own, where))
     for name in ("timeout", "concurrency"):
         if values[name] is not None and values[name] <= 0:
             raise UserError(f"{where}.{name} = {values[name]}: expected more than 0")
+    if (values["concurrency"] or 0) > most:
+        why = f"all tools together run at most tool_concurrency = {most} calls at once"
+        raise UserError(f"{where}.concurrency = {values['concurrency']}: {why}: raise that")
+    asked = tool.retries if values["retries"] is None else values["retries"]
+    if asked is not None and asked < 0:  # it would not be asked at all
+        raise UserError(f"{where}.retries = {asked}: expected 0 or more")
     if values["retries"] is not None and not tool.network:
         raise UserError(f"{where}.retries has no effect: {tool.name} asks no network, so drop it")
     if values["cache"] and tool.make and not tool.shared and not tool.pure:
         why = "what it says depends on what it was asked before"
         raise UserError(f"{where}.cache: {why}: drop it")
+    if values["cache"] and not cached:
+        raise UserError(f"{where}.cache has no effect with tool_cache=none: drop one of them")
     tool.timeout = values["timeout"] or tool.timeout
     tool.concurrency = values["concurrency"] or tool.concurrency
     if values["cache"] is not None:
         tool.pure = values["cache"]
-    asked = tool.retries if values["retries"] is None else values["retries"]
     tool.retries = (2 if asked is None else asked) if tool.network else 0
 
 
@@ -174,7 +198,7 @@ def _load(path: Path | None, name: str, modules: dict) -> Callable:
 # -- describing
 
 
-def _describe(target: Callable, given: dict, states: dict, describe_only: bool) -> Tool:
+def _describe(target: Callable, given: dict, describe_only: bool) -> Tool:
     is_class = inspect.isclass(target)
     function = target.__call__ if is_class else target
     if not (inspect.isfunction(function) or inspect.ismethod(function)):
@@ -189,19 +213,21 @@ def _describe(target: Callable, given: dict, states: dict, describe_only: bool) 
     tool.key = _key(function, own)
     if own and not is_class:
         config.arguments(_no_options, own, f"{OPTIONS}: {name}")  # raises: there are none
+    parameters = inspect.signature(target).parameters if is_class else {}
+    for option in COMMON:
+        if option in parameters:
+            raise UserError(f"tool {name!r} has {option!r}, as every tool has: rename that option")
     if not is_class or describe_only:
         return tool
     wants = config.arguments(target, own, f"{OPTIONS}: {name}")
-    takes_example = "example" in inspect.signature(target).parameters
+    takes_example = "example" in parameters
 
     def make(example: dict):
         return target(example=example, **wants) if takes_example else target(**wants)
 
     tool.make = make
-    if tool.shared:
-        if takes_example:
-            raise UserError(f"tool {name!r} is shared by all trajectories: it gets no example")
-        states[make] = target(**wants)
+    if tool.shared and takes_example:
+        raise UserError(f"tool {name!r} is shared by all trajectories: it gets no example")
     return tool
 
 
@@ -210,14 +236,32 @@ def _no_options() -> None:
 
 
 def _key(function: Callable, given: dict) -> str:
-    """Changes with the file of the tool and with its options: what a kept result depends on."""
+    """Changes with the file of the tool, the values bound in it and its options: what a kept result
+    depends on."""
     file, here = inspect.getsourcefile(function), Path(__file__).parent
     files = [Path(file)] if file and Path(file).is_file() else []
     if files and files[0].parent == here:  # ours use each other
         files = sorted(here.glob("*.py"))
-    code = function.__code__  # where there is no file, as in a notebook
-    text = [path.read_text(encoding="utf-8") for path in files] or [code.co_code, code.co_consts]
-    return hashlib.blake2b(f"{text}{sorted(given.items())}".encode(), digest_size=12).hexdigest()
+    text = [path.read_text(encoding="utf-8") for path in files] or _source(function)
+    bound = [function.__defaults__, function.__kwdefaults__]
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # it has no value yet
+            bound.append(cell.cell_contents)
+    parts = text, bound, sorted(given.items())
+    return hashlib.blake2b(repr(parts).encode("utf-8", "replace"), digest_size=12).hexdigest()
+
+
+def _source(function):
+    """Where there is no file, as in a notebook."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return _instructions(function.__code__)
+
+
+def _instructions(code):
+    inner = [_instructions(const) if inspect.iscode(const) else const for const in code.co_consts]
+    return code.co_code, inner, code.co_names
 
 
 def _schema(function: Callable, name: str) -> dict:

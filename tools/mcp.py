@@ -12,23 +12,25 @@ is stdio, http (streamable HTTP) or sse, and can be left out but for sse; `disab
     "tools": ["get_time"]        only these of its tools
     "session": "trajectory"      a connection, and for a command a process, for each trajectory;
                                  "run" (the default): one for all, so its state is shared by all
-    "start_timeout": 30          seconds until it has to be ready (10)
+    "start_timeout": 30          seconds until it has to be ready (10). A call may have to start it,
+                                 so its tools have at least as long, if no `timeout` is given them
 
-${NAME} and ${NAME:-default} are replaced by environment variables in every text. As in a shell, a
-relative command, argument or cwd starts from where the script was started. A server gets no
-environment but HOME, LOGNAME, PATH, SHELL, TERM, USER and its `env`.
+${NAME} and ${NAME:-default} are replaced by environment variables in every text. A relative cwd
+starts from where the script was started; a command with a slash, and arguments, from the cwd. A
+server gets no environment but HOME, LOGNAME, PATH, SHELL, TERM, USER and its `env`.
 
 What is covered: text, images, embedded text, errors; a server that dies is an observation of kind
-"server" for the calls in flight, and is started again at the next call; one that cannot be reached
-is asked again (kind "network"). What a server writes to stderr is kept for messages only.
+"server" for the calls in flight, and is started again at the next call; one that is busy or cannot
+be reached is asked again (kind "network"). A server's stderr is kept for messages only.
 What is not: sound and linked resources are named, not shown; servers that ask back (sampling,
-elicitation, roots) are refused; OAuth. A run that is killed closes its servers' stdin: one that
-does not end at that stays.
+elicitation, roots) are refused; OAuth; results above 1 MiB over sse, which end the connection. A
+run that is killed closes its servers' stdin: one that does not end at that stays.
 """
 
 import asyncio
 import base64
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -37,6 +39,7 @@ import re
 import shlex
 import threading
 from collections import Counter, deque
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -46,6 +49,7 @@ from PIL import Image, UnidentifiedImageError
 
 from config import UserError, near
 from tools import NetworkError, Tool, ToolError
+from tools.remote import AGAIN
 
 try:
     from mcp import Client, MCPError, StdioServerParameters, types
@@ -57,6 +61,7 @@ except ImportError as error:
 
 log = logging.getLogger(__name__)
 NO_HANDSHAKE = {types.METHOD_NOT_FOUND, types.UNSUPPORTED_PROTOCOL_VERSION}
+MAYBE_LOST = {types.CONNECTION_CLOSED, types.INVALID_REQUEST, types.INTERNAL_ERROR}
 KINDS = {"stdio": "stdio", "http": "http", "streamable-http": "http", "sse": "sse"}
 KEYS = {  # what a server can have, and what a value has to be, in words
     "command": "a text",
@@ -107,6 +112,8 @@ def load(path: str, server: str | None, timeout: float) -> list[Tool]:
     for one, offered in zip(servers, listed, strict=True):
         make = partial(Connection, one)  # one object: the tools of a server share its connection
         shared = one.values.get("session", "run") == "run"
+        patience = one.given.get("start_timeout", 0)
+        values = json.dumps(one.values, sort_keys=True)  # with secrets: only a digest is kept
         for tool in _kept(one, offered):
             schema = {"name": _safe(tool.name), "description": tool.description or tool.title or ""}
             schema["parameters"] = parameters(tool.input_schema)
@@ -120,7 +127,8 @@ def load(path: str, server: str | None, timeout: float) -> list[Tool]:
                     shared=shared,
                     serial=False,  # MCP has many calls on one session
                     network=one.kind != "stdio",
-                    key=json.dumps(one.given, sort_keys=True),  # for who sets its cache=true
+                    timeout=patience if patience > timeout else None,
+                    key=hashlib.blake2b(values.encode(), digest_size=12).hexdigest(),
                 )
             )
     return _named_apart(tools)
@@ -230,6 +238,8 @@ def _server(name, where, given, timeout):
     if given.get("disabled"):  # its variables need not be there
         return Server(name, where, given, KINDS[kind], given, start)
     values = _expanded(given, where)
+    if "headers" in values:  # a variable of a file with CRLF ends in a CR
+        values["headers"] = {key: text.strip() for key, text in values["headers"].items()}
     if "cwd" in values and not Path(values["cwd"]).is_dir():
         raise UserError(f"{where}: cwd = {given['cwd']!r} is no folder: give one that exists")
     if "url" in values and not values["url"].startswith(("http://", "https://")):
@@ -390,6 +400,9 @@ async def _there(coroutine):
     return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, _loop()))
 
 
+_errors = ContextVar("errors")  # a list: HTTP status codes >= 400 of a call's own requests
+
+
 class Connection:
     """A server, as a trajectory or a run has it: connected at the first call, and again at the
     first call after a loss. Calls may overlap, and come from any event loop."""
@@ -414,14 +427,18 @@ class Connection:
             self._forget(link)
             error = NetworkError if self.server.kind != "stdio" else partial(ToolError, "server")
             raise error(f"error: the MCP server {self.server.name!r} does not answer: {link.short}")
-        client = link.client
+        client, errors = link.client, []
+        _errors.set(errors)
         asked = asyncio.ensure_future(client.call_tool(name, arguments))
         try:  # who ends a connection ends its task, and may leave those waiting who are in a call
             await asyncio.wait({asked, link.task}, return_when=asyncio.FIRST_COMPLETED)
             if asked.done():
                 return content(asked.result())
         except MCPError as error:
-            if await _answers(client):  # the server refused the call: it is well
+            if error.code == types.INTERNAL_ERROR and errors and errors[-1] in AGAIN:
+                why = f"is busy (HTTP {errors[-1]}: {error.message})"
+                raise NetworkError(f"error: the MCP server {self.server.name!r} {why}") from None
+            if error.code not in MAYBE_LOST or await _answers(client):  # its own answer: it is well
                 raise ToolError("exception", f"error: {error.message}") from None
         finally:
             asked.cancel()
@@ -530,13 +547,17 @@ class _Link:
 
     @contextlib.asynccontextmanager
     async def _streamable(self, url):
-        async with self._http() as http, streamable_http_client(url, http_client=http) as streams:
+        async with (
+            self._http() as http,
+            streamable_http_client(url, http_client=http, max_sse_event_size=None) as streams,
+        ):
             yield streams
 
     def _http(self, headers=None, timeout=None, auth=None):
         async def saw(response):
             if response.status_code >= 400:
                 self.status = response.status_code
+                _errors.get([]).append(response.status_code)
 
         return httpx2.AsyncClient(
             headers=self.server.values.get("headers", {}),
@@ -559,6 +580,9 @@ class _Link:
             by_hand = shlex.join([given["command"], *given.get("args", [])])
             said = f"saying {self.last_words(800)!r}" if self.stderr else "saying nothing"
             self.why = f"it ended at once, {said}: try `{by_hand}`"
+        elif isinstance(error, httpx2.LocalProtocolError):  # its text quotes the token
+            self.short = "a header has a value that cannot be sent"
+            self.why = f"{self.short} to {given['url']}: correct its headers"
         elif self.status is not None:
             self.short = f"HTTP {self.status}"
             remedy = "give its token in headers" if self.status in (401, 403) else "correct its url"

@@ -28,6 +28,7 @@ import json
 import linecache
 import os
 import random
+import resource
 import signal
 import socket
 import sys
@@ -81,6 +82,7 @@ python.pure = True
 
 def main():
     what, parent, *folders = sys.argv[2:]
+    what, _, cpu = what.partition(" ")
     if what in fork_server.SERVERS:
         prepare = {"light": _prepare, "heavy": _prepare_heavy, "shell": lambda folders: None}[what]
         run = _run_shell if what == "shell" else _run
@@ -90,7 +92,7 @@ def main():
     else:
         _make_importable(folders)
         session = what == "session"
-        fork_server.serve_one(_run_session if session else _run, session)
+        fork_server.serve_one(_run_session if session else _run, session, int(cpu))
 
 
 def _make_importable(folders):
@@ -141,9 +143,11 @@ def _run_session(requests):
     main = _fresh_main()
     pid = os.getpid()
     number = 0
+    cpu = resource.getrlimit(resource.RLIMIT_CPU)[0]  # of each call
+    cpu = confine.CPU_SECONDS if cpu == resource.RLIM_INFINITY else cpu
 
     def out_of_time(*_):
-        raise TimeoutError(f"stopped after {confine.CPU_SECONDS} s of CPU time")
+        raise TimeoutError(f"stopped after {cpu} s of CPU time")
 
     # PID 1 of a namespace does not die of SIGXCPU. And so the session survives it.
     signal.signal(signal.SIGXCPU, out_of_time)
@@ -157,7 +161,7 @@ def _run_session(requests):
             os.dup2(fds[1], fd)
         os.close(fds[1])
         ctl.set_inheritable(False)
-        confine.renew_cpu_limit()
+        confine.renew_cpu_limit(cpu)
         status = _run_cell(fork_server.read_code(ctl), f"<call {number}>", main)
         if os.getpid() != pid:  # a fork that the code made came back here: it is no session
             os._exit(status)

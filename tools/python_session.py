@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import socket
 
-from tools import ToolError, sandbox
+from tools import DEADLINE, ToolError, sandbox
 from tools.python import NO_OUTPUT
 
 LOST = "(a new session: what was defined before is lost)"
@@ -37,7 +37,7 @@ class python_session:
         note, self._lost = LOST if self._lost else "", False
         going_on = False
         try:
-            async with asyncio.timeout(sandbox.WALL_SECONDS):
+            async with asyncio.timeout(None if DEADLINE.get() else sandbox.WALL_SECONDS):
                 if not self._ctl:
                     await self._start()
                 output, reply, ended = await sandbox.exchange(self._hand_over, data, self._ctl)

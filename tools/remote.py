@@ -30,7 +30,7 @@ def key_for(url: str, name: str, who: str) -> str:
     """The key in the environment variable `name`; "" if there is none, which only a server on this
     machine may do without, or one for which the name is "". who: "ask" or such: what has the
     options url and key_env. UserError if it is missing."""
-    key = os.environ.get(name, "") if name else ""
+    key = os.environ.get(name, "").strip() if name else ""  # of a file with CRLF, a CR stays
     host = urlsplit(url).hostname or ""
     try:
         here = ipaddress.ip_address(host).is_loopback
@@ -50,6 +50,8 @@ async def fetch(
     try:  # a client for the call: several event loops may use a tool, one after the other
         async with httpx.AsyncClient(timeout=PATIENCE, verify=tls) as client:
             answer = await client.request(method, url, **request)
+    except httpx.LocalProtocolError:  # its text quotes the key
+        raise ToolError("network", f"error: {who} cannot be asked with the key as it is") from None
     except httpx.RequestError as error:
         why = f"{type(error).__name__} {error}".strip()
         raise NetworkError(f"error: {who} does not answer ({why})") from None

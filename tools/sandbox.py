@@ -55,6 +55,7 @@ import asyncio
 import atexit
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -64,9 +65,9 @@ import sys
 import threading
 import time
 
-from tools import ToolError, confine, fork_server, shortened
+from tools import DEADLINE, ToolError, confine, fork_server, shortened
 
-WALL_SECONDS = 60.0  # for callers without a deadline; a Toolbox's `timeout` is shorter
+WALL_SECONDS = 60.0  # for callers without a deadline, which a Toolbox is not
 CODE_SIZE = 100_000  # bytes of code
 OUTPUT_SIZE = 1_000_000  # bytes; code that writes more is killed
 SHOWN = 20_000  # characters of output that are returned: head and tail, the cut marked
@@ -79,14 +80,14 @@ async def call(server: str, code: str) -> tuple[bytearray, dict | None]:
 
     async def hand_over(ctl, out):
         if has_fork_server():
-            await send(server, b"run", ctl, out)
+            await send(server, b"run %d" % cpu_seconds(), ctl, out)
         else:
-            _popen_alone("one", ctl, out)
+            _popen_alone(f"one {cpu_seconds()}", ctl, out)
 
     data = encoded(code)
     for _ in range(3):  # a server that died left nothing of the call behind: run it again
         try:
-            async with asyncio.timeout(WALL_SECONDS):
+            async with asyncio.timeout(None if DEADLINE.get() else WALL_SECONDS):
                 output, reply, _ = await exchange(hand_over, data)
             return output, reply
         except TimeoutError:
@@ -94,6 +95,11 @@ async def call(server: str, code: str) -> tuple[bytearray, dict | None]:
         except ConnectionError:
             await asyncio.sleep(0.05)  # one that is dying may still take requests
     raise RuntimeError("the sandbox died three times during the call")
+
+
+def cpu_seconds() -> int:
+    """That each process of a call may take: no fewer than the call has, by the caller's clock."""
+    return max(confine.CPU_SECONDS, math.ceil(DEADLINE.get()))
 
 
 def encoded(code: str) -> bytes:
@@ -185,8 +191,8 @@ def observation(
     if status < 0:
         # 0.7: the kernel holds to the limit by counting ticks, and reports what it measured
         by_limit = -status in (signal.SIGKILL, signal.SIGXCPU)
-        if by_limit and reply["cpu"] > 0.7 * confine.CPU_SECONDS:
-            limit = f"(killed: {confine.CPU_SECONDS} s of CPU time)"
+        if by_limit and reply["cpu"] > 0.7 * cpu_seconds():
+            limit = f"(killed: {cpu_seconds()} s of CPU time)"
             raise ToolError("timeout", f"{text}\n{limit}".lstrip())
         name = signal.Signals(-status).name
         raise ToolError("exception", f"{text}\n(the process was killed by {name})".lstrip())
@@ -220,9 +226,9 @@ async def send_session(ctl, requests):
     """Starts a session, whose calls come over `requests`; it ends when the other end of `ctl` is
     closed. The server tells its end on `ctl`."""
     if has_fork_server():
-        await send("heavy", b"session", ctl, requests)
+        await send("heavy", b"session %d" % cpu_seconds(), ctl, requests)
     else:
-        _popen_alone("session", ctl, requests)
+        _popen_alone(f"session {cpu_seconds()}", ctl, requests)
 
 
 # name -> (process, our end of its control socket); one of each name per process of ours

@@ -79,14 +79,14 @@ class search:
         if web_url and not web:
             raise UserError(f"search.web_url = {web_url!r} has no effect without search.web")
         self.k, self.chars, self.url, self.web = k, chars, url, web
-        self.key = ""
+        self.key, self.network = "", not corpus
         if corpus:
             self.index = Index(corpus, index)
             self.key = self.index.made_from
             return
         if web:
             where, name = WEB[web]
-            self.url, self.secret = web_url or where, os.environ.get(name, "")
+            self.url, self.secret = web_url or where, os.environ.get(name, "").strip()
             if not self.secret:
                 raise UserError(f"search.web = {web!r} needs a key: export {name}=...")
         self.tls = secure(self.url)
@@ -133,8 +133,10 @@ class Index:
             if folder:
                 raise UserError(f"search.index has no effect on {corpus}, kept in memory")
             rows = enumerate(_of_task(corpus.removeprefix("task:")), 1)
-            index, self.made_from = _open(tantivy), ""
-            _fill(tantivy, index, (_contents(row, f"{corpus}, row {n}") for n, row in rows))
+            passages = [_contents(row, f"{corpus}, row {n}") for n, row in rows]
+            self.made_from = hashlib.blake2b(repr(passages).encode(), digest_size=12).hexdigest()
+            index = _open(tantivy)
+            _fill(tantivy, index, passages)
         else:
             path = _on_disk(tantivy, corpus, folder)
             self.made_from = str(_stamp(path))  # kept results are those of this very corpus

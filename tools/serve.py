@@ -70,11 +70,15 @@ def check(cfg: Config) -> None:
     config.positive(cfg, "workers tool_timeout tool_concurrency")
     if not 0 <= cfg.port < 65536:
         raise UserError(f"port = {cfg.port}: expected 0 to 65535")
-    if cfg.http and not os.environ.get(cfg.token_env) and not _is_loopback(cfg.host):
+    if cfg.http and not _token(cfg) and not _is_loopback(cfg.host):
         raise UserError(
             f"host = {cfg.host!r} lets other machines in: set the environment variable "
             f"{cfg.token_env} to a token, or serve 127.0.0.1"
         )
+
+
+def _token(cfg):
+    return os.environ.get(cfg.token_env, "").strip()  # of a file with CRLF, a CR stays
 
 
 def _is_loopback(host):
@@ -120,7 +124,10 @@ def server(box: Toolbox, session: Session | None = None) -> Server:
             text = f"{stateful(box)[0]} keeps a state: initialize a session first"
             raise MCPError(types.INVALID_REQUEST, text)
         mine = session or _session_of(ctx, box)
-        content, error, _ = await mine.call(params.name, params.arguments or {})
+        try:
+            content, error, _ = await mine.call(params.name, params.arguments or {})
+        except UserError as wrong:  # a database that has gone, say: the server goes on
+            content, error = f"error: {wrong}", "exception"
         return types.CallToolResult(content=_blocks(content), is_error=error is not None)
 
     async def discover(ctx, params):
@@ -165,6 +172,23 @@ def _png(image):
     return base64.b64encode(file.getvalue()).decode()
 
 
+async def try_out(box: Toolbox) -> None:
+    """Makes what a session would have, and closes it: a wrong option is a UserError at the start,
+    not an error of every call."""
+    for tool in box.tools.values():
+        if tool.make and not tool.shared:
+            session = box.open({})
+            try:
+                await session.make(tool)
+            except UserError:
+                raise
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}".removesuffix(": ")
+                raise UserError(f"tool {tool.name!r} cannot be made: {why}") from error
+            finally:
+                await session.close()
+
+
 # -- stdio
 
 
@@ -172,6 +196,7 @@ async def over_stdio(box: Toolbox) -> None:
     """Serves one client until it closes our stdin."""
     session = box.open({})
     try:
+        await try_out(box)
         made = server(box, session)
         async with stdio_server() as (read, write):
             await made.run(read, write, made.create_initialization_options())
@@ -187,7 +212,7 @@ def application(cfg: Config, box: Toolbox):
     """The ASGI application of one process."""
     made = server(box)
     inner = made.streamable_http_app(host=cfg.host, stateless_http=not stateful(box))
-    token = os.environ.get(cfg.token_env, "")
+    token = _token(cfg)
 
     async def app(scope, receive, send):
         if scope["type"] == "http" and token and not _has_token(scope["headers"], token):
@@ -234,6 +259,7 @@ def over_http(cfg: Config, tools: list[str]) -> None:
             f"workers = {cfg.workers}: {names[0]} keeps a state between the calls of a session, "
             "and each worker would have its own: use --workers=1"
         )
+    asyncio.run(try_out(box))
     listening = _listen(cfg)
     host, port = listening.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/mcp"
