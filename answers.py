@@ -1,8 +1,8 @@
 """Where a model's answer is, and when two answers are equal. Nothing here knows of rewards.
 
 Only what the model wrote in its last turn, after its thoughts, is an answer: not the prompt, not a
-tool's output, not code. What it gave to a tool that ends the episode (tools/finish.py) is the
-answer. Else the answer is the first of these that the turn has, and of several the last one.
+tool's output, not a call, not code. What it gave to a tool that ends the episode (tools/finish.py)
+is the answer. Else the answer is the first of these that the turn has, and of several the last one.
 `\\boxed{…}`, `<answer>…</answer>`, the line after `####`, the line after "answer is" or "Answer:".
 A bare number in the text is no answer: else a model that writes all numbers it saw is rewarded.
 In a turn that did not end by its own choice only the first two count, because a line may be cut.
@@ -25,8 +25,14 @@ DEADLINE = 2  # seconds that math-verify has for one comparison
 
 # ---- where the answer is
 
+_THOUGHT_END = re.compile(r"</think>|\[/THINK\]")
 _CALL = re.compile(r"<(tool_call|tool_response)>.*?(?:</\1>|\Z)", re.S)
-_NO_ANSWER = re.compile(_CALL.pattern + r"|```.*?(?:```|\Z)", re.S)
+# The other formats' calls, where there may be one: a tag of any name, or the rest of the turn.
+_ANY_CALL = re.compile(r"<(?!answer>)([\w.-]+)>.*?(?:</\1>|\Z)|\[TOOL_CALLS\].*", re.S)
+_OBJECT = re.compile(
+    r'\s*(?:<\|python_tag\|>|\{\s*"(?:name|parameters|arguments|type|thought|actions)"\s*:)'
+)
+_CODE = re.compile(r"```.*?(?:```|\Z)", re.S)
 _BLOCK = re.compile(r"```([^\n`]*)\n(.*?)```", re.S)
 _BRACE = re.compile(r"(\\boxed\s*\{)|\\.|([{}])", re.S)
 _TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.S)
@@ -48,40 +54,72 @@ def program(trajectory, example, languages):
     """The program or query that the model gave as its answer, or None: to a tool that ends the
     episode, else in the last block ```language of the last turn. Only a block that is closed: the
     rest of another may be missing. languages: the names that count, such as ("python", "py")."""
-    blocks = _BLOCK.findall(_CALL.sub("", last_message(trajectory, example)))
+    blocks = _BLOCK.findall(last_message(trajectory, example))
     found = [code for language, code in blocks if language.strip().lower() in languages]
     return found[-1] if found else trajectory.answer
 
 
 def last_message(trajectory, example):
-    """What the model gave to a tool that ends the episode, else its last turn without thoughts."""
+    """What the model gave to a tool that ends the episode, else its last turn, without thoughts and
+    calls."""
     given = trajectory.answer
     return _said(trajectory, example) if given is None else given
 
 
 def last_turn(trajectory, example):
     """The text of the last turn, if it is the model's: without thoughts, calls and code."""
-    return _NO_ANSWER.sub("", _said(trajectory, example))
+    return _CODE.sub("", _said(trajectory, example))
 
 
 def _said(trajectory, example):
     messages = trajectory.messages[len(example["messages"]) :]  # few-shot answers are not its own
     if not messages or messages[-1]["role"] != "assistant":
         return ""
-    text = messages[-1].get("content") or ""
+    texts = [_content(message) for message in messages if message["role"] == "assistant"]
+    # Never closed: what follows is still thought, so nothing is answered. Of all turns, because in
+    # some formats a call inside of a thought is run.
+    rest = _THOUGHT_END.split("\n".join(texts))[-1]
+    if "<think>" in rest or "[THINK]" in rest:
+        return ""
+    text = _THOUGHT_END.split(texts[-1])[-1]  # the prompt may have opened the first one
+    thought = _thought(text)
+    text = _CALL.sub("", text if thought is None else thought)
+    if thought is None and (trajectory.stop != "answered" or trajectory.answer is not None):
+        text = "" if _OBJECT.match(text) else _ANY_CALL.sub("", text)  # else it made no call
+    return text
+
+
+def _content(message):
+    text = message.get("content") or ""
     if isinstance(text, list):  # content parts, as vision models have them
         text = "\n".join(part["text"] for part in text if part["type"] == "text")
-    text = text.rpartition("</think>")[2]  # the prompt may have opened the first one
-    # Never closed: what follows is still thought, so nothing is answered.
-    return "" if "<think>" in text else text
+    return text
+
+
+def _thought(text):
+    """What an answer in the format json_actions says, None for a text that is none."""
+    if not text.lstrip().startswith("{") or '"actions"' not in text:
+        return None
+    try:
+        turn = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    thought = turn.get("thought") if turn.get("actions") == [] else None
+    return thought if isinstance(thought, str) else None
 
 
 def places(text, ended):
     """The answers declared in the text, all of one kind. ended: the model stopped by itself."""
     kinds = [_boxed(text), _TAG.findall(text)]
     if ended and not any(kinds):
-        kinds += [re.findall(r"####[ \t]*([^\n]*)", text), _LINE.findall(text)]
+        kinds += [_after_hashes(text.rstrip()), _LINE.findall(text)]
     return next((found for found in kinds if found), [])
+
+
+def _after_hashes(text):
+    """The lines after `####`, but no heading: one without a digit that is not the last line."""
+    lines = re.finditer(r"####[ \t]*([^\n]*)", text)
+    return [m[1] for m in lines if m.end() == len(text) or re.search(r"\d", m[1])]
 
 
 def _boxed(text):
@@ -104,7 +142,9 @@ def equal(said, gold):
     """Whether two answers are the same: exactly as numbers, else as text, else by math-verify."""
     if max(len(said), len(gold)) > LONGEST:
         return False
-    said, gold = (re.sub(r"\\[()\[\]]", "", text) for text in (said, gold))  # \( 18 \)
+    said, gold = (re.sub(r"\\[()\[\]]", "", text).strip() for text in (said, gold))  # \( 18 \)
+    if bool(_UNIT_WORD.search(said)) != bool(_UNIT_WORD.search(gold)):  # 5 cm is 5, not 5 m
+        said, gold = _UNIT_WORD.sub("", said), _UNIT_WORD.sub("", gold)
     (number, fraction), (gold_number, _) = _number(said), _number(gold)
     if gold_number is not None and gold_number.denominator == 1:
         return number == gold_number and not fraction
@@ -116,13 +156,23 @@ def equal(said, gold):
     # Words are compared as words only: as math they are products of letters, and Carol is Calor.
     if _WORD.search(said) or _WORD.search(gold) or not _MATH.search(gold):
         return False
+    # An operation that is left to be done is the question again: the integral, and not its value.
+    if any(operation.search(said) and not operation.search(gold) for operation in _OPERATIONS):
+        return False
     return _same_math(said, gold)
 
 
 _SPACES = re.compile(r"\\[,;:! ]|\\q?quad\b|[\s~\u00a0\u202f]+")
 _TEXT = re.compile(r"\\(?:text|mathrm|mbox|textbf|mathbf)\s*\{([^{}]*)\}")
 _UNITS = re.compile(
-    r"\\(?:text|mathrm|mbox)\s*\{[^{}\d]*\}(?:\^\{?\d\}?)?|\\?[$%€£]|\^\{?\\circ\}?|°"
+    r"(?:\\(?:text|mathrm|mbox)\s*\{[^{}\d]*\}(?:\^\{?\d\}?)?|\\?[$%€£]|\^\{?\\circ\}?|°)+"
+)
+_UNIT_WORD = re.compile(
+    r"(?<=[\d$}]) (?:(?:square|cubic) )?(?:dollars?|cents?|euros?|pounds?|percent|degrees?|[mck]m"
+    r"|(?:centi|kilo|milli)?met(?:er|re)s?|inch(?:es)?|f(?:ee|oo)?t|yards?|miles?|kg|mg"
+    r"|(?:kilo)?grams?|oz|ounces?|lbs?|ml|lit(?:er|re)s?|gallons?|seconds?|minutes?|hours?|days?"
+    r"|weeks?|months?|years?|mph|km/h|m/s|units?)(?:\^\{?[23]\}?)?\.?$",
+    re.I,
 )
 _THOUSANDS = re.compile(r"(?<=\d)(?:,\\!|\{,\}|\\,|,)(?=\d{3}(?!\d))")
 _DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
@@ -133,11 +183,28 @@ _WORD = re.compile(
     r"(?<![\\A-Za-z])(?<!begin\{)(?<!end\{)(?!(?:sin|cos|tan|log|exp|sqrt)\b)[A-Za-z]{3,}"
 )
 _MATH = re.compile(r"[\d\\^=+*/()\[\]<>|]")
+_OPERATIONS = [  # those that math-verify does; one kind each
+    re.compile(operation)
+    for operation in (
+        r"\\(?:i{0,3}|o)int(?![A-Za-z])",
+        r"\\lim",
+        r"\\sum",
+        r"\\prod",
+        r"\\[dt]?frac\s*\{?\s*(?:d|\\partial).*\{\s*(?:d|\\partial)\s*\\?[A-Za-z]",
+        r"\\[dt]?binom|\\choose|(?<!\\)!",
+        r"\\det|vmatrix",
+        r"\\gcd|\\lcm|mod(?![A-Za-z])",
+        r"\\(?:max|min|sup|inf)(?![A-Za-z])",
+        r"\\[lr](?:floor|ceil)",
+        r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)",
+        r"\\(?:ln|log|lg)(?![A-Za-z])",
+    )
+]
 
 
 def _number(text):
     """(value, whether it is written as a fraction); (None, False) for what is not one number."""
-    text = _TEXT.sub(r"\1", _UNITS.sub("", text.replace("−", "-")))
+    text = _TEXT.sub(r"\1", _UNITS.sub(_gap, text.replace("−", "-")))
     text = _SPACES.sub(" ", _THOUSANDS.sub("", text)).strip(" *`").rstrip(" .*`")
     text = re.sub(r"^[A-Za-z] ?= ?", "", text)  # x = 5
     if _DECIMAL.fullmatch(text):
@@ -148,6 +215,12 @@ def _number(text):
     sign, *parts = (part for part in match.groups() if part is not None)
     above, below = map(int, parts)
     return (Fraction(above, below) * (-1 if sign == "-" else 1), True) if below else (None, False)
+
+
+def _gap(unit):
+    """What is left of a unit: a blank between two digits, which are two numbers."""
+    text, start, end = unit.string, unit.start(), unit.end()
+    return " " if text[start - 1 : start].isdigit() and text[end : end + 1].isdigit() else ""
 
 
 def _plain(text):
@@ -235,6 +308,13 @@ def _serve():
     import resource
 
     from math_verify import parse, verify
+    from sympy import Expr
+
+    def _is_near(said, gold):
+        """Whether two numbers are so: math-verify rounds to 6 decimals, and 10^{-7} to 0."""
+        if not all(isinstance(one[0], Expr) and one[0].is_number for one in (said, gold)):
+            return True
+        return said[0] == gold[0] or abs((said[0] - gold[0]).n()) <= 1e-6 * abs(gold[0].n())
 
     logging.disable()  # it warns that it has no timeout: it has one
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, even inside a C function
@@ -245,7 +325,7 @@ def _serve():
         said, gold = (f"\\boxed{{{text}}}" for text in json.loads(line))
         signal.alarm(DEADLINE)
         said, gold = parse(said, parsing_timeout=None), parse(gold, parsing_timeout=None)
-        same = verify(gold, said, timeout_seconds=None)
+        same = verify(gold, said, timeout_seconds=None) and _is_near(said, gold)
         signal.alarm(0)
         print(same, flush=True)
 

@@ -186,7 +186,7 @@ class QwenXml:
 
     def __init__(self, tools: list[dict]):
         functions = [tool["function"] for tool in tools]
-        self.tools = {f["name"]: f["parameters"].get("properties", {}) for f in functions}
+        self.tools = {f["name"]: _properties(f) for f in functions}
 
     def write(self, text: str, calls: list[Call]) -> str:
         blocks, (literals, glue, tail) = [], self.style
@@ -433,14 +433,19 @@ def _behind_thinking(text) -> str:
     return "" if body.startswith("<think>") else body.strip()
 
 
+def _properties(function) -> dict:
+    """The parameters of a function, each with its schema. It may have none."""
+    return (function.get("parameters") or {}).get("properties") or {}
+
+
 def _types(schema) -> set[str]:
     """The JSON types that a schema allows; empty: any, as far as it says."""
     if not isinstance(schema, dict):
         return set()
-    declared = schema.get("type", [])
+    declared = schema.get("type") or []  # None: rows of a table have all keys
     types = {declared} if isinstance(declared, str) else set(declared)
-    types = types or {JSON_NAMES[type(value)] for value in schema.get("enum", [])}
-    for choice in [*schema.get("anyOf", []), *schema.get("oneOf", [])]:
+    types = types or {JSON_NAMES[type(value)] for value in schema.get("enum") or []}
+    for choice in [*(schema.get("anyOf") or []), *(schema.get("oneOf") or [])]:
         if not (found := _types(choice)):
             return set()
         types |= found
@@ -532,14 +537,14 @@ def _text_tools(tools, format) -> dict[str, tuple[str, str]]:
     that is required."""
     found = {}
     for function in [tool["function"] for tool in tools]:
-        properties = function["parameters"].get("properties", {})
-        needed = function["parameters"].get("required", []) or list(properties)[:1]
-        if len(needed) != 1 or properties[needed[0]].get("type") != "string":
+        properties = _properties(function)
+        needed = (function.get("parameters") or {}).get("required") or list(properties)[:1]
+        if len(needed) != 1 or (properties.get(needed[0]) or {}).get("type") != "string":
             raise UserError(
                 f"format {format} passes one string, but {function['name']} needs "
                 f"({', '.join(needed)}): use a format with JSON arguments, such as hermes"
             )
-        found[function["name"]] = needed[0], function.get("description", "")
+        found[function["name"]] = needed[0], function.get("description") or ""
     return found
 
 

@@ -99,8 +99,8 @@ class judge:
                 raise UserError(f"reward judge: {error}") from None
             if reply is None:  # longer than its context
                 return None
-            text = _text(reply)
-            score = self._score(text)
+            text, whole = _text(reply)
+            score = self._score(text) if whole else None
             if score is not None:
                 self.read += 1
                 return score
@@ -108,13 +108,16 @@ class judge:
             if self.unread >= HOPELESS and not self.read:
                 raise UserError(
                     f"the judge has replied {self.unread} times without a score from 0 to "
-                    f"{self.scale:g}, last {text[-200:]!r}: see judge.prompt and judge.scale"
+                    f"{self.scale:g}, last {text[-200:]!r}: see judge.prompt, judge.scale and "
+                    "judge.max_new_tokens"
                 )
         return None
 
     def _score(self, text):
-        """The last score in a reply, as a share of the scale; None if there is none."""
-        found = SCORE.findall(text.rpartition("</think>")[2])
+        """The last score in a reply, as a share of the scale; None if there is none, or if it is
+        still a thought."""
+        verdict = text.rpartition("</think>")[2]
+        found = SCORE.findall(verdict) if "<think>" not in verdict else []
         score = float(found[-1]) / self.scale if found else -1.0
         return score if 0 <= score <= 1 else None
 
@@ -127,6 +130,8 @@ def _look(url, key):
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         status = httpx.get(f"{url}/models", headers=headers, timeout=10.0).status_code
+    except httpx.LocalProtocolError:  # its text quotes the key
+        raise UserError(f"the judge at {url}: the key cannot be sent: see judge.key_env") from None
     except (httpx.TransportError, httpx.InvalidURL) as error:
         raise UserError(f"the judge at {url} cannot be reached ({error}): start it first") from None
     if status in (401, 403):
@@ -148,8 +153,10 @@ def _answer(example):
 
 
 def _text(reply):
-    """What an endpoint said, "" for a reply in no known form."""
+    """(what an endpoint said, whether it is whole): "" for a reply in no known form. One that was
+    cut may be a thought that the prompt opened, and its "Score: 1" the begin of "Score: 10"."""
     try:
-        return reply["choices"][0]["message"]["content"] or ""
+        choice = reply["choices"][0]
+        return choice["message"]["content"] or "", choice.get("finish_reason") != "length"
     except (KeyError, IndexError, TypeError):
-        return ""
+        return "", False

@@ -42,8 +42,12 @@ OPTIONS = "reward_options"  # the config key, for messages
 def correct(trajectory, example):
     """1.0 if the model's answer equals example["answer"], or one of them if it is a list.
 
-    A percent sign, a currency and units are dropped: 50% is 50, not 0.5. A whole number has to be
-    written as one: `\\boxed{34*27}` or `\\boxed{10/2}` is the question again, not its answer.
+    A percent sign, a currency sign and units in `\\text{}` are dropped: 50% is 50, not 0.5. A word
+    such as dollars or cm (answers._UNIT_WORD) is, where only one of the two has it. A whole number
+    has to be written as one: `\\boxed{34*27}` or `\\boxed{10/2}` is the question again, not its
+    answer. So is what is left to be done (`\\int`, `\\lim`, `\\cos`, …: answers._OPERATIONS) where
+    the right answer has nothing of that kind. Not covered: `\\sqrt{50}` is `5\\sqrt{2}`, so a task
+    to simplify or to expand can be answered by its question.
     """
     golds = _golds(example, "correct")
     said = answer(trajectory, example)
@@ -416,4 +420,5 @@ def total(rewards, selected):
     weighed = [(rewards[name], weight) for name, (_, weight) in selected.items() if weight]
     if any(value is None for value, _ in weighed):
         return None
-    return float(sum(value * weight for value, weight in weighed))
+    # rounded: 0.1 + 0.2 is no more than 0.3, and where rewards are equal nothing is learnt
+    return float(round(math.fsum(value * weight for value, weight in weighed), 9))

@@ -14,13 +14,14 @@ import copy
 import functools
 import json
 import math
+import pkgutil
 import re
 import secrets
 from dataclasses import dataclass
 
 from answers import answer, program
 from config import UserError
-from tools import ToolError
+from tools import DEADLINE, ToolError
 
 # ---- SQL
 
@@ -111,15 +112,21 @@ def _same_rows(got, right, ordered):
 
 
 def _rank(row):
-    """What rows are sorted by: the kind of each value, then the value, numbers rounded."""
-    return [
-        (0,)
-        if value is None
-        else (1, float(f"{value:.6g}"))
-        if isinstance(value, (int, float))
-        else (2 + isinstance(value, bytes), value)
-        for value in row
+    """What rows are sorted by: the kind of each value, then the values, with numbers rounded; what
+    is still equal by more of their digits, and by all of them."""
+    numbers = [isinstance(value, (int, float)) for value in row]
+    kinds = [
+        0 if value is None else 1 if number else 2 + isinstance(value, bytes)
+        for value, number in zip(row, numbers, strict=True)
     ]
+
+    def rounded(digits):
+        return [
+            float(f"{value:.{digits}g}") if number else value
+            for value, number in zip(row, numbers, strict=True)
+        ]
+
+    return kinds, rounded(6), rounded(12), list(row)
 
 
 def _same_value(value, gold):
@@ -133,6 +140,16 @@ def _same_value(value, gold):
 
 ROOM = 60_000  # bytes of a test, written as python: with the program it must fit into one call
 LONGEST_OUTPUT = 15_000  # characters: the sandbox cuts longer ones
+BUILTINS = frozenset(dir(builtins))
+IMPORTS = {  # what tests use as if it were there -> "module" or "module:name"
+    name: name
+    for name in (
+        "bisect cmath collections copy datetime decimal fractions functools heapq itertools json "
+        "math numpy operator random re statistics string"
+    ).split()
+}
+IMPORTS |= {n: f"collections:{n}" for n in ("Counter", "OrderedDict", "defaultdict", "deque")}
+IMPORTS |= {"Decimal": "decimal:Decimal", "Fraction": "fractions:Fraction", "np": "numpy"}
 
 
 async def code_tests(
@@ -144,9 +161,12 @@ async def code_tests(
     asserts, as one text or a list of texts (MBPP, AceCode; of HumanEval's `check(candidate)` the
     asserts inside), or {"input", "output"} of stdin and stdout, as a list of dicts or a dict of two
     lists, "inputs" and "outputs" (APPS, TACO). Outputs are compared without the spaces at the ends
-    of lines. column: where the tests are. seconds: for all tests of a program; what has not passed
-    by then fails. Each program runs in the sandbox of tools/python.py. None, which is not learnt
-    from, if all tests are too long for it (60 KB of input, 15 KB of output).
+    of lines. With "fn_name" beside them they are arguments and results of its calls. In front of
+    asserts stand the columns test_imports and test_setup_code, where a row has them (MBPP), and the
+    IMPORTS that they lack. The column entry_point names the function, needed if a builtin has its
+    name. column: where the tests are. seconds: for all tests of a program; what has not passed by
+    then fails. Each program runs in the sandbox of tools/python.py. None, which is not learnt from,
+    if all tests are too long for it (60 KB of input, 15 KB of output).
 
     What is covered: nothing that the program prints, returns or replaces is taken for a verdict. Of
     `assert f(2) == 4` it only computes f(2). What has to come out never enters its process, and the
@@ -157,7 +177,8 @@ async def code_tests(
     What is not covered: asserts in a loop or a comprehension, and functions of the tests that are
     given the program's. They run beside the program and fail only if they raise, so an object that
     is equal to everything passes, and such tests, as also what tests assign to a variable, can be
-    read by a program that looks for them in the interpreter's frames.
+    read by a program that looks for them in the interpreter's frames. And a name that the tests
+    neither make nor import is the program's, unless it is in IMPORTS.
     """
     row = example["id"] + 1
     tests = example.get(column)
@@ -171,8 +192,9 @@ async def code_tests(
     if text is None:
         passed, count = await _outputs(code, pairs, partial, until)
     else:
-        steps = _steps(text, example.get("entry_point"), row)
-        passed, count = await _asserts(code, steps, until, row)
+        text = "\n".join([*_setup(example), text])
+        steps, own = _steps(text, example.get("entry_point"), row)
+        passed, count = await _asserts(code, steps, own, until, row)
     if not count:
         return None
     return passed / count if partial else float(passed == count)
@@ -182,6 +204,7 @@ async def _run(text, until):
     """The output of a text in the sandbox, also of one that failed; and whether it ended well."""
     from tools.python import python
 
+    DEADLINE.set(max(1.0, until - asyncio.get_running_loop().time()))
     try:
         async with asyncio.timeout_at(until):
             return await python(text), True
@@ -202,6 +225,8 @@ def _read(tests, row):
             return "\n".join(tests), None
         if isinstance(tests, dict):
             found = list(zip(tests["inputs"], tests["outputs"], strict=True))
+            if tests.get("fn_name"):
+                return _calls(tests["fn_name"], found), None
         else:
             found = [(test["input"], test["output"]) for test in tests]
         return None, [
@@ -209,9 +234,34 @@ def _read(tests, row):
             for pair in found
         ]
     except (KeyError, TypeError, ValueError) as error:
-        forms = 'asserts, or a list of {"input": text, "output": text}'
+        forms = 'asserts, or a list of {"input": text, "output": text}, or fn_name with lists'
         what = f"reward code_tests: the tests of row {row} cannot be read ({error!r})"
         raise UserError(f"{what}: expected {forms}") from None
+
+
+def _calls(name, found):
+    """(arguments, result) of each call of a function, or of a method of Solution, as asserts. JSON
+    has no tuples, so lists are the same. If all results are lists of one, which of them are only
+    wrapped in one cannot be told: then both are right."""
+    wrapped = all(isinstance(right, list) and len(right) == 1 for _, right in found)
+    lines = [
+        f"_solution = globals().get({name!r}) or Solution().{name}",
+        "def _listed(x):\n"
+        "    return [_listed(item) for item in x] if isinstance(x, (list, tuple)) else x",
+    ]
+    for given, right in found:
+        if not isinstance(given, list):
+            raise ValueError(f"{given!r} is no list of arguments")
+        rights = (right, right[0]) if wrapped else (right,)
+        lines.append(f"assert _listed(_solution(*{given!r})) in {rights!r}")
+    return "\n".join(lines)
+
+
+def _setup(example):
+    """The columns that MBPP has beside its tests: a text or a list of texts each, or None."""
+    for column in ("test_imports", "test_setup_code"):
+        text = example.get(column) or ""
+        yield text if isinstance(text, str) else "\n".join(text)
 
 
 _STDIN = """
@@ -256,7 +306,7 @@ def _lines(text):
 # What runs beside the program: it computes values, and writes them down as JSON with a tag at each
 # container. `steps` are (source, None) to execute, or (source, expressions) to evaluate.
 _VALUES = """
-def _main(solution, steps, mark):
+def _main(solution, steps, mark, own):
     import json, linecache, os, sys, types
     linecache.cache.clear()
     write, dumps = os.write, json.dumps
@@ -284,6 +334,8 @@ def _main(solution, steps, mark):
     module.exit = module.quit = sys.exit
     sys.stdout = sys.stderr = open(os.devnull, "w")
     exec(compile(solution, "<solution>", "exec"), module.__dict__)
+    for name in own:
+        module.__dict__.setdefault(name)
     for number, (source, expressions) in enumerate(steps):
         try:
             if expressions is None:
@@ -338,14 +390,15 @@ class _Step:
     is_test: bool = False
 
 
-async def _asserts(code, steps, until, row):
-    """(tests passed, tests) of the steps that `_steps` made of the asserts."""
+async def _asserts(code, steps, own, until, row):
+    """(tests passed, tests) of the steps that `_steps` made of the asserts. own: names of builtins
+    that only count if they are the program's."""
     mark = secrets.token_hex(8)  # what the program writes itself must not be taken for values
     # What has to come out stays here.
     beside = [(s.source if s.expressions is None else "", s.expressions) for s in steps]
     if len(repr(beside).encode("utf-8", "replace")) > ROOM:
         return 0, 0
-    text, _ = await _run(f"{_VALUES}\n_main({code!r}, {beside!r}, {mark!r})", until)
+    text, _ = await _run(f"{_VALUES}\n_main({code!r}, {beside!r}, {mark!r}, {own!r})", until)
     values = {}
     for line in text.splitlines():
         begin, _, rest = line.partition(" ")
@@ -370,14 +423,31 @@ async def _asserts(code, steps, until, row):
 
 @functools.lru_cache(maxsize=4096)  # the samples of a group have the same tests
 def _steps(text, entry, row):
-    """The tests as a list of _Step."""
+    """(the tests as a list of _Step, the names of builtins among them that are the program's)."""
     try:
-        body = ast.parse(text).body
+        body, entry = _opened(ast.parse(text).body, entry)
     except (SyntaxError, ValueError) as error:
         what = f"reward code_tests: the tests of row {row} are no python"
         raise UserError(f"{what}: {error}") from None
-    known, variables, steps = set(dir(builtins)), set(), []
-    for statement in _opened(body, entry):
+    imports = _imports(body, entry)
+    known, own = BUILTINS | set(imports), {entry} & BUILTINS
+    steps = _split(body, known - own)
+    if not any(step.is_test for step in steps):
+        raise UserError(f"reward code_tests: the tests of row {row} have no assert")
+    if not any(step.expressions or step.needs_program for step in steps):  # MBPP: sum(10, 15) == 6
+        called = [_called(one) for one in body if isinstance(one, ast.Assert)]
+        own = set.intersection(*called) & BUILTINS
+        if len(own) != 1:
+            what = f"reward code_tests: row {row} tests only builtins"
+            raise UserError(f"{what}: name the program's function in its column entry_point")
+        steps = _split(body, known - own)
+    return [_Step(source) for source in imports.values()] + steps, tuple(own)
+
+
+def _split(body, known):
+    """A _Step for each statement. known: the names that the tests have without the program."""
+    variables, steps = set(), []
+    for statement in body:
         source, bound = ast.unparse(statement), _bound(statement)
         if isinstance(statement, ast.Assert):
             values = _Values(known)
@@ -393,7 +463,7 @@ def _steps(text, entry, row):
                 bound = {statement.name}
             elif not isinstance(statement, (ast.Import, ast.ImportFrom)):
                 variables |= bound
-            known |= bound
+            known = known | bound
             continue
         else:
             is_test = isinstance(statement, ast.Expr) or any(
@@ -401,15 +471,42 @@ def _steps(text, entry, row):
             )
             steps.append(_Step(source, needs_program=True, is_test=is_test))
             changed = _used(statement) | bound
-        known -= changed & variables | bound  # what the program may have changed is its own now
-    if not any(step.is_test for step in steps):
-        raise UserError(f"reward code_tests: the tests of row {row} have no assert")
+        # What the program may have changed is its own now.
+        known = known - (changed & variables | bound)
     return steps
 
 
+def _imports(body, entry):
+    """{name: its import} of what the tests use and do not import, because the program that they
+    were written for did: else the program at hand would compute it, and what has to come out too.
+    Not where it may be the program's own: bisect(3), Counter().stop(), or all that the tests use.
+    In its process a name that it has stays as it is."""
+    tree, found = ast.Module(body, []), {}
+    lacking = _used(tree) - _bound(tree) - BUILTINS - {entry}
+    for name in sorted(lacking & set(IMPORTS)) if entry or lacking - set(IMPORTS) else ():
+        module, _, part = IMPORTS[name].partition(":")
+        nodes = list(ast.walk(tree))
+        uses = [n for n in nodes if isinstance(n, ast.Name) and n.id == name]
+        calls = [n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) == name]
+        taken = [n for n in nodes if isinstance(n, ast.Attribute)]
+        if part:  # what a variable holds is not followed
+            taken = [n for n in taken if n.value in calls]
+            inside = all(isinstance(one, ast.Assert) for one in body if name in _used(one))
+            is_its = inside and len(uses) == len(calls)
+        else:
+            taken = [n for n in taken if n.value in uses]
+            is_its = len(uses) == len(taken)
+        has = set(dir(pkgutil.resolve_name(IMPORTS[name])))
+        if is_its and {n.attr for n in taken} <= has:
+            line = f"from {module} import {part}" if part else f"import {module} as {name}"
+            found[name] = f"try:\n    {name}\nexcept NameError:\n    {line}"
+    return found
+
+
 def _opened(body, entry):
-    """The statements, with those inside of `def check(candidate)` in its place, if it is known for
-    which function it is called: by the row's entry_point, or by a call check(name)."""
+    """(the statements, the name of the program's function or None): with those inside of
+    `def check(candidate)` in its place, if it is known for which function it is called: by the
+    row's entry_point, or by a call check(name)."""
     checks = [one for one in body if isinstance(one, ast.FunctionDef) and one.name == "check"]
     calls = [
         one
@@ -418,11 +515,11 @@ def _opened(body, entry):
     ]
     entry = calls[-1].value.args[0].id if calls else entry
     if len(checks) != 1 or len(checks[0].args.args) != 1 or not entry:
-        return body
+        return body, entry
     given = ast.parse(f"{checks[0].args.args[0].arg} = {entry}").body
     inside = [one for one in checks[0].body if not isinstance(one, ast.Return)]
     rest = [one for one in body if one not in calls and one is not checks[0]]
-    return rest + given + inside
+    return rest + given + inside, entry
 
 
 def _bound(tree):
@@ -442,6 +539,15 @@ def _bound(tree):
 
 def _used(tree):
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def _called(tree):
+    """The names that the code calls."""
+    return {
+        n.func.id
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+    }
 
 
 def _handed(tree):

@@ -60,6 +60,11 @@ def is_correct(text, answer="18", **options):
         r"\boxed{\boxed{18}}",
         "```python\nprint(r'\\boxed{17}')\n```\n#### 18",
         r'<tool_call>{"x": "\boxed{17}"}</tool_call> \boxed{18}',
+        r"[THINK]I guess \boxed{17}[/THINK]\boxed{18}",
+        '{"thought": "So \\\\boxed{18}", "actions": []}',
+        '{"thought": "The answer is 18.", "actions": []}',
+        '<think>hm</think>\n{"actions": [], "thought": "Answer: 18"}\n',
+        "#### Conclusion\nThe answer is 18.",
     ],
 )
 def test_an_answer_is_found_where_it_is_declared(text):
@@ -89,6 +94,9 @@ def test_an_answer_is_found_where_it_is_declared(text):
         r"<tool_call>\boxed{18}</tool_call>",
         r"<tool_call>\boxed{18}",
         r"<tool_response>\boxed{18}</tool_response>",
+        r"[THINK]\boxed{18}",
+        r"[THINK]\boxed{18}[/THINK]",
+        '{"thought": "hm", "actions": [], "more": "\\\\boxed{18}"}',
     ],
 )
 def test_nothing_else_is_an_answer(text):
@@ -101,6 +109,53 @@ def test_an_answer_in_a_turn_that_was_cut_counts_only_if_it_is_closed():
         assert is_correct("<answer>18</answer>", stop=stop) == 1.0
         assert is_correct("The answer is 18", stop=stop) == 0.0  # of 1850, perhaps
         assert is_correct("#### 18", stop=stop) == 0.0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        '[TOOL_CALLS] [{"name": "f", "arguments": {"x": "@"}}]',
+        '[TOOL_CALLS]f[ARGS]{"x": "@',
+        '{"name": "f", "parameters": {"x": "@',
+        '<|python_tag|>{"name": "f", "parameters": {"x": "@"}}',
+        '{"thought": "@", "actions": [{"name": "f", "arguments": {}}]}',
+        '{"thought": "perhaps @", "act',
+        "<search>@</search>",
+        "<search>what is @",
+        "<python-3>\n<b>@</b>\n</python-3>",
+    ],
+)
+@pytest.mark.parametrize("said", [r"\boxed{18}", "<answer>18</answer>"])
+def test_a_call_in_a_turn_that_did_not_end_by_its_own_choice_is_no_answer(call, said):
+    """Pitfall 43: of every format."""
+    assert is_correct(call.replace("@", said), stop="length") == 0.0
+    assert is_correct(call.replace("@", said), stop="max_turns") == 0.0
+
+
+def test_what_looks_like_a_call_is_an_answer_in_a_turn_that_made_none():
+    for text in (r"<b>\boxed{18}</b>", r'{"name": "x", "is": "\boxed{18}"}'):
+        assert is_correct(text) == 1.0
+        assert is_correct(text, stop="length") == 0.0
+
+
+def test_a_heading_is_no_answer_but_the_last_line_is():
+    assert is_correct("#### Reason\nIt is in France.\n#### Paris \n", "Paris") == 1.0
+    assert is_correct("#### Conclusion\nThe answer is Paris.", "Paris") == 1.0
+    assert is_correct("#### Conclusion\nThe answer is Paris.", "Conclusion") == 0.0
+    assert is_correct("#### 18\nI hope it is right.\n#### Done and\ndone.") == 1.0
+
+
+def test_a_thought_goes_on_through_the_calls_in_it():
+    """Pitfall 43: in fence and tags, what is called inside of <think> is run."""
+    row = example()
+    begin, done = "<think>I look it up <search>x</search>", r"it is \boxed{18}"
+    assert correct(trajectory(row, begin, ("tool", "5"), done), row) == 0.0
+    assert correct(trajectory(row, begin, ("tool", "</think>"), done), row) == 0.0
+    assert correct(trajectory(row, begin, ("tool", "5"), "so</think>" + done), row) == 1.0
+    closed = begin, ("tool", "5"), "so</think>hm", ("tool", "5"), done
+    assert correct(trajectory(row, *closed), row) == 1.0
+    shown = example("18", {"role": "assistant", "content": "<think>"}, {"role": "user"})
+    assert correct(trajectory(shown, done), shown) == 1.0
 
 
 def test_only_the_models_last_turn_is_looked_at():
@@ -144,6 +199,7 @@ def test_what_was_given_to_finish_is_the_answer():
         ("```python\nprint(1)\n```\nSo:\n```sql\nSELECT 1\n```\n```\n1\n```", "SELECT 1"),
         ("<think>```sql\nSELECT 1\n```</think> It is clear.", None),
         ("<tool_call>```sql\nSELECT 1\n```</tool_call>", None),
+        ('{"thought": "```sql\\nSELECT 1\\n```", "actions": []}', "SELECT 1"),
         ("```sql\nSELECT 1", None),
         ("```\nSELECT 1\n```", None),
         ("SELECT 1", None),
@@ -218,6 +274,13 @@ SAME = r"""
 0.5 | 1/2
 \frac{1}{2} | 0.5
 -\frac12 | \dfrac{-1}{2}
+18 | 18 dollars
+18 dollars | $18
+18 | $18$ Dollars.
+5 | 5 cm
+5 | 5 square feet
+5 | 5 cm^2
+5 cm | 5 cm
 (B) | b
 \text{Paris} | Paris
 Bobby Scott | bobby  scott.
@@ -233,6 +296,13 @@ DIFFERENT = r"""
 0.5 | 50%
 5 | -5
 5! | 5
+18 | 1\text{ or }8
+2\text{and}4 | 24
+18 | 1%8
+18 | 1%%8
+18 | 1\$8
+5 hours | 5 minutes
+5 | 5 apples
 Carolina South | South Carolina
 December 1972 | 1972
 A | a b
@@ -250,6 +320,12 @@ x^2+1 | 1 - x^2 | False
 1.5 | 1\frac{1}{2} | True
 \begin{pmatrix}1\\2\end{pmatrix} | \begin{pmatrix} 1 \\ 2 \end{pmatrix} | True
 x+1 | \frac{ | False
+10^{-7} | 0.0 | False
+6.63 \times 10^{-34} | 0.0 | False
+6.63 \times 10^{-34} | 6.63 \cdot 10^{-34} | True
+1.5 \times 10^{-7} | 1.4 \times 10^{-7} | False
+\frac{\pi}{4} | 0.785398 | True
+-\frac{\pi}{4} | 0.785398 | False
 """
 
 
@@ -270,6 +346,52 @@ def test_another_answer_is_not_equal(gold, said):
 @pytest.mark.parametrize("gold, said, same", lines(MATH))
 def test_expressions_are_compared_by_math_verify(gold, said, same):
     assert str(equal(said, gold)) == same
+
+
+RESTATED = r"""
+\frac{\pi}{4} | \int_0^1 \frac{1}{1+x^2} dx
+\frac12 | \int_0^1 x dx
+\dfrac12 | \lim_{x\to 0}\frac{1-\cos x}{x^2}
+\frac{\pi^2}{6} | \sum_{n=1}^{\infty}\frac1{n^2}
+x^3 | \prod_{n=1}^{3} x
+2x | \frac{d}{dx} x^2
+2x | \frac d{dx} x^2
+2x | \dfrac{ d }{ d x } x^2
+2x | \frac{d x^{2}}{dx}
+2x | \frac{\mathrm{d}}{\mathrm{d}x} x^2
+2x | \frac{\partial}{\partial x} x^2
+\frac{10}{7} | \binom{5}{2}/7
+\frac{10}{7} | {5 \choose 2}/7
+\frac{120}{7} | \frac{5!}{7}
+x-6 | \begin{vmatrix}1&2\\3&x\end{vmatrix}
+\frac23 | \gcd(4,6)/3
+\frac12 | \max(1/2,1/3)
+\frac12 | \lfloor 3/2 \rfloor/2
+\frac{\sqrt6+\sqrt2}{4} | \cos\frac{\pi}{12}
+\frac{\pi}{4} | \arctan 1
+\frac32 | \log_4 8
+"""
+
+DONE = r"""
+\sum_{n=1}^{m} n^2 | \sum_{n=1}^{m} n^2
+\binom{n}{2} | \frac{n!}{2!(n-2)!}
+\cos 2x | 1 - 2 \sin^2 x
+\ln 8 | 3 \ln 2
+\frac{d}{2} | d/2
+x \ln x | \ln(x) \cdot x
+"""
+
+
+@pytest.mark.parametrize("gold, said", lines(RESTATED))
+def test_the_question_again_is_no_answer(gold, said):
+    """Pitfall 43: a copy of the question would be the shortest way to the reward."""
+    assert not equal(said, gold)
+    assert equal(said, said)
+
+
+@pytest.mark.parametrize("gold, said", lines(DONE))
+def test_an_operation_that_the_right_answer_has_may_be_in_the_answer(gold, said):
+    assert equal(said, gold)
 
 
 def test_an_expression_that_never_ends_is_cut_at_the_deadline_also_in_a_thread():

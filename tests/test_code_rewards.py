@@ -94,6 +94,24 @@ def test_rows_that_differ_in_the_last_digit_come_to_the_same_place(shop):
     assert matches(said, gold, shop) == 1.0
 
 
+def test_rows_that_differ_behind_the_sixth_digit_come_to_the_same_place(shop):
+    for one, other in [
+        ("1000001", "1000002"),
+        ("20240131", "20240201"),
+        ("1234567.25", "1234567.5"),
+        ("9000000000000000001", "9000000000000000002"),
+        ("0.1 + 0.2, 1000001", "0.3, 1000002"),
+        ("0.3, 1000001", "0.1 + 0.2, 1000002"),
+        ("1000001, NULL", "1000002, 'x'"),
+    ]:
+        gold = f"SELECT {one} FROM items UNION ALL SELECT {other} FROM items"
+        said = f"SELECT {other} FROM items UNION ALL SELECT {one} FROM items"
+        assert matches(said, gold, shop) == 1.0
+        assert matches(said.replace("2 FROM", "3 FROM"), gold, shop) == float("2 FROM" not in said)
+    both = "SELECT {}, 1000001 FROM items UNION ALL SELECT {}, 1000002 FROM items"
+    assert matches(both.format("0.1 + 0.2", "0.3"), both.format("0.3", "0.1 + 0.2"), shop) == 1.0
+
+
 @pytest.mark.parametrize(
     "said",
     ["", "SELECT", "SELECT nme FROM items", "DROP TABLE items", "ATTACH 'x' AS x", "hello", "\0"],
@@ -297,6 +315,89 @@ def test_the_asserts_of_humaneval_are_taken_out_of_their_function():
         assert passes(everything, tests, row, partial="true") == pytest.approx(1 / 3)  # the loop
 
 
+@pytest.mark.parametrize(
+    "tests, row",
+    [
+        (["assert max([1, 3]) == 3", "assert max([5]) == 5"], {}),
+        (
+            ["assert max([1, 3]) == 3", "assert list(max([5, 2], [1])) == [5]"],
+            {"entry_point": "max"},
+        ),
+        ("def check(candidate):\n    assert candidate([1, 3]) == 3", {"entry_point": "max"}),
+        ("def check(candidate):\n    assert candidate([1, 3]) == 3\ncheck(max)", {}),
+    ],
+)
+def test_a_function_with_the_name_of_a_builtin_has_to_be_the_programs(tests, row):
+    """Pitfall 43: python's own would pass the tests of any program."""
+    right = "def max(x, *more):\n    return [5] if more else sorted(x)[-1]"
+    assert passes(right, tests, row) == 1.0
+    for code in ("x = 1", "globals = lambda: {'max': 3}", "def max(*x):\n    return 0"):
+        assert passes(code, tests, row, partial="true") == 0.0
+    mbpp = ["assert sum(10,15) == 6", "assert sum(100,150) == 93"]
+    code = "def sum(a, b):\n    return 1 + 2 + 3 if a == 10 else 93"
+    assert passes(code, mbpp) == 1.0
+    assert passes("def add(a, b):\n    return 6", mbpp) == 0.0
+
+
+def test_a_name_that_the_tests_do_not_import_is_not_the_programs():
+    """Pitfall 43: else the program would compute what is expected, too."""
+    tests = ["assert math.isclose(f(3), 9)", "assert Counter([f(2)]) == Counter([4])"]
+    tests += ["x = np.array([2])", "assert f(x) == [4]", "assert np.allclose(f(x), [4])"]
+    assert passes(SQUARE, tests) == 1.0
+    assert passes(f"import math\nimport numpy as np\n{SQUARE}", tests) == 1.0
+    cheat = (
+        "class Any:\n    def __eq__(self, other): return True\n    def __getattr__(self, name):\n"
+        "        return Any()\n    def __call__(self, *args): return Any()\n"
+        "math = np = Any()\nCounter = Any\n    \ndef f(x):\n    return 0"
+    )
+    assert passes(cheat, tests, partial="true") == 0.0
+    candidate = "def check(candidate):\n    assert math.isclose(candidate(3), 9)"
+    for row in ({"entry_point": "f"}, {"entry_point": "f", "test_imports": ["import math"]}):
+        assert passes(SQUARE, candidate, row) == 1.0
+        assert passes(cheat, candidate, row) == 0.0
+
+
+def test_a_name_that_may_be_the_programs_own_is():
+    counter = "class Counter:\n    def __init__(self, n=0):\n        self.n = n\n"
+    counter += "    def up(self):\n        self.n += 1\n        return self.n\n"
+    counter += "def make(n):\n    return Counter(n)"
+    for tests in (
+        "assert Counter(3).up() == 4",
+        "assert Counter(3).up() == 4\nassert make(3).up() == 4",
+        "c = Counter(3)\nassert c.up() == 4\nassert make(3).n == 3",
+        "assert isinstance(make(3), Counter)",
+    ):
+        assert passes(counter, tests) == 1.0
+    bisect = "def bisect(f):\n    return 2\ndef f(x):\n    return x - 2"
+    assert passes(bisect, "assert bisect(f) == 2\nassert f(2) == 0") == 1.0
+
+
+def test_the_columns_of_mbpp_stand_in_front_of_its_tests():
+    code = "def longest(pairs):\n    return max(pair.a for pair in pairs)"
+    setup = "class Pair(object):\n    def __init__(self, a):\n        self.a = a"
+    tests = ["assert longest([Pair(5), Pair(2)]) == comb(5, 1)"]
+    row = {"test_setup_code": setup, "test_imports": ["from math import comb"]}
+    assert passes(code, tests, row) == 1.0
+    assert passes(code.replace("max", "min"), tests, row) == 0.0
+    assert passes(SQUARE, TESTS, {"test_setup_code": "", "test_imports": None}) == 1.0
+
+
+def test_calls_of_a_function_are_compared_outside_too():
+    calls = {"fn_name": "f", "inputs": [[2, [1]], [3, []]], "outputs": [[2, 1], [3]]}
+    plain = "def f(x, y):\n    return (x, *y)"
+    method = "class Solution:\n    def f(self, x, y):\n        return [x] + y"
+    for code in (plain, method):
+        assert passes(code, calls) == 1.0
+        assert passes(code, json.dumps(calls)) == 1.0
+    assert passes("def f(x, y):\n    return [x]", calls, partial="true") == 0.5
+    for code in (*CHEATS.values(), "print([2, 1])", "class Solution:\n    f = 1"):
+        assert passes(code, calls) == 0.0
+    wrapped = {"fn_name": "max", "inputs": [[[1, 3]], [[None, True]]], "outputs": [[3], [True]]}
+    assert passes("def max(x):\n    return x[1]", wrapped) == 1.0
+    assert passes("def max(x):\n    return [x[1]]", wrapped) == 1.0
+    assert passes("x = 1", wrapped, partial="true") == 0.0
+
+
 def test_inputs_and_outputs_are_compared_outside():
     pairs = [{"input": "2 3\n4\n", "output": "5\n4 \n"}, {"input": "1 1\n0\n", "output": "2\n0"}]
     bodies = [
@@ -349,6 +450,8 @@ def test_tests_that_are_too_long_for_the_sandbox_are_left_out():
         (["x = 1"], "the tests of row 5 have no assert"),
         ("[f(2) == 4]", "the tests of row 5 cannot be read"),
         ([{"in": "1"}], "the tests of row 5 cannot be read"),
+        ({"fn_name": "f", "inputs": ["1"], "outputs": [2]}, "'1' is no list of arguments"),
+        (["assert max([1]) == min([1])"], "row 5 tests only builtins: name the program's function"),
         (
             ["import no_such_module", "assert f(2) == 4"],
             "in the tests of row 5, import no_such_mod",

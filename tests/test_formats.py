@@ -18,7 +18,7 @@ from transformers.utils.chat_parsing import parse_response
 
 from chat import Call, Chat
 from config import UserError
-from formats import FORMATS, JsonActions, Mistral, QwenXml
+from formats import FORMATS, Fence, JsonActions, Mistral, QwenXml, Tags
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 # Mistral's, after its public documentation, which calls them v3, v7, v11 and v13. v3 writes the
@@ -439,6 +439,23 @@ def test_values_are_read_as_models_write_them(text, value):
     assert exact(QwenXml([ANY]).parse(body)) == exact([Call("any", {"free": value})])
 
 
+def test_a_function_may_have_no_parameters_and_a_schema_keys_that_are_none():
+    """As OpenAI's form allows, and as the rows of a table with tools in it are."""
+    absent = {"type": None, "enum": None, "anyOf": None, "oneOf": None, "nullable": None}
+    bare = [{"function": {"name": "any"}}, {"function": {"name": "any", "parameters": None}}]
+    for tool in bare + [{"function": {"name": "any", "parameters": {"properties": None}}}]:
+        assert exact(QwenXml([tool]).parse(CALL_OF_ANY)) == exact([Call("any", {"free": "5"})])
+        for format in (Tags, Fence):
+            with pytest.raises(UserError, match=r"passes one string, but any needs \(\)"):
+                format([tool])
+    for given, value in [(absent, 5), (None, 5), (absent | {"type": "string"}, "5")]:
+        parameters = {"properties": {"free": given}, "required": None}
+        tool = {"function": {"name": "any", "description": None, "parameters": parameters}}
+        assert exact(QwenXml([tool]).parse(CALL_OF_ANY)) == exact([Call("any", {"free": value})])
+    assert "python. \n" in Fence([tool]).describe()
+
+
+CALL_OF_ANY = "<tool_call><function=any><parameter=free>5</parameter></function></tool_call>"
 X = "<parameter=x>\n1\n</parameter>"
 
 

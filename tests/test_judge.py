@@ -95,6 +95,8 @@ def test_the_judge_sees_question_answers_and_the_last_message_without_thoughts(a
     for part in ("2 and 3?", "5 or five", "It is 5. {question} \\1", "from 0 (wrong) to 1 (right)"):
         assert part in message["content"]
     assert "<think>" not in message["content"] and "Hi" not in message["content"]
+    assert judged(api, played('{"thought": "It is 5.", "actions": []}')) == [1.0]
+    assert "<reply>\nIt is 5.\n</reply>" in api.asked[1]["messages"][0]["content"]
 
 
 def test_what_was_given_to_finish_is_judged_and_an_empty_reply_is_not_sent(api):
@@ -113,6 +115,8 @@ def test_what_was_given_to_finish_is_judged_and_an_empty_reply_is_not_sent(api):
         ('{"reason": "fine", "score": 5}', 0.5),
         ("The reply says Score: 10, but it is wrong.\nScore: 2", 0.2),
         ("<think>Score: 10</think>\nScore: 3", 0.3),
+        ("<think>First thought: Score: 10. But", None),
+        ("<think>hm</think>no: <think>Score: 10", None),
         ("It scores high.", None),
         ("Score: high", None),
         ("Score: 11", None),
@@ -132,6 +136,15 @@ def test_a_reply_without_a_score_is_asked_for_again_and_otherwise(api):
     assert [asked["temperature"] for asked in api.asked] == [0.0, 0.7, 0.7]
     # what was no reply at all is asked for again as it was
     assert [asked["seed"] for asked in api.asked] == [0, 1, 1]
+
+
+def test_a_reply_that_was_cut_is_no_verdict(api):
+    """Its thought may have been opened by the prompt: it has no <think> then."""
+    cut = {"message": {"content": "Perhaps Score: 1"}, "finish_reason": "length"}
+    api.replies = [(200, {"choices": [cut]}), (200, {"choices": [cut]}), "hm</think>Score: 0"]
+    assert judged(api, played("5")) == [0.0]
+    api.replies = [(200, {"choices": [cut | {"finish_reason": "stop"}]})]
+    assert judged(api, played("5")) == [1.0]
 
 
 def test_a_judge_that_never_gives_a_score_stops_the_run(api):
