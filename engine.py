@@ -23,8 +23,8 @@ from typing import Protocol
 
 import torch
 
-import model as models
 from config import UserError
+from logprobs import token_logprobs
 
 
 @dataclass(frozen=True)
@@ -372,7 +372,7 @@ class Canary:
         ids = torch.tensor([self.ids], device=model.device)
         with torch.no_grad():
             mask = torch.ones_like(ids)
-            ours = models.token_logprobs(model, ids, mask, mask)[0][0, 1:].cpu()
+            ours = token_logprobs(model, ids, mask, mask)[0][0, 1:].cpu()
         theirs = torch.tensor(await engine.score(self.ids))  # (copies, T - 1)
         theirs = theirs[(theirs - ours).abs().mean(1).nan_to_num(math.inf).argmax()]  # the worst
         difference = (theirs - ours).abs().mean().item()

@@ -30,6 +30,10 @@ from engine import Completion, Sampling, ended
 
 EVERY = 1.0  # seconds between looks at each server's health
 PATIENCE = 20.0  # seconds in which a server has to say that it is well, however busy it is
+# All of these are off. What is not sent, a server may take from the model's generation_config.json,
+# and it would sample from another distribution than the trainer's.
+OFF = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+OFF |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
 LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=None)
 
 
@@ -74,7 +78,6 @@ class ServerEngine:
             raise ValueError("images were given to a text-only engine: use a vision model")
         asked = {
             "temperature": sampling.temperature,
-            "top_p": 1.0,
             "seed": sampling.seed,
             "max_tokens": sampling.max_new_tokens,
             "stop_token_ids": list(sampling.stop_ids),
@@ -117,7 +120,7 @@ class ServerEngine:
     async def _complete(self, server: Server, ids: list[int], asked: dict, version: int) -> dict:
         body = {"model": server.adapter or server.base, "prompt": ids, "return_token_ids": True}
         # salted: whatever another version has left in the prefix cache is never used
-        body |= {"skip_special_tokens": False, "cache_salt": f"version {version}", **asked}
+        body |= OFF | asked | {"skip_special_tokens": False, "cache_salt": f"version {version}"}
         server.busy += 1
         try:
             (choice,) = (await self._post(server, "/v1/completions", body))["choices"]

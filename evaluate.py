@@ -24,7 +24,7 @@ import config
 
 if __name__ == "__main__":
     # the keys of train_grpo.py that shape a rollout can be given here too
-    config.answer_help(__file__, "train_grpo.py")
+    config.answer_help(__file__, "train_grpo.py", keys=config.ROLLOUT_KEYS)
 
 import data
 import report
@@ -141,9 +141,12 @@ def load_config(argv: list[str], own: Config) -> train_grpo.Config:
             f"run = {own.run!r} is no run of train_grpo.py ({error}); {advice}"
         ) from None
     cfg = config.parse(train_grpo.Config, argv, keys=KEYS, base=base)
-    given = any(item.startswith("--model=") for item in argv)
+    given = "model" in _keys(argv)
     if own.endpoint and not given:
         raise UserError("model is missing: --endpoint needs --model=<its name there>")
+    ours = "format template_options dtype deterministic engine urls server_timeout"
+    if own.endpoint and (vain := sorted(_keys(argv) & {*ours.split(), *train_grpo.VLLM.split()})):
+        raise UserError(f"{vain[0]} has no effect with --endpoint: drop it")
     cfg = _of_engine(cfg, base, argv)
     if own.split != Config.split and data.is_file(cfg.data):
         raise UserError(f"split has no effect on {cfg.data!r}: a file has no splits, so drop it")
@@ -156,7 +159,7 @@ def _of_engine(cfg: train_grpo.Config, base: train_grpo.Config, argv: list[str])
     """`cfg` where another engine than the run's is asked for: without the options of the run's."""
     if cfg.engine == base.engine:
         return cfg
-    given = {item[2:].partition("=")[0] for item in argv}
+    given = _keys(argv)
     options = (
         f"{train_grpo.VLLM} urls server_timeout deterministic oversample is_level is_cap".split()
     )
@@ -164,10 +167,16 @@ def _of_engine(cfg: train_grpo.Config, base: train_grpo.Config, argv: list[str])
     return replace(cfg, **{key: getattr(plain, key) for key in options if key not in given})
 
 
+def _keys(argv: list[str]) -> set[str]:
+    """What is given on the command line."""
+    return {item[2:].partition("=")[0] for item in argv}
+
+
 def over(cfg: train_grpo.Config, own: Config, model: str) -> train_grpo.Config:
-    """`cfg` for evaluating `model`: its sampling is `own`'s."""
+    """`cfg` for evaluating `model`: its problems and its sampling are `own`'s."""
     split = train_grpo.Config.split if data.is_file(cfg.data) else own.split
-    return replace(cfg, model=model, split=split, temperature=own.temperature, seed=own.seed)
+    sampling = {"temperature": own.temperature, "seed": own.seed}
+    return replace(cfg, model=model, split=split, limit=own.limit, **sampling)
 
 
 def evaluate(cfg: train_grpo.Config, own: Config) -> dict:

@@ -25,7 +25,7 @@ denominators count exactly the tokens that are summed. So the cut, and the order
 Shapes: B sequences, T tokens.
 """
 
-from itertools import accumulate
+import math
 
 import torch
 
@@ -42,22 +42,23 @@ def advantages(
     of the others (Ahmadian et al. 2024, arXiv:2402.14740).
 
     None and NaN are left out of every mean and get 0. A group whose rewards are all equal gets
-    exactly 0: equality is tested on the rewards, since the std of equal floats need not be 0.
+    exactly 0: equality is tested on the rewards, up to rounding (1e-9 of the largest), since a std
+    of 1e-16 would make full-size advantages of 0.1 + 0.2 and 0.3.
     """
     valid = [r is not None and r == r for r in rewards]
     gain = torch.zeros(len(rewards))
     for group in set(groups):
         rows = [i for i, g in enumerate(groups) if g == group and valid[i]]
-        if len({rewards[i] for i in rows}) < 2:
-            continue
         values = torch.tensor([rewards[i] for i in rows], dtype=torch.float64)
+        if not rows or values.max() - values.min() <= 1e-9 * values.abs().max():
+            continue
         centred = values - values.mean()
         if rloo:  # r - (sum - r) / (n - 1) is n / (n - 1) times r - mean
             centred = centred * len(rows) / (len(rows) - 1)
         gain[rows] = (centred / (values.std() if adv_norm == "group" else 1.0)).float()
     if adv_norm == "batch" and gain.any():
-        values = torch.tensor([r for r, v in zip(rewards, valid, strict=True) if v])
-        gain = gain / values.std()
+        known = [r for r, v in zip(rewards, valid, strict=True) if v]
+        gain = gain / torch.tensor(known, dtype=torch.float64).std()  # in float32 it can be 0
     return gain, torch.tensor(valid, dtype=torch.bool)
 
 
@@ -67,7 +68,8 @@ def turn_advantages(
     """An advantage for each turn: what a trajectory earned in turn k and after it, compared with
     the k-th turns of its group (after MT-GRPO, arXiv:2505.11821). A turn that no other trajectory
     reached, or that all earned the same in, gets 0. The outcome's advantage is to be added."""
-    to_go = [list(accumulate(reversed(earned)))[::-1] for earned in turn_rewards]
+    # rounded, as 0.1 + 0.2 - 0.3 is not 0
+    to_go = [[round(math.fsum(e[k:]), 9) for k in range(len(e))] for e in turn_rewards]
     gains = [[0.0] * len(earned) for earned in to_go]
     for k in range(max(map(len, to_go), default=0)):
         rows = [i for i, earned in enumerate(to_go) if len(earned) > k]
@@ -176,12 +178,15 @@ def credit(trajectories: list, cfg) -> torch.Tensor:
     config say; returns (B,) bool: whether it is learnt from, and counted, at all. Rewards stay as
     they were."""
     groups, rewards = [t.group for t in trajectories], [t.reward for t in trajectories]
+    # a reward may give a list for some only, and none where its judge is away
+    earned = [t.turn_rewards or [0.0] * len(t.turn_starts) for t in trajectories]
     if cfg.turn_credit:
-        if all(t.turn_rewards is None for t in trajectories):
+        if rewards.count(None) < len(rewards) and all(t.turn_rewards is None for t in trajectories):
             raise UserError("turn_credit has no effect: none of the rewards gives a list, by turn")
-        # the turns' part is compared turn by turn below; what is left is the outcome
-        outcomes = ((t.reward, t.turn_rewards) for t in trajectories)
-        rewards = [None if r is None else r - sum(earned) for r, earned in outcomes]
+        # the turns' part is compared turn by turn below; what is left is the outcome, rounded, as
+        # 1.4 - 0.4 is not 1
+        pairs = zip(rewards, earned, strict=True)
+        rewards = [None if r is None else round(r - math.fsum(e), 9) for r, e in pairs]
     for i, t in enumerate(trajectories):
         if t.stop != "answered" and rewards[i] is not None:  # a limit ended it, not the model
             rewards[i] = {
@@ -193,8 +198,9 @@ def credit(trajectories: list, cfg) -> torch.Tensor:
     for t, value in zip(trajectories, gain.tolist(), strict=True):
         t.advantages = [value] * len(t.turn_starts)
     if cfg.turn_credit:
-        kept = [t for t, known in zip(trajectories, valid.tolist(), strict=True) if known]
-        turns = [t.turn_rewards for t in kept], [t.group for t in kept]
-        for t, gains in zip(kept, turn_advantages(*turns, cfg.adv_norm, cfg.rloo), strict=True):
+        kept = valid.nonzero()[:, 0].tolist()
+        turns = [earned[i] for i in kept], [groups[i] for i in kept]
+        for i, gains in zip(kept, turn_advantages(*turns, cfg.adv_norm, cfg.rloo), strict=True):
+            t = trajectories[i]
             t.advantages = [a + b for a, b in zip(t.advantages, gains, strict=True)]
     return valid

@@ -43,8 +43,8 @@ if __name__ == "__main__":
 import torch
 from trl_side import in_subprocess
 
-import model as models
 from config import UserError
+from logprobs import token_logprobs
 
 TIME, MEMORY, DIFFERENCE = 1.3, 1 / 6, 1e-5  # what ours may take, of the plain way's
 
@@ -93,7 +93,7 @@ def ours(hidden, head, ids, given):
         config=SimpleNamespace(get_text_config=lambda: text),
     )
     every = torch.ones_like(ids)
-    logprobs, entropy = models.token_logprobs(model, ids, every, every)
+    logprobs, entropy = token_logprobs(model, ids, every, every)
     return logprobs[0, 1:], entropy[0, 1:]
 
 

@@ -28,6 +28,7 @@ from engine import (
     _Request,
     synced,
 )
+from logprobs import pad, token_logprobs
 
 PROMPTS = [[7], [9, 30, 41, 7, 55, 60], [9, 30, 41], [88, 12, 12, 5, 200, 31, 3, 77, 120, 11, 6]]
 
@@ -142,10 +143,8 @@ def test_logprobs_are_the_trainers_at_the_same_temperature(engine, policy, tempe
     done = sample(engine, list(zip(PROMPTS, sampling, strict=True)))
     rows = [ids + c.ids for ids, c in zip(PROMPTS, done, strict=True)]
     mask = [[0] * len(i) + [1] * len(c.ids) for i, c in zip(PROMPTS, done, strict=True)]
-    attention = models.pad([[1] * len(row) for row in rows])
-    got, _ = models.token_logprobs(
-        policy, models.pad(rows), attention, models.pad(mask), temperature
-    )
+    attention = pad([[1] * len(row) for row in rows])
+    got, _ = token_logprobs(policy, pad(rows), attention, pad(mask), temperature)
     for row, ids, completion in zip(got, PROMPTS, done, strict=True):
         ours = row[len(ids) : len(ids) + len(completion.ids)]
         assert torch.allclose(ours, torch.tensor(completion.logprobs), atol=1e-5, rtol=0)
@@ -654,5 +653,5 @@ def test_scores_are_the_trainers_logprobs(engine, policy):
     whole = torch.tensor([ids])
     ones = torch.ones_like(whole)
     with torch.no_grad():
-        ours = models.token_logprobs(policy, whole, ones, ones)[0][0, 1:]
+        ours = token_logprobs(policy, whole, ones, ones)[0][0, 1:]
     assert torch.allclose(torch.tensor(scores), ours, atol=1e-5)

@@ -1,4 +1,4 @@
-"""model.token_logprobs under every way that it is called: what it holds, keeps and sends back.
+"""logprobs.token_logprobs under every way that it is called: what it holds, keeps and sends back.
 
     pytest tests/test_logprobs.py
 
@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as models
+from logprobs import token_logprobs
 
 
 class Wrapped(torch.nn.Linear):
@@ -52,12 +53,12 @@ def weights(like):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_chunk_changes_neither_values_nor_gradients(name, monkeypatch):
     """Pitfall 18: 1 and 7 of 10 tokens, and what None makes of a small LOGITS_BYTES."""
-    monkeypatch.setattr(models, "LOGITS_BYTES", 4 * 4 * VOCABULARY)  # 4 tokens
+    monkeypatch.setattr("logprobs.LOGITS_BYTES", 4 * 4 * VOCABULARY)  # 4 tokens
     model, batch = MODELS[name]().eval(), sequences()
     expected, expected_entropy = full_logprobs(model, *batch, 0.7)
     gradient = backward(model, expected)
     for chunk in (1, 7, None):
-        logprobs, entropy = models.token_logprobs(model, *batch, 0.7, chunk)
+        logprobs, entropy = token_logprobs(model, *batch, 0.7, chunk)
         assert torch.allclose(logprobs, expected, atol=2e-6)
         assert torch.allclose(entropy, expected_entropy, atol=1e-5)
         assert distance(backward(model, logprobs), gradient) <= 2e-6
@@ -70,9 +71,9 @@ def test_without_a_chunk_as_many_logits_are_made_at_once_as_the_limit_holds(monk
     hook = lambda module, inputs, output: made.append(len(output))  # noqa: E731
     model.get_output_embeddings().register_forward_hook(hook)
     for numbers, expected in ((8 * VOCABULARY, [8, 8, 3]), (5, [1] * 19), (10**9, [19])):
-        monkeypatch.setattr(models, "LOGITS_BYTES", 4 * numbers)
+        monkeypatch.setattr("logprobs.LOGITS_BYTES", 4 * numbers)
         made.clear()
-        models.token_logprobs(model, ids, mask, mask)
+        token_logprobs(model, ids, mask, mask)
         assert made == expected
 
 
@@ -88,7 +89,7 @@ def test_both_ways_through_the_head_agree_and_either_part_may_be_frozen(bias):
             parts = {name: p for name, p in parts.items() if p is not None}
             for name, p in parts.items():
                 p.requires_grad_(name in trained)
-            logprobs, _ = models.token_logprobs(model, ids, mask, mask, 1.3, 7)
+            logprobs, _ = token_logprobs(model, ids, mask, mask, 1.3, 7)
             (logprobs * weights(logprobs)).sum().backward()
             assert [name for name, p in parts.items() if p.grad is None] == [
                 name for name in parts if name not in trained
@@ -102,13 +103,13 @@ def test_autograd_grad_gives_what_backward_gives_and_gives_it_twice(kind):
     """Gradients are made in place, but not in place of anything that is needed again."""
     model, states, ids, mask = stub(kind)
     head = model.get_output_embeddings()
-    logprobs, _ = models.token_logprobs(model, ids, mask, mask, chunk=7)
+    logprobs, _ = token_logprobs(model, ids, mask, mask, chunk=7)
     loss, parts = (logprobs * weights(logprobs)).sum(), (states, head.weight, head.bias)
     first, second = (torch.autograd.grad(loss, parts, retain_graph=True) for _ in range(2))
     loss.backward()
     for a, b, p in zip(first, second, parts, strict=True):
         assert torch.equal(a, b) and torch.equal(a, p.grad) and a.norm() > 0
-    only = torch.autograd.grad(models.token_logprobs(model, ids, mask, mask)[0].sum(), head.weight)
+    only = torch.autograd.grad(token_logprobs(model, ids, mask, mask)[0].sum(), head.weight)
     assert only[0].shape == head.weight.shape
 
 
@@ -117,11 +118,11 @@ def test_two_calls_add_up_to_the_gradient_of_one(name):
     """Pitfall 21: micro-batches of one row and of two."""
     model, (ids, attention_mask, mask) = MODELS[name]().eval(), sequences()
     scale = weights(mask)
-    whole = backward(model, models.token_logprobs(model, ids, attention_mask, mask)[0]).clone()
+    whole = backward(model, token_logprobs(model, ids, attention_mask, mask)[0]).clone()
     model.zero_grad()
     for rows in (slice(0, 1), slice(1, 3)):
         part = ids[rows], attention_mask[rows], mask[rows]
-        (models.token_logprobs(model, *part, chunk=3)[0] * scale[rows]).sum().backward()
+        (token_logprobs(model, *part, chunk=3)[0] * scale[rows]).sum().backward()
     parts = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     assert distance(parts, whole) < 1e-6
 
@@ -130,13 +131,13 @@ def test_two_calls_add_up_to_the_gradient_of_one(name):
 def test_recomputed_layers_give_the_same_gradient(name):
     """Pitfall 34: each layer runs again in the backward pass, by transformers' own switch."""
     model, batch = MODELS[name]().eval(), sequences()
-    logprobs, _ = models.token_logprobs(model, *batch, chunk=7)
+    logprobs, _ = token_logprobs(model, *batch, chunk=7)
     expected = backward(model, logprobs).clone()
     models.recompute_layers(model)
     models.without_dropout(model)
     runs = []
     model.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
-    again, _ = models.token_logprobs(model, *batch, chunk=7)
+    again, _ = token_logprobs(model, *batch, chunk=7)
     assert torch.equal(again, logprobs) and len(runs) == 1
     assert distance(backward(model, again), expected) < 1e-6 and len(runs) == 2
 
@@ -178,7 +179,7 @@ def test_memory_depends_on_the_chunk_and_not_on_the_number_of_tokens(kind):
             model, states, ids, mask = stub(kind, vocabulary, tokens, hidden, bias=False)
             weight = model.get_output_embeddings().weight
             with Alive(vocabulary, weight) as alive:
-                logprobs, entropy = models.token_logprobs(model, ids, mask, mask, chunk=chunk)
+                logprobs, entropy = token_logprobs(model, ids, mask, mask, chunk=chunk)
                 assert alive.peak >= chunk * vocabulary and logprobs.requires_grad
                 assert alive.now() == 0
                 logprobs.sum().backward()
@@ -195,7 +196,7 @@ def test_no_memory_is_taken_for_the_gradient_of_a_frozen_head():
     model, _, ids, mask = stub(torch.nn.Linear, 4096, 60, hidden=4)
     head = model.get_output_embeddings().requires_grad_(False)
     with Alive(4096, head.weight, head.bias) as alive:
-        models.token_logprobs(model, ids, mask, mask, chunk=8)[0].sum().backward()
+        token_logprobs(model, ids, mask, mask, chunk=8)[0].sum().backward()
     assert alive.peak == 8 * 4096
 
 
@@ -203,9 +204,9 @@ def test_no_memory_is_taken_for_the_gradient_of_a_frozen_head():
 def test_entropies_and_a_call_without_gradient_have_no_graph(kind):
     """Pitfall 19."""
     model, _, ids, mask = stub(kind)
-    assert not models.token_logprobs(model, ids, mask, mask)[1].requires_grad
+    assert not token_logprobs(model, ids, mask, mask)[1].requires_grad
     with torch.no_grad():
-        assert not models.token_logprobs(model, ids, mask, mask)[0].requires_grad
+        assert not token_logprobs(model, ids, mask, mask)[0].requires_grad
 
 
 # Numbers
@@ -219,7 +220,7 @@ def test_a_logit_of_minus_infinity_leaves_all_else_finite(kind):
     ids %= allowed
     with torch.no_grad():
         head.bias[allowed:] = -torch.inf
-    logprobs, entropy = models.token_logprobs(model, ids, mask, mask, chunk=7)
+    logprobs, entropy = token_logprobs(model, ids, mask, mask, chunk=7)
     (logprobs * weights(logprobs)).sum().backward()
     table = (states[0, :-1] @ head.weight[:allowed].T + head.bias[:allowed]).log_softmax(-1)
     expected = table.gather(-1, ids[0, 1:, None])[:, 0]
@@ -236,7 +237,7 @@ def test_large_logits_lose_no_more_than_float32_has_to(kind):
     model, states, ids, mask = stub(kind)
     with torch.no_grad():
         model.get_output_embeddings().bias += 5000
-    logprobs, entropy = models.token_logprobs(model, ids, mask, mask)
+    logprobs, entropy = token_logprobs(model, ids, mask, mask)
     head = model.get_output_embeddings()
     table = head(states[0, :-1]).double().log_softmax(-1)
     expected = table.gather(-1, ids[0, 1:, None])[:, 0].float()
@@ -269,7 +270,7 @@ def test_the_head_multiplies_in_bfloat16_and_the_softmax_is_in_float32(name, how
     if how == "autocast":
         around = torch.autocast("cpu", torch.bfloat16)
     with around:
-        logprobs, entropy = models.token_logprobs(model, *batch, chunk=3)
+        logprobs, entropy = token_logprobs(model, *batch, chunk=3)
         with torch.no_grad():
             hidden = model.get_decoder()(input_ids=batch[0], use_cache=False).last_hidden_state
             logits = model.get_output_embeddings()(hidden[0])
@@ -292,7 +293,7 @@ def test_gradients_in_bfloat16_are_those_of_float32_up_to_its_rounding(how):
     gradients = []
     for dtype in ("float32", how):
         model = models.in_dtype(MODELS["untied"]().eval(), dtype)
-        logprobs, _ = models.token_logprobs(model, *sequences(), chunk=1)
+        logprobs, _ = token_logprobs(model, *sequences(), chunk=1)
         gradients.append(backward(model, logprobs).float())
     assert 1e-4 < distance(gradients[1], gradients[0]) < 0.04
 
@@ -310,12 +311,10 @@ def test_packed_samples_have_the_logprobs_and_gradients_that_they_have_alone(att
     ids = torch.cat(samples, 1)
     position_ids = torch.cat([torch.arange(s.shape[1]) for s in samples])[None]
     every = torch.ones_like(ids)
-    packed, entropy = models.token_logprobs(model, ids, None, every, position_ids=position_ids)
+    packed, entropy = token_logprobs(model, ids, None, every, position_ids=position_ids)
     assert (packed[position_ids == 0] == 0).all()  # though the mask is 1 there
     gradient = backward(model, packed).clone()
-    alone = [
-        models.token_logprobs(model, s, torch.ones_like(s), torch.ones_like(s)) for s in samples
-    ]
+    alone = [token_logprobs(model, s, torch.ones_like(s), torch.ones_like(s)) for s in samples]
     expected, expected_entropy = (torch.cat(x, 1) for x in zip(*alone, strict=True))
     assert torch.allclose(packed, expected, rtol=1e-6, atol=2e-6)
     assert torch.allclose(entropy, expected_entropy, rtol=1e-6, atol=2e-6)
@@ -327,7 +326,7 @@ def test_the_first_token_of_a_sequence_has_no_logprob_whatever_the_mask_says():
     model = MODELS["tied"]().eval()
     for side in ("left", "right"):
         ids, attention_mask, _ = sequences(side)
-        logprobs, _ = models.token_logprobs(model, ids, attention_mask, attention_mask)
+        logprobs, _ = token_logprobs(model, ids, attention_mask, attention_mask)
         first = attention_mask.argmax(1)
         assert (logprobs[torch.arange(3), first] == 0).all()
         assert ((logprobs != 0).sum(1) == attention_mask.sum(1) - 1).all()

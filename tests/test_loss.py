@@ -18,6 +18,7 @@ import torch
 import model as models
 import train_grpo
 from config import UserError
+from logprobs import beginnings, micro_batches, pad, shares_prompts, token_logprobs
 from loss import (
     advantages,
     grpo_loss,
@@ -190,10 +191,21 @@ def test_equal_rewards_have_advantage_exactly_zero(adv_norm, value):
     assert gain[:7].tolist() == [0.0] * 7 and valid.all() and (gain[7:] != 0).all()
 
 
-def test_rewards_that_differ_in_the_last_bit_are_not_equal():
-    """Pitfall 22: equality is that of the rewards, and nothing is divided by 0."""
-    gain, _ = advantages([0.3, 0.1 + 0.2], [0, 0], "group")
-    assert gain.isfinite().all() and gain[0] < gain[1]
+@pytest.mark.parametrize("adv_norm", ["group", "batch", "none"])
+def test_rewards_that_differ_by_rounding_are_equal(adv_norm):
+    """Pitfall 22: divided by a std of 1e-16, rounding would be an advantage of full size."""
+    gain, _ = advantages(
+        [0.3, 0.1 + 0.2, 1.4 - 0.4, 1.0, 1e9, 1e9 + 1e-6], [0, 0, 1, 1, 2, 2], adv_norm
+    )
+    assert gain.tolist() == [0.0] * 6
+    gain, _ = advantages([1e-30, 2e-30], [0, 0], adv_norm)  # small, but not beside each other
+    assert gain[0] < 0 < gain[1]
+
+
+def test_the_std_of_a_batch_is_not_lost_where_rewards_are_far_from_zero():
+    """In float32 both are the same number, with a std of 0."""
+    gain, _ = advantages([1e4, 1e4 + 1e-4], [0, 0], "batch")
+    assert gain.tolist() == pytest.approx([-math.sqrt(0.5), math.sqrt(0.5)], rel=1e-3)
 
 
 @pytest.mark.parametrize("missing", [None, float("nan")])
@@ -393,7 +405,7 @@ def test_the_gradient_does_not_depend_on_micro_batches_or_order(tied, kind):
         for size in (1, 2, 5):
             cfg = Config(token_budget=size * longest, **options)
             lengths = [len(t.ids) for t in trajectories]
-            parts = models.micro_batches(lengths, cfg.token_budget)
+            parts = micro_batches(lengths, cfg.token_budget)
             assert len(parts) > 1 and (size > 1 or max(map(len, parts)) < 3)
             cut, cut_metrics = gradient(tied, batch, cfg, old, ref)
             assert distance(cut, whole) <= 1e-6
@@ -413,7 +425,7 @@ def test_no_token_but_the_trained_ones_has_a_gradient(tied, kind):
     """Pitfalls 3, 15: of the loss with respect to the logprob of each token."""
     rows, weights = weighed(some_trajectories(), kind)
     ids, attention_mask, mask, sampled, gain = padded(rows, "cpu")
-    logprobs, _ = models.token_logprobs(tied, ids, attention_mask, mask)
+    logprobs, _ = token_logprobs(tied, ids, attention_mask, mask)
     logprobs = logprobs.detach().requires_grad_()
     more = {"beta": 0.1, "ref_logprobs": torch.randn_like(logprobs)}
     args = logprobs, logprobs.detach() - 0.05, mask, gain, torch.tensor(weights), kind
@@ -451,7 +463,7 @@ def test_one_update_has_ratio_one_and_is_the_plain_policy_gradient(tied):
     tied.zero_grad()
     for factor, t in terms:
         ids, mask = torch.tensor([t.ids]), torch.tensor([t.mask])
-        logprobs, _ = models.token_logprobs(tied, ids, torch.ones_like(ids), mask)
+        logprobs, _ = token_logprobs(tied, ids, torch.ones_like(ids), mask)
         (-factor * logprobs.sum()).backward()
     plain = torch.cat([p.grad.flatten() for p in tied.parameters()])
     assert distance(got, plain) <= 1e-6
@@ -467,7 +479,7 @@ def test_one_update_has_ratio_one_and_is_the_plain_policy_gradient(tied):
 
 def _everything(model, rows):
     ids, attention_mask, mask, _, gain = padded(rows, "cpu")
-    return models.token_logprobs(model, ids, attention_mask, mask)[0], mask, gain
+    return token_logprobs(model, ids, attention_mask, mask)[0], mask, gain
 
 
 def test_a_trajectory_without_a_sampled_token_is_no_division_by_zero(tied):
@@ -609,10 +621,40 @@ def test_turn_credit_adds_the_outcomes_advantage_to_that_of_each_turn():
     plain = [copy.copy(t) for t in trajectories]
     credit(plain, Config(adv_norm="none"))
     assert plain[0].advantages == [1.0, 1.0]  # rewards 2, 0 and 1
+
+
+def test_what_rounding_leaves_of_a_reward_by_turn_is_no_outcome():
+    """Pitfall 22: all are right, but 1.0 + 0.2 + 0.2 - 0.4 is not 1.0, nor 0.1 + 0.2 - 0.3 zero."""
+    rng, trajectories = random.Random(1), []
+    for earned in ([0.2, 0.2, 0.0], [0.2, 0.0, 0.2], [0.2, 0.2, 0.0], [0.2, 0.0, 0.0]):
+        trajectories.append(trajectory(rng, 0, 1.0 + sum(earned), turns=3))
+        trajectories[-1].turn_rewards = earned
+    assert len({t.reward - sum(t.turn_rewards) for t in trajectories}) > 1
+    credit(trajectories, Config(turn_credit=True))
+    only_turns = turn_advantages([t.turn_rewards for t in trajectories], [0] * 4)
+    assert [t.advantages for t in trajectories] == [pytest.approx(each) for each in only_turns]
+    assert turn_advantages([[0.1, 0.2, -0.3], [0.0, 0.2, -0.2]], [0, 0])[0][0] == 0
+
+
+def test_turn_credit_goes_on_where_a_reward_by_turn_is_missing():
+    """Pitfall 23: what has no list earned nothing in its turns, and its number is the outcome. If
+    no trajectory has a reward at all, a judge may be away; else no reward ever gives a list."""
+    rng, cfg = random.Random(1), Config(turn_credit=True, adv_norm="none")
+    trajectories = [trajectory(rng, 0, reward, turns=2) for reward in (1.0, 1.0, 0.0, None)]
+    trajectories[0].turn_rewards = [0.0, 1.0]
+    trajectories[3].turn_rewards = [0.0, 9.0]  # of another reward than the one that is missing
+    valid = credit(trajectories, cfg)
+    assert valid.tolist() == [True, True, True, False]
+    # outcomes 0, 1, 0 and turns 1, 0, 0: both have the mean 1 / 3
+    expected = [[1 / 3] * 2, [1 / 3] * 2, [-2 / 3] * 2, [0.0] * 2]
+    assert [t.advantages for t in trajectories] == [pytest.approx(each) for each in expected]
     for t in trajectories:
-        t.turn_rewards = None
+        t.reward = t.turn_rewards = None
+    assert not credit(trajectories, cfg).any()
+    assert all(t.advantages == [0.0, 0.0] for t in trajectories)
+    trajectories[0].reward = 1.0
     with pytest.raises(UserError, match="^turn_credit has no effect: none of the rewards gives"):
-        credit(trajectories, Config(turn_credit=True))
+        credit(trajectories, cfg)
 
 
 def test_equal_groups_are_left_out_of_the_backward_pass_but_count_in_the_mean(tied, monkeypatch):
@@ -674,7 +716,7 @@ def test_dropout_is_off_while_learning_and_the_engine_finds_the_model_in_eval_mo
     for t in trajectories:
         ids, mask = torch.tensor([t.ids]), torch.tensor([t.mask])
         with torch.no_grad():
-            logprobs, _ = models.token_logprobs(policy, ids, torch.ones_like(ids), mask)
+            logprobs, _ = token_logprobs(policy, ids, torch.ones_like(ids), mask)
         t.logprobs = logprobs[0].tolist()
     metrics = learn(policy, [], trajectories, 0.1, Config())
     assert metrics["sampler_logprob_diff"] < 1e-6 and not policy.training
@@ -727,7 +769,7 @@ def test_chunked_logprobs_equal_the_full_log_softmax_in_values_and_gradients(nam
         batch = sequences()
         expected, expected_entropy = full_logprobs(model, *batch, temperature)
         expected_gradient = backward(model, expected)
-        logprobs, entropy = models.token_logprobs(model, *batch, temperature, chunk)
+        logprobs, entropy = token_logprobs(model, *batch, temperature, chunk)
         assert torch.allclose(logprobs, expected, atol=2e-6)
         assert torch.allclose(entropy, expected_entropy, atol=1e-5) and not entropy.requires_grad
         assert logprobs.dtype == torch.float32 and (logprobs[batch[2] == 0] == 0).all()
@@ -741,7 +783,7 @@ def test_softcap_bias_and_adapters_of_the_test_models_do_change_the_logprobs():
     batch = sequences()
 
     def logprobs(model):
-        return models.token_logprobs(model.eval(), *batch)[0].detach()
+        return token_logprobs(model.eval(), *batch)[0].detach()
 
     assert not torch.allclose(
         logprobs(gemma(final_logit_softcapping=2.0)), logprobs(gemma(final_logit_softcapping=30.0))
@@ -785,14 +827,14 @@ def test_padding_on_either_side_and_neighbours_change_nothing(make):
     """Pitfall 17: alone, right-padded and left-padded."""
     model = make().eval()
     ids, attention_mask, mask = sequences()
-    right, _ = models.token_logprobs(model, ids, attention_mask, mask)
+    right, _ = token_logprobs(model, ids, attention_mask, mask)
     left_batch = sequences("left")
-    left, _ = models.token_logprobs(model, *left_batch)
+    left, _ = token_logprobs(model, *left_batch)
     assert torch.allclose(right[mask == 1], left[left_batch[2] == 1], atol=2e-6)
     for row in range(3):
         n = attention_mask[row].sum()
         alone = ids[row : row + 1, :n], attention_mask[row : row + 1, :n], mask[row : row + 1, :n]
-        single, _ = models.token_logprobs(model, *alone)
+        single, _ = token_logprobs(model, *alone)
         assert torch.allclose(single[0], right[row, :n], atol=2e-6)
 
 
@@ -809,7 +851,7 @@ def test_no_more_than_a_chunk_of_logits_exists_and_none_are_kept_for_backward(ti
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logprobs, _ = models.token_logprobs(tied, *batch, chunk=4)
+        logprobs, _ = token_logprobs(tied, *batch, chunk=4)
     wanted = int(batch[2].sum())  # the 10 tokens whose mask is 1, not all 27
     chunks = [(4, VOCABULARY)] * (wanted // 4) + [(wanted % 4, VOCABULARY)] * (wanted % 4 > 0)
     assert made == chunks and kept and not any(shape[-1:] == (VOCABULARY,) for shape in kept)
@@ -821,7 +863,7 @@ def test_no_more_than_a_chunk_of_logits_exists_and_none_are_kept_for_backward(ti
 def test_a_mask_of_nothing_gives_zeros_and_a_backward_pass(tied):
     """Pitfall 27."""
     ids = torch.ones(2, 3, dtype=torch.long)
-    logprobs, entropy = models.token_logprobs(tied, ids, ids, torch.zeros_like(ids))
+    logprobs, entropy = token_logprobs(tied, ids, ids, torch.zeros_like(ids))
     assert logprobs.tolist() == entropy.tolist() == [[0.0] * 3] * 2
     (logprobs.sum() + sum(p.sum() for p in tied.parameters()) * 0).backward()
 
@@ -829,7 +871,7 @@ def test_a_mask_of_nothing_gives_zeros_and_a_backward_pass(tied):
 def test_the_last_prompt_token_predicts_the_first_sampled_one(tied):
     """Pitfall 3: no shift by one; changing what comes later changes nothing before it."""
     ids, mask = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 0]])
-    logprobs, _ = models.token_logprobs(tied, ids, torch.ones_like(ids), mask)
+    logprobs, _ = token_logprobs(tied, ids, torch.ones_like(ids), mask)
     table = tied(torch.tensor([[5, 6]])).logits[0, -1].log_softmax(-1)
     assert logprobs[0].tolist() == pytest.approx([0, 0, table[7].item(), 0], abs=2e-6)
 
@@ -906,7 +948,7 @@ def test_the_prompt_of_a_group_goes_through_the_layers_once_with_the_same_gradie
     )
     in_parts, _ = gradient(model, batch, Config(token_budget=60))
     alone, _ = gradient(model, batch, Config(token_budget=1))
-    monkeypatch.setattr(models, "shares_prompts", lambda model: False)
+    monkeypatch.setattr("logprobs.shares_prompts", lambda model: False)
     sizes.clear()
     plain, plain_metrics = gradient(model, batch, Config(token_budget=10**6))
     assert sizes == [15 * max(len(t.ids) for t in batch[0])] and sizes[0] > 2 * (prompts + rest) / 2
@@ -920,7 +962,7 @@ def test_sharing_prompts_is_exact(monkeypatch):
     model = phi().eval().double()
     batch = weighed(groups_with_prompts(), "dapo")
     shared, _ = gradient(model, batch, Config(token_budget=10**6))
-    monkeypatch.setattr(models, "shares_prompts", lambda model: False)
+    monkeypatch.setattr("logprobs.shares_prompts", lambda model: False)
     plain, _ = gradient(model, batch, Config(token_budget=10**6))
     assert distance(shared, plain) <= 1e-12
 
@@ -931,10 +973,10 @@ def test_prompts_are_not_shared_where_that_would_be_another_function_or_nothing_
     """Recomputed layers, layers with a window, rows padded on the left, prompts that differ."""
     rows = groups_with_prompts()
     mixed = gemma(sliding_window=4).eval()
-    assert not models.shares_prompts(mixed)
+    assert not shares_prompts(mixed)
     recomputed = qwen().eval()
     models.recompute_layers(recomputed)
-    assert not models.shares_prompts(recomputed) and models.shares_prompts(qwen())
+    assert not shares_prompts(recomputed) and shares_prompts(qwen())
     for model, some in ((mixed, rows), (recomputed, rows), (qwen().eval(), some_trajectories())):
         sizes = seen_tokens(model)
         gradient(model, weighed(some, "dapo"), Config(token_budget=10**6))
@@ -944,7 +986,7 @@ def test_prompts_are_not_shared_where_that_would_be_another_function_or_nothing_
     real = torch.tensor([[0] * (width - len(t.ids)) + [1] * len(t.ids) for t in rows])
     mask = torch.tensor([[0] * (width - len(t.ids)) + t.mask for t in rows])
     sizes = seen_tokens(model)
-    logprobs, _ = models.token_logprobs(model, left, real, mask)
+    logprobs, _ = token_logprobs(model, left, real, mask)
     assert sizes == [left.numel()]
     for given, expected, t in zip(logprobs, score(model, rows, Config()), rows, strict=True):
         assert torch.allclose(given[width - len(t.ids) :], expected, atol=1e-5)
@@ -954,12 +996,79 @@ def test_a_budget_counts_equal_prompts_once():
     rng = random.Random(2)
     prompts = [tuple([i % 3] * (10 + i % 3)) for i in range(30)]
     lengths = [len(prompt) + rng.randint(1, 9) for prompt in prompts]
-    parts = models.micro_batches(lengths, 60, prompts)
+    parts = micro_batches(lengths, 60, prompts)
     assert sorted(sum(parts, [])) == list(range(30))
     for part in parts:
         own = max(lengths[i] - len(prompts[i]) for i in part)
-        assert own * len(part) + sum(map(len, {prompts[i] for i in part})) <= 60
-    assert len(parts) < len(models.micro_batches(lengths, 60))
+        used = {prompts[i] for i in part}
+        assert own * len(part) + len(used) * max(map(len, used)) <= 60
+    assert len(parts) < len(micro_batches(lengths, 60))
+
+
+def unlike_groups(seed, groups=24, size=8, prompt=(20, 400), own=(3, 12)):
+    """(ids, mask) of rows in random order, of groups whose prompts differ in length."""
+    rng, rows = random.Random(seed), []
+    for _ in range(groups):
+        begin = [rng.randrange(VOCABULARY) for _ in range(rng.randint(*prompt))]
+        for _ in range(size):
+            new = rng.randint(*own)
+            ids = begin + [rng.randrange(VOCABULARY) for _ in range(new)]
+            rows.append((ids, [0] * len(begin) + [1] * new))
+    rng.shuffle(rows)
+    return rows
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_the_tokens_that_go_through_the_layers_stay_within_the_budget(seen_tokens, shares):
+    """Counted where they go in, padding too: prompts of one micro-batch are padded to the longest,
+    as rows are where nothing is shared. Only a row that is longer than the budget passes it."""
+    model = qwen().eval()
+    sizes, budget = seen_tokens(model), 1638
+    for rows in (
+        unlike_groups(1),
+        unlike_groups(2, groups=6, prompt=(3, 9), own=(5, 60)),
+        unlike_groups(3, groups=40, size=1),
+        unlike_groups(4, groups=3, size=2, prompt=(budget, 2 * budget)),
+    ):
+        lengths, spent = [len(ids) for ids, _ in rows], 0
+        begins = beginnings(*map(list, zip(*rows, strict=True))) if shares else None
+        parts = micro_batches(lengths, budget, begins)
+        assert sorted(sum(parts, [])) == list(range(len(rows)))
+        for part in parts:
+            ids, mask = (pad([rows[i][k] for i in part]) for k in (0, 1))
+            sizes.clear()
+            with torch.no_grad():
+                token_logprobs(model, ids, pad([[1] * lengths[i] for i in part]), mask)
+            assert sum(sizes) <= budget or len(part) == 1
+            spent += sum(sizes)
+        assert spent < 1.5 * sum(lengths)
+        if shares and len(set(begins)) < len(rows) / 4 and max(map(len, begins)) > 50:
+            assert spent < 0.4 * sum(lengths)
+
+
+def test_rows_of_a_prompt_stay_together_only_where_that_is_fewer_tokens():
+    """One long answer in each group: padded to those, short prompts that are shared gain nothing.
+    And where no prompt repeats, rows are sorted by their whole length."""
+    prompts = [(group,) * 20 for group in range(16) for _ in range(8)]
+    lengths = [20 + (400 if i % 8 == 0 else 30) for i in range(128)]
+    parts = micro_batches(lengths, 4000, prompts)
+    own = [[lengths[i] - 20 for i in part] for part in parts]
+    padding = sum(len(part) * max(part) - sum(part) for part in own)
+    assert padding < 0.2 * sum(map(sum, own))
+    rng = random.Random(3)
+    prompts = [(i,) * rng.randint(1, 300) for i in range(50)]
+    lengths = [len(prompt) + rng.randint(1, 300) for prompt in prompts]
+    parts = micro_batches(lengths, 2000, prompts)
+    assert [sorted(part) for part in parts] == [sorted(p) for p in micro_batches(lengths, 2000)]
+
+
+def test_a_batch_that_fits_is_one_micro_batch_whatever_the_order():
+    prompts = [(group,) * 60 for group in range(24) for _ in range(8)]
+    lengths = [60 + 20 + i % 40 for i in range(192)]
+    (part,) = micro_batches(lengths, 24 * 60 + 192 * 59, prompts)
+    order = random.Random(1).sample(range(192), 192)
+    (again,) = micro_batches([lengths[i] for i in order], 16384, [prompts[i] for i in order])
+    assert [lengths[order[i]] for i in again] == [lengths[i] for i in part]
 
 
 def test_micro_batches_hold_every_sequence_once_within_the_budget():
@@ -967,21 +1076,21 @@ def test_micro_batches_hold_every_sequence_once_within_the_budget():
     rng = random.Random(7)
     for budget in (1, 16, 50, 200, 10**6):
         lengths = [rng.randint(0, 60) for _ in range(rng.randint(0, 40))]
-        batches = models.micro_batches(lengths, budget)
+        batches = micro_batches(lengths, budget)
         assert sorted(i for part in batches for i in part) == list(range(len(lengths)))
         for part in batches:
             longest = max(lengths[i] for i in part)
             assert len(part) * longest <= budget or len(part) == 1
         flat = [lengths[i] for part in batches for i in part]
         assert flat == sorted(lengths, reverse=True)
-    assert models.micro_batches([5, 5, 3, 2], 10) == [[0, 1], [2, 3]]
+    assert micro_batches([5, 5, 3, 2], 10) == [[0, 1], [2, 3]]
 
 
 def test_pad_fills_the_right_side_with_the_value():
-    padded = models.pad([[1, 2], [], [3]], 7)
+    padded = pad([[1, 2], [], [3]], 7)
     assert padded.tolist() == [[1, 2], [7, 7], [3, 7]] and padded.dtype == torch.long
-    assert models.pad([[0.5]], 0.0, torch.float32).dtype == torch.float32
-    assert models.pad([[], []]).shape == (2, 0) and models.pad([]).shape == (0, 0)
+    assert pad([[0.5]], 0.0, torch.float32).dtype == torch.float32
+    assert pad([[], []]).shape == (2, 0) and pad([]).shape == (0, 0)
 
 
 def test_the_schedule_warms_up_to_the_peak_and_falls():

@@ -21,8 +21,21 @@ import tools
 from chat import Chat
 from config import UserError
 from engine import Completion, ScriptedEngine
-from rollout import Settings, Trajectory, cut, play, rollouts, seed_of, spans, stats, wait
+from rollout import (
+    Settings,
+    Trajectory,
+    batch_of_groups,
+    cut,
+    play,
+    prompts_of,
+    rollouts,
+    seed_of,
+    spans,
+    stats,
+    wait,
+)
 from tools import Toolbox, ToolCall
+from train_grpo import Config
 
 EXAMPLE = {"id": 0, "messages": [{"role": "user", "content": "What is 2+3?"}], "answer": "5"}
 STOP = "<|im_end|>"
@@ -837,7 +850,7 @@ def test_stats_of_a_set_made_by_hand():
         return t
 
     good = ToolCall(0, "add", {}, "5", None, 0.5)
-    empty = ToolCall(0, "add", {}, "", None, 0.5)
+    empty = ToolCall(0, "add", {}, "", None, 0.0)  # the cache knew it
     silent = ToolCall(0, "python", {}, "(no output: use print)", None, 1.5)
     bad = ToolCall(1, "add", None, "malformed", "bad_json", 0.0)
     out = stats(
@@ -862,7 +875,7 @@ def test_stats_of_a_set_made_by_hand():
         "tool_error_rate": 0.25,
         "empty_observation_rate": 0.5,
         "tool_errors_bad_json": 1,
-        "tool_seconds": 0.625,
+        "tool_seconds": 0.5,
         "calls_add": 2,
         "errors_add": 0,
         "seconds_p50_add": 0.5,
@@ -988,6 +1001,55 @@ def test_the_first_groups_that_are_complete_are_taken_and_the_rest_is_stopped(to
     played = many(tokenizer, engine, rows, samples=2, need=3, first_group=10)
     assert [(t.group, t.sample) for t in played] == [(g, s) for g in (10, 12, 14) for s in (0, 1)]
     assert time.monotonic() - started < 0.4
+
+
+class Expected(list):
+    """As a log: how many rollouts each round announced."""
+
+    def expect(self, count):
+        self.append(count)
+
+
+@pytest.mark.parametrize(
+    "options, rounds, kept",
+    [
+        ({"dynamic_sampling": "right"}, [4, 2, 2], [0, 3]),
+        ({"dynamic_sampling": "right", "dynamic_attempts": 1}, [4, 2], [0, 1]),
+        ({"dynamic_sampling": "other", "dynamic_attempts": 1}, [4], [0, 1]),
+        ({}, [4], [0, 1]),
+    ],
+)
+def test_groups_that_agree_on_the_named_reward_are_replaced(tokenizer, options, rounds, kept):
+    """Pitfall 22: the named reward decides, not the total; a None is no other outcome. Further
+    prompts are tried for so many rounds, then what is missing is filled up with the first equal
+    groups. kept: by their place behind the cursor."""
+    rows, cursor = numbered(8), 2
+    cfg = Config(prompts_per_step=2, group_size=2, seed=3, **options)
+    coming = [row["id"] for row in prompts_of(cursor, rows, 4, cfg.seed)]
+    right = dict(zip(coming, ((1.0, 0.0), (1.0, None), (0.0, 0.0), (0.0, 1.0)), strict=True))
+
+    def other(trajectory, example):
+        """Makes all totals of groups equal that differ, and those differ that are equal."""
+        one, two = right[example["id"]]
+        value = right[example["id"]][trajectory.sample]
+        return 1.0 - value if None not in (one, two) and one != two else float(trajectory.sample)
+
+    rewards = {
+        "right": (lambda trajectory, example: right[example["id"]][trajectory.sample], 1.0),
+        "other": (other, 1.0),
+    }
+    engine = ScriptedEngine(lambda ids, sampling: encode(tokenizer, ANSWER), tokenizer)
+    chat, log = Chat(tokenizer, "hermes", []), Expected()
+    taken, played, after = batch_of_groups(
+        rows, cursor, cfg, chat, engine, Toolbox([]), rewards, 0, log
+    )
+    assert log == rounds and len(played) == sum(rounds)
+    groups = sum(rounds) // 2
+    assert after == cursor + groups  # the next step goes on behind all that were tried
+    assert [t.example["id"] for t in played] == [n for n in coming[:groups] for _ in range(2)]
+    assert [(t.group, t.sample) for t in taken] == [(g, s) for g in kept for s in range(2)]
+    seeds = [sampling.seed for _, sampling in engine.requests]
+    assert len(set(seeds)) == len(seeds) == len(played)  # rounds share none
 
 
 def test_slow_tools_cost_the_slowest_trajectory_and_not_the_sum(tokenizer):

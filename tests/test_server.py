@@ -36,7 +36,7 @@ class Fake:
 
     def __init__(self, tokenizer, port=0, processed=True, room=4096, delay=0.0):
         self.tokenizer, self.processed, self.room, self.delay = tokenizer, processed, room, delay
-        self.seen, self.adapters, self.models = Counter(), [], []
+        self.seen, self.adapters, self.models, self.bodies = Counter(), [], [], []
         self.broken, self.deaf, self.runtime = 0, threading.Event(), True
         outer = self
 
@@ -105,6 +105,7 @@ class Fake:
         if body["model"] not in ("base", *self.adapters):
             return 404, {"message": f"The model `{body['model']}` does not exist."}
         self.models.append(body["model"])
+        self.bodies.append(body)
         time.sleep(self.delay)
         choice = {"prompt_token_ids": body["prompt"], "stop_reason": None}
         if body.get("prompt_logprobs") is not None:
@@ -168,6 +169,21 @@ def test_turns_are_spread_and_a_group_stays_where_its_beginning_is_cached(fakes,
         assert one.seen["/v1/completions"] + two.seen["/v1/completions"] == 64
         assert min(one.seen["/v1/completions"], two.seen["/v1/completions"]) >= 16
     assert all(t.mask[-3:] == [1, 1, 1] and t.logprobs[-1] == -0.5 for t in played)
+
+
+def test_what_shapes_a_distribution_is_sent_and_not_left_to_the_server(fakes, tokenizer):
+    """Pitfall 14: what a request leaves out vllm serve takes from the model's generation_config,
+    where it was started without --generation-config vllm. Also where its logprobs are proved."""
+    (one,) = fakes(1)
+    off = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    off |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+    with engine_of([one], tokenizer) as engine:
+        wait(engine.generate([5, 6], [], Sampling(temperature=0.7, max_new_tokens=2, seed=3)))
+        wait(engine.sync(Adapted(), 1))
+        wait(engine.score([5, 6, 7]))
+    first = one.bodies[0]
+    assert (first["temperature"], first["seed"], first["ignore_eos"]) == (0.7, 3, True)
+    assert len(one.bodies) == 4 and all(off.items() <= body.items() for body in one.bodies)
 
 
 def test_what_a_dying_server_had_is_sampled_again_by_the_other(fakes, tokenizer, capsys):
@@ -317,3 +333,29 @@ def test_a_turn_keeps_its_adapter_while_the_next_one_is_loaded(fakes, tokenizer)
         wait(both())
         assert first != engine.name and one.adapters == [engine.name]
         assert one.models[-1] == engine.name and first in one.models
+
+
+def test_nobody_samples_before_all_servers_have_the_adapter(fakes, tokenizer):
+    """Pitfall 36: the first to have it waits for the last."""
+    one, two = fakes()
+    quick, go = two.said, threading.Event()
+    two.said = lambda path, body: (
+        not path.startswith("/v1/load") or go.wait(10),
+        quick(path, body),
+    )[1]
+    with engine_of((one, two), tokenizer) as engine:
+
+        async def both():
+            sync = asyncio.create_task(engine.sync(Adapted(), 1))
+            while not one.adapters:
+                await asyncio.sleep(0.01)
+            how = [Sampling(max_new_tokens=2, session=n) for n in range(8)]
+            turns = [asyncio.create_task(engine.generate([5, 6], [], h)) for h in how]
+            await asyncio.sleep(0.2)
+            assert not any(turn.done() for turn in turns) and not two.adapters
+            go.set()
+            await asyncio.gather(sync, *turns)
+
+        wait(both())
+        assert one.adapters == two.adapters == [engine.name]
+        assert set(one.models) == set(two.models) == {engine.name}

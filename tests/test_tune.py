@@ -178,6 +178,20 @@ def test_the_reference_of_an_adapter_that_is_trained_on_is_that_adapter(folder, 
     assert "adapter_model.safetensors" in files and "reference" not in files
 
 
+@pytest.mark.parametrize("tune", ["lora", "qlora"])
+def test_an_adapter_is_trained_on_with_its_own_layers_or_refused(folder, tmp_path, tune):
+    """Pitfalls 25, 55: other lora_targets would have no effect. Their order is no difference."""
+    own = ("q_proj", "v_proj")
+    model, tokenizer = models.load(str(folder), tune, "float32", "cpu", *LORA.values(), own)
+    models.save(model, tokenizer, tmp_path)
+    for targets in (("all-linear",), ("v_proj", "q_proj")):
+        load(tmp_path, tune, targets=targets)
+    load(tmp_path, "none", targets=("k_proj",))  # nothing is trained
+    for targets in (("q_proj",), ("q_proj", "v_proj", "k_proj")):
+        with pytest.raises(UserError, match="has lora_targets = q_proj,v_proj, and training it"):
+            load(tmp_path, tune, targets=targets)
+
+
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_recomputed_layers_give_the_same_gradient_and_no_dropout(folder, tune):
     """Pitfalls 34, 35: they are really recomputed, though the model is in eval mode."""
