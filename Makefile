@@ -23,7 +23,10 @@ test-vllm: .venv/installed-vllm
 	$(RUN) -m pytest -q -m vllm
 
 .venv/installed: pyproject.toml
-	test -x $(RUN) || $(PYTHON) -m venv .venv
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
+	  echo "python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python"; exit 1; }
+	test -x .venv/bin/pip || $(PYTHON) -m venv .venv || { \
+	  echo "no virtual environment (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
 	touch $@
 

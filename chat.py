@@ -25,6 +25,7 @@ passes on what the model has to be told is wrong (tests/test_formats.py shows bo
 
 import json
 import re
+from collections.abc import Sequence
 from copy import copy
 from datetime import datetime
 from itertools import groupby
@@ -41,6 +42,8 @@ BRIEF = {"role": "system", "content": "Be brief."}
 SENTINEL = "zqSENTINELqz"  # letters only: no template trims, quotes or escapes it
 # Stands for the n-th added token typed in somebody's text; code points for private use.
 MARK, MARKED = "\ue0f3{}\ue0f4", re.compile("\ue0f3([0-9]+)\ue0f4")
+# What every template is given.
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
 # Templates that write the date get this one: a run resumed tomorrow sees the same prompts.
 TODAY = datetime(2024, 7, 26)
 
@@ -85,6 +88,22 @@ def _flat(content) -> str:
     return content or ""
 
 
+def _options(given, template) -> dict:
+    """The variables of a template, from "name=value"; true, false and numbers are no texts."""
+    found = {}
+    for item in given:
+        name, equals, text = item.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"template_options: cannot read {item!r}: write name=value")
+        if name in GIVEN or not re.search(rf"\b{name}\b", template):
+            raise UserError(f"template_options: {name} is no option of this chat template: drop it")
+        try:
+            found[name] = json.loads(text)
+        except ValueError:
+            found[name] = text
+    return found
+
+
 def _any_of(tokens) -> re.Pattern:
     return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
@@ -95,10 +114,17 @@ class Chat:
     format: a name in formats.FORMATS, or "auto"; format_name: the one in use, never "auto".
     stop_ids: ids that close an assistant turn. stop_strings: text that ends a turn in an inline
     format; the ids stay as sampled even if the last token goes on behind it. differences:
-    sentences on where the template itself would write a conversation in another way.
-    UserError: the template cannot be proved."""
+    sentences on where the template itself would write a conversation in another way. options: of
+    the template, such as "enable_thinking=false" for Qwen3.
+    UserError: the template cannot be proved, or does not know an option."""
 
-    def __init__(self, tokenizer, format: str = "hermes", tools: list[dict] = ()):
+    def __init__(
+        self,
+        tokenizer,
+        format: str = "hermes",
+        tools: list[dict] = (),
+        options: Sequence[str] = (),
+    ):
         if format not in (*FORMATS, "auto"):
             raise UserError(f"format = {format!r}: expected one of auto, {', '.join(FORMATS)}")
         self.tokenizer, self.format_name, self.tools = tokenizer, format, list(tools)
@@ -108,6 +134,7 @@ class Chat:
             template = tokenizer.get_chat_template(tools=self.tools or None)
         except ValueError as e:
             raise self._refusal("there is none; use an Instruct model") from e
+        self._given, self._options = options, _options(options, template)
         added = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
         self._added = sorted({t.content for t in added}, key=len, reverse=True)
         # Text typed by a user or a tool must not become a control token. In a result that includes
@@ -129,7 +156,7 @@ class Chat:
         """This chat with other tools, for rows that bring their own. The proof is the template's
         and takes tens of milliseconds: only that all tools are shown is repeated."""
         if not self.tools or not tools:  # a template may be another one without tools
-            return Chat(self.tokenizer, self.format_name, tools)
+            return Chat(self.tokenizer, self.format_name, tools, self._given)
         other = copy(self)
         other.tools, other.format = list(tools), FORMATS[self.format_name](list(tools))
         other.format.style, other.stop_strings = self.format.style, other.format.stop_strings
@@ -172,10 +199,11 @@ class Chat:
             ids, mask = ids + new, mask + [bit] * len(new)
         return ids, mask
 
-    def message(self, text: str, calls: list[Call]) -> dict:
+    def message(self, text: str, calls: list[Call], goes_on: bool = False) -> dict:
         """The sampled turn in OpenAI form. Its calls stay in the text if the format is inline, or
-        if tool_calls would not say exactly the same (malformed calls, words between them)."""
-        text = self._opening + text
+        if tool_calls would not say exactly the same (malformed calls, words between them).
+        goes_on: it goes on behind an inline result, where no generation prompt was."""
+        text = text if goes_on else self._opening + text
         if calls and not self.format.inline and not any(call.error for call in calls):
             head = text[: text.index(calls[0].raw)]
             for content in map(head.removesuffix, ("", "\n", "\n\n")):
@@ -196,6 +224,7 @@ class Chat:
                 tokenize=False,
                 add_generation_prompt=generate,
                 strftime_now=TODAY.strftime,
+                **self._options,
             )
         # What templates raise, and what their expressions do on messages they do not expect.
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as e:

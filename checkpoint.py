@@ -35,8 +35,9 @@ from config import UserError
 # What may differ when a run goes on. Only steps and epochs change what is learnt, and only where
 # the schedule falls towards the last step: a run that is made longer falls more slowly from there.
 FREE = {"resume", "steps", "save_every", "keep_last", "logger", "rollouts_per_step", "epochs"}
-FREE |= {"token_budget", "gradient_checkpointing"}  # memory and speed
-FREE |= {"tool_concurrency", "tool_cache"}
+FREE |= {"token_budget", "gradient_checkpointing", "max_concurrent", "sleep"}  # memory and speed
+FREE |= {"gpu_memory_utilization", "kv_cache_gib", "tensor_parallel_size", "enforce_eager"}
+FREE |= {"tool_concurrency", "tool_cache", "urls", "server_timeout"}
 
 
 class Run:

@@ -28,6 +28,17 @@ import typing
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+# The keys of train_grpo's Config that shape a rollout: those that rollout.py and evaluate.py take.
+ROLLOUT_KEYS = tuple(
+    """
+    model dtype deterministic data split prompt_column answer_column answer_after system_prompt
+    prompt_template template_options format tools tool_timeout tool_concurrency rewards
+    temperature max_tokens max_new_tokens max_turns max_tool_calls max_observation_tokens
+    trajectory_timeout final_turn tool_options tool_cache reward_options reward_timeout database
+    seed engine urls server_timeout max_concurrent gpu_memory_utilization kv_cache_gib
+    tensor_parallel_size enforce_eager
+    """.split()
+)
 GIVEN = {"example", "trajectory"}  # what a tool or a reward gets of a rollout: no options of a user
 
 
@@ -169,23 +180,41 @@ def main(run):
         sys.exit(130)  # what a shell reports for a program that Ctrl-C ended
 
 
-def answer_help(*files):
-    """If sys.argv has -h or --help: print the first file's docstring and the source of every file's
-    `class Config` (relative names are beside this file), and exit 0. Nothing is imported."""
+def answer_help(file, other=None, keys=()):
+    """If sys.argv has -h or --help: print the file's docstring and the source of its `class Config`
+    and, of the other file's, those of `keys` that it has not itself, and exit 0. Nothing is
+    imported. Relative names are beside this file."""
     if not {"-h", "--help"} & set(sys.argv[1:]):
         return
-    for file in files:
-        source = (HERE / file).read_text(encoding="utf-8")
-        tree, lines = ast.parse(source), source.splitlines()
-        if file == files[0]:
-            print(ast.get_docstring(tree), end="\n\n")
-        for node in tree.body:
-            if isinstance(node, ast.ClassDef) and node.name == "Config":
-                end = node.end_lineno  # whole lines, and comments below: a segment has neither
-                while end < len(lines) and lines[end].startswith(" "):
-                    end += 1
-                print("\n".join(lines[node.lineno - 1 : end]), end="\n\n")
+    docstring, lines, fields = _source(file)
+    print(docstring, end="\n\n")
+    if lines:
+        print("\n".join(lines), end="\n\n")
+    if other:
+        _, lines, theirs = _source(other)
+        for name, first, end in theirs:
+            if name not in keys or name in {own for own, *_ in fields}:
+                lines[first:end] = [None] * (end - first)
+        lines = [line for line in lines[1:] if line is not None]
+        heads = [line.startswith("    #") for line in lines] + [True]  # one without keys goes too
+        kept = [line for i, line in enumerate(lines) if not (heads[i] and heads[i + 1])]
+        print(f"and these of {other}:", *kept, sep="\n", end="\n\n")
     sys.exit(0)
+
+
+def _source(file):
+    """-> docstring, lines of `class Config`, [(field, first line of it, line behind it)]."""
+    source = (HERE / file).read_text(encoding="utf-8")
+    tree, lines = ast.parse(source), source.splitlines()
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == "Config":
+            start, end = node.lineno - 1, node.end_lineno
+            while end < len(lines) and lines[end].startswith(" "):
+                end += 1  # whole lines, and comments below: a segment has neither
+            found = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+            fields = [(f.target.id, f.lineno - 1 - start, f.end_lineno - start) for f in found]
+            return ast.get_docstring(tree), lines[start:end], fields
+    return ast.get_docstring(tree), [], []
 
 
 def save(cfg, path):

@@ -45,7 +45,7 @@ def grpo(cfg) -> Trajectory:
         example, turns = rows[0], _oracle(cfg, rows[0], toolbox, list(selected))
         conversation = example["messages"] + turns
         tokenizer, cfg = _tokenizer(cfg, [conversation], toolbox.schemas, notes)
-        chat = Chat(tokenizer, cfg.format, toolbox.schemas)
+        chat = Chat(tokenizer, cfg.format, toolbox.schemas, cfg.template_options)
         check_prompt(chat, example, cfg.max_tokens)
         engine = ScriptedEngine(_sampled(chat, example["messages"], turns), tokenizer)
         trajectory = wait(_play(example, chat, engine, toolbox, Settings.of(cfg), selected))
@@ -79,7 +79,8 @@ def sft(cfg) -> Trajectory:
     if not talks and notes:
         raise UserError(f"the rows of {cfg.data} are token ids of {cfg.model}, which is not here")
     row = rows[:1]
-    ids, mask = train_sft.render(row, tokenizer, cfg.format, toolbox.schemas, cfg.data)[0]
+    chat = cfg.format, toolbox.schemas, cfg.data, cfg.template_options
+    ids, mask = train_sft.render(row, tokenizer, *chat)[0]
     trajectory = Trajectory(row[0], messages=row[0].get("messages", []), stop="answered")
     for i, bit in enumerate(mask):
         trajectory.add(ids[i : i + 1], bit, [0.0] if bit else None)
@@ -125,6 +126,9 @@ def _tokenizer(cfg, conversations: list, schemas: list[dict], notes: list[str]):
         except (OSError, ValueError):
             what = "a stand-in tokenizer is used, and its chat template was not proved"
             notes.append(f"model: {cfg.model} is not on this machine: {what}")
+    if cfg.template_options:
+        notes.append("template_options: not checked, they are of the model's own template")
+        cfg = dataclasses.replace(cfg, template_options=())
     if cfg.format in STAND_IN_FORMATS:
         notes.append(f"format: {cfg.format} needs the model's own template: hermes is shown")
         cfg = dataclasses.replace(cfg, format="hermes")

@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 CURVES = (  # title, what is drawn in it
     ("reward", ("reward",)),
-    ("accuracy", ("accuracy",)),
+    ("accuracy", ("accuracy", "val_accuracy")),
     ("tool-call rate", ("tool_call_rate", "tool_error_rate")),
     ("tokens per trajectory", ("new_tokens",)),
     ("loss", ("loss", "val_loss")),
@@ -90,7 +90,9 @@ def _tracker(name: str, out_dir: Path, start: int, settings: dict | None):
         if start == 0 or not kept.exists():
             kept.write_text(secrets.token_hex(4))
         same = {"id": kept.read_text(), "resume": "allow", "allow_val_change": True}
-        run = package.init(project="nanotool", dir=str(out_dir), config=settings, **same)
+        project = os.environ.get("WANDB_PROJECT", "nanotool")
+        same |= {"project": project, "name": out_dir.name, "dir": str(out_dir)}
+        run = package.init(config=settings, **same)
         return (lambda numbers, step: run.log(numbers, step=step)), run.finish
 
     def write(numbers: dict, step: int) -> None:

@@ -18,12 +18,12 @@ import random
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import config
 
 if __name__ == "__main__":
-    config.answer_help(__file__, "train_grpo.py")  # a rollout is configured as its training run is
+    config.answer_help(__file__, "train_grpo.py", keys=config.ROLLOUT_KEYS)
 
 import data
 import engine as engines
@@ -34,16 +34,8 @@ from config import UserError
 from engine import Engine, Sampling
 from tools import Toolbox, ToolCall, shortened
 
-# The keys of train_grpo's Config that shape a rollout: those that --key=value may set here.
-KEYS = tuple(
-    """
-    model dtype deterministic data split prompt_column answer_column answer_after system_prompt
-    prompt_template format tools tool_timeout tool_concurrency rewards temperature max_tokens
-    max_new_tokens max_turns max_tool_calls max_observation_tokens trajectory_timeout final_turn
-    tool_options tool_cache reward_options reward_timeout database seed engine urls server_timeout
-    max_concurrent gpu_memory_utilization kv_cache_gib tensor_parallel_size enforce_eager
-    """.split()
-)
+KEYS = config.ROLLOUT_KEYS
+VALIDATION_SEED = 2_000_000  # of a task's rows: neither those of training nor evaluate.py's
 
 
 @dataclass(frozen=True)
@@ -86,6 +78,7 @@ class Trajectory:
     )  # for rewards, logs and people; never for ids
     calls: list[ToolCall] = field(default_factory=list)
     turn_starts: list[int] = field(default_factory=list)  # index of each turn's first sampled token
+    goes_on: bool = False  # its next turn goes on behind a result, in the same message
     unseen_tokens: int = 0  # sampled behind an endpoint that gives text only (evaluate.py)
     stop: str = ""  # "answered" "length" "max_turns" "max_tool_calls" "timeout" "error"
     answer: str | None = None  # what it gave to a tool that ends the episode (tools/finish.py)
@@ -255,7 +248,7 @@ async def _turn(trajectory, chat, engine, session, toolbox, settings, step) -> N
     trajectory.turn_starts.append(len(trajectory.ids))
     trajectory.add(out.ids, 1, out.logprobs)
     text, calls = chat.parse(out.ids)
-    trajectory.messages.append(chat.message(text, calls))
+    trajectory.messages.append(chat.message(text, calls, trajectory.goes_on))
     if ends(trajectory, calls, out.finish == "length", toolbox, settings):
         return
     results = await run(trajectory, calls, session, toolbox, settings, chat.tokenizer)
@@ -266,6 +259,7 @@ async def _turn(trajectory, chat, engine, session, toolbox, settings, step) -> N
         trajectory.stop = "length"  # not even one token could follow: stop without it
         return
     trajectory.add(ids, 0)
+    trajectory.goes_on = chat.format.in_place and out.finish != "stop"
     for call, result in results:
         trajectory.messages.append({"role": "tool", "name": call.name, "content": result})
 
@@ -454,15 +448,17 @@ def stats(trajectories: list[Trajectory], outcome: str) -> dict:
 
 
 def _by_tool(calls: list[ToolCall]) -> dict:
-    """Of each tool: calls, errors, percentiles of the seconds, in which known results count 0."""
+    """Of each tool: calls, errors, percentiles of the seconds of those that were run. How many were
+    known is not told: a run that goes on begins without them, and its metrics must be the same."""
     ran, out = [call for call in calls if call.error not in reward_functions.MALFORMED], {}
     for name in sorted({call.name for call in ran}):
         own = [call for call in ran if call.name == name]
-        seconds = sorted(call.seconds for call in own)
+        seconds = sorted(call.seconds for call in own if call.seconds)  # 0: see ToolCall
         out[f"calls_{name}"] = len(own)
         out[f"errors_{name}"] = sum(bool(call.error) for call in own)
         for percent in (50, 95):
-            out[f"seconds_p{percent}_{name}"] = seconds[-(-(len(own) - 1) * percent // 100)]
+            at = -(-(len(seconds) - 1) * percent // 100)
+            out[f"seconds_p{percent}_{name}"] = seconds[at] if seconds else 0.0
     return out
 
 
@@ -474,15 +470,20 @@ def task(cfg, limit: int | None = None):
     """(toolbox, rewards, examples) of train_grpo's Config or one like it: all that does not depend
     on a model. limit: use the first so many rows, instead of cfg.limit."""
     selected = reward_functions.select(cfg.rewards, cfg.reward_options, cfg.reward_timeout)
+    instant = all(reward.instant for reward, _ in selected.values())
+    config.useless(cfg, [(instant, "reward_timeout", "with these rewards: they never wait")])
     if cfg.dynamic_sampling not in ("", *selected):
         names = ", ".join(selected)
         raise UserError(f"dynamic_sampling = {cfg.dynamic_sampling!r}: expected one of {names}")
     options = cfg.tool_options, cfg.tool_cache
     toolbox = Toolbox(cfg.tools, cfg.tool_concurrency, cfg.tool_timeout, *options)
+    return toolbox, selected, _rows(cfg, cfg.data, cfg.split, limit or cfg.limit, cfg.seed)
+
+
+def _rows(cfg, source: str, split: str, limit: int | None, seed: int) -> list[dict]:
     columns = (cfg.prompt_column, cfg.answer_column, cfg.answer_after)
-    prompts, most = (cfg.system_prompt, cfg.prompt_template), limit or cfg.limit
-    rows = data.load(cfg.data, cfg.split, *columns, *prompts, most, cfg.seed, database=cfg.database)
-    return toolbox, selected, rows
+    prompts = (cfg.system_prompt, cfg.prompt_template, limit, seed)
+    return data.load(source, split, *columns, *prompts, database=cfg.database)
 
 
 def setup(cfg, tune: str, limit: int | None = None):
@@ -492,7 +493,8 @@ def setup(cfg, tune: str, limit: int | None = None):
     models.find(cfg.model)
     toolbox, selected, rows = task(cfg, limit)
     tokenizer = models.load_tokenizer(cfg.model)
-    chat = Chat(tokenizer, cfg.format, toolbox.schemas)  # proved before any weights are loaded
+    # proved before any weights are loaded
+    chat = Chat(tokenizer, cfg.format, toolbox.schemas, cfg.template_options)
     check_prompt(chat, rows[0], cfg.max_tokens)
     lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
     if tune == "none" and cfg.tune == "qlora" and models.is_adapter(cfg.model):
@@ -501,6 +503,26 @@ def setup(cfg, tune: str, limit: int | None = None):
     if cfg.engine == "transformers" or tune != "none":
         model, _ = models.load(cfg.model, tune, cfg.dtype, "auto", *lora)
     return model, tokenizer, chat, toolbox, selected, rows
+
+
+def held_out(cfg) -> list[dict]:
+    """The rows that train_grpo's eval_every is about; [] without it."""
+    if not cfg.eval_every:
+        return []
+    if data.is_file(cfg.data) and not cfg.eval_data:
+        why = f"data = {cfg.data!r} is a file and has no split of its own for eval_every"
+        raise UserError(f"eval_data is missing: {why}")
+    return _rows(cfg, cfg.eval_data or cfg.data, "test", cfg.eval_rows, VALIDATION_SEED)
+
+
+def validate(rows: list[dict], cfg, chat, engine, toolbox, selected, log) -> dict:
+    """The metrics of playing `rows` greedily, once each; printed too."""
+    started, settings = time.monotonic(), replace(Settings.of(cfg), temperature=0.0)
+    played = rollouts(rows, chat, engine, toolbox, settings, rewards=selected)
+    found = stats(wait(played), next(iter(selected)))
+    metrics = {f"val_{key}": found[key] for key in ("accuracy", "reward", "tool_call_rate")}
+    log.print("           " + "  ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
+    return metrics | {"val_seconds": time.monotonic() - started}
 
 
 def check_prompt(chat: Chat, example: dict, max_tokens: int) -> None:

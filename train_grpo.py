@@ -43,8 +43,9 @@ import report
 from checkpoint import Run
 from config import UserError
 from engine import Canary, synced
+from logprobs import beginnings, micro_batches, pad, shares_prompts, token_logprobs
 from loss import credit, grpo_loss, importance, mismatch, sequence_weights
-from rollout import Trajectory, batch_of_groups, running, setup, stats, wait
+from rollout import Trajectory, batch_of_groups, held_out, running, setup, stats, validate, wait
 
 
 @dataclass
@@ -57,6 +58,9 @@ class Config:
     steps: int = 100  # batches of rollouts
     save_every: int = 50  # steps between checkpoints; 0: only when it ends or is stopped
     keep_last: int = 2  # checkpoints; each takes three times the memory of what is trained
+    eval_every: int = 0  # steps between greedy evaluations on rows held out; 0: none
+    eval_data: str = ""  # which rows, as in `data`; "": the split "test" of that
+    eval_rows: int = 128  # the first so many of them
     # model
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # hub id, or a folder that train_sft.py wrote
     tune: Literal["full", "lora", "qlora"] = "full"  # lora: small optimizer; qlora: 4-bit base too
@@ -90,6 +94,7 @@ class Config:
     format: Literal[
         "auto", "hermes", "llama3", "mistral", "qwen_xml", "fence", "tags", "json_actions"
     ] = "hermes"  # how calls are written; auto: as the model's template does
+    template_options: tuple[str, ...] = ()  # of the chat template, such as enable_thinking=false
     tools: tuple[str, ...] = ("python",)  # tools/<name>.py, my_file.py:name, mcp:servers.json
     tool_options: tuple[str, ...] = ()  # of a tool, such as search.k=5 or python.timeout=2
     tool_timeout: float = 10.0  # seconds a call may take
@@ -155,15 +160,16 @@ def correction(cfg: Config) -> str:
 
 def check(cfg: Config) -> None:
     """Rules across keys. A key that would have no effect is an error, not a surprise."""
-    lora = "lora_r lora_alpha lora_targets"
     on_policy = cfg.updates_per_batch == cfg.minibatches == 1
     rules = (
-        (cfg.tune == "full", lora, "with tune=full: use --tune=lora, or drop it"),
+        (cfg.tune == "full", "lora_r lora_alpha lora_targets", "with tune=full: use --tune=lora"),
         (on_policy, "clip_low clip_high", "with updates_per_batch=1 and minibatches=1: ratio = 1"),
         (cfg.loss == "cispo", "clip_low", "with loss=cispo: it bounds the ratio only above"),
         (cfg.overlong != "penalise", "overlong_penalty", f"with overlong={cfg.overlong}"),
         (not cfg.dynamic_sampling, "dynamic_attempts", "without dynamic_sampling=<a reward>"),
         (correction(cfg) == "none", "is_level is_cap", "with is_correction=none"),
+        (not cfg.eval_every, "eval_data eval_rows", "without eval_every=<steps>"),
+        (not cfg.tools, "tool_timeout tool_concurrency tool_cache", "with tools=(): no call runs"),
         (cfg.engine != "transformers", "deterministic", f"with engine={cfg.engine}"),
         (cfg.engine != "vllm", VLLM, f"with engine={cfg.engine}: use --engine=vllm, or drop it"),
         (cfg.engine != "server", "urls server_timeout", f"with engine={cfg.engine}"),
@@ -181,10 +187,10 @@ def check(cfg: Config) -> None:
         "lora_alpha updates_per_batch minibatches token_budget tool_concurrency learning_rate "
         "max_grad_norm tool_timeout reward_timeout trajectory_timeout clip_low clip_high keep_last "
         "is_cap dynamic_attempts overlong_penalty server_timeout gpu_memory_utilization "
-        "max_concurrent tensor_parallel_size",
+        "max_concurrent tensor_parallel_size eval_rows",
     )
     zero = "temperature max_tool_calls warmup weight_decay rollouts_per_step seed beta save_every "
-    config.not_negative(cfg, zero + "oversample kv_cache_gib")
+    config.not_negative(cfg, zero + "oversample kv_cache_gib eval_every")
     if cfg.engine == "server" and not cfg.urls:
         raise UserError("urls is missing: engine = 'server' needs --urls=http://host:port,…")
     if cfg.engine != "transformers" and 0 < cfg.temperature < 0.01:
@@ -198,9 +204,9 @@ def check(cfg: Config) -> None:
     if cfg.is_cap < 1:
         raise UserError(f"is_cap = {cfg.is_cap}: expected 1 or more, for the ratio should be 1")
     if cfg.group_size < 2:
-        raise UserError(
-            f"group_size = {cfg.group_size}: a group of one has nothing to compare with"
-        )
+        raise UserError(f"group_size = {cfg.group_size}: one has nothing to compare with")
+    if cfg.warmup >= cfg.steps:
+        raise UserError(f"warmup = {cfg.warmup}: expected less than steps = {cfg.steps}")
     if cfg.minibatches > (size := cfg.prompts_per_step * cfg.group_size):
         raise UserError(f"minibatches = {cfg.minibatches}: there are {size} trajectories to split")
 
@@ -215,20 +221,20 @@ def padded(rows: list[Trajectory], device) -> tuple[torch.Tensor, ...]:
             gains += [gain] * (ends[k + 1] - ends[k])
         spread.append(gains)
     return (
-        models.pad([t.ids for t in rows], device=device),
-        models.pad([[1] * len(t.ids) for t in rows], device=device),
-        models.pad([t.mask for t in rows], device=device),
-        models.pad([t.logprobs for t in rows], 0.0, torch.float32, device),
-        models.pad(spread, 0.0, torch.float32, device),
+        pad([t.ids for t in rows], device=device),
+        pad([[1] * len(t.ids) for t in rows], device=device),
+        pad([t.mask for t in rows], device=device),
+        pad([t.logprobs for t in rows], 0.0, torch.float32, device),
+        pad(spread, 0.0, torch.float32, device),
     )
 
 
 def cut(model, rows: list[Trajectory], token_budget: int) -> list[list[int]]:
     """The indices of each micro-batch."""
     lengths, prompts = [len(t.ids) for t in rows], None
-    if models.shares_prompts(model):
-        prompts = models.beginnings([t.ids for t in rows], [t.mask for t in rows])
-    return models.micro_batches(lengths, token_budget, prompts)
+    if shares_prompts(model):
+        prompts = beginnings([t.ids for t in rows], [t.mask for t in rows])
+    return micro_batches(lengths, token_budget, prompts)
 
 
 @torch.no_grad()
@@ -237,7 +243,7 @@ def score(model, rows: list[Trajectory], cfg: Config) -> list[torch.Tensor]:
     scored = [None] * len(rows)
     for part in cut(model, rows, cfg.token_budget):
         ids, attention_mask, mask, *_ = padded([rows[i] for i in part], model.device)
-        logprobs, _ = models.token_logprobs(model, ids, attention_mask, mask, cfg.temperature)
+        logprobs, _ = token_logprobs(model, ids, attention_mask, mask, cfg.temperature)
         for row, i in enumerate(part):
             scored[i] = logprobs[row, : len(rows[i].ids)]
     return scored
@@ -254,7 +260,7 @@ def accumulate(model, rows, weights, cfg: Config, old=None, ref=None) -> dict:
     sums, gaps, kind = dict.fromkeys(("loss", "entropy", "clip_frac"), 0.0), [], correction(cfg)
     for part in cut(model, rows, cfg.token_budget):
         ids, attention_mask, mask, sampled, gain = padded([rows[i] for i in part], device)
-        logprobs, entropy = models.token_logprobs(model, ids, attention_mask, mask, cfg.temperature)
+        logprobs, entropy = token_logprobs(model, ids, attention_mask, mask, cfg.temperature)
         before = logprobs.detach() if old is None else stack([old[i] for i in part])
         more, weight = {}, torch.tensor([weights[i] for i in part], device=device)
         if kind != "none":
@@ -325,6 +331,7 @@ def learn(model, optimizers, trajectories, rate, cfg: Config, step=0, reference=
 
 def train(cfg: Config) -> dict:
     """Trains, saves the model or adapter to out_dir, and returns the last step's metrics."""
+    check(cfg)  # also one that was made in a notebook, not by config.parse
     if cfg.dry_run:
         import dry_run
 
@@ -333,6 +340,7 @@ def train(cfg: Config) -> dict:
         raise UserError("temperature = 0: all of a group would be alike, so give 0.7 to 1.0")
     report.check_logger(cfg.logger)
     run = Run(cfg)
+    val_rows = held_out(cfg)
     model, tokenizer, chat, toolbox, selected, rows = setup(cfg, cfg.tune)
     reference = None
     if cfg.beta:
@@ -359,12 +367,15 @@ def train(cfg: Config) -> dict:
             kept, metrics = (model, tokenizer, optimizers, log), {"step": step}
             with run.rescue(step, *kept, cursor=cursor, metrics=last):
                 metrics |= wait(synced(engine, model, step, canary))
+                if val_rows and step % cfg.eval_every == 0:  # of the weights that `step` steps made
+                    metrics |= validate(val_rows, cfg, chat, engine, toolbox, selected, log)
                 trajectories, played, cursor = batch_of_groups(
                     rows, cursor, cfg, chat, engine, toolbox, selected, step, log
                 )
                 metrics |= models.gpu_gib("rollout")
                 wait(engine.sleep())
-            rollout_seconds = time.monotonic() - started - metrics["sync_seconds"]
+            other = metrics["sync_seconds"] + metrics.get("val_seconds", 0.0)
+            rollout_seconds = time.monotonic() - started - other
             metrics |= stats(played, next(iter(selected))) | {"tools_leaked": toolbox.leaked}
             if cfg.oversample:  # who was taken: the first to be complete, and so the shorter
                 metrics["groups_dropped"] = cursor - before - len(played) // cfg.group_size
@@ -377,7 +388,11 @@ def train(cfg: Config) -> dict:
             log.rollouts(trajectories[: cfg.rollouts_per_step], tokenizer, step=step)
             run.after(step + 1, cfg.steps, *kept, cursor=cursor, metrics=metrics)
         run.finish(model, tokenizer)
-        log.summary({"saved": str(run.out_dir), "reward": metrics["reward"]})
+        said = {"saved": str(run.out_dir), "reward": metrics["reward"]}
+        if val_rows:
+            wait(synced(engine, model, cfg.steps, canary))
+            said |= validate(val_rows, cfg, chat, engine, toolbox, selected, log)
+        log.summary(said | {"known_results": toolbox.cache.hits})
     return metrics
 
 

@@ -38,6 +38,7 @@ import report
 from chat import Chat
 from checkpoint import Run
 from config import UserError
+from logprobs import micro_batches, pad, token_logprobs
 from tools import Toolbox
 
 VALIDATION = ("val_loss", "val_token_accuracy")
@@ -72,6 +73,7 @@ class Config:
     format: Literal[
         "auto", "hermes", "llama3", "mistral", "qwen_xml", "fence", "tags", "json_actions"
     ] = "hermes"  # how calls are written; auto: as the model's template does
+    template_options: tuple[str, ...] = ()  # of the chat template, such as enable_thinking=false
     tools: tuple[str, ...] = ("python",)  # shown where a row has no `tools`: <name> or file.py:name
     max_tokens: int = 2048  # a longer conversation is cut on the right
     # optimisation
@@ -122,9 +124,9 @@ def check_rows(cfg: Config, rows: list[dict]) -> None:
     """A key that would have no effect on these rows (of data.conversations) is an error too."""
     recorded = ["ids" in row for row in rows]
     own = all("ids" in row or row["tools"] is not None for row in rows)
-    on = f"on {cfg.data}, whose rows"
+    on, chat = f"on {cfg.data}, whose rows", "format tools template_options"
     rules = (
-        (all(recorded), "format tools", f"{on} are recorded with their prompts: drop it"),
+        (all(recorded), chat, f"{on} are recorded with their prompts: drop it"),
         (own, "tools", f"{on} have `tools` of their own: drop it"),
     )
     config.useless(cfg, rules)
@@ -132,12 +134,14 @@ def check_rows(cfg: Config, rows: list[dict]) -> None:
         raise UserError("model = 'tiny' has a new tokenizer: recorded ids need their own model")
 
 
-def render(rows: list[dict], tokenizer, format: str, tools: list[dict], name: str) -> list[tuple]:
+def render(
+    rows: list[dict], tokenizer, format: str, tools: list[dict], name: str, options=()
+) -> list[tuple]:
     """(ids, mask) of each row: recorded ones as they are; a conversation with the tools of its row,
     or else these, by one Chat for each set of tools. The first proves the template."""
     chats = {}
     if any("messages" in row and row["tools"] is None for row in rows):
-        chats[json.dumps(tools)] = Chat(tokenizer, format, tools)
+        chats[json.dumps(tools)] = Chat(tokenizer, format, tools, options)
     samples = []
     for row in rows:
         try:
@@ -149,8 +153,10 @@ def render(rows: list[dict], tokenizer, format: str, tools: list[dict], name: st
             data.check_calls(row["messages"], [tool["function"]["name"] for tool in shown])
             key = json.dumps(shown)
             if key not in chats:
-                known = next(iter(chats.values()), None)
-                chats[key] = known.with_tools(shown) if known else Chat(tokenizer, format, shown)
+                if known := next(iter(chats.values()), None):
+                    chats[key] = known.with_tools(shown)
+                else:
+                    chats[key] = Chat(tokenizer, format, shown, options)
             samples.append(chats[key].render(row["messages"]))
         except UserError as error:
             raise UserError(f"{name}, row {row['row']}: {error}") from None
@@ -196,7 +202,7 @@ def packs(lengths: list[int], token_budget: int) -> list[list[int]]:
 
 def parts(samples: list[tuple], token_budget: int, packing: bool) -> list[list[tuple]]:
     """The samples of each forward pass."""
-    divide = packs if packing else models.micro_batches
+    divide = packs if packing else micro_batches
     indices = divide([len(ids) for ids, _ in samples], token_budget)
     return [[samples[i] for i in part] for part in indices]
 
@@ -207,12 +213,12 @@ def score(model, samples: list[tuple], packing: bool, temperature: float = 1.0):
     attention_mask = positions = None
     if packing:
         positions = [list(chain(*(range(len(sample)) for sample in ids)))]
-        positions = models.pad(positions, device=model.device)
+        positions = pad(positions, device=model.device)
         ids, mask = [list(chain(*ids))], [list(chain(*mask))]
     else:
-        attention_mask = models.pad([[1] * len(sample) for sample in ids], device=model.device)
-    ids, mask = (models.pad(rows, device=model.device) for rows in (ids, mask))
-    logprobs, entropy = models.token_logprobs(
+        attention_mask = pad([[1] * len(sample) for sample in ids], device=model.device)
+    ids, mask = (pad(rows, device=model.device) for rows in (ids, mask))
+    logprobs, entropy = token_logprobs(
         model, ids, attention_mask, mask, temperature, position_ids=positions
     )
     return logprobs, entropy, mask
@@ -248,7 +254,7 @@ def accumulate(model, batch: list[tuple], token_budget: int, packing: bool = Fal
         part_loss.backward()
         loss += part_loss.item()
         entropy += entropies.sum().item() / trained_tokens
-    return {"loss": loss, "entropy": entropy, "new_tokens": trained_tokens}
+    return {"loss": loss, "entropy": entropy, "trained_tokens": trained_tokens}
 
 
 @torch.no_grad()
@@ -283,7 +289,8 @@ def setup(cfg: Config):
     else:
         tokenizer = models.load_tokenizer(cfg.model)
     # rendered, and so proved, before any weights are loaded
-    samples = render(chosen, tokenizer, cfg.format, toolbox.schemas, cfg.data)
+    chat = cfg.format, toolbox.schemas, cfg.data, cfg.template_options
+    samples = render(chosen, tokenizer, *chat)
     samples, cut, empty = fit(samples, cfg.max_tokens)
     samples, held_out = hold_out(samples, cfg.val_rows, cfg.seed)
     if cfg.batch_size > len(samples):
@@ -303,6 +310,7 @@ def setup(cfg: Config):
 
 def train(cfg: Config) -> dict:
     """Trains, saves the model to out_dir, and returns the last step's metrics."""
+    check(cfg)  # also one that was made in a notebook, not by config.parse
     if cfg.dry_run:
         import dry_run
 
@@ -317,6 +325,9 @@ def train(cfg: Config) -> dict:
     state = run.restore(model, optimizers) or {"step": 0, "metrics": {}}
     first, metrics = state["step"], state["metrics"]
     steps = max(1, round(cfg.epochs * len(samples) / cfg.batch_size))
+    if cfg.warmup >= steps:
+        few = f"{len(samples)} rows are {steps} updates; use --warmup=0, or more epochs"
+        raise UserError(f"warmup = {cfg.warmup}: expected less than {steps}, {few}")
     order = []  # every row once, in a new order, then again
     shuffle = random.Random(cfg.seed)
     while len(order) < steps * cfg.batch_size:

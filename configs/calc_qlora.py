@@ -1,4 +1,4 @@
-# 2-core CPU, about 3 minutes. As calc_lora.py over a base of 4 bits a weight (NF4); needs .[qlora].
+# 2-core CPU, about 1 minute. As calc_lora.py over a base of 4 bits a weight (NF4); needs .[qlora].
 out_dir = "out/calc_qlora"
 model = "out/calc_sft"
 tune = "qlora"

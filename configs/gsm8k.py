@@ -1,4 +1,5 @@
-# 1x24 GB GPU, hours. Qwen2.5-0.5B-Instruct with python; not run here. Evaluation runs anywhere.
+# 1x24 GB GPU, hours; not run here. Published, without a tool: 49.6 -> 54.3 % (verl, LoRA).
+# Evaluation runs anywhere. A warm start first: sft_gsm8k.py, then --model=out/gsm8k_sft.
 out_dir = "out/gsm8k"
 model = "Qwen/Qwen2.5-0.5B-Instruct"
 data = "openai/gsm8k:main"  # or a file with the same columns: --data=gsm8k_test.jsonl

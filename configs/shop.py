@@ -1,4 +1,4 @@
-# 2-core CPU, about 1 minute. GRPO from out/shop_sft: held-out accuracy about 0.3 -> 0.99.
+# 2-core CPU, about 1 minute. GRPO from out/shop_sft: held-out accuracy 0.3 -> 0.99 - 1.00.
 out_dir = "out/shop"
 model = "out/shop_sft"
 data = "task:shop"

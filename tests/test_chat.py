@@ -6,13 +6,18 @@ Pinned here: sampled ids are never re-encoded, the glue between turns, which tex
 which is not, that no tool output becomes a control token, and that SFT and RL share one mask.
 """
 
+import asyncio
 import json
 
 import pytest
 from conftest import CHATML, make_tokenizer
 
+from answers import answer
 from chat import Call, Chat
 from config import UserError
+from engine import ScriptedEngine
+from rollout import Settings, rollouts
+from tools import Toolbox
 
 
 def schema(name, **properties):
@@ -310,6 +315,30 @@ def test_a_turn_that_begins_inside_the_thinking_is_understood():
         chat.render([SYSTEM, USER, {"role": "assistant", "content": "Five."}])[0][-20:]
         == (ids[-20:])
     )
+
+
+def test_a_turn_that_goes_on_behind_an_inline_result_begins_in_no_thought():
+    """Pitfall 10: only the generation prompt opens one, and behind the result there is none."""
+    opened = CHATML.replace("assistant\\n' if", "assistant\\n<think>\\n' if")
+    tokenizer = make_tokenizer(opened, ["<|im_start|>", "<|im_end|>"])
+
+    def search(query: str) -> str:
+        """Searches.
+
+        Args:
+            query: what for
+        """
+        return f"{query} is 5"
+
+    box = Toolbox([search])
+    chat = Chat(tokenizer, "tags", box.schemas)
+    said = ["hm\n</think>\n\n<search>2+3</search>", " so \\boxed{5}<|im_end|>"]
+    engine = ScriptedEngine([encode(chat, text) for text in said], tokenizer)
+    example = {"messages": [USER], "answer": "5"}
+    (t,) = asyncio.run(rollouts([example], chat, engine, box, Settings()))
+    contents = [m["content"] for m in t.messages if m["role"] == "assistant"]
+    assert contents == [f"<think>\n{said[0]}", " so \\boxed{5}"] and answer(t, example) == "5"
+    assert chat.render(t.messages) == (t.ids, t.mask)
 
 
 # llama3

@@ -23,7 +23,9 @@ import pytest
 import torch
 
 import config
+import evaluate
 import model as models
+from rollout import KEYS, task
 
 ROOT = Path(config.HERE)
 SECONDS = 10  # 1.5 to 4.5 where nothing else runs, most of it the import of torch
@@ -158,7 +160,7 @@ OWN = {
         ("--beta=-1", "beta = -1.0: expected 0 or more"),
         ("--keep_last=0", "keep_last = 0: expected more than 0"),
         ("--dynamic_sampling=wrong", "dynamic_sampling = 'wrong': expected one of correct"),
-        ("--group_size=1", "group_size = 1: a group of one has nothing to compare with"),
+        ("--group_size=1", "group_size = 1: one has nothing to compare with"),
         ("--temperature=0", "temperature = 0: all of a group would be alike"),
         ("--loss=dapoo", "loss = 'dapoo': expected one of dapo, grpo, dr_grpo, gspo"),
         ("--learning_rate=0", "learning_rate = 0.0: expected more than 0"),
@@ -211,6 +213,9 @@ ENGINES = [
     ("train_grpo.py", "--engine=vllm --gpu_memory_utilization=90", "at most 1"),
 ]
 WITHOUT_EFFECT = [
+    ("train_grpo.py", "--tools= --tool_timeout=5", "tool_timeout has no effect with tools=()"),
+    ("rollout.py", "--rewards=format --reward_timeout=5", "reward_timeout has no effect with"),
+    ("train_grpo.py", "--steps=5 --warmup=5", "warmup = 5: expected less than steps = 5"),
     ("train_grpo.py", "--lora_r=8", "lora_r has no effect with tune=full"),
     ("train_grpo.py", "--lora_targets=q_proj", "lora_targets has no effect with tune=full"),
     ("train_grpo.py", "--clip_high=0.3", "clip_high has no effect with updates_per_batch=1"),
@@ -228,6 +233,12 @@ WITHOUT_EFFECT = [
     ("train_grpo.py", "--engine=vllm --kv_cache_gib=2 --gpu_memory_utilization=0.8",
      "gpu_memory_utilization has no effect with kv_cache_gib"),
     ("evaluate.py", "--key_env=X", "key_env has no effect without --endpoint"),
+    *(
+        ("evaluate.py", f"--endpoint=http://127.0.0.1:9/v1 --model=gpt --{given}",
+         f"{given.partition('=')[0]} has no effect with --endpoint: drop it")
+        for given in ("format=llama3", "template_options=x=1", "dtype=bfloat16", "engine=vllm",
+                      "deterministic=false", "urls=http://x", "server_timeout=5", "kv_cache_gib=2")
+    ),
     ("train_grpo.py", "--overlong_penalty=2", "overlong_penalty has no effect with overlong=keep"),
     ("train_grpo.py", "--dynamic_attempts=2", "dynamic_attempts has no effect without dynamic_s"),
     ("train_grpo.py", "--tune=qlora --dtype=mixed", "dtype = 'mixed' with tune=qlora"),
@@ -278,6 +289,18 @@ def test_an_engine_that_is_not_installed_is_named_before_anything_is_loaded(
 def test_a_key_that_would_have_no_effect_is_refused(place, monkeypatch, capsys, script, argv, says):
     """Pitfall 55."""
     assert says in complaint(place, monkeypatch, capsys, script, *argv.split(" "))
+
+
+def test_an_evaluation_of_a_run_that_was_limited_takes_all_problems(tmp_path):
+    """Unless it has a limit of its own: that of training is of other rows."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "2 + 3?", "answer": "5"}\n' * 4)
+    text = f"data = {str(tmp_path / 'rows.jsonl')!r}\nlimit = 1\n"
+    (tmp_path / "config.py").write_text(text)
+    for limit, count in ((None, 4), (3, 3)):
+        own = evaluate.Config(run=str(tmp_path), limit=limit)
+        cfg = evaluate.load_config([], own)
+        _, _, rows = task(cfg, own.limit)
+        assert cfg.limit == limit and len(rows) == count
 
 
 def test_a_refused_run_has_written_nothing(place):
@@ -350,5 +373,12 @@ def test_help_is_the_source_of_the_config_and_comes_at_once(place):
             if isinstance(node, ast.ClassDef) and node.name == "Config"
         ]
         lines = owner.read_text().splitlines()[node.lineno - 1 : node.end_lineno]
-        assert "\n".join(lines) in stdout and len(lines) > 2
+        if script.name == "rollout.py":  # what it takes of that
+            fields = [field for field in node.body if field.target.id in KEYS]
+            lines = [line.rstrip() for line in lines]
+            shown = [lines[field.lineno - node.lineno] for field in fields]
+            assert all(line in stdout for line in shown) and "    beta: float" not in stdout
+        else:
+            assert "\n".join(lines) in stdout
+        assert len(lines) > 2
         assert stdout.startswith(ast.get_docstring(ast.parse(script.read_text())))

@@ -364,15 +364,34 @@ def test_help_prints_the_docstring_and_the_source_of_the_config_without_running_
         assert run("script.py", "--steps=6", flag) == says
 
 
-def test_help_shows_the_config_of_a_second_script_as_well(monkeypatch, capsys, tmp_path):
+def test_help_shows_the_keys_of_a_second_script_that_are_taken(monkeypatch, capsys, tmp_path):
+    """And those alone: any other would be refused."""
     write(SCRIPT, "script.py")
-    write('"""Other words."""\nclass Config:\n    k: int = 1  # tries\n', "other.py")
+    write(
+        """'Other words.'
+class Config:
+    # one
+    k: int = 1  # tries
+    # two
+    m: Literal[
+        "a", "b"
+    ] = "a"  # dropped
+    # of m too
+    # three
+    rate: float = 1.0  # that of script.py is shown
+    n: int = 2  # samples
+    # four
+    o: int = 2  # dropped
+""",
+        "other.py",
+    )
     monkeypatch.setattr(sys, "argv", ["script.py", "-h"])
     with pytest.raises(SystemExit) as caught:
-        config.answer_help(tmp_path / "script.py", tmp_path / "other.py")
+        config.answer_help(tmp_path / "script.py", tmp_path / "other.py", ("k", "n", "rate"))
     out = capsys.readouterr().out
-    assert caught.value.code == 0 and out.endswith("class Config:\n    k: int = 1  # tries\n\n")
-    assert "rate: float" in out and "Other words" not in out
+    left = "    # one\n    k: int = 1  # tries\n    # three\n    n: int = 2  # samples\n\n"
+    assert caught.value.code == 0 and out.endswith(f"and these of {tmp_path}/other.py:\n{left}")
+    assert out.count("rate: float") == 1 and "Other words" not in out
 
 
 def test_help_is_not_answered_unasked(monkeypatch):

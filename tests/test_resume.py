@@ -66,6 +66,9 @@ GRPO = {  # all that has a state: groups that are replaced, a reference, moments
     "schedule": "cosine",
     "warmup": 2,
     "weight_decay": 0.1,
+    "eval_every": 2,
+    "eval_data": "rows.jsonl",
+    "eval_rows": 2,
 }
 UPDATES = GRPO["updates_per_batch"] * GRPO["minibatches"]  # of a step
 SFT = {  # 8 steps of 4 of 22 rows, over the end of an epoch

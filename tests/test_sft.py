@@ -176,7 +176,7 @@ def test_min_reward_takes_the_trajectories_that_reach_it(played, tokenizer, tmp_
         data.rewarded(rows, 2, "x")
     cfg = settings(folder, path, tmp_path / "out", min_reward=1, tools=("python",), batch_size=1)
     metrics = train_sft.train(cfg)
-    assert metrics["step"] == 0 and metrics["new_tokens"] == first.new_tokens
+    assert metrics["step"] == 0 and metrics["trained_tokens"] == first.new_tokens
 
 
 def test_min_reward_without_rewards_is_refused(folder, demos, tmp_path):
@@ -230,9 +230,9 @@ def test_a_row_shows_its_own_tools_and_else_those_of_the_config(tokenizer, monke
     made = []
 
     class Counted(Chat):
-        def __init__(self, tokenizer, format, tools):
+        def __init__(self, tokenizer, format, tools, options=()):
             made.append([tool["function"]["name"] for tool in tools])
-            super().__init__(tokenizer, format, tools)
+            super().__init__(tokenizer, format, tools, options)
 
         def with_tools(self, tools):
             made.append([tool["function"]["name"] for tool in tools])
@@ -356,7 +356,7 @@ def test_packed_samples_give_the_loss_and_the_gradient_of_padded_ones(policy, to
     packed, found = gradient(policy, samples, token_budget, packing=True)
     assert packed == pytest.approx(padded, rel=1e-6)
     assert wanted.norm() > 0 and (found - wanted).norm() <= 1e-6 * wanted.norm()
-    assert padded["new_tokens"] == sum(sum(mask) for _, mask in samples)
+    assert padded["trained_tokens"] == sum(sum(mask) for _, mask in samples)
 
 
 def test_a_packed_sample_does_not_see_the_others(policy):

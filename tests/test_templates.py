@@ -15,6 +15,7 @@ from conftest import make_tokenizer
 
 from chat import Chat
 from config import UserError
+from formats import Call
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 PYTHON = {
@@ -131,13 +132,17 @@ LINES = [line.split() for line in TABLE.strip().split("\n")]
 ROWS = {name: dict(zip(LINES[0][1:], row, strict=True)) for name, *row in LINES[1:]}
 
 
-def outcome(name, format) -> str:
+def tokenizer_of(name):
     template = (TEMPLATES / f"{name}.jinja").read_text()
     special = sorted(set(TOKEN.findall(template)))
     tokenizer = make_tokenizer(template, special, eos="</s>", bos="<s>")
     tokenizer.name_or_path = name
+    return tokenizer
+
+
+def outcome(name, format) -> str:
     try:
-        chat = Chat(tokenizer, format, [PYTHON])
+        chat = Chat(tokenizer_of(name), format, [PYTHON])
     except UserError as error:
         said = str(error)
         assert said.startswith(f"the chat template of {name} cannot be used with format={format}: ")
@@ -189,3 +194,30 @@ def test_llama_is_proved_with_its_own_calls(name):
 def test_newer_qwen_and_nemotron_are_proved_with_their_own_calls(name):
     """Whatever else the table may come to say."""
     assert ROWS[name]["qwen_xml"].startswith("proved") and ROWS[name]["auto"] == "qwen_xml"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "qwen3_6", "qwen3_8"])
+def test_thinking_can_be_switched_off_where_the_template_lets(name):
+    """Pitfall 4: proved like any other; each generation prompt then holds a closed thought."""
+    without = Chat(tokenizer_of(name), "auto", [PYTHON], ["enable_thinking=false"])
+    plain = Chat(tokenizer_of(name), "auto", [PYTHON])
+    question, result = [{"role": "user", "content": "x"}], [(Call("python", {"code": "1"}), "5")]
+    for chat, is_off in ((without, True), (without.with_tools([PYTHON]), True), (plain, False)):
+        pieces = chat.prompt(question), chat.observation(result, closed=True)
+        for text in map(chat.tokenizer.decode, pieces):
+            assert text.endswith("<think>\n\n</think>\n\n") == is_off
+
+
+@pytest.mark.parametrize(
+    "option, why",
+    [
+        ("enable_thinking", "cannot read 'enable_thinking': write name=value"),
+        ("enable_thought=false", "enable_thought is no option of this chat template: drop it"),
+        ("tools=none", "tools is no option of this chat template: drop it"),
+    ],
+)
+def test_an_option_that_the_template_does_not_have_is_refused(option, why):
+    """Pitfall 55: jinja would ignore it."""
+    with pytest.raises(UserError) as error:
+        Chat(tokenizer_of("qwen3"), "hermes", [PYTHON], [option])
+    assert why in str(error.value)

@@ -40,7 +40,7 @@ def spread(trajectory, example):
 def same(trajectory, example):
     return 0.1
 '''
-TIMES = ("seconds", "rollout_seconds", "sync_seconds", "tool_seconds")
+TIMES = ("seconds", "rollout_seconds", "sync_seconds", "tool_seconds", "val_seconds")
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_the_sft_loss_does_not_depend_on_micro_batches(sft_run):
     for metrics, gradient in found[1:]:
         assert metrics == pytest.approx(found[0][0], rel=1e-5)
         assert (gradient - found[0][1]).norm() <= 1e-6 * found[0][1].norm()
-    assert metrics["new_tokens"] == sum(sum(mask) for _, mask in batch)
+    assert metrics["trained_tokens"] == sum(sum(mask) for _, mask in batch)
 
 
 def test_an_sft_run_leaves_a_config_metrics_curves_and_a_model_that_transformers_loads(sft_run):
@@ -182,7 +182,7 @@ def test_an_sft_run_leaves_a_config_metrics_curves_and_a_model_that_transformers
     assert config.parse(train_sft.Config, ["--config", str(out_dir / "config.py")]) == cfg
     rows = report.read(out_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2] and rows[-1]["loss"] < rows[0]["loss"]
-    keys = {"step", "learning_rate", "loss", "entropy", "new_tokens", "grad_norm", "seconds"}
+    keys = {"step", "learning_rate", "loss", "entropy", "trained_tokens", "grad_norm", "seconds"}
     assert all(set(row) == keys for row in rows) and set(last) == keys
     assert rows[-1]["loss"] == pytest.approx(last["loss"], rel=1e-5)
     assert (out_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -314,6 +314,37 @@ def test_a_run_whose_rewards_are_all_equal_leaves_the_weights_as_they_were(folde
     assert metrics["equal_groups"] == 1 and metrics["trained_share"] == metrics["grad_norm"] == 0
     before, after = weights(sft_run[0]), weights(folder / "equal")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_held_out_rows_are_played_on_the_way_and_change_nothing_that_is_learnt(
+    full_run, folder, capsys
+):
+    """Before the first step, every eval_every steps and at the end; greedily, so twice the same."""
+    plain = untimed(report.read(full_run[0] / "metrics.jsonl"))
+    cfg = grpo_config(folder, "held out", updates_per_batch=2, eval_every=1, eval_rows=4)
+    train_grpo.train(cfg)
+    rows = untimed(report.read(folder / "held out" / "metrics.jsonl"))
+    found = [{k: row.pop(k) for k in list(row) if k.startswith("val_")} for row in rows]
+    assert rows == plain
+    bits = [weights(path) for path in (full_run[0], folder / "held out")]
+    assert all(torch.equal(bits[0][name], bits[1][name]) for name in bits[0])
+    keys = {"val_accuracy", "val_reward", "val_tool_call_rate"}
+    assert len(found) == 2 and all(set(row) == keys for row in found)
+    said = capsys.readouterr().out
+    assert said.count("val_accuracy 0.") == 3 and "val_accuracy:            0." in said
+    own = evaluate.Config(seed=rollout.VALIDATION_SEED, limit=4, save_to=str(folder / "again"))
+    first = evaluate.evaluate(evaluate.over(cfg, own, cfg.model), own)
+    assert first["avg@1"] == pytest.approx(found[0]["val_accuracy"])
+
+
+def test_what_is_to_be_held_out_has_to_be_there(folder, sft_run, tmp_path):
+    """Pitfall 55: a file has no split "test", and without eval_every nothing is played."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "2+3?", "answer": 5}\n')
+    data = {"data": str(tmp_path / "rows.jsonl"), "limit": None}
+    with pytest.raises(UserError, match="eval_data is missing: data = .* is a file"):
+        train_grpo.train(grpo_config(folder, "no split", **data, eval_every=1))
+    with pytest.raises(UserError, match="eval_rows has no effect without eval_every"):
+        train_grpo.train(grpo_config(folder, "no rows", eval_rows=3))
 
 
 def test_every_row_is_a_prompt_once_an_epoch_in_an_order_of_the_seed():
