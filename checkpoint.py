@@ -15,6 +15,8 @@ a checkpoint is there whole or not at all; digests.json tells one whose bytes we
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -64,6 +66,7 @@ class Run:
         """Weights, optimizers and random generators of the newest whole checkpoint; returns what
         `save` was given and its "step", or {}. Call it last before the first step."""
         config.save(dataclasses.replace(self.cfg, resume=False), self.out_dir / "config.py")
+        self._alone()  # after it: a folder without config.py has to be empty
         shutil.rmtree(self.folder / "aside", ignore_errors=True)  # killed while it was written
         found = self._steps() if self.cfg.resume else []
         for path in map(self._path, reversed(found)):
@@ -83,6 +86,20 @@ class Run:
         numpy.random.seed(self.cfg.seed % 2**32)
         torch.manual_seed(self.cfg.seed)
         return {}
+
+    def _alone(self) -> None:
+        """UserError if another process trains in this out_dir: each would remove what the other
+        writes. The lock goes with the process, however that ends."""
+        self.lock = open(self.out_dir / ".lock", "w")
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+                return
+            way_out = "wait for it, end it, or give another with --out_dir=…"
+            raise UserError(
+                f"out_dir '{self.out_dir}' is in use by another process: {way_out}"
+            ) from None
 
     def after(self, step: int, steps: int, model, tokenizer, optimizers, log, **state) -> None:
         """To be called when `step` of `steps` are done: saves every save_every steps and at the

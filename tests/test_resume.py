@@ -67,7 +67,7 @@ GRPO = {  # all that has a state: groups that are replaced, a reference, moments
     "warmup": 2,
     "weight_decay": 0.1,
     "eval_every": 2,
-    "eval_data": "rows.jsonl",
+    "eval_data": "held.jsonl",
     "eval_rows": 2,
 }
 UPDATES = GRPO["updates_per_batch"] * GRPO["minibatches"]  # of a step
@@ -136,7 +136,7 @@ def of_a_checkpoint(path, **_) -> bool:
 POINTS = {  # name: (function, before or after it, what happens, which of its calls count)
     "as config.py is written": ("os.replace", "before", die, of_config),
     "as a turn is sampled": ("engine.TransformersEngine._decode", "before", die, any_call),
-    "as logprobs are computed": ("model.token_logprobs", "before", die, any_call),
+    "as logprobs are computed": ("logprobs.token_logprobs", "before", die, any_call),
     "between two updates": ("model.step", "after", die, any_call),
     "as a model is written": ("model.save", "before", die, any_call),
     "as a state is written": ("torch.save", "before", die, any_call),
@@ -204,7 +204,8 @@ def place(tmp_path_factory, tokenizer):
         {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": p[::-1]}]}
         for p in prompts[:26]
     ]
-    for name, made in (("rows", rows), ("demos", demos)):
+    held = [{"prompt": prompt, "answer": "4"} for prompt in prompts[28:]]
+    for name, made in (("rows", rows), ("demos", demos), ("held", held)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     return folder
 
@@ -392,6 +393,19 @@ def test_a_run_that_is_told_to_stop_finishes_its_step_and_saves(
     exitcode, log = run(name, out_dir)
     assert exitcode == 0 and f"going on with step {done}" in log
     assert_same(whole(name), left_by(out_dir))
+
+
+def test_a_second_process_in_the_same_folder_is_refused(start, run, whole, place):
+    """Pitfall 52: each would remove what the other writes. Whoever died holds no lock."""
+    out_dir = place / "twice"
+    child = start("grpo", out_dir, "halt", 2 * UPDATES + 2)
+    wait_for(place / "log", "halted")
+    exitcode, log = run("grpo", out_dir)
+    assert exitcode == 2 and f"out_dir '{out_dir}' is in use by another process: wait" in log
+    os.kill(child.pid, signal.SIGKILL)
+    child.join(60)
+    assert run("grpo", out_dir)[0] == 0
+    assert_same(whole("grpo"), left_by(out_dir))
 
 
 def test_a_run_that_is_told_twice_ends_at_once(start, run, whole, place):
@@ -792,7 +806,7 @@ def test_a_folder_that_was_moved_goes_on_where_it_is(here, laid, tmp_path):
 
 def test_a_run_goes_on_for_more_steps_than_it_began_with(here, whole):
     """Pitfall 52: as if it had been begun with them, where the schedule does not depend on them."""
-    options = {"schedule": "constant", "save_every": 0}
+    options = {"schedule": "constant", "save_every": 0, "warmup": 1}
     short = configured("grpo", here / "extended", **options, steps=2)
     train_grpo.train(short)
     with pytest.raises(UserError, match="is not empty: .*, or go on with --resume=true"):
@@ -849,7 +863,8 @@ def test_a_reward_that_raises_costs_nothing_and_repaired_the_run_is_the_same(her
     cfg = configured("grpo", here / "raised", resume=True, save_every=0)
     rewards = ("broken_rewards.py:coin",)
     row = rollout.prompts_of(4, [{"id": i} for i in range(5)], 1, cfg.seed)[0]["id"]
-    file.write_text(REWARD.replace("return", f"assert example['id'] != {row}\n    return"))
+    prompt = lines(here / "rows.jsonl")[row]["prompt"]
+    file.write_text(REWARD.replace("return", f"assert example['prompt'] != {prompt!r}\n    return"))
     with pytest.raises(UserError, match=f"^reward coin failed on row {row + 1}: AssertionError"):
         train_grpo.train(replace(cfg, rewards=rewards))
     done = len(lines(here / "raised" / "metrics.jsonl"))
@@ -869,7 +884,13 @@ def test_a_run_goes_on_with_rewards_that_are_missing(value, here):
     for name, test in (("some", "t.sample == 0"), ("one", "t.group == 0"), ("all", "True")):
         file.write_text(text.format(f"if {test}: return {value}"))
         out_dir = here / f"missing_{value[-5:-2]}_{name}"
-        options = {"rewards": (f"{file}:coin",), "steps": 2, "dynamic_attempts": 1, "beta": 0.0}
+        options = {
+            "rewards": (f"{file}:coin",),
+            "steps": 2,
+            "warmup": 1,
+            "dynamic_attempts": 1,
+            "beta": 0.0,
+        }
         last = train_grpo.train(configured("grpo", out_dir, **options))
         model, _ = models.load(str(out_dir))
         assert all(p.isfinite().all() for p in model.parameters())
