@@ -1,7 +1,8 @@
 """One GRPO update on the same trajectories: ours beside that of TRL's GRPOTrainer.
 
-    python bench/train_step.py                                        # 1.5 hours on two cores
-    python bench/train_step.py --sizes=5m --batches=64,16
+    python bench/train_step.py                                        # three hours on two cores
+    python bench/train_step.py --sizes=5m --batches=64,16,8           # 15 minutes
+    python bench/train_step.py --sizes=60m --batches=2                # 40 minutes; 24 GB
     python bench/train_step.py --sizes=tiny --trajectories=16 --runs=1  # seconds, to try it
 
 Equal: model (Qwen3-shaped, random weights, tied embeddings), optimizer (fused AdamW, betas 0.9 and
@@ -65,7 +66,7 @@ class Config:
     sizes: tuple[str, ...] = ("5m", "60m")  # of tiny, 5m, 60m
     trajectories: int = 64  # of an update; a multiple of 8
     runs: int = 5  # updates that are timed, after one that is not
-    batches: tuple[int, ...] = (64, 16, 8, 4)  # rows that TRL takes at once: the fastest counts
+    batches: tuple[int, ...] = (64, 16, 8, 4, 2)  # rows that TRL takes at once: the fastest counts
     token_budget: int = 2048  # tokens that ours takes at once, padding counted
     save_to: str = ""  # a .json for the results
     part: str = ""  # for the subprocesses: ours, trl:16, or check
