@@ -27,8 +27,11 @@ DEADLINE = 2  # seconds that math-verify has for one comparison
 
 _THOUGHT_END = re.compile(r"</think>|\[/THINK\]")
 _CALL = re.compile(r"<(tool_call|tool_response)>.*?(?:</\1>|\Z)", re.S)
-# The other formats' calls, where there may be one: a tag of any name, or the rest of the turn.
-_ANY_CALL = re.compile(r"<(?!answer>)([\w.-]+)>.*?(?:</\1>|\Z)|\[TOOL_CALLS\].*", re.S)
+# The other formats' calls, where there may be one: in a tag of any name but those of HTML, or all
+# behind [TOOL_CALLS]. Not in a block of code, nor in vector<int>. One that was cut has no end.
+_OPENING = r"(?<!\w)<(?!(?:answer|br|hr|p|b|i|u|em|[uo]l|li|su[bp]|strong|div|span)>)([\w.-]+)>"
+_ANY_CALL = re.compile(rf"(```.*?```)|{_OPENING}.*?</\2>|\[TOOL_CALLS\].*", re.S)
+_CUT_CALL = re.compile(rf"(```.*?```)|{_OPENING}.*", re.S)
 _OBJECT = re.compile(
     r'\s*(?:<\|python_tag\|>|\{\s*"(?:name|parameters|arguments|type|thought|actions)"\s*:)'
 )
@@ -85,7 +88,9 @@ def _said(trajectory, example):
     thought = _thought(text)
     text = _CALL.sub("", text if thought is None else thought)
     if thought is None and (trajectory.stop != "answered" or trajectory.answer is not None):
-        text = "" if _OBJECT.match(text) else _ANY_CALL.sub("", text)  # else it made no call
+        # else it made no call
+        text = "" if _OBJECT.match(text) else _ANY_CALL.sub(r"\1", text)
+        text = _CUT_CALL.sub(r"\1", text) if trajectory.stop == "length" else text
     return text
 
 
@@ -112,7 +117,8 @@ def places(text, ended):
     """The answers declared in the text, all of one kind. ended: the model stopped by itself."""
     kinds = [_boxed(text), _TAG.findall(text)]
     if ended and not any(kinds):
-        kinds += [_after_hashes(text.rstrip()), _LINE.findall(text)]
+        behind = re.findall(r"####[ \t]*([^\n]*)", text)  # a heading is better than nothing
+        kinds += [_after_hashes(text.rstrip()), _LINE.findall(text), behind]
     return next((found for found in kinds if found), [])
 
 
@@ -143,8 +149,10 @@ def equal(said, gold):
     if max(len(said), len(gold)) > LONGEST:
         return False
     said, gold = (re.sub(r"\\[()\[\]]", "", text).strip() for text in (said, gold))  # \( 18 \)
-    if bool(_UNIT_WORD.search(said)) != bool(_UNIT_WORD.search(gold)):  # 5 cm is 5, not 5 m
-        said, gold = _UNIT_WORD.sub("", said), _UNIT_WORD.sub("", gold)
+    units = {_unit(said), _unit(gold)}  # 5 hours is 5, not 5 minutes
+    if len(units - {""}) == 2:
+        return False
+    said, gold = _UNIT_WORD.sub("", said), _UNIT_WORD.sub("", gold)
     (number, fraction), (gold_number, _) = _number(said), _number(gold)
     if gold_number is not None and gold_number.denominator == 1:
         return number == gold_number and not fraction
@@ -202,9 +210,16 @@ _OPERATIONS = [  # those that math-verify does; one kind each
 ]
 
 
+def _unit(text):
+    """The word of a unit at its end, "" if there is none."""
+    found = _UNIT_WORD.search(" ".join(_TEXT.sub(r" \1", text).split()))
+    return found[0].strip(" .").casefold() if found else ""
+
+
 def _number(text):
     """(value, whether it is written as a fraction); (None, False) for what is not one number."""
-    text = _TEXT.sub(r"\1", _UNITS.sub(_gap, text.replace("−", "-")))
+    text = text.replace("−", "-").replace(r"\text{,}", "{,}")
+    text = _TEXT.sub(r"\1", _UNITS.sub(_gap, text))
     text = _SPACES.sub(" ", _THOUSANDS.sub("", text)).strip(" *`").rstrip(" .*`")
     text = re.sub(r"^[A-Za-z] ?= ?", "", text)  # x = 5
     if _DECIMAL.fullmatch(text):

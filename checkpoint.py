@@ -40,6 +40,7 @@ FREE = {"resume", "steps", "save_every", "keep_last", "logger", "rollouts_per_st
 FREE |= {"token_budget", "gradient_checkpointing", "max_concurrent", "sleep"}  # memory and speed
 FREE |= {"gpu_memory_utilization", "kv_cache_gib", "tensor_parallel_size", "enforce_eager"}
 FREE |= {"tool_concurrency", "tool_cache", "urls", "server_timeout"}
+FREE |= {"eval_every", "eval_data", "eval_split", "eval_rows"}  # they are looked at, not learnt
 
 
 class Run:
@@ -65,8 +66,8 @@ class Run:
     def restore(self, model, optimizers: list) -> dict:
         """Weights, optimizers and random generators of the newest whole checkpoint; returns what
         `save` was given and its "step", or {}. Call it last before the first step."""
+        self._alone()
         config.save(dataclasses.replace(self.cfg, resume=False), self.out_dir / "config.py")
-        self._alone()  # after it: a folder without config.py has to be empty
         shutil.rmtree(self.folder / "aside", ignore_errors=True)  # killed while it was written
         found = self._steps() if self.cfg.resume else []
         for path in map(self._path, reversed(found)):
@@ -90,7 +91,7 @@ class Run:
     def _alone(self) -> None:
         """UserError if another process trains in this out_dir: each would remove what the other
         writes. The lock goes with the process, however that ends."""
-        self.lock = open(self.out_dir / ".lock", "w")
+        self.lock = open(self.out_dir / config.LOCK, "w")
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -39,6 +39,7 @@ ROLLOUT_KEYS = tuple(
     tensor_parallel_size enforce_eager
     """.split()
 )
+LOCK = ".lock"  # in an out_dir, of the process that trains there: all that a killed one may leave
 GIVEN = {"example", "trajectory"}  # what a tool or a reward gets of a rollout: no options of a user
 
 
@@ -259,7 +260,7 @@ def fresh_dir(path, way_out="remove it", key="out_dir"):
     path, other = Path(path), f"give another with --{key}=…"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        empty = not any(path.iterdir())
+        empty = all(found.name == LOCK for found in path.iterdir())
     except OSError as error:  # a file in its place, no permission, a read-only disk
         raise UserError(f"cannot use {key} '{path}' ({error.strerror}): {other}") from None
     if not empty:

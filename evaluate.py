@@ -148,6 +148,7 @@ def load_config(argv: list[str], own: Config) -> train_grpo.Config:
     if own.endpoint and (vain := sorted(_keys(argv) & {*ours.split(), *train_grpo.VLLM.split()})):
         raise UserError(f"{vain[0]} has no effect with --endpoint: drop it")
     cfg = _of_engine(cfg, base, argv)
+    cfg = _without_idle(cfg, argv)
     if own.split != Config.split and data.is_file(cfg.data):
         raise UserError(f"split has no effect on {cfg.data!r}: a file has no splits, so drop it")
     cfg = over(cfg, own, own.run if own.run and not given else cfg.model)
@@ -170,6 +171,15 @@ def _of_engine(cfg: train_grpo.Config, base: train_grpo.Config, argv: list[str])
 def _keys(argv: list[str]) -> set[str]:
     """What is given on the command line."""
     return {item[2:].partition("=")[0] for item in argv}
+
+
+def _without_idle(cfg: train_grpo.Config, argv: list[str]):
+    """`cfg` without what another of its keys, given here, leaves without effect."""
+    given = _keys(argv)
+    idle = "warmup" if cfg.tools else "warmup tool_timeout tool_concurrency tool_cache"
+    idle += " reward_timeout" * ("rewards" in given)
+    plain = train_grpo.Config()
+    return replace(cfg, **{key: getattr(plain, key) for key in idle.split() if key not in given})
 
 
 def over(cfg: train_grpo.Config, own: Config, model: str) -> train_grpo.Config:

@@ -183,10 +183,10 @@ def credit(trajectories: list, cfg) -> torch.Tensor:
     if cfg.turn_credit:
         if rewards.count(None) < len(rewards) and all(t.turn_rewards is None for t in trajectories):
             raise UserError("turn_credit has no effect: none of the rewards gives a list, by turn")
-        # the turns' part is compared turn by turn below; what is left is the outcome, rounded, as
-        # 1.4 - 0.4 is not 1
+        # the turns' part is compared turn by turn below; what is left is the outcome, rounded (the
+        # total has 9 digits), as 1.4 - 0.4 is not 1
         pairs = zip(rewards, earned, strict=True)
-        rewards = [None if r is None else round(r - math.fsum(e), 9) for r, e in pairs]
+        rewards = [None if r is None else round(r - math.fsum(e), 8) for r, e in pairs]
     for i, t in enumerate(trajectories):
         if t.stop != "answered" and rewards[i] is not None:  # a limit ended it, not the model
             rewards[i] = {

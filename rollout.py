@@ -512,7 +512,9 @@ def held_out(cfg) -> list[dict]:
     if data.is_file(cfg.data) and not cfg.eval_data:
         why = f"data = {cfg.data!r} is a file and has no split of its own for eval_every"
         raise UserError(f"eval_data is missing: {why}")
-    return _rows(cfg, cfg.eval_data or cfg.data, "test", cfg.eval_rows, VALIDATION_SEED)
+    source = cfg.eval_data or cfg.data
+    config.useless(cfg, [(data.is_file(source), "eval_split", f"on {source!r}: a file has none")])
+    return _rows(cfg, source, cfg.eval_split, cfg.eval_rows, VALIDATION_SEED)
 
 
 def validate(rows: list[dict], cfg, chat, engine, toolbox, selected, log) -> dict:

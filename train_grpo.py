@@ -59,7 +59,8 @@ class Config:
     save_every: int = 50  # steps between checkpoints; 0: only when it ends or is stopped
     keep_last: int = 2  # checkpoints; each takes three times the memory of what is trained
     eval_every: int = 0  # steps between greedy evaluations on rows held out; 0: none
-    eval_data: str = ""  # which rows, as in `data`; "": the split "test" of that
+    eval_data: str = ""  # which rows, as in `data`; "": of that itself, another split
+    eval_split: str = "test"  # of a task or a hub data set; a file has none
     eval_rows: int = 128  # the first so many of them
     # model
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # hub id, or a folder that train_sft.py wrote
@@ -168,7 +169,7 @@ def check(cfg: Config) -> None:
         (cfg.overlong != "penalise", "overlong_penalty", f"with overlong={cfg.overlong}"),
         (not cfg.dynamic_sampling, "dynamic_attempts", "without dynamic_sampling=<a reward>"),
         (correction(cfg) == "none", "is_level is_cap", "with is_correction=none"),
-        (not cfg.eval_every, "eval_data eval_rows", "without eval_every=<steps>"),
+        (not cfg.eval_every, "eval_data eval_split eval_rows", "without eval_every=<steps>"),
         (not cfg.tools, "tool_timeout tool_concurrency tool_cache", "with tools=(): no call runs"),
         (cfg.engine != "transformers", "deterministic", f"with engine={cfg.engine}"),
         (cfg.engine != "vllm", VLLM, f"with engine={cfg.engine}: use --engine=vllm, or drop it"),
@@ -342,9 +343,7 @@ def train(cfg: Config) -> dict:
     run = Run(cfg)
     val_rows = held_out(cfg)
     model, tokenizer, chat, toolbox, selected, rows = setup(cfg, cfg.tune)
-    reference = None
-    if cfg.beta:
-        reference = models.load_reference(cfg.model, model, cfg.tune, cfg.dtype)
+    reference = models.load_reference(cfg.model, model, cfg.tune, cfg.dtype) if cfg.beta else None
     if cfg.gradient_checkpointing:
         models.recompute_layers(model)
     optimizers = models.optimizers(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay)

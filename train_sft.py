@@ -84,7 +84,7 @@ class Config:
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"  # muon: from scratch, third of steps
     learning_rate: float = 2e-5  # 1e-5..5e-5 full, 1e-4..5e-4 LoRA, 1e-2 tiny from scratch
     schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up
-    warmup: int = 20  # updates
+    warmup: int = 20  # updates; a tenth where there are no more than that
     weight_decay: float = 0.01  # of matrices only
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm
 
@@ -319,15 +319,18 @@ def train(cfg: Config) -> dict:
     report.check_logger(cfg.logger)
     run = Run(cfg)
     model, tokenizer, samples, held_out, said = setup(cfg)
+    steps = max(1, round(cfg.epochs * len(samples) / cfg.batch_size))
+    warmup = cfg.warmup
+    if warmup >= steps and "warmup" in config.changed(cfg):
+        few = f"{len(samples)} rows are {steps} updates: lower it, or train for more epochs"
+        raise UserError(f"warmup = {warmup}: expected less than {steps}, since {few}")
+    if warmup >= steps:  # nobody asked for it
+        warmup = steps // 10
     if cfg.gradient_checkpointing:
         models.recompute_layers(model)
     optimizers = models.optimizers(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay)
     state = run.restore(model, optimizers) or {"step": 0, "metrics": {}}
     first, metrics = state["step"], state["metrics"]
-    steps = max(1, round(cfg.epochs * len(samples) / cfg.batch_size))
-    if cfg.warmup >= steps:
-        few = f"{len(samples)} rows are {steps} updates; use --warmup=0, or more epochs"
-        raise UserError(f"warmup = {cfg.warmup}: expected less than {steps}, {few}")
     order = []  # every row once, in a new order, then again
     shuffle = random.Random(cfg.seed)
     while len(order) < steps * cfg.batch_size:
@@ -344,7 +347,7 @@ def train(cfg: Config) -> dict:
         model.train()
         for step in range(first, steps):
             started = time.monotonic()
-            rate = cfg.learning_rate * models.schedule(step, steps, cfg.schedule, cfg.warmup)
+            rate = cfg.learning_rate * models.schedule(step, steps, cfg.schedule, warmup)
             rows = order[step * cfg.batch_size : (step + 1) * cfg.batch_size]
             batch = [samples[i] for i in rows]
             metrics = {"step": step, "learning_rate": rate}

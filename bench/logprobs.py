@@ -1,4 +1,4 @@
-"""model.token_logprobs beside the plain way: all logits, log-softmax, gather.
+"""logprobs.token_logprobs beside the plain way: all logits, log-softmax, gather.
 
     python bench/logprobs.py                            # a quarter of an hour on two cores, 16 GB
     python bench/logprobs.py --tokens=4096              # half the memory

@@ -27,5 +27,6 @@ max_observation_tokens = 1536
 learning_rate = 1e-6
 beta = 1e-3
 dtype = "mixed"
-optimizer = "adamw8bit"  # moments of 8 GB and not of 32: weights and gradients take 32 as it is
+optimizer = "adamw8bit"  # needs .[qlora]; moments of 8 GB and not of 32
+gpu_memory_utilization = 0.35  # weights, their reference (beta) and moments take 40 GB beside it
 gradient_checkpointing = True

@@ -129,20 +129,31 @@ def test_an_answer_in_a_turn_that_was_cut_counts_only_if_it_is_closed():
 def test_a_call_in_a_turn_that_did_not_end_by_its_own_choice_is_no_answer(call, said):
     """Pitfall 43: of every format."""
     assert is_correct(call.replace("@", said), stop="length") == 0.0
-    assert is_correct(call.replace("@", said), stop="max_turns") == 0.0
+    if not call.endswith("@"):  # one that was cut
+        assert is_correct(call.replace("@", said), stop="max_turns") == 0.0
 
 
 def test_what_looks_like_a_call_is_an_answer_in_a_turn_that_made_none():
-    for text in (r"<b>\boxed{18}</b>", r'{"name": "x", "is": "\boxed{18}"}'):
+    for text in (r"<x>\boxed{18}</x>", r'{"name": "x", "is": "\boxed{18}"}'):
         assert is_correct(text) == 1.0
         assert is_correct(text, stop="length") == 0.0
 
 
 def test_a_heading_is_no_answer_but_the_last_line_is():
     assert is_correct("#### Reason\nIt is in France.\n#### Paris \n", "Paris") == 1.0
+    assert is_correct("#### Paris\n\nHope this helps!", "Paris") == 1.0
     assert is_correct("#### Conclusion\nThe answer is Paris.", "Paris") == 1.0
     assert is_correct("#### Conclusion\nThe answer is Paris.", "Conclusion") == 0.0
     assert is_correct("#### 18\nI hope it is right.\n#### Done and\ndone.") == 1.0
+
+
+@pytest.mark.parametrize("stop", ["length", "max_turns"])
+@pytest.mark.parametrize(
+    "text", ["a list<int> is @", "so a <b> c @", "one<br>two @", "```html\n<main>\n```\n@"]
+)
+def test_what_is_no_call_takes_no_answer_with_it(text, stop):
+    """In a turn that a limit ended calls are left out: not types, HTML, or what is in a block."""
+    assert is_correct(text.replace("@", r"\boxed{18}"), stop=stop) == 1.0
 
 
 def test_a_thought_goes_on_through_the_calls_in_it():
@@ -302,6 +313,8 @@ DIFFERENT = r"""
 18 | 1%%8
 18 | 1\$8
 5 hours | 5 minutes
+5 hours | 5\text{ minutes}
+5 minutes | 5 \text{hours}
 5 | 5 apples
 Carolina South | South Carolina
 December 1972 | 1972

@@ -400,8 +400,10 @@ def test_a_second_process_in_the_same_folder_is_refused(start, run, whole, place
     out_dir = place / "twice"
     child = start("grpo", out_dir, "halt", 2 * UPDATES + 2)
     wait_for(place / "log", "halted")
-    exitcode, log = run("grpo", out_dir)
+    before = (out_dir / "config.py").read_text()
+    exitcode, log = run("grpo", out_dir, keep_last=5)
     assert exitcode == 2 and f"out_dir '{out_dir}' is in use by another process: wait" in log
+    assert (out_dir / "config.py").read_text() == before  # it is the other's
     os.kill(child.pid, signal.SIGKILL)
     child.join(60)
     assert run("grpo", out_dir)[0] == 0

@@ -583,3 +583,13 @@ def test_a_saved_config_is_the_config(folder, demos, tmp_path):
     train_sft.train(cfg)
     argv = ["--config", str(tmp_path / "out" / "config.py")]
     assert config.parse(train_sft.Config, argv, train_sft.check) == cfg
+
+
+def test_a_warm_up_that_nobody_asked_for_is_a_tenth_of_a_short_run(folder, demos, tmp_path):
+    """Pitfall 55: one that was given and takes all updates is refused before out_dir is written."""
+    out_dir = tmp_path / "out"
+    said = complaint(folder, demos[0], out_dir, warmup=21)
+    assert said.startswith("warmup = 21: expected less than 3, since 24 rows are 3 updates")
+    train_sft.train(settings(folder, demos[0], out_dir, warmup=train_sft.Config.warmup))
+    rates = [row["learning_rate"] for row in report.read(out_dir / "metrics.jsonl")]
+    assert rates[0] == max(rates) == 1e-2 and len(rates) == 3

@@ -401,6 +401,14 @@ def test_a_caller_without_a_deadline_has_a_wall_clock(monkeypatch):
         asyncio.run(python("import time; time.sleep(5)"))
     assert run("import time; time.sleep(0.6); 'done'") == ("'done'", None)
 
+    async def behind_a_toolbox():
+        await toolbox().open().call("python", {"code": "1"})
+        await python("import time; time.sleep(5)")
+
+    with pytest.raises(ToolError, match="stopped after 0.3 s"):  # that was another call's deadline
+        asyncio.run(behind_a_toolbox())
+    assert run("6 * 7", timeout=1e20) == ("42", None)
+
 
 def test_windows_is_refused_in_a_sentence_and_the_sandbox_is_no_tool(monkeypatch):
     with pytest.raises(

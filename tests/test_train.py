@@ -12,6 +12,7 @@ import json
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy
@@ -343,6 +344,9 @@ def test_what_is_to_be_held_out_has_to_be_there(folder, sft_run, tmp_path):
     data = {"data": str(tmp_path / "rows.jsonl"), "limit": None}
     with pytest.raises(UserError, match="eval_data is missing: data = .* is a file"):
         train_grpo.train(grpo_config(folder, "no split", **data, eval_every=1))
+    asked = {"eval_every": 1, "eval_data": data["data"], "eval_split": "validation"}
+    with pytest.raises(UserError, match="eval_split has no effect on .*: a file has none"):
+        train_grpo.train(grpo_config(folder, "no file's split", **asked))
     with pytest.raises(UserError, match="eval_rows has no effect without eval_every"):
         train_grpo.train(grpo_config(folder, "no rows", eval_rows=3))
 
@@ -424,6 +428,20 @@ def test_evaluations_are_numbered_and_repeat(folder, sft_run):
 
     assert ids(first) == ids(second) != ids(third) and ids(first)[0] != ids(first)[1]
     assert {**first, "saved": ""} == {**second, "saved": ""}
+
+
+def test_what_the_runs_config_has_without_effect_here_is_no_obstacle(full_run, tmp_path):
+    """As tool_timeout where a run is evaluated without its tools, for a baseline."""
+    _, cfg, _ = full_run
+    (tmp_path / "config.py").touch()
+    given = {"tool_timeout": 3.0, "tool_concurrency": 4, "warmup": 2, "reward_timeout": 7.0}
+    config.save(replace(cfg, **given), tmp_path / "config.py")
+    own = evaluate.Config(run=str(tmp_path))
+    without = evaluate.load_config(["--tools=", "--rewards=format", "--model=x"], own)
+    assert (without.tools, without.tool_timeout, without.reward_timeout) == ((), 10.0, 60.0)
+    assert evaluate.load_config(["--model=x"], own).tool_timeout == 3.0
+    with pytest.raises(UserError, match="tool_timeout has no effect with tools=()"):
+        evaluate.load_config(["--tools=", "--tool_timeout=5", "--model=x"], own)
 
 
 def test_an_evaluation_that_cannot_start_leaves_no_folder(full_run, folder, monkeypatch, tmp_path):

@@ -212,7 +212,6 @@ class Session:
 
     async def _run(self, tool, arguments):
         try:
-            DEADLINE.set(self._limit(tool))
             done, result = await self._in_time(self._tried(tool, arguments), self._limit(tool))
             if done:
                 return _content(result), None
@@ -230,6 +229,7 @@ class Session:
             return f"error: {tool.name} raised {_shown(error)}", "exception"
 
     async def _tried(self, tool, arguments):
+        DEADLINE.set(self._limit(tool))  # here: in a task of its own, and so for this call alone
         for attempt in range(tool.retries + 1):
             if attempt:  # spread out, or all would come back at the same moment
                 await asyncio.sleep(PAUSE * 2 ** (attempt - 1) * (0.5 + random.random()))

@@ -246,7 +246,9 @@ def _key(function: Callable, given: dict) -> str:
     bound = [function.__defaults__, function.__kwdefaults__]
     for cell in function.__closure__ or ():
         with suppress(ValueError):  # it has no value yet
-            bound.append(cell.cell_contents)
+            value = cell.cell_contents
+            bound.append(_source(value) if inspect.isfunction(value) else value)
+    bound = re.sub(r" at 0x[0-9a-f]+", "", repr(bound))  # which another process has elsewhere
     parts = text, bound, sorted(given.items())
     return hashlib.blake2b(repr(parts).encode("utf-8", "replace"), digest_size=12).hexdigest()
 

@@ -196,7 +196,8 @@ async def over_stdio(box: Toolbox) -> None:
     """Serves one client until it closes our stdin."""
     session = box.open({})
     try:
-        await try_out(box)
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is the protocol's
+            await try_out(box)
         made = server(box, session)
         async with stdio_server() as (read, write):
             await made.run(read, write, made.create_initialization_options())
