@@ -268,7 +268,7 @@ def curves(out_dir) -> None:
             steps, values = zip(*points, strict=True)
             axes.plot(steps, values, ".", color=colour, alpha=0.35, markersize=4)
             window = max(5, len(rows) // 40)
-            axes.plot(steps, _smooth(values, window), color=colour, label=key)
+            axes.plot(steps, _smooth(points, window), color=colour, label=key)
         if len(keys) > 1:
             axes.legend(frameon=False, fontsize=8)
         if all(key.endswith(("accuracy", "rate")) for key in keys):
@@ -279,11 +279,14 @@ def curves(out_dir) -> None:
     figure.savefig(Path(out_dir) / "curves.png", dpi=100)
 
 
-def _smooth(values, window: int) -> list[float]:
-    """The mean of the last few values."""
-    return [
-        sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))
-    ]
+def _smooth(points: list[tuple], window: int) -> list[float]:
+    """For each (step, value) the mean of the values in the last few steps: of what is measured more
+    seldom, itself."""
+    means = []
+    for i, (step, _) in enumerate(points):
+        last = [value for s, value in points[max(0, i + 1 - window) : i + 1] if s > step - window]
+        means.append(sum(last) / len(last))
+    return means
 
 
 def _rounded(value):

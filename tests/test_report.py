@@ -485,3 +485,9 @@ def test_help_prints_how_to_draw_a_run():
     command = [sys.executable, str(ROOT / "report.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "python report.py out/calc" in done.stdout
+
+
+def test_what_is_measured_seldom_is_drawn_as_it_is():
+    """The running mean is over steps, not over points, as in report.html."""
+    assert report._smooth([(0, 0.0), (5, 1.0), (10, 0.5)], 5) == [0.0, 1.0, 0.5]
+    assert report._smooth([(0, 0.0), (1, 1.0), (2, 2.0), (3, 6.0)], 2) == [0.0, 0.5, 1.5, 4.0]
