@@ -596,6 +596,11 @@ class World:
     results: dict  # name -> results of calls()
     honest: list  # (expected, results)
     connections: list
+    late: list  # (when, by how many seconds this process was woken too late)
+
+    def stalled(self, begun):
+        """Seconds for which nothing of ours was run since then: the machine was too busy."""
+        return min(5.0, sum(late for when, late in list(self.late) if when >= begun and late > 0.1))
 
 
 def lacking(program):
@@ -614,7 +619,7 @@ def world(tmp_path_factory):
     canary.write_text(SECRET)
     os.environ["HOSTILE_SECRET"] = SECRET
     listener = socket.create_server(("127.0.0.1", 0))
-    world = World(subprocess.Popen(["sleep", "600"]), canary, {}, [], [])
+    world = World(subprocess.Popen(["sleep", "600"]), canary, {}, [], [], [])
 
     def accept():
         while True:
@@ -623,7 +628,14 @@ def world(tmp_path_factory):
             except OSError:
                 return
 
+    def watch():
+        while "HOSTILE_SECRET" in os.environ:
+            begun = time.monotonic()
+            time.sleep(0.05)
+            world.late.append((begun, time.monotonic() - begun - 0.05))
+
     threading.Thread(target=accept, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
     words = {"PARENT": os.getpid(), "VICTIM": world.victim.pid, "MARK": MARK, "CANARY": canary}
     words["PORT"] = listener.getsockname()[1]
 
@@ -636,7 +648,9 @@ def world(tmp_path_factory):
     async def batch(names):
         async def hostile(name):
             program = CORPUS[name]
-            world.results[name] = await calls(program.tool, filled(program), program.deadline)
+            begun = time.monotonic()
+            done = await calls(program.tool, filled(program), program.deadline)
+            world.results[name] = [(*each, world.stalled(begun)) for each in done]
 
         async def honest(tool, code, expected):
             await asyncio.sleep(0.05)  # the hostile ones have begun
@@ -695,9 +709,9 @@ def test_hostile_program_is_held_and_answered_in_time(world, name):
     program = CORPUS[name]
     if lacking(program):
         pytest.skip(f"this system does not allow the layer {', '.join(lacking(program))}")
-    text, error, _ = world.results[name][-1]
-    for _, _, seconds in world.results[name]:
-        assert seconds < program.deadline + 1, f"{seconds:.1f} s"
+    text, error, *_ = world.results[name][-1]
+    for _, _, seconds, stalled in world.results[name]:
+        assert seconds < program.deadline + 1 + stalled, f"{seconds:.1f} s"
     assert text and len(text) < sandbox.SHOWN + 500
     assert any(shown in text for shown in program.shown.split("|")), text[-2000:]
     assert program.kind in ("any", error), (error, text[-2000:])
