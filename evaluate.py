@@ -147,8 +147,7 @@ def load_config(argv: list[str], own: Config) -> train_grpo.Config:
     ours = "format template_options dtype deterministic engine urls server_timeout"
     if own.endpoint and (vain := sorted(_keys(argv) & {*ours.split(), *train_grpo.VLLM.split()})):
         raise UserError(f"{vain[0]} has no effect with --endpoint: drop it")
-    cfg = _of_engine(cfg, base, argv)
-    cfg = _without_idle(cfg, argv)
+    cfg = _without_idle(cfg, base, argv)
     if own.split != Config.split and data.is_file(cfg.data):
         raise UserError(f"split has no effect on {cfg.data!r}: a file has no splits, so drop it")
     cfg = over(cfg, own, own.run if own.run and not given else cfg.model)
@@ -156,30 +155,23 @@ def load_config(argv: list[str], own: Config) -> train_grpo.Config:
     return cfg
 
 
-def _of_engine(cfg: train_grpo.Config, base: train_grpo.Config, argv: list[str]):
-    """`cfg` where another engine than the run's is asked for: without the options of the run's."""
-    if cfg.engine == base.engine:
-        return cfg
-    given = _keys(argv)
-    options = (
-        f"{train_grpo.VLLM} urls server_timeout deterministic oversample is_level is_cap".split()
-    )
+def _without_idle(cfg: train_grpo.Config, base: train_grpo.Config, argv: list[str]):
+    """`cfg` without what has no effect beside the keys given here: the options of the run's engine
+    where another is asked for, of tools where there are none."""
+    given, idle = _keys(argv), "warmup"
+    if cfg.engine != base.engine:
+        idle += f" {train_grpo.VLLM} urls server_timeout deterministic oversample is_level is_cap"
+    if not cfg.tools:
+        idle += " tool_timeout tool_concurrency tool_cache"
+    if "rewards" in given:
+        idle += " reward_timeout"
     plain = train_grpo.Config()
-    return replace(cfg, **{key: getattr(plain, key) for key in options if key not in given})
+    return replace(cfg, **{key: getattr(plain, key) for key in idle.split() if key not in given})
 
 
 def _keys(argv: list[str]) -> set[str]:
     """What is given on the command line."""
     return {item[2:].partition("=")[0] for item in argv}
-
-
-def _without_idle(cfg: train_grpo.Config, argv: list[str]):
-    """`cfg` without what another of its keys, given here, leaves without effect."""
-    given = _keys(argv)
-    idle = "warmup" if cfg.tools else "warmup tool_timeout tool_concurrency tool_cache"
-    idle += " reward_timeout" * ("rewards" in given)
-    plain = train_grpo.Config()
-    return replace(cfg, **{key: getattr(plain, key) for key in idle.split() if key not in given})
 
 
 def over(cfg: train_grpo.Config, own: Config, model: str) -> train_grpo.Config:
