@@ -33,8 +33,8 @@ from os.path import commonprefix
 
 import jinja2
 
-from config import UserError
 from formats import FORMATS, THINK, Call, as_json, call_ids
+from run.config import UserError
 
 ARGUMENT = "zqARGUMENTqz"  # a name that no tool has for one of its own
 OTHERS = "use format=json_actions, fence or tags"

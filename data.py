@@ -16,7 +16,7 @@ import json
 import re
 from pathlib import Path
 
-from config import UserError, near
+from run.config import UserError, near
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 ROLES = ("system", "user", "assistant", "tool")

@@ -13,16 +13,16 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-import config
+from run import config
 
 if __name__ == "__main__":
     config.answer_help(__file__)
 
 import evaluate
-import report
-import rollout
+import play
 import train_grpo
 import train_sft
+from run import log as run_log
 
 
 @dataclass
@@ -53,7 +53,7 @@ def run(cfg: Config) -> dict:
     after = evaluated(cfg_grpo, grpo, f"{grpo}/eval")
 
     print("\n3. One rollout: green is trained, grey is context, yellow is what a tool said\n")
-    rollout.main([*learnt, f"--model={grpo}", "--split=test", "--temperature=0"])
+    play.main([*learnt, f"--model={grpo}", "--split=test", "--temperature=0"])
     results = {"problems": after["problems"], "curves": f"{grpo}/curves.png"}
     logged = [name for name in after if name.startswith("reward_right")]
     for name in ("accuracy", "tool_call_rate", *logged):
@@ -71,7 +71,7 @@ def evaluated(cfg: train_grpo.Config, model: str, save_to: str) -> dict:
 def main(argv: list[str]) -> None:
     results = run(config.parse(Config, argv))
     print("---")
-    report.print_summary(results)
+    run_log.print_summary(results)
 
 
 if __name__ == "__main__":

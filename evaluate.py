@@ -20,18 +20,21 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import config
+from run import config
 
 if __name__ == "__main__":
     # the keys of train_grpo.py that shape a rollout can be given here too
     config.answer_help(__file__, "train_grpo.py", keys=config.ROLLOUT_KEYS)
 
 import data
-import report
 import rewards as reward_functions
 import train_grpo
-from config import UserError
-from rollout import KEYS, Settings, Trajectory, rollouts, running, setup, stats, task, wait
+from player import running, setup, task
+from rollout import Settings, rollouts
+from run import log as run_log
+from run.config import ROLLOUT_KEYS, UserError
+from run.loop import run_blocking
+from trajectory import Trajectory, stats
 
 
 @dataclass
@@ -140,7 +143,7 @@ def load_config(argv: list[str], own: Config) -> train_grpo.Config:
         raise UserError(
             f"run = {own.run!r} is no run of train_grpo.py ({error}); {advice}"
         ) from None
-    cfg = config.parse(train_grpo.Config, argv, keys=KEYS, base=base)
+    cfg = config.parse(train_grpo.Config, argv, keys=ROLLOUT_KEYS, base=base)
     given = "model" in _keys(argv)
     if own.endpoint and not given:
         raise UserError("model is missing: --endpoint needs --model=<its name there>")
@@ -202,26 +205,26 @@ def player(cfg: train_grpo.Config, own: Config):
         with running(cfg, model, tokenizer, toolbox) as engine:
             yield chat, engine, None, toolbox, *rest
         return
-    import endpoint
+    from engines import chat_api
 
     toolbox, selected, rows = task(cfg, own.limit)
-    key = endpoint.key_of(own.key_env)
-    asked = endpoint.Endpoint(own.endpoint, cfg.model, toolbox.schemas, key)
+    key = chat_api.key_of(own.key_env)
+    asked = chat_api.Endpoint(own.endpoint, cfg.model, toolbox.schemas, key)
     try:
-        yield asked, asked, endpoint.turn, toolbox, selected, rows
+        yield asked, asked, chat_api.turn, toolbox, selected, rows
     finally:
-        wait(asked.close())
-        wait(toolbox.close())
+        run_blocking(asked.close())
+        run_blocking(toolbox.close())
 
 
 def play_all(cfg, own: Config, chat, engine, turn, toolbox, selected, rows, folder: Path) -> list:
     """Plays all examples, own.batch at a time, and writes rollouts.jsonl as they are done."""
     trajectories = []
-    with report.progress() as bars:
-        done = report.counter(bars, bars.add_task("rollouts", total=len(rows) * own.n, note=""))
+    with run_log.progress() as bars:
+        done = run_log.counter(bars, bars.add_task("rollouts", total=len(rows) * own.n, note=""))
         for start in range(0, len(rows), own.batch):
             part = rows[start : start + own.batch]
-            played = wait(
+            played = run_blocking(
                 rollouts(
                     part,
                     chat,
@@ -236,7 +239,7 @@ def play_all(cfg, own: Config, chat, engine, turn, toolbox, selected, rows, fold
                 )
             )
             trajectories += played
-            report.write_rollouts(folder / "rollouts.jsonl", played, chat.tokenizer)
+            run_log.write_rollouts(folder / "rollouts.jsonl", played, chat.tokenizer)
     return trajectories
 
 

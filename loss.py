@@ -29,7 +29,7 @@ import math
 
 import torch
 
-from config import UserError
+from run.config import UserError
 
 
 def advantages(
@@ -117,7 +117,7 @@ def importance(
     return torch.where(mask.bool(), weight, 1.0)
 
 
-def mismatch(gaps: torch.Tensor) -> dict[str, float]:
+def sampler_mismatch(gaps: torch.Tensor) -> dict[str, float]:
     """How far the engine is from the trainer, of (N,) logprobs of the trainer minus the engine's of
     N sampled tokens: mean, 95th percentile and largest absolute difference, and the k3 estimate of
     KL(engine || trainer), which is never negative."""
@@ -173,7 +173,7 @@ def grpo_loss(
     return -(weights[:, None] * mask * objective).sum(), parts
 
 
-def credit(trajectories: list, cfg) -> torch.Tensor:
+def set_advantages(trajectories: list, cfg) -> torch.Tensor:
     """Sets the `advantages` of each trajectory, one for each turn, as the keys of train_grpo.py's
     config say; returns (B,) bool: whether it is learnt from, and counted, at all. Rewards stay as
     they were."""

@@ -25,15 +25,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import config
-from answers import answer, equal, last_turn, places, words
-from answers import f1 as f1_of
-from config import HERE, UserError, near
-from judge import judge
-from tools import start_thread
-from verify import code_tests, sql_match
+from grading.answers import answer, equal, last_turn, places, words
+from grading.answers import f1 as f1_of
+from grading.judge import judge
+from grading.verify import code_tests, sql_match
+from run import config
+from run.config import HERE, UserError, near
+from run.deadline import start_thread
+from trajectory import MALFORMED
 
-MALFORMED = {"bad_json", "unknown_tool", "bad_arguments"}  # ToolCall.error of calls that never ran
 OPTIONS = "reward_options"  # the config key, for messages
 
 # ---- outcome

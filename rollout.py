@@ -11,31 +11,17 @@ tokenised once and appended (mask 0). No text is ever turned back into sampled i
 """
 
 import asyncio
-import contextlib
-import functools
 import hashlib
-import random
-import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields
 
-import config
-
-if __name__ == "__main__":
-    config.answer_help(__file__, "train_grpo.py", keys=config.ROLLOUT_KEYS)
-
-import data
-import engine as engines
-import model as models
 import rewards as reward_functions
 from chat import Chat
-from config import UserError
-from engine import Engine, Sampling
-from tools import Toolbox, ToolCall, shortened
-
-KEYS = config.ROLLOUT_KEYS
-VALIDATION_SEED = 2_000_000  # of a task's rows: neither those of training nor evaluate.py's
+from engines.base import Engine, Sampling
+from tools import Toolbox
+from tools.calling.base import shorten
+from trajectory import ToolCall, Trajectory
 
 
 @dataclass(frozen=True)
@@ -58,51 +44,6 @@ class Settings:
     def of(cls, cfg) -> "Settings":
         """From any config that has the same names."""
         return cls(**{f.name: getattr(cfg, f.name) for f in fields(cls)})
-
-
-@dataclass
-class Trajectory:
-    """One rollout, as four parallel lists and what happened on the way. T = len(ids)."""
-
-    example: dict  # the data row
-    group: int = 0  # which prompt of the step: all samples of one prompt share it
-    sample: int = 0  # which sample of the group
-    ids: list[int] = field(default_factory=list)  # every token as the engine saw and returned it
-    mask: list[int] = field(default_factory=list)  # 1 = sampled by the policy, stop token included
-    logprobs: list[float] = field(
-        default_factory=list
-    )  # of sampled tokens, from the engine; else 0.0
-    images: list = field(default_factory=list)  # in the order of their placeholders in ids
-    messages: list[dict] = field(
-        default_factory=list
-    )  # for rewards, logs and people; never for ids
-    calls: list[ToolCall] = field(default_factory=list)
-    turn_starts: list[int] = field(default_factory=list)  # index of each turn's first sampled token
-    goes_on: bool = False  # its next turn goes on behind a result, in the same message
-    unseen_tokens: int = 0  # sampled behind an endpoint that gives text only (evaluate.py)
-    stop: str = ""  # "answered" "length" "max_turns" "max_tool_calls" "timeout" "error"
-    answer: str | None = None  # what it gave to a tool that ends the episode (tools/finish.py)
-    rewards: dict[str, float | None] = field(default_factory=dict)  # each under its own name
-    reward: float | None = None  # their weighted sum; None = not to be learnt from
-    reward_timeouts: list[str] = field(default_factory=list)  # rewards that took too long: None
-    turn_rewards: list[float] | None = None  # what of it each turn earned, if a reward says so
-    advantages: list[float] = field(default_factory=list)  # of each turn, once it is learnt from
-    version: int = 0  # of the weights that sampled it
-    seconds: float = 0.0
-
-    def add(self, ids: list[int], mask: int, logprobs: list[float] | None = None) -> None:
-        """The only way to append: `mask` is 1 with logprobs (sampled), 0 without (all the rest)."""
-        assert mask in (0, 1), f"mask {mask}: expected 0 or 1"
-        assert (logprobs is not None) == bool(mask), "sampled ids, and only they, have logprobs"
-        logprobs = [0.0] * len(ids) if logprobs is None else logprobs
-        assert len(ids) == len(logprobs), f"{len(ids)} ids but {len(logprobs)} logprobs"
-        self.ids += ids
-        self.mask += [mask] * len(ids)
-        self.logprobs += logprobs
-
-    @property
-    def new_tokens(self) -> int:
-        return sum(self.mask) + self.unseen_tokens
 
 
 def seed_of(*parts: int) -> int:
@@ -332,7 +273,7 @@ def cut(text: str, limit: int, tokenizer) -> str:
     if len(text.encode()) <= limit:  # a token is at least one byte
         return text
     if tokenizer is None:  # another's model: four characters a token, about
-        return shortened(text, 4 * limit)
+        return shorten(text, 4 * limit)
     # Only the ends of a long text are encoded: a megabyte takes a second, in which nobody plays.
     reach = max(16 * limit, 256)  # characters
     long = len(text) > 2 * reach
@@ -344,265 +285,3 @@ def cut(text: str, limit: int, tokenizer) -> str:
     head = tokenizer.decode(head[:half])
     tail = tokenizer.decode(tail[max(0, len(tail) - limit + half) :])
     return f"{head}\n[... {len(text) - len(head) - len(tail)} characters cut ...]\n{tail}"
-
-
-@functools.cache
-def _loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="rollouts", daemon=True).start()
-    return loop
-
-
-def wait(coroutine):
-    """The result of a coroutine, from ordinary code. It runs on one event loop in a thread of its
-    own: engines and tools keep their connections between calls, and it works in notebooks too,
-    whose own loop is already running."""
-    ended = threading.Event()
-
-    async def run():
-        try:
-            return await coroutine
-        finally:
-            ended.set()
-
-    future = asyncio.run_coroutine_threadsafe(run(), _loop())
-    try:
-        return future.result()
-    except BaseException:  # Ctrl-C too: nothing goes on behind the caller's back
-        future.cancel()
-        ended.wait(10)  # tools close their sandboxes; the process may end right after this
-        raise
-
-
-def spans(trajectory: Trajectory, tokenizer) -> list[tuple[str, str]]:
-    """The trajectory as (kind, text) pieces, for people: kind is "trained", "context" or "tool"."""
-    pieces, start = [], 0
-    results = [call.result for call in trajectory.calls if call.result]
-    for end in range(1, len(trajectory.ids) + 1):
-        if end < len(trajectory.ids) and trajectory.mask[end] == trajectory.mask[start]:
-            continue
-        text = tokenizer.decode(trajectory.ids[start:end], skip_special_tokens=False)
-        if trajectory.mask[start]:
-            pieces.append(("trained", text))
-        else:
-            while start > 0 and results and results[0] in text:
-                before, _, text = text.partition(results[0])
-                pieces += [("context", before), ("tool", results.pop(0))]
-            pieces.append(("context", text))
-        start = end
-    return [(kind, text) for kind, text in pieces if text]
-
-
-def show(trajectory: Trajectory, tokenizer, console=None) -> None:
-    """Prints it: green is trained, grey is context, yellow is what a tool said. console: rich's."""
-    from rich.console import Console
-    from rich.text import Text
-
-    colours = {"trained": "green", "context": "bright_black", "tool": "yellow"}
-    console = console or Console(highlight=False, soft_wrap=True)
-    text = Text()
-    for kind, piece in spans(trajectory, tokenizer):
-        text.append(piece, style=colours[kind])
-    console.print(text)
-    console.rule(style="bright_black")
-    for call in trajectory.calls:
-        line = Text(f"call     turn {call.turn}: {call.name}({call.arguments}) ")
-        line.append(call.error or "ok", style="red" if call.error else "")
-        console.print(line.append(f" in {1000 * call.seconds:.0f} ms"))
-    rewards = ", ".join(f"{name} {value}" for name, value in trajectory.rewards.items())
-    answer = trajectory.example.get("answer")
-    console.print(Text(f"reward   {trajectory.reward} ({rewards}); the answer is {answer!r}"))
-    line = Text(f"stop     {trajectory.stop}, {len(trajectory.turn_starts)} turns, ")
-    line.append(f"{len(trajectory.ids)} tokens of which ")
-    console.print(line.append(f"{trajectory.new_tokens} trained", style="green"))
-
-
-def stats(trajectories: list[Trajectory], outcome: str) -> dict:
-    """The metrics of a set of trajectories. accuracy is the mean of the reward named `outcome`."""
-    n, calls = len(trajectories), [call for t in trajectories for call in t.calls]
-    errors = Counter(call.error for call in calls if call.error)
-    rewards = [t.reward for t in trajectories if t.reward is not None]
-    out = {"rollouts": n, "reward": _mean(rewards), "reward_none": n - len(rewards)}
-    for name in trajectories[0].rewards:
-        values = [t.rewards[name] for t in trajectories if t.rewards[name] is not None]
-        out[f"reward_{name}"] = _mean(values)
-    out["accuracy"] = out[f"reward_{outcome}"]
-    if late := sum(len(t.reward_timeouts) for t in trajectories):
-        out["reward_timeouts"] = late
-    groups = {t.group: set() for t in trajectories}
-    for t in trajectories:
-        groups[t.group] |= set() if t.reward is None else {t.reward}
-    out["equal_groups"] = _mean([len(seen) < 2 for seen in groups.values()])  # nothing to learn
-    out["tool_call_rate"] = _mean([any(not call.ends for call in t.calls) for t in trajectories])
-    out["tool_calls"] = len(calls) / n
-    out["tool_error_rate"] = sum(errors.values()) / max(1, len(calls))
-    out["empty_observation_rate"] = _mean([not c.result or "(no output" in c.result for c in calls])
-    out |= {f"tool_errors_{kind}": count for kind, count in sorted(errors.items())}
-    out["tool_seconds"] = _mean([call.seconds for call in calls])
-    out |= _by_tool(calls)
-    out["turns"] = _mean([len(t.turn_starts) for t in trajectories])
-    out["new_tokens"] = _mean([t.new_tokens for t in trajectories])
-    out["tokens"] = _mean([len(t.ids) for t in trajectories])
-    stops = Counter(t.stop for t in trajectories)
-    return out | {f"stop_{stop}": count / n for stop, count in sorted(stops.items())}
-
-
-def _by_tool(calls: list[ToolCall]) -> dict:
-    """Of each tool: calls, errors, percentiles of the seconds of those that were run. How many were
-    known is not told: a run that goes on begins without them, and its metrics must be the same."""
-    ran, out = [call for call in calls if call.error not in reward_functions.MALFORMED], {}
-    for name in sorted({call.name for call in ran}):
-        own = [call for call in ran if call.name == name]
-        seconds = sorted(call.seconds for call in own if call.seconds)  # 0: see ToolCall
-        out[f"calls_{name}"] = len(own)
-        out[f"errors_{name}"] = sum(bool(call.error) for call in own)
-        for percent in (50, 95):
-            at = -(-(len(seconds) - 1) * percent // 100)
-            out[f"seconds_p{percent}_{name}"] = seconds[at] if seconds else 0.0
-    return out
-
-
-def _mean(values: list) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
-def task(cfg, limit: int | None = None):
-    """(toolbox, rewards, examples) of train_grpo's Config or one like it: all that does not depend
-    on a model. limit: use the first so many rows, instead of cfg.limit."""
-    selected = reward_functions.select(cfg.rewards, cfg.reward_options, cfg.reward_timeout)
-    instant = all(reward.instant for reward, _ in selected.values())
-    config.useless(cfg, [(instant, "reward_timeout", "with these rewards: they never wait")])
-    if cfg.dynamic_sampling not in ("", *selected):
-        names = ", ".join(selected)
-        raise UserError(f"dynamic_sampling = {cfg.dynamic_sampling!r}: expected one of {names}")
-    options = cfg.tool_options, cfg.tool_cache
-    toolbox = Toolbox(cfg.tools, cfg.tool_concurrency, cfg.tool_timeout, *options)
-    return toolbox, selected, _rows(cfg, cfg.data, cfg.split, limit or cfg.limit, cfg.seed)
-
-
-def _rows(cfg, source: str, split: str, limit: int | None, seed: int) -> list[dict]:
-    columns = (cfg.prompt_column, cfg.answer_column, cfg.answer_after)
-    prompts = (cfg.system_prompt, cfg.prompt_template, limit, seed)
-    return data.load(source, split, *columns, *prompts, database=cfg.database)
-
-
-def setup(cfg, tune: str, limit: int | None = None):
-    """(model, tokenizer, chat, toolbox, rewards, examples); what is cheap to check comes first. The
-    model is None if only an engine elsewhere has to have it."""
-    engines.check(cfg.engine, cfg.urls, tune)
-    models.find(cfg.model)
-    toolbox, selected, rows = task(cfg, limit)
-    tokenizer = models.load_tokenizer(cfg.model)
-    # proved before any weights are loaded
-    chat = Chat(tokenizer, cfg.format, toolbox.schemas, cfg.template_options)
-    check_prompt(chat, rows[0], cfg.max_tokens)
-    lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
-    if tune == "none" and cfg.tune == "qlora" and models.is_adapter(cfg.model):
-        tune = "none4bit"  # what was trained was an adapter on the rounded base
-    model = None
-    if cfg.engine == "transformers" or tune != "none":
-        model, _ = models.load(cfg.model, tune, cfg.dtype, "auto", *lora)
-    return model, tokenizer, chat, toolbox, selected, rows
-
-
-def held_out(cfg) -> list[dict]:
-    """The rows that train_grpo's eval_every is about; [] without it."""
-    if not cfg.eval_every:
-        return []
-    if data.is_file(cfg.data) and not cfg.eval_data:
-        why = f"data = {cfg.data!r} is a file and has no split of its own for eval_every"
-        raise UserError(f"eval_data is missing: {why}")
-    source = cfg.eval_data or cfg.data
-    config.useless(cfg, [(data.is_file(source), "eval_split", f"on {source!r}: a file has none")])
-    return _rows(cfg, source, cfg.eval_split, cfg.eval_rows, VALIDATION_SEED)
-
-
-def validate(rows: list[dict], cfg, chat, engine, toolbox, selected, log) -> dict:
-    """The metrics of playing `rows` greedily, once each; printed too."""
-    started, settings = time.monotonic(), replace(Settings.of(cfg), temperature=0.0)
-    played = rollouts(rows, chat, engine, toolbox, settings, rewards=selected)
-    found = stats(wait(played), next(iter(selected)))
-    metrics = {f"val_{key}": found[key] for key in ("accuracy", "reward", "tool_call_rate")}
-    log.print("           " + "  ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
-    return metrics | {"val_seconds": time.monotonic() - started}
-
-
-def check_prompt(chat: Chat, example: dict, max_tokens: int) -> None:
-    """UserError if there is no room to answer it."""
-    if (length := len(chat.prompt(example["messages"]))) >= max_tokens:
-        raise UserError(f"max_tokens = {max_tokens}: the first prompt alone has {length}")
-
-
-@contextlib.contextmanager
-def running(cfg, model, tokenizer, toolbox):
-    """The engine that the config names. It and the tools are closed in the end, however it ends."""
-    try:
-        engine = wait(engines.start(cfg, model, tokenizer))
-        try:
-            yield engine
-        finally:
-            wait(engine.close())
-    finally:
-        wait(toolbox.close())
-
-
-def prompts_of(cursor: int, rows: list[dict], count: int, seed: int) -> list[dict]:
-    """The next `count` rows after `cursor` were taken: every row once in a random order, then all
-    again in another."""
-    picked = []
-    for i in range(cursor, cursor + count):
-        epoch, at = divmod(i, len(rows))
-        if not picked or at == 0:
-            order = random.Random(f"{seed} {epoch}").sample(range(len(rows)), len(rows))
-        picked.append(rows[order[at]])
-    return picked
-
-
-def batch_of_groups(rows, cursor: int, cfg, chat, engine, toolbox, selected, step: int, log):
-    """(trajectories to learn from, all that were played to the end, the cursor after them): of a
-    step of train_grpo. With oversample, so many groups more are begun and the last ones dropped.
-    With dynamic_sampling, groups whose outcomes are all equal are replaced by those of the next
-    prompts; what is still missing after dynamic_attempts rounds is filled up with them."""
-    size, kept, equal, played, started = cfg.group_size, [], [], [], 0
-    for _ in range(1 + (cfg.dynamic_attempts if cfg.dynamic_sampling else 0)):
-        missing = cfg.prompts_per_step - len(kept)
-        prompts = prompts_of(cursor + started, rows, missing + cfg.oversample, cfg.seed)
-        new = wait(
-            rollouts(
-                prompts,
-                chat,
-                engine,
-                toolbox,
-                Settings.of(cfg),
-                step=step,
-                samples=size,
-                rewards=selected,
-                on_done=log.expect(len(prompts) * size),
-                first_group=started,  # so that no two share a seed
-                need=missing,
-            )
-        )
-        started += len(prompts)
-        played += new
-        for group in (new[i : i + size] for i in range(0, len(new), size)):
-            outcomes = {t.rewards[cfg.dynamic_sampling] for t in group if cfg.dynamic_sampling}
-            differ = not cfg.dynamic_sampling or len(outcomes - {None}) > 1
-            (kept if differ else equal).append(group)
-        if len(kept) == cfg.prompts_per_step:
-            break
-    kept += equal[: cfg.prompts_per_step - len(kept)]
-    return [t for group in kept for t in group], played, cursor + started
-
-
-def main(argv: list[str]) -> None:
-    import train_grpo
-
-    cfg = config.parse(train_grpo.Config, argv, train_grpo.check, keys=KEYS)
-    policy, tokenizer, chat, toolbox, selected, rows = setup(cfg, "none", limit=1)
-    with running(cfg, policy, tokenizer, toolbox) as engine:
-        played = rollouts(rows, chat, engine, toolbox, Settings.of(cfg), rewards=selected)
-        show(wait(played)[0], tokenizer)
-
-
-if __name__ == "__main__":
-    config.main(main)

@@ -30,7 +30,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-import config
+from run import config
 
 if __name__ == "__main__":
     config.answer_help(__file__)  # before torch takes its second to load
@@ -38,14 +38,18 @@ if __name__ == "__main__":
 import torch
 
 import data
-import model as models
-import report
-from checkpoint import Run
-from config import UserError
-from engine import Canary, synced
-from logprobs import beginnings, micro_batches, pad, shares_prompts, token_logprobs
-from loss import credit, grpo_loss, importance, mismatch, sequence_weights
-from rollout import Trajectory, batch_of_groups, held_out, running, setup, stats, validate, wait
+from engines.canary import Canary, synced
+from learning import model as models
+from learning import optim
+from learning.batches import micro_batches, pad
+from learning.checkpoint import Run
+from learning.logprobs import shared_prefixes, shares_prompts, token_logprobs
+from loss import grpo_loss, importance, sampler_mismatch, sequence_weights, set_advantages
+from player import batch_of_groups, held_out, running, setup, validate
+from run import log as run_log
+from run.config import UserError
+from run.loop import run_blocking
+from trajectory import Trajectory, stats
 
 
 @dataclass
@@ -177,12 +181,12 @@ def check(cfg: Config) -> None:
         (cfg.kv_cache_gib > 0, "gpu_memory_utilization", "with kv_cache_gib, which says it all"),
         (data.is_file(cfg.data), "split", f"on {cfg.data!r}: a file has no splits, so drop it"),
     )
-    config.useless(cfg, rules)
+    config.refuse_unused_keys(cfg, rules)
     if cfg.model == "tiny":
         raise UserError("model = 'tiny' is made by train_sft.py: give the folder that it wrote")
     if cfg.tune == "qlora" and cfg.dtype == "mixed":
         raise UserError("dtype = 'mixed' with tune=qlora: its base is not trained, use bfloat16")
-    config.positive(
+    config.require_positive(
         cfg,
         "steps prompts_per_step max_tokens max_new_tokens max_turns max_observation_tokens lora_r "
         "lora_alpha updates_per_batch minibatches token_budget tool_concurrency learning_rate "
@@ -191,7 +195,7 @@ def check(cfg: Config) -> None:
         "max_concurrent tensor_parallel_size eval_rows",
     )
     zero = "temperature max_tool_calls warmup weight_decay rollouts_per_step seed beta save_every "
-    config.not_negative(cfg, zero + "oversample kv_cache_gib eval_every")
+    config.require_not_negative(cfg, zero + "oversample kv_cache_gib eval_every")
     if cfg.engine == "server" and not cfg.urls:
         raise UserError("urls is missing: engine = 'server' needs --urls=http://host:port,…")
     if cfg.engine != "transformers" and 0 < cfg.temperature < 0.01:
@@ -234,7 +238,7 @@ def cut(model, rows: list[Trajectory], token_budget: int) -> list[list[int]]:
     """The indices of each micro-batch."""
     lengths, prompts = [len(t.ids) for t in rows], None
     if shares_prompts(model):
-        prompts = beginnings([t.ids for t in rows], [t.mask for t in rows])
+        prompts = shared_prefixes([t.ids for t in rows], [t.mask for t in rows])
     return micro_batches(lengths, token_budget, prompts)
 
 
@@ -284,7 +288,7 @@ def accumulate(model, rows, weights, cfg: Config, old=None, ref=None) -> dict:
         sums["clip_frac"] += parts["clipped"].sum().item() / total
         if cfg.beta:
             sums["kl"] = sums.get("kl", 0.0) + parts["kl"].sum().item() / total
-    return sums | mismatch(torch.cat(gaps))
+    return sums | sampler_mismatch(torch.cat(gaps))
 
 
 def stack(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -295,7 +299,7 @@ def stack(rows: list[torch.Tensor]) -> torch.Tensor:
 def learn(model, optimizers, trajectories, rate, cfg: Config, step=0, reference=None) -> dict:
     """All updates of one step; returns the mean of their metrics. No step is taken on a batch that
     has nothing to teach: Adam would still move the weights."""
-    valid = credit(trajectories, cfg)
+    valid = set_advantages(trajectories, cfg)
     new_tokens = torch.tensor([t.new_tokens for t in trajectories]) * valid
     taught = [  # equal rewards teach nothing; the KL, though, is of every token
         i for i, t in enumerate(trajectories) if new_tokens[i] and (any(t.advantages) or cfg.beta)
@@ -305,7 +309,7 @@ def learn(model, optimizers, trajectories, rate, cfg: Config, step=0, reference=
     if cfg.updates_per_batch * cfg.minibatches > 1:
         old = dict(zip(taught, score(model, [trajectories[i] for i in taught], cfg), strict=True))
     if cfg.beta:
-        with models.as_it_began(reference):
+        with models.with_initial_weights(reference):
             rows = [trajectories[i] for i in taught]
             ref = dict(zip(taught, score(reference, rows, cfg), strict=True))
     seen, order = [], list(range(len(trajectories)))
@@ -321,7 +325,7 @@ def learn(model, optimizers, trajectories, rate, cfg: Config, step=0, reference=
             rows, weights = [trajectories[i] for i, _ in chosen], [w for _, w in chosen]
             given = [[known[i] for i, _ in chosen] if known else None for known in (old, ref)]
             seen.append(accumulate(model, rows, weights, cfg, *given))
-            seen[-1]["grad_norm"] = models.step(model, optimizers, rate, cfg.max_grad_norm)
+            seen[-1]["grad_norm"] = optim.step(model, optimizers, rate, cfg.max_grad_norm)
     model.eval()
     keys = dict.fromkeys(["loss", "grad_norm"] + [key for metrics in seen for key in metrics])
     mean = {key: sum(m.get(key, 0.0) for m in seen) / max(1, len(seen)) for key in keys}
@@ -334,45 +338,45 @@ def train(cfg: Config) -> dict:
     """Trains, saves the model or adapter to out_dir, and returns the last step's metrics."""
     check(cfg)  # also one that was made in a notebook, not by config.parse
     if cfg.dry_run:
-        import dry_run
+        import play
 
-        return {"reward": dry_run.grpo(cfg).reward}
+        return {"reward": play.grpo(cfg).reward}
     if cfg.temperature == 0:
         raise UserError("temperature = 0: all of a group would be alike, so give 0.7 to 1.0")
-    report.check_logger(cfg.logger)
+    run_log.check_logger(cfg.logger)
     run = Run(cfg)
     val_rows = held_out(cfg)
     model, tokenizer, chat, toolbox, selected, rows = setup(cfg, cfg.tune)
     reference = models.load_reference(cfg.model, model, cfg.tune, cfg.dtype) if cfg.beta else None
     if cfg.gradient_checkpointing:
         models.recompute_layers(model)
-    optimizers = models.optimizers(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay)
+    optimizers = optim.optimizers(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay)
     state = run.restore(model, optimizers) or {"step": 0, "cursor": 0, "metrics": {}}
     first, cursor, metrics = state["step"], state["cursor"], state["metrics"]
 
-    trained, total = models.count(model)
+    trained, total = optim.count(model)
     columns = {"reward": "6.3f", "accuracy": "5.3f", "tool_call_rate": "5.3f", "new_tokens": "6.1f"}
     columns |= {"loss": "8.4f", "grad_norm": "6.2f", "seconds": "5.2f"}
     knobs = "token_budget", "max_tokens", "group_size"
-    log = report.Log(run.out_dir, cfg.steps, columns, first, cfg.logger, asdict(cfg))
+    log = run_log.Log(run.out_dir, cfg.steps, columns, first, cfg.logger, asdict(cfg))
     canary = Canary(chat.prompt(rows[0]["messages"]), cfg.dtype) if cfg.canary else None
-    with log, models.memory_advice(*knobs), run, running(cfg, model, tokenizer, toolbox) as engine:
+    with log, optim.memory_advice(*knobs), run, running(cfg, model, tokenizer, toolbox) as engine:
         log.print(f"{len(rows)} prompts, {cfg.steps} steps, {trained:,} of {total:,} trained")
         if cfg.resume:
             log.print(f"going on with step {first}")
         for step in range(first, cfg.steps):
             started, before, last = time.monotonic(), cursor, metrics
-            rate = cfg.learning_rate * models.schedule(step, cfg.steps, cfg.schedule, cfg.warmup)
+            rate = cfg.learning_rate * optim.schedule(step, cfg.steps, cfg.schedule, cfg.warmup)
             kept, metrics = (model, tokenizer, optimizers, log), {"step": step}
             with run.rescue(step, *kept, cursor=cursor, metrics=last):
-                metrics |= wait(synced(engine, model, step, canary))
+                metrics |= run_blocking(synced(engine, model, step, canary))
                 if val_rows and step % cfg.eval_every == 0:  # of the weights that `step` steps made
                     metrics |= validate(val_rows, cfg, chat, engine, toolbox, selected, log)
                 trajectories, played, cursor = batch_of_groups(
                     rows, cursor, cfg, chat, engine, toolbox, selected, step, log
                 )
-                metrics |= models.gpu_gib("rollout")
-                wait(engine.sleep())
+                metrics |= optim.gpu_gib("rollout")
+                run_blocking(engine.sleep())
             other = metrics["sync_seconds"] + metrics.get("val_seconds", 0.0)
             rollout_seconds = time.monotonic() - started - other
             metrics |= stats(played, next(iter(selected))) | {"tools_leaked": toolbox.leaked}
@@ -380,7 +384,7 @@ def train(cfg: Config) -> dict:
                 metrics["groups_dropped"] = cursor - before - len(played) // cfg.group_size
                 metrics["groups_kept"] = sorted({t.group for t in played})
             metrics |= learn(model, optimizers, trajectories, rate, cfg, step, reference)
-            metrics |= models.gpu_gib("learn")
+            metrics |= optim.gpu_gib("learn")
             metrics |= {"learning_rate": rate, "rollout_seconds": rollout_seconds}
             metrics["seconds"] = time.monotonic() - started
             log.step(metrics)
@@ -389,7 +393,7 @@ def train(cfg: Config) -> dict:
         run.finish(model, tokenizer)
         said = {"saved": str(run.out_dir), "reward": metrics["reward"]}
         if val_rows:
-            wait(synced(engine, model, cfg.steps, canary))
+            run_blocking(synced(engine, model, cfg.steps, canary))
             said |= validate(val_rows, cfg, chat, engine, toolbox, selected, log)
         log.summary(said | {"known_results": toolbox.cache.hits})
     return metrics

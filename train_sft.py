@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Literal
 
-import config
+from run import config
 
 if __name__ == "__main__":
     config.answer_help(__file__)
@@ -33,12 +33,15 @@ if __name__ == "__main__":
 import torch
 
 import data
-import model as models
-import report
 from chat import Chat
-from checkpoint import Run
-from config import UserError
-from logprobs import micro_batches, pad, token_logprobs
+from learning import model as models
+from learning import optim
+from learning.batches import micro_batches, pad
+from learning.checkpoint import Run
+from learning.logprobs import token_logprobs
+from run import log as run_log
+from run.config import UserError
+from tasks import tiny as tiny_model
 from tools import Toolbox
 
 VALIDATION = ("val_loss", "val_token_accuracy")
@@ -97,7 +100,7 @@ def check(cfg: Config) -> None:
         (cfg.model != "tiny", "whole_names", f"with model={cfg.model}: it has a tokenizer"),
         (cfg.val_rows == 0, "val_every", "with val_rows=0: use --val_rows=64, or drop it"),
     )
-    config.useless(cfg, rules)
+    config.refuse_unused_keys(cfg, rules)
     if cfg.model == "tiny" and cfg.tune != "full":
         raise UserError(f"tune = {cfg.tune!r} on model = 'tiny': random weights need tune=full")
     if cfg.tune == "qlora" and cfg.dtype == "mixed":
@@ -105,8 +108,8 @@ def check(cfg: Config) -> None:
     for name in "rows max_tokens batch_size token_budget lora_r val_every keep_last".split():
         if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise UserError(f"{name} = {getattr(cfg, name)}: expected at least 1")
-    config.positive(cfg, "learning_rate epochs max_grad_norm lora_alpha")
-    config.not_negative(cfg, "warmup weight_decay seed val_rows save_every")
+    config.require_positive(cfg, "learning_rate epochs max_grad_norm lora_alpha")
+    config.require_not_negative(cfg, "warmup weight_decay seed val_rows save_every")
     if cfg.seed >= 2**63:
         raise UserError(f"seed = {cfg.seed}: expected less than 2**63")
 
@@ -129,7 +132,7 @@ def check_rows(cfg: Config, rows: list[dict]) -> None:
         (all(recorded), chat, f"{on} are recorded with their prompts: drop it"),
         (own, "tools", f"{on} have `tools` of their own: drop it"),
     )
-    config.useless(cfg, rules)
+    config.refuse_unused_keys(cfg, rules)
     if cfg.model == "tiny" and any(recorded):
         raise UserError("model = 'tiny' has a new tokenizer: recorded ids need their own model")
 
@@ -285,7 +288,7 @@ def setup(cfg: Config):
     tiny = cfg.model == "tiny"
     if tiny:
         conversations = [row["messages"] for row in chosen[:4096]]
-        tokenizer = models.tiny_tokenizer(conversations, toolbox.schemas, cfg.whole_names)
+        tokenizer = tiny_model.tiny_tokenizer(conversations, toolbox.schemas, cfg.whole_names)
     else:
         tokenizer = models.load_tokenizer(cfg.model)
     # rendered, and so proved, before any weights are loaded
@@ -299,7 +302,7 @@ def setup(cfg: Config):
     said = f"{len(samples)} rows to train on, {len(held_out)} held out, {cut} cut at max_tokens, "
     said += f"{empty} left out with nothing to train, {len(rows) - len(chosen)} below min_reward"
     if tiny:
-        model = models.in_dtype(models.tiny(tokenizer, cfg.seed), cfg.dtype)
+        model = models.in_dtype(tiny_model.tiny(tokenizer, cfg.seed), cfg.dtype)
     else:
         lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
         model, _ = models.load(cfg.model, cfg.tune, cfg.dtype, "auto", *lora)
@@ -312,11 +315,11 @@ def train(cfg: Config) -> dict:
     """Trains, saves the model to out_dir, and returns the last step's metrics."""
     check(cfg)  # also one that was made in a notebook, not by config.parse
     if cfg.dry_run:
-        import dry_run
+        import play
 
-        dry_run.sft(cfg)
+        play.sft(cfg)
         return {}
-    report.check_logger(cfg.logger)
+    run_log.check_logger(cfg.logger)
     run = Run(cfg)
     model, tokenizer, samples, held_out, said = setup(cfg)
     steps = max(1, round(cfg.epochs * len(samples) / cfg.batch_size))
@@ -328,7 +331,7 @@ def train(cfg: Config) -> dict:
         warmup = steps // 10
     if cfg.gradient_checkpointing:
         models.recompute_layers(model)
-    optimizers = models.optimizers(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay)
+    optimizers = optim.optimizers(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay)
     state = run.restore(model, optimizers) or {"step": 0, "metrics": {}}
     first, metrics = state["step"], state["metrics"]
     order = []  # every row once, in a new order, then again
@@ -336,23 +339,23 @@ def train(cfg: Config) -> dict:
     while len(order) < steps * cfg.batch_size:
         order += shuffle.sample(range(len(samples)), len(samples))
 
-    trained, total = models.count(model)
+    trained, total = optim.count(model)
     columns = {"loss": "7.4f", "entropy": "6.4f", "grad_norm": "6.2f", "seconds": "5.2f"}
     knobs = "token_budget", "max_tokens", "batch_size"
-    log = report.Log(run.out_dir, steps, columns, first, cfg.logger, asdict(cfg))
-    with log, models.memory_advice(*knobs), run:
+    log = run_log.Log(run.out_dir, steps, columns, first, cfg.logger, asdict(cfg))
+    with log, optim.memory_advice(*knobs), run:
         log.print(f"{said}; {steps} steps, {trained:,} of {total:,} parameters")
         if cfg.resume:
             log.print(f"going on with step {first}")
         model.train()
         for step in range(first, steps):
             started = time.monotonic()
-            rate = cfg.learning_rate * models.schedule(step, steps, cfg.schedule, warmup)
+            rate = cfg.learning_rate * optim.schedule(step, steps, cfg.schedule, warmup)
             rows = order[step * cfg.batch_size : (step + 1) * cfg.batch_size]
             batch = [samples[i] for i in rows]
             metrics = {"step": step, "learning_rate": rate}
             metrics |= accumulate(model, batch, cfg.token_budget, cfg.packing)
-            metrics["grad_norm"] = models.step(model, optimizers, rate, cfg.max_grad_norm)
+            metrics["grad_norm"] = optim.step(model, optimizers, rate, cfg.max_grad_norm)
             metrics["seconds"] = time.monotonic() - started
             if held_out and ((step + 1) % cfg.val_every == 0 or step + 1 == steps):
                 metrics |= validate(model, held_out, cfg.token_budget, cfg.packing)

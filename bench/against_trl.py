@@ -35,20 +35,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import config
+from run import config
 
 if __name__ == "__main__":
     config.answer_help(__file__)
 
 from trl_side import arguments, in_subprocess, save
 
-import report
 import rewards
 import train_grpo
 import train_sft
-from config import UserError
 from formats import Call
-from rollout import Trajectory, prompts_of, setup
+from player import prompts_of, setup
+from run import log as run_log
+from run import page as run_page
+from run.config import UserError
+from trajectory import Trajectory
 
 WARM_UP = 2  # steps that are not counted
 GOAL, WINDOW = 0.9, 5  # mean reward over so many steps
@@ -73,7 +75,7 @@ SIDES = {"ours": "ours", "all": "all calls", "trl": "TRL"}  # and how they are c
 
 
 def check(cfg: Config) -> None:
-    config.positive(cfg, "steps")
+    config.require_positive(cfg, "steps")
     if cfg.steps < WARM_UP + 2:
         raise UserError(f"steps = {cfg.steps}: expected at least {WARM_UP + 2}, for a median")
 
@@ -92,7 +94,7 @@ def settings(cfg: Config, out_dir: str) -> train_grpo.Config:
 def ours(cfg: Config, folder: str) -> tuple[list[float], list[dict]]:
     times = []
 
-    class Log(report.Log):
+    class Log(run_log.Log):
         def __enter__(self):
             times.append(time.perf_counter())
             return super().__enter__()
@@ -101,11 +103,11 @@ def ours(cfg: Config, folder: str) -> tuple[list[float], list[dict]]:
             super().step(metrics)
             times.append(time.perf_counter())
 
-    report.Log = Log
+    run_log.Log = Log
     cache = "none" if cfg.part == "all" else train_grpo.Config.tool_cache
     run = dataclasses.replace(settings(cfg, f"{folder}/run"), tool_cache=cache)
     train_grpo.train(run)
-    rows = report.read(f"{folder}/run/metrics.jsonl")
+    rows = run_page.read(f"{folder}/run/metrics.jsonl")
     return times, [{"reward": row["reward"], "tool_calls": row["tool_calls"]} for row in rows]
 
 

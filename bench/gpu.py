@@ -18,18 +18,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import config
+from run import config
 
 if __name__ == "__main__":
     config.answer_help(__file__)
 
 import torch
 
-import engine_vllm
-import model as models
-from config import UserError
-from engine import Canary, Sampling, synced
-from rollout import wait
+from engines import vllm as vllm_engine
+from engines.base import Sampling
+from engines.canary import Canary, synced
+from learning import model as models
+from run.config import UserError
+from run.loop import run_blocking
+from tasks import tiny as tiny_model
 
 
 @dataclass
@@ -44,8 +46,10 @@ def random_model(folder: Path) -> str:
     """Qwen3-shaped, 100 M parameters, with the tokenizer of the tiny tasks."""
     said = {"role": "user", "content": "what is 1 + 2?"}, {"role": "assistant", "content": "3"}
     talks = [list(said)] * 64
-    tokenizer = models.tiny_tokenizer(talks, [])
-    models.save(models.tiny(tokenizer, 0, hidden_size=1024, layers=8, heads=16), tokenizer, folder)
+    tokenizer = tiny_model.tiny_tokenizer(talks, [])
+    models.save(
+        tiny_model.tiny(tokenizer, 0, hidden_size=1024, layers=8, heads=16), tokenizer, folder
+    )
     return str(folder)
 
 
@@ -72,8 +76,8 @@ def measure(name: str, tune: str, cfg: Config) -> dict:
     options = {"max_model_len": 1024, "max_num_seqs": 256}
     options["gpu_memory_utilization"] = cfg.gpu_memory_utilization
     lora_r = 16 if tune != "full" else 0
-    started = wait(
-        engine_vllm.start(name, model, cfg.dtype, full=tune == "full", lora_r=lora_r, **options)
+    started = run_blocking(
+        vllm_engine.start(name, model, cfg.dtype, full=tune == "full", lora_r=lora_r, **options)
     )
     engine, canary = started, Canary(list(range(5, 205)), cfg.dtype)
     try:
@@ -81,17 +85,19 @@ def measure(name: str, tune: str, cfg: Config) -> dict:
             if version:
                 nudged(model, version)
             begin = time.perf_counter()
-            row[f"differs, {version}"] = wait(synced(engine, model, version, canary))["canary"]
+            row[f"differs, {version}"] = run_blocking(synced(engine, model, version, canary))[
+                "canary"
+            ]
             row["sync s"] = time.perf_counter() - begin
             if not version:
                 row["awake"] = used_gib()
-            wait(engine.sleep())
+            run_blocking(engine.sleep())
             row["asleep"] = used_gib()
-        wait(synced(engine, model, 3, canary))
+        run_blocking(synced(engine, model, 3, canary))
         row["awake again"] = used_gib()
         row["tokens/s"] = speed(engine, cfg.requests)
     finally:
-        wait(engine.close())
+        run_blocking(engine.close())
         del model
         torch.cuda.empty_cache()
     return row
@@ -104,7 +110,7 @@ def speed(engine, requests: int) -> float:
         return sum(len(out.ids) for out in await asyncio.gather(*turns))
 
     begin = time.perf_counter()
-    return wait(everything()) / (time.perf_counter() - begin)
+    return run_blocking(everything()) / (time.perf_counter() - begin)
 
 
 def main(argv: list[str]) -> None:

@@ -35,7 +35,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import config
+from run import config
 
 if __name__ == "__main__":
     config.answer_help(__file__)
@@ -43,8 +43,8 @@ if __name__ == "__main__":
 import torch
 from trl_side import in_subprocess
 
-from config import UserError
-from logprobs import token_logprobs
+from learning.logprobs import token_logprobs
+from run.config import UserError
 
 TIME, MEMORY, DIFFERENCE = 1.3, 1 / 6, 1e-5  # what ours may take, of the plain way's
 
@@ -61,7 +61,7 @@ class Config:
 
 
 def check(cfg: Config) -> None:
-    config.positive(cfg, "tokens vocabulary hidden runs")
+    config.require_positive(cfg, "tokens vocabulary hidden runs")
 
 
 # -- the ways: hidden (1, T, H), ids (1, T) -> logprobs and entropies (T - 1,)

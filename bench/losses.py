@@ -17,15 +17,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import config
+from run import config
 
 if __name__ == "__main__":
     config.answer_help(__file__)
 
 import demo
-import report
 import train_grpo
 import train_sft
+from run import page as run_page
 
 LOSSES = ("dapo", "grpo", "dr_grpo", "gspo", "cispo")
 CLIP = {"gspo": (3e-4, 4e-4), "cispo": (None, 1.0)}  # of their papers; the others have the default
@@ -76,7 +76,7 @@ def run(cfg: Config) -> list[dict]:
             before = demo.evaluated(own, model, str(out_dir / "eval_before"))
         train_grpo.train(own)
         after = demo.evaluated(own, str(folder), str(folder / "eval"))
-        metrics = report.read(folder / "metrics.jsonl")
+        metrics = run_page.read(folder / "metrics.jsonl")
         seconds = sorted(m["seconds"] for m in metrics)[len(metrics) // 2]
         done.append({"row": row, "before": before["accuracy"], "after": after["accuracy"]})
         done[-1] |= {key: after[key] for key in ("ci95_low", "ci95_high", "problems")}

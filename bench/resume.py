@@ -35,15 +35,15 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import config
+from run import config
 
 if __name__ == "__main__":
     config.answer_help(__file__)
 
 import torch
 
-import report
-from config import HERE, UserError
+from run import page as run_page
+from run.config import HERE, UserError
 
 
 @dataclass
@@ -165,7 +165,7 @@ def undisturbed(cfg: Config, values: dict, place: Path) -> dict:
         time.sleep(0.001)
     if life.process.returncode:
         raise UserError(f"the run itself does not work:\n{life.log.read_text()}")
-    steps = [row["seconds"] for row in report.read(Path(values["out_dir"]) / "metrics.jsonl")]
+    steps = [row["seconds"] for row in run_page.read(Path(values["out_dir"]) / "metrics.jsonl")]
     writing = statistics.median(writing)
     return {"start": start, "step": statistics.median(steps), "checkpoint": writing}
 
@@ -264,7 +264,7 @@ def left_by(out_dir: Path) -> dict:
 
 def parting(one: Path, other: Path) -> str:
     """The first step whose metrics differ, and in what."""
-    pair = (report.read(folder / "metrics.jsonl") for folder in (one, other))
+    pair = (run_page.read(folder / "metrics.jsonl") for folder in (one, other))
     for first, second in zip(*pair, strict=False):
         keys = [key for key in first if "seconds" not in key and first[key] != second.get(key)]
         if keys:
@@ -282,7 +282,7 @@ def code() -> list[bytes]:
 
 def main(argv: list[str]) -> None:
     cfg, started, before = config.parse(Config, argv), time.monotonic(), code()
-    config.positive(cfg, "steps kills")
+    config.require_positive(cfg, "steps kills")
     with tempfile.TemporaryDirectory() as folder:
         place, model = Path(folder), cfg.model
         (place / "coin.py").write_text(REWARD)

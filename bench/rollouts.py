@@ -30,20 +30,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import config
+from run import config
 
 if __name__ == "__main__":
     config.answer_help(__file__)
 
 from trl_side import arguments, in_subprocess, save
 
-import engine_vllm
-import model as models
 from chat import Chat
-from config import UserError
-from engine import Sampling
+from engines import vllm as vllm_engine
+from engines.base import Sampling
 from formats import Call
-from rollout import Settings, rollouts, seed_of, wait
+from learning import model as models
+from rollout import Settings, rollouts, seed_of
+from run.config import UserError
+from run.loop import run_blocking
+from tasks import tiny as tiny_model
 from tools import Toolbox
 
 LOOP, WALL = 0.9, 1.25  # (a) at least, (b) at most
@@ -102,8 +104,10 @@ def plain_model(folder: Path) -> str:
     """A random model of 4 M parameters, Qwen3-shaped, with the tokenizer of the tiny tasks."""
     box = Toolbox([wait_a_while])
     talks = [row["messages"] + [{"role": "assistant", "content": "ok"}] for row in examples(64)]
-    tokenizer = models.tiny_tokenizer(talks, box.schemas)
-    models.save(models.tiny(tokenizer, 0, hidden_size=256, layers=4, heads=4), tokenizer, folder)
+    tokenizer = tiny_model.tiny_tokenizer(talks, box.schemas)
+    models.save(
+        tiny_model.tiny(tokenizer, 0, hidden_size=256, layers=4, heads=4), tokenizer, folder
+    )
     return str(folder)
 
 
@@ -115,7 +119,9 @@ def loop_cost(cfg: Config, engine, tokenizer) -> dict:
     how = Settings(max_new_tokens=cfg.new_tokens, max_tokens=2048, max_turns=1)
 
     def ours() -> int:
-        return sum(t.new_tokens for t in wait(rollouts(rows, chat, engine, Toolbox([]), how)))
+        return sum(
+            t.new_tokens for t in run_blocking(rollouts(rows, chat, engine, Toolbox([]), how))
+        )
 
     def raw() -> int:
         from vllm import SamplingParams
@@ -141,12 +147,12 @@ def loop_cost(cfg: Config, engine, tokenizer) -> dict:
             prompts = [chat.prompt(row["messages"]) for row in rows]
             return sum(await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts))))
 
-        return wait(everything())
+        return run_blocking(everything())
 
     speeds, tokens = {"ours": [], "raw": []}, set()
     for run in range(cfg.runs + 1):
         for name, way in (("raw", raw), ("ours", ours)):
-            wait(engine.llm.reset_prefix_cache())
+            run_blocking(engine.llm.reset_prefix_cache())
             started = time.perf_counter()
             count = way()
             tokens.add(count)
@@ -167,7 +173,7 @@ def play(engine, tokenizer, count: int) -> tuple[float, list]:
     chat = Caller(tokenizer, "hermes", box.schemas)
     how = settings(count)
     started = time.perf_counter()
-    played = wait(rollouts(examples(count // 8), chat, engine, box, how, samples=8))
+    played = run_blocking(rollouts(examples(count // 8), chat, engine, box, how, samples=8))
     assert all(len(t.calls) == 2 for t in played), "every trajectory has two calls"
     return time.perf_counter() - started, played
 
@@ -179,15 +185,15 @@ def settings(count: int) -> Settings:
 
 def alone(engine, tokenizer, trajectory) -> float:
     """Seconds that one of them takes when nothing else runs: the same prompt, seeds and calls."""
-    from rollout import Trajectory
     from rollout import play as play_one
+    from trajectory import Trajectory
 
     box = Toolbox([wait_a_while], 1024, 60.0)
     chat = Caller(tokenizer, "hermes", box.schemas)
     again = Trajectory(trajectory.example, trajectory.group, trajectory.sample)
     prompt = chat.prompt(trajectory.example["messages"])
     started = time.perf_counter()
-    wait(play_one(again, prompt, chat, engine, box, settings(1)))
+    run_blocking(play_one(again, prompt, chat, engine, box, settings(1)))
     if again.ids != trajectory.ids:
         raise UserError("a trajectory alone is not what it was among others")
     return time.perf_counter() - started
@@ -316,12 +322,12 @@ def main(argv: list[str]) -> None:
         model = cfg.model or plain_model(Path(folder))
         tokenizer = models.load_tokenizer(model)
         options = {"max_model_len": 2048, "max_num_seqs": 256, "gpu_memory_utilization": 0.5}
-        engine = wait(engine_vllm.start(model, enforce_eager=cfg.enforce_eager, **options))
+        engine = run_blocking(vllm_engine.start(model, enforce_eager=cfg.enforce_eager, **options))
         try:
-            wait(engine.generate([5, 6, 7], [], Sampling(max_new_tokens=4)))
+            run_blocking(engine.generate([5, 6, 7], [], Sampling(max_new_tokens=4)))
             measured = measure(cfg, engine, tokenizer)
         finally:
-            wait(engine.close())
+            run_blocking(engine.close())
         if cfg.trl:
             measured["c"] = beside_trl(cfg, model, measured["b"]["wall"])
             c = measured["c"]

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import config
+from run import config
 
 if __name__ == "__main__":
     config.answer_help(__file__)

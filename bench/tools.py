@@ -29,7 +29,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder: we are tools.py
 
-import config
+from run import config
 
 if __name__ == "__main__":
     config.answer_help(__file__)

@@ -37,7 +37,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import config
+from run import config
 
 if __name__ == "__main__":
     config.answer_help(__file__)
@@ -45,12 +45,13 @@ if __name__ == "__main__":
 import torch
 from trl_side import arguments, in_subprocess, save
 
-import model as models
 import train_grpo
-from config import UserError
-from logprobs import pad
+from learning import optim
+from learning.batches import pad
 from loss import advantages
-from rollout import Trajectory
+from run.config import UserError
+from tasks import tiny as tiny_model
+from trajectory import Trajectory
 
 SIZES = {  # hidden size, layers, vocabulary, heads of 64
     "tiny": (64, 2, 512, 1),  # 0.14 M parameters
@@ -75,7 +76,7 @@ class Config:
 def check(cfg: Config) -> None:
     if wrong := set(cfg.sizes) - set(SIZES):
         raise UserError(f"sizes: there is no {min(wrong)!r}; there are {', '.join(SIZES)}")
-    config.positive(cfg, "trajectories runs token_budget")
+    config.require_positive(cfg, "trajectories runs token_budget")
     for name, divisor in [("trajectories", GROUP), *(("batches", b) for b in cfg.batches)]:
         if cfg.trajectories % divisor:
             raise UserError(
@@ -129,7 +130,7 @@ def ours(size: str, cfg: Config, updates: int, watch) -> None:
     """train_grpo.learn."""
     model, trajectories = model_of(size), trajectories_of(size, cfg.trajectories)
     settings = train_grpo.Config(learning_rate=RATE, token_budget=cfg.token_budget)
-    optimizers = models.optimizers(model, "adamw", RATE)
+    optimizers = optim.optimizers(model, "adamw", RATE)
     optimizers[0].register_step_pre_hook(lambda *_: watch.gradient_of(model))
     for _ in range(updates):
         watch.begin()
@@ -167,7 +168,7 @@ def trls(size: str, cfg: Config, updates: int, watch, batch: int) -> None:
     prompts = Dataset.from_list([{"prompt": "0"}] * (cfg.trajectories // GROUP))
     with tempfile.TemporaryDirectory() as folder:
         settings = arguments(folder, updates, batch, cfg.trajectories, RATE)
-        tokenizer = models.tiny_tokenizer([[{"role": "user", "content": "0"}]], [])
+        tokenizer = tiny_model.tiny_tokenizer([[{"role": "user", "content": "0"}]], [])
         parts = {"args": settings, "train_dataset": prompts, "processing_class": tokenizer}
         no_reward = [lambda prompts, **_: [0.0] * len(prompts)]
         Trainer(model_of(size), no_reward, callbacks=[Callback()], **parts).train()
@@ -310,7 +311,7 @@ def main(cfg: Config) -> None:
         total, trained = map(
             sum, zip(*((len(t.ids), t.new_tokens) for t in trajectories), strict=True)
         )
-        parameters = models.count(model_of(size))[1]
+        parameters = optim.count(model_of(size))[1]
         print(f"\n{size}: {parameters / 1e6:.1f} M parameters, vocabulary {SIZES[size][2]:,}")
         print(f"{cfg.trajectories} trajectories: {total:,} tokens, {trained:,} of them trained on")
         found = measure(size, cfg)

@@ -15,7 +15,7 @@ from pathlib import Path
 # from a folder beside this one; ours are imported below
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import UserError
+from run.config import UserError
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may wait for a network
 

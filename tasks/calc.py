@@ -14,7 +14,7 @@ hash says which of the two it belongs to.
 import random
 import zlib
 
-from config import UserError
+from run.config import UserError
 
 HELD_OUT = 5  # one problem in five is held out
 

@@ -17,7 +17,7 @@ import random
 import zlib
 from collections.abc import Sequence
 
-from config import UserError
+from run.config import UserError
 
 HELD_OUT = 5  # one person in five is held out
 

@@ -19,7 +19,7 @@ import functools
 import random
 import zlib
 
-from config import UserError
+from run.config import UserError
 from tasks import calc, facts, shop
 from tasks.facts import call, said, thought
 

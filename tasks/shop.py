@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from config import UserError
+from run.config import UserError
 from tasks.facts import NAMES, PEOPLE, VALUES, call, said, thought
 
 HELD_OUT = 5  # one problem in five is held out

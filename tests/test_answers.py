@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from answers import answer, equal, f1, program, words
+from grading.answers import answer, equal, f1, program, words
 from rewards import correct
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from config import UserError
-from tools import Tool, Toolbox, sandbox
+from run.config import UserError
+from tools import Tool, Toolbox
 from tools.bash import bash
+from tools.sandbox import caller as sandbox
 
 
 @pytest.fixture(scope="module")

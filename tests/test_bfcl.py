@@ -19,12 +19,13 @@ from test_formats import RESPONSE_TEMPLATES, WRITERS, assistant, chat_of, closed
 from transformers.utils.chat_parsing import parse_response
 
 from chat import Call, Chat
-from config import UserError
 from formats import FORMATS
-from rollout import Settings, Trajectory
+from rollout import Settings
 from rollout import run as run_calls
+from run.config import UserError
 from tools import Tool, Toolbox
-from tools.schema import wrong_arguments
+from tools.calling.schema import wrong_arguments
+from trajectory import Trajectory
 
 BFCL = Path(__file__).parent.parent.parent / "shared" / "data" / "bfcl"
 needs_bfcl = pytest.mark.skipif(not BFCL.is_dir(), reason=f"no BFCL data in {BFCL}")

@@ -12,11 +12,11 @@ import json
 import pytest
 from conftest import CHATML, make_tokenizer
 
-from answers import answer
 from chat import Call, Chat
-from config import UserError
-from engine import ScriptedEngine
+from engines.scripted import ScriptedEngine
+from grading.answers import answer
 from rollout import Settings, rollouts
+from run.config import UserError
 from tools import Toolbox
 
 

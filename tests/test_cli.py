@@ -22,14 +22,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import config
 import evaluate
-import model as models
-from rollout import KEYS, task
+from learning import model as models
+from player import task
+from run import config
+from run.config import ROLLOUT_KEYS
 
 ROOT = Path(config.HERE)
 SECONDS = 10  # 1.5 to 4.5 where nothing else runs, most of it the import of torch
-SCRIPTS = ["train_grpo.py", "train_sft.py", "evaluate.py", "rollout.py"]
+SCRIPTS = ["train_grpo.py", "train_sft.py", "evaluate.py", "play.py"]
 HEAVY = ["vllm", "peft", "bitsandbytes", "datasets", "deepspeed"]
 
 
@@ -74,7 +75,7 @@ def command(script, *argv):
         "train_grpo.py": ["--model=model", "--data=good.jsonl"],
         "train_sft.py": ["--model=model", "--data=chats.jsonl", "--batch_size=1"],
         "evaluate.py": ["--model=model", "--data=good.jsonl"],
-        "rollout.py": ["--model=model", "--data=good.jsonl"],
+        "play.py": ["--model=model", "--data=good.jsonl"],
     }[script]
     given = {item.partition("=")[0] for item in argv}
     return [script, *(item for item in usual if item.partition("=")[0] not in given), *argv]
@@ -199,22 +200,22 @@ OWN = {
         ("--save_to=used", "save_to 'used' is not empty: give another with --save_to="),
         ("--run=sft", "run = 'sft' is no run of train_grpo.py (unknown key 'rows'"),
     ],
-    "rollout.py": [
+    "play.py": [
         ("--n=4", "unknown key 'n'"),
         ("--data=task:calc --split=tset", "split = 'tset': task:calc has train and test"),
     ],
 }
 ENGINES = [
     ("train_grpo.py", "--engine=server", "urls is missing: engine = 'server' needs --urls="),
-    ("rollout.py", "--engine=server --urls=localhost:80", "urls = 'localhost:80': expected http"),
+    ("play.py", "--engine=server --urls=localhost:80", "urls = 'localhost:80': expected http"),
     ("train_grpo.py", "--engine=server --urls=http://x", "engine = 'server' takes adapters only"),
     ("train_grpo.py", "--oversample=2", "it needs deterministic=false"),
-    ("rollout.py", "--engine=vllm --temperature=0.001", "vLLM has 0, or 0.01 and more"),
+    ("play.py", "--engine=vllm --temperature=0.001", "vLLM has 0, or 0.01 and more"),
     ("train_grpo.py", "--engine=vllm --gpu_memory_utilization=90", "at most 1"),
 ]
 WITHOUT_EFFECT = [
     ("train_grpo.py", "--tools= --tool_timeout=5", "tool_timeout has no effect with tools=()"),
-    ("rollout.py", "--rewards=format --reward_timeout=5", "reward_timeout has no effect with"),
+    ("play.py", "--rewards=format --reward_timeout=5", "reward_timeout has no effect with"),
     ("train_grpo.py", "--steps=5 --warmup=5", "warmup = 5: expected less than steps = 5"),
     ("train_grpo.py", "--lora_r=8", "lora_r has no effect with tune=full"),
     ("train_grpo.py", "--lora_targets=q_proj", "lora_targets has no effect with tune=full"),
@@ -227,7 +228,7 @@ WITHOUT_EFFECT = [
     ("train_grpo.py", "--is_cap=3", "is_cap has no effect with is_correction=none"),
     ("train_grpo.py", "--is_level=sequence", "is_level has no effect with is_correction=none"),
     ("train_grpo.py", "--sleep=false", "sleep has no effect with engine=transformers: use --engin"),
-    ("rollout.py", "--kv_cache_gib=2", "kv_cache_gib has no effect with engine=transformers"),
+    ("play.py", "--kv_cache_gib=2", "kv_cache_gib has no effect with engine=transformers"),
     ("evaluate.py", "--urls=http://x", "urls has no effect with engine=transformers"),
     ("train_grpo.py", "--engine=vllm --deterministic=false", "deterministic has no effect with en"),
     ("train_grpo.py", "--engine=vllm --kv_cache_gib=2 --gpu_memory_utilization=0.8",
@@ -248,14 +249,14 @@ WITHOUT_EFFECT = [
      "--answer_column=messages", "prompt_template has no effect"),
     ("train_grpo.py", "--split=test", "split has no effect on 'good.jsonl'"),
     ("evaluate.py", "--split=train", "split has no effect on 'good.jsonl'"),
-    ("rollout.py", "--split=test", "split has no effect on 'good.jsonl'"),
+    ("play.py", "--split=test", "split has no effect on 'good.jsonl'"),
     ("train_sft.py", "--lora_alpha=8", "lora_alpha has no effect with tune=full"),
     ("train_sft.py", "--model=tiny --tune=lora", "tune = 'lora' on model = 'tiny'"),
     ("evaluate.py", "--learning_rate=1", "learning_rate has no effect in evaluate.py"),
     ("evaluate.py", "--group_size=4", "group_size has no effect in evaluate.py"),
     ("evaluate.py", "--out_dir=x", "out_dir has no effect in evaluate.py"),
-    ("rollout.py", "--steps=4", "steps has no effect in rollout.py"),
-    ("rollout.py", "--tune=lora", "tune has no effect in rollout.py"),
+    ("play.py", "--steps=4", "steps has no effect in play.py"),
+    ("play.py", "--tune=lora", "tune has no effect in play.py"),
 ]  # fmt: skip
 CASES = [
     (script, argv, says)
@@ -342,7 +343,7 @@ def test_real_processes_end_in_one_line_and_exit_code_2(place):
         ("train_sft.py", "--out_dir=used", "is not empty"),
         ("evaluate.py", "--k=2", "expected numbers from 1 to n = 1"),
         ("evaluate.py", "--rewards=corect", "did you mean correct?"),
-        ("rollout.py", "--tools=pyton", "did you mean python?"),
+        ("play.py", "--tools=pyton", "did you mean python?"),
     ]
     commands = [command(script, argv) for script, argv, _ in mistakes]
     ended = side_by_side(place, [[str(ROOT / script), *argv] for script, *argv in commands])
@@ -366,15 +367,15 @@ def test_help_is_the_source_of_the_config_and_comes_at_once(place):
     for script, (code, stdout, stderr, seconds) in zip(scripts, answers, strict=True):
         print(f"{seconds:5.2f} s  {script.name} --help")
         assert (code, stderr) == (0, "") and seconds < 1
-        owner = ROOT / "train_grpo.py" if script.name == "rollout.py" else script
+        owner = ROOT / "train_grpo.py" if script.name == "play.py" else script
         (node,) = [
             node
             for node in ast.parse(owner.read_text()).body
             if isinstance(node, ast.ClassDef) and node.name == "Config"
         ]
         lines = owner.read_text().splitlines()[node.lineno - 1 : node.end_lineno]
-        if script.name == "rollout.py":  # what it takes of that
-            fields = [field for field in node.body if field.target.id in KEYS]
+        if script.name == "play.py":  # what it takes of that
+            fields = [field for field in node.body if field.target.id in ROLLOUT_KEYS]
             lines = [line.rstrip() for line in lines]
             shown = [lines[field.lineno - node.lineno] for field in fields]
             assert all(line in stdout for line in shown) and "    beta: float" not in stdout

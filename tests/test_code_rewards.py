@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from config import UserError
 from rewards import oracle, score, select
+from run.config import UserError
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 CHINOOK = SHARED / "chinook.sqlite"

@@ -12,8 +12,8 @@ from typing import Literal
 
 import pytest
 
-import config
-from config import UserError, parse, split
+from run import config
+from run.config import UserError, parse, split
 
 ROOT = str(config.HERE)
 
@@ -234,7 +234,7 @@ def test_types_may_be_strings_as_under_annotations_from_the_future():
     text += "@dataclass\nclass C:\n    a: float | None = None\n    b: tuple[int, ...] = ()\n"
     with open("later.py", "w") as file:
         file.write(text)
-    code = "import later, config; print(config.parse(later.C, ['--a=1', '--b=2']))"
+    code = "import later; from run import config; print(config.parse(later.C, ['--a=1', '--b=2']))"
     assert run("-c", code, path=os.getcwd())[1] == "C(a=1.0, b=(2,))\n"
 
 
@@ -307,7 +307,7 @@ python script.py
 
 from __future__ import annotations
 
-import config
+from run import config
 
 if __name__ == "__main__":
     config.answer_help(__file__)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import data
-from config import UserError
+from run.config import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -404,7 +404,7 @@ def test_parquet_gives_the_conversations_that_jsonl_gives():
 
 HUB = """
 import json, sys, time, data
-from config import UserError
+from run.config import UserError
 rows = data.load("folder", split="test")
 assert [(r["prompt"], r["answer"]) for r in rows] == [("q", "1"), ("r", "2")], rows
 for name, split in [("folder", "tset"), ("no/where", "train"), ("no/where:main", "train")]:

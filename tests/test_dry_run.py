@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-import config
-import dry_run
+import play
 import train_grpo
 import train_sft
-from config import UserError
+from run import config
+from run.config import UserError
 
 ROOT = Path(config.HERE)
 SHARED = ROOT.parent / "shared" / "data"
@@ -65,7 +65,7 @@ def played(name, url, *argv):
     if name == "nq_search.py":
         argv.append(f"--tool_options=search.url={url}")
     cfg = config.parse(script.Config, argv, script.check)
-    return dry_run.sft(cfg) if script is train_sft else dry_run.grpo(cfg)
+    return play.sft(cfg) if script is train_sft else play.grpo(cfg)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

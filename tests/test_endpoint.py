@@ -13,13 +13,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-import endpoint
 import evaluate
 import rewards
-from config import UserError
-from endpoint import Endpoint, turn
-from engine import Sampling
-from rollout import Settings, rollouts, wait
+from engines import chat_api
+from engines.base import Sampling
+from engines.chat_api import Endpoint, turn
+from rollout import Settings, rollouts
+from run.config import UserError
+from run.loop import run_blocking
 from tools import Toolbox
 
 
@@ -93,9 +94,9 @@ def episode(api, script, samples=1, pause=0.01, key="", **settings):
         how = Settings(**settings)
         selected = rewards.select(("correct",))
         played = rollouts([EXAMPLE], asked, asked, box, how, 0, samples, selected, turn=turn)
-        return wait(played)
+        return run_blocking(played)
     finally:
-        wait(asked.close())
+        run_blocking(asked.close())
 
 
 def test_native_calls_are_run_and_their_results_go_back_under_their_ids(api):
@@ -193,12 +194,12 @@ def test_newer_endpoints_want_another_name_for_the_limit(api):
 
 def test_the_key_comes_from_the_environment(api, monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret\r\n")  # as a file with CRLF gives it
-    episode(api, [say("x")], key=endpoint.key_of("MY_KEY"))
+    episode(api, [say("x")], key=chat_api.key_of("MY_KEY"))
     assert api.headers[0]["Authorization"] == "Bearer secret"
     with pytest.raises(UserError, match="the key cannot be sent: see --key_env") as caught:
         episode(api, [say("x")], key="my-\nsecret")
     assert "my-" not in str(caught.value) and len(api.requests) == 1
-    assert endpoint.key_of("") == endpoint.key_of("NOT_THERE") == ""
+    assert chat_api.key_of("") == chat_api.key_of("NOT_THERE") == ""
 
 
 def test_evaluate_writes_the_same_files_for_an_endpoint(api, tmp_path):

@@ -17,18 +17,14 @@ from collections import Counter
 import pytest
 import torch
 
-import model as models
-from config import UserError
-from engine import (
-    Canary,
-    Completion,
-    Sampling,
-    ScriptedEngine,
-    TransformersEngine,
-    _Request,
-    synced,
-)
-from logprobs import pad, token_logprobs
+from engines.base import Completion, Sampling
+from engines.canary import Canary, synced
+from engines.local import TransformersEngine, _Request
+from engines.scripted import ScriptedEngine
+from learning.batches import pad
+from learning.logprobs import token_logprobs
+from run.config import UserError
+from tasks import tiny as tiny_model
 
 PROMPTS = [[7], [9, 30, 41, 7, 55, 60], [9, 30, 41], [88, 12, 12, 5, 200, 31, 3, 77, 120, 11, 6]]
 
@@ -36,7 +32,7 @@ PROMPTS = [[7], [9, 30, 41, 7, 55, 60], [9, 30, 41], [88, 12, 12, 5, 200, 31, 3,
 @pytest.fixture(scope="module")
 def policy(tokenizer):
     """Qwen3-shaped; its weights are larger than at birth, so that it has preferences."""
-    made = models.tiny(tokenizer, hidden_size=32, layers=2, heads=2).eval()
+    made = tiny_model.tiny(tokenizer, hidden_size=32, layers=2, heads=2).eval()
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.ndim == 2:

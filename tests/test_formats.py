@@ -17,8 +17,8 @@ from test_templates import TOKEN
 from transformers.utils.chat_parsing import parse_response
 
 from chat import Call, Chat
-from config import UserError
 from formats import FORMATS, Fence, JsonActions, Mistral, QwenXml, Tags
+from run.config import UserError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 # Mistral's, after its public documentation, which calls them v3, v7, v11 and v13. v3 writes the

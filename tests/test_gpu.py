@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import config
+from run import config
 
 sys.path.insert(0, str(Path(config.HERE) / "bench"))
 

@@ -21,10 +21,11 @@ from pathlib import Path
 
 import pytest
 
-from tools import Tool, Toolbox, sandbox
+from tools import Tool, Toolbox
 from tools.bash import bash
 from tools.python import python
 from tools.python_session import python_session
+from tools.sandbox import caller as sandbox
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="elsewhere the sandbox holds accidents, not malice"

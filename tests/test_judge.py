@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from config import UserError
 from rewards import score, select
+from run.config import UserError
 
 ROW = {
     "id": 4,

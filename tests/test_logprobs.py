@@ -17,8 +17,8 @@ from test_loss import MODELS, VOCABULARY, backward, distance, full_logprobs, qwe
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model as models
-from logprobs import token_logprobs
+from learning import model as models
+from learning.logprobs import token_logprobs
 
 
 class Wrapped(torch.nn.Linear):
@@ -53,7 +53,7 @@ def weights(like):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_chunk_changes_neither_values_nor_gradients(name, monkeypatch):
     """Pitfall 18: 1 and 7 of 10 tokens, and what None makes of a small LOGITS_BYTES."""
-    monkeypatch.setattr("logprobs.LOGITS_BYTES", 4 * 4 * VOCABULARY)  # 4 tokens
+    monkeypatch.setattr("learning.logprobs.LOGITS_BYTES", 4 * 4 * VOCABULARY)  # 4 tokens
     model, batch = MODELS[name]().eval(), sequences()
     expected, expected_entropy = full_logprobs(model, *batch, 0.7)
     gradient = backward(model, expected)
@@ -71,7 +71,7 @@ def test_without_a_chunk_as_many_logits_are_made_at_once_as_the_limit_holds(monk
     hook = lambda module, inputs, output: made.append(len(output))  # noqa: E731
     model.get_output_embeddings().register_forward_hook(hook)
     for numbers, expected in ((8 * VOCABULARY, [8, 8, 3]), (5, [1] * 19), (10**9, [19])):
-        monkeypatch.setattr("logprobs.LOGITS_BYTES", 4 * numbers)
+        monkeypatch.setattr("learning.logprobs.LOGITS_BYTES", 4 * numbers)
         made.clear()
         token_logprobs(model, ids, mask, mask)
         assert made == expected

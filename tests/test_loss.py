@@ -15,20 +15,22 @@ import random
 import pytest
 import torch
 
-import model as models
 import train_grpo
-from config import UserError
-from logprobs import beginnings, micro_batches, pad, shares_prompts, token_logprobs
+from learning import model as models
+from learning import optim
+from learning.batches import micro_batches, pad
+from learning.logprobs import shared_prefixes, shares_prompts, token_logprobs
 from loss import (
     advantages,
     grpo_loss,
     importance,
-    mismatch,
+    sampler_mismatch,
     sequence_weights,
     turn_advantages,
 )
-from rollout import Trajectory
-from train_grpo import Config, accumulate, credit, learn, padded, score
+from run.config import UserError
+from train_grpo import Config, accumulate, learn, padded, score, set_advantages
+from trajectory import Trajectory
 
 VOCABULARY = 61
 LOSSES = ("dapo", "grpo", "dr_grpo", "gspo", "cispo")
@@ -497,7 +499,7 @@ def test_a_trajectory_without_a_sampled_token_is_no_division_by_zero(tied):
         assert distance(got, gradient(tied, (others, plain), Config(loss=kind))[0]) <= 1e-6
         assert all(math.isfinite(value) for value in metrics.values())
     frozen = copy.deepcopy(tied.state_dict())
-    metrics = learn(tied, models.optimizers(tied, "adamw", 1.0), [empty, empty], 1.0, Config())
+    metrics = learn(tied, optim.optimizers(tied, "adamw", 1.0), [empty, empty], 1.0, Config())
     assert metrics["trained_share"] == 0 and all(
         torch.equal(a, b) for a, b in zip(frozen.values(), tied.state_dict().values(), strict=True)
     )
@@ -508,16 +510,16 @@ def test_a_second_update_has_the_first_ones_logprobs_as_old(tied):
     policy, rate = copy.deepcopy(tied), 0.02
     trajectories = some_trajectories()
     batch, cfg = weighed(trajectories, "dapo"), Config(updates_per_batch=2, max_grad_norm=1e9)
-    optimizers = models.optimizers(policy, "adamw", rate)
+    optimizers = optim.optimizers(policy, "adamw", rate)
     old = score(policy, trajectories, cfg)
     first = accumulate(policy, *batch, cfg, old)
-    models.step(policy, optimizers, rate, cfg.max_grad_norm)
+    optim.step(policy, optimizers, rate, cfg.max_grad_norm)
     second = accumulate(policy, *batch, cfg, old)
-    models.step(policy, optimizers, rate, cfg.max_grad_norm)
+    optim.step(policy, optimizers, rate, cfg.max_grad_norm)
     assert second["loss"] < first["loss"] - 0.01 and second["clip_frac"] > first["clip_frac"] == 0
 
     learner = copy.deepcopy(tied)
-    made = models.optimizers(learner, "adamw", rate)
+    made = optim.optimizers(learner, "adamw", rate)
     metrics = learn(learner, made, trajectories, rate, cfg)
     for key in ("loss", "clip_frac", "entropy"):  # the mean of the updates
         assert metrics[key] == pytest.approx((first[key] + second[key]) / 2)
@@ -613,13 +615,13 @@ def test_turn_credit_adds_the_outcomes_advantage_to_that_of_each_turn():
     ):
         t.reward, t.turn_rewards = outcome + sum(earned), earned
     trajectories.append(trajectory(rng, 0, None, turns=1))  # no reward: no list either
-    valid = credit(trajectories, Config(turn_credit=True, adv_norm="none"))
+    valid = set_advantages(trajectories, Config(turn_credit=True, adv_norm="none"))
     assert valid.tolist() == [True, True, True, False]
     # outcome: mean 0.5; first turns earn 1, 0, 0.5 from there on, second ones 0, 0, 0.5
     expected = [[0.5 + 0.5, 0.5 - 1 / 6], [-0.5 - 0.5, -0.5 - 1 / 6], [0.0, 0.5 - 1 / 6], [0.0]]
     assert [t.advantages for t in trajectories] == [pytest.approx(each) for each in expected]
     plain = [copy.copy(t) for t in trajectories]
-    credit(plain, Config(adv_norm="none"))
+    set_advantages(plain, Config(adv_norm="none"))
     assert plain[0].advantages == [1.0, 1.0]  # rewards 2, 0 and 1
 
 
@@ -630,7 +632,7 @@ def test_what_rounding_leaves_of_a_reward_by_turn_is_no_outcome():
         trajectories.append(trajectory(rng, 0, 1.0 + sum(earned), turns=3))
         trajectories[-1].turn_rewards = earned
     assert len({t.reward - sum(t.turn_rewards) for t in trajectories}) > 1
-    credit(trajectories, Config(turn_credit=True))
+    set_advantages(trajectories, Config(turn_credit=True))
     only_turns = turn_advantages([t.turn_rewards for t in trajectories], [0] * 4)
     assert [t.advantages for t in trajectories] == [pytest.approx(each) for each in only_turns]
     assert turn_advantages([[0.1, 0.2, -0.3], [0.0, 0.2, -0.2]], [0, 0])[0][0] == 0
@@ -643,18 +645,18 @@ def test_turn_credit_goes_on_where_a_reward_by_turn_is_missing():
     trajectories = [trajectory(rng, 0, reward, turns=2) for reward in (1.0, 1.0, 0.0, None)]
     trajectories[0].turn_rewards = [0.0, 1.0]
     trajectories[3].turn_rewards = [0.0, 9.0]  # of another reward than the one that is missing
-    valid = credit(trajectories, cfg)
+    valid = set_advantages(trajectories, cfg)
     assert valid.tolist() == [True, True, True, False]
     # outcomes 0, 1, 0 and turns 1, 0, 0: both have the mean 1 / 3
     expected = [[1 / 3] * 2, [1 / 3] * 2, [-2 / 3] * 2, [0.0] * 2]
     assert [t.advantages for t in trajectories] == [pytest.approx(each) for each in expected]
     for t in trajectories:
         t.reward = t.turn_rewards = None
-    assert not credit(trajectories, cfg).any()
+    assert not set_advantages(trajectories, cfg).any()
     assert all(t.advantages == [0.0, 0.0] for t in trajectories)
     trajectories[0].reward = 1.0
     with pytest.raises(UserError, match="^turn_credit has no effect: none of the rewards gives"):
-        credit(trajectories, cfg)
+        set_advantages(trajectories, cfg)
 
 
 def test_equal_groups_are_left_out_of_the_backward_pass_but_count_in_the_mean(tied, monkeypatch):
@@ -696,7 +698,7 @@ def test_the_share_outside_of_the_cap_is_logged_by_number_of_turns(tied):
 def test_a_batch_that_has_nothing_to_teach_takes_no_step(tied):
     """Pitfall 22: Adam's momentum would move the weights on a gradient of 0."""
     policy = copy.deepcopy(tied)
-    optimizers = models.optimizers(policy, "adamw", 0.01, 0.1)
+    optimizers = optim.optimizers(policy, "adamw", 0.01, 0.1)
     learn(policy, optimizers, some_trajectories(), 0.01, Config())  # there is momentum now
     before = copy.deepcopy(policy.state_dict())
     rng = random.Random(6)
@@ -819,7 +821,7 @@ def test_a_model_whose_logits_are_not_what_its_head_gives_is_refused(scale, tmp_
 def test_models_whose_head_is_proved_are_trained_in_bfloat16_too(name):
     """Pitfall 17."""
     for dtype in (torch.float32, torch.bfloat16):
-        models.prove_head(MODELS[name]().eval().to(dtype), name)
+        models.check_head(MODELS[name]().eval().to(dtype), name)
 
 
 @pytest.mark.parametrize("make", [MODELS["tied"], gpt2], ids=["rotary", "learnt positions"])
@@ -882,14 +884,14 @@ def test_gradients_reach_both_matrices_of_an_adapter_and_nothing_else():
 
     policy = get_peft_model(qwen(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     frozen = {n: p.clone() for n, p in policy.named_parameters() if not p.requires_grad}
-    optimizers = models.optimizers(policy, "adamw", 0.1)
+    optimizers = optim.optimizers(policy, "adamw", 0.1)
     size = {}
     for step in range(2):
         accumulate(policy, *weighed(some_trajectories(), "dapo"), Config())
         for part in ("lora_A", "lora_B"):
             named = [p.grad for n, p in policy.named_parameters() if part in n]
             size[part, step] = min(g.abs().max().item() for g in named)
-        models.step(policy, optimizers, 0.1, 1.0)
+        optim.step(policy, optimizers, 0.1, 1.0)
     assert size["lora_A", 0] == 0 and all(v > 0 for k, v in size.items() if k != ("lora_A", 0))
     now = dict(policy.named_parameters())
     assert all(torch.equal(value, now[name]) for name, value in frozen.items())
@@ -948,7 +950,7 @@ def test_the_prompt_of_a_group_goes_through_the_layers_once_with_the_same_gradie
     )
     in_parts, _ = gradient(model, batch, Config(token_budget=60))
     alone, _ = gradient(model, batch, Config(token_budget=1))
-    monkeypatch.setattr("logprobs.shares_prompts", lambda model: False)
+    monkeypatch.setattr("learning.logprobs.shares_prompts", lambda model: False)
     sizes.clear()
     plain, plain_metrics = gradient(model, batch, Config(token_budget=10**6))
     assert sizes == [15 * max(len(t.ids) for t in batch[0])] and sizes[0] > 2 * (prompts + rest) / 2
@@ -962,7 +964,7 @@ def test_sharing_prompts_is_exact(monkeypatch):
     model = phi().eval().double()
     batch = weighed(groups_with_prompts(), "dapo")
     shared, _ = gradient(model, batch, Config(token_budget=10**6))
-    monkeypatch.setattr("logprobs.shares_prompts", lambda model: False)
+    monkeypatch.setattr("learning.logprobs.shares_prompts", lambda model: False)
     plain, _ = gradient(model, batch, Config(token_budget=10**6))
     assert distance(shared, plain) <= 1e-12
 
@@ -1031,7 +1033,7 @@ def test_the_tokens_that_go_through_the_layers_stay_within_the_budget(seen_token
         unlike_groups(4, groups=3, size=2, prompt=(budget, 2 * budget)),
     ):
         lengths, spent = [len(ids) for ids, _ in rows], 0
-        begins = beginnings(*map(list, zip(*rows, strict=True))) if shares else None
+        begins = shared_prefixes(*map(list, zip(*rows, strict=True))) if shares else None
         parts = micro_batches(lengths, budget, begins)
         assert sorted(sum(parts, [])) == list(range(len(rows)))
         for part in parts:
@@ -1095,7 +1097,7 @@ def test_pad_fills_the_right_side_with_the_value():
 
 def test_the_schedule_warms_up_to_the_peak_and_falls():
     rates = {
-        kind: [models.schedule(step, 10, kind, 2) for step in range(10)]
+        kind: [optim.schedule(step, 10, kind, 2) for step in range(10)]
         for kind in ("constant", "linear", "cosine")
     }
     assert all(values[:3] == [0.5, 1.0, 1.0] for values in rates.values())
@@ -1104,14 +1106,14 @@ def test_the_schedule_warms_up_to_the_peak_and_falls():
     assert rates["cosine"][6] == pytest.approx(0.5) and rates["cosine"][9] > 0
     for values in rates.values():
         assert values[2:] == sorted(values[2:], reverse=True) and min(values) > 0
-    assert [models.schedule(step, 3, "linear", 9) for step in range(3)] == [
+    assert [optim.schedule(step, 3, "linear", 9) for step in range(3)] == [
         pytest.approx((step + 1) / 9) for step in range(3)
     ]
 
 
 def test_muon_takes_the_matrices_inside_the_layers_and_adamw_the_rest():
     policy = qwen(tie_word_embeddings=False)
-    adamw, muon = models.optimizers(policy, "muon", 0.1, 0.2)
+    adamw, muon = optim.optimizers(policy, "muon", 0.1, 0.2)
     names = {id(p): name for name, p in policy.named_parameters()}
     inner = {names[id(p)] for group in muon.param_groups for p in group["params"]}
     rest = [[names[id(p)] for p in group["params"]] for group in adamw.param_groups]
@@ -1122,16 +1124,16 @@ def test_muon_takes_the_matrices_inside_the_layers_and_adamw_the_rest():
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.2, 0.0]
     assert isinstance(muon, torch.optim.Muon)
     assert [(g["lr"], g["weight_decay"]) for g in muon.param_groups] == [(0.1, 0.2)]
-    (only,) = models.optimizers(policy, "adamw", 0.1)
+    (only,) = optim.optimizers(policy, "adamw", 0.1)
     assert sum(len(group["params"]) for group in only.param_groups) == len(names)
 
 
 def test_only_what_is_trained_is_given_to_an_optimizer():
     policy = MODELS["lora"]()
-    (adamw,) = models.optimizers(policy, "adamw", 0.1)
+    (adamw,) = optim.optimizers(policy, "adamw", 0.1)
     taken = {id(p) for group in adamw.param_groups for p in group["params"]}
     assert taken == {id(p) for p in policy.parameters() if p.requires_grad}
-    trained, total = models.count(policy)
+    trained, total = optim.count(policy)
     assert trained == sum(p.numel() for n, p in policy.named_parameters() if "lora_" in n)
     assert total == sum(p.numel() for p in policy.parameters())
 
@@ -1139,12 +1141,12 @@ def test_only_what_is_trained_is_given_to_an_optimizer():
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_step_clips_the_gradient_uses_the_rate_it_is_given_and_clears_it(tied, kind):
     policy = copy.deepcopy(tied)
-    optimizers = models.optimizers(policy, kind, 1.0)
+    optimizers = optim.optimizers(policy, kind, 1.0)
     before = copy.deepcopy(policy.state_dict())
     for p in policy.parameters():
         p.grad = torch.ones_like(p)
     count = sum(p.numel() for p in policy.parameters())
-    norm = models.step(policy, optimizers, 0.0, 0.5)
+    norm = optim.step(policy, optimizers, 0.0, 0.5)
     assert norm == pytest.approx(math.sqrt(count), rel=1e-4)  # what is logged is not clipped
     assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
     assert all(p.grad is None for p in policy.parameters())
@@ -1157,24 +1159,24 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_changes_no_weight():
     before = model.weight.detach().clone()
     (model(torch.ones(1, 2)) * float("nan")).sum().backward()
     with pytest.raises(UserError, match="training has diverged; lower learning_rate"):
-        models.step(model, models.optimizers(model, "adamw", 0.1), 0.1, 1.0)
+        optim.step(model, optim.optimizers(model, "adamw", 0.1), 0.1, 1.0)
     assert torch.equal(model.weight, before)
 
 
 def test_out_of_memory_is_a_sentence_that_names_the_knobs():
     with pytest.raises(UserError, match="out of memory: lower token_budget, group_size"):
-        with models.memory_advice("token_budget", "group_size"):
+        with optim.memory_advice("token_budget", "group_size"):
             raise torch.OutOfMemoryError("tried to allocate\n20 GiB")
 
 
 def test_mismatch_is_by_hand_and_nothing_for_nothing():
     """Mean, 95th percentile and largest of |trainer - engine|; the KL is k3, never negative."""
     gaps = torch.tensor([0.0] * 18 + [0.5, -1.0])
-    out = mismatch(gaps)
+    out = sampler_mismatch(gaps)
     assert out["sampler_logprob_diff"] == pytest.approx(1.5 / 20)
     assert out["sampler_logprob_diff_p95"] == 0.5 and out["sampler_logprob_diff_max"] == 1.0
     expected = (math.exp(0.5) - 1.5 + math.exp(-1)) / 20
     assert out["mismatch_kl"] == pytest.approx(expected)
-    assert mismatch(torch.zeros(0)) == {}
-    assert mismatch(torch.tensor([1000.0]))["mismatch_kl"] > 0  # and not infinite
-    assert math.isfinite(mismatch(torch.tensor([1000.0]))["mismatch_kl"])
+    assert sampler_mismatch(torch.zeros(0)) == {}
+    assert sampler_mismatch(torch.tensor([1000.0]))["mismatch_kl"] > 0  # and not infinite
+    assert math.isfinite(sampler_mismatch(torch.tensor([1000.0]))["mismatch_kl"])

@@ -28,9 +28,9 @@ pytest.importorskip("mcp", reason='no MCP here: pip install -e ".[mcp]"')
 from mcp import types
 from PIL import Image
 
-from config import UserError
+from run.config import UserError
 from tools import Toolbox, ToolError
-from tools import mcp as module
+from tools.calling import mcp as module
 
 ROOT = Path(__file__).parent.parent
 PYPI, NPM = ROOT / ".venv/mcp-servers/bin", ROOT / ".venv/mcp-npm/node_modules/.bin"
@@ -637,7 +637,7 @@ def test_the_page_of_another_program_at_the_url_is_an_error(toolbox, tmp_path):
 
 
 def test_a_missing_package_is_an_error_with_the_pip_line():
-    code = "import sys; sys.modules['mcp'] = None; from tools import mcp"
+    code = "import sys; sys.modules['mcp'] = None; from tools.calling import mcp"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (
         "UserError: MCP needs a package" in done.stderr and 'pip install -e ".[mcp]"' in done.stderr

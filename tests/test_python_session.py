@@ -18,8 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from tools import Tool, Toolbox, confine, sandbox
+from tools import Tool, Toolbox
 from tools.python_session import LOST, python_session
+from tools.sandbox import caller as sandbox
+from tools.sandbox import confine
 
 ROOT = Path(__file__).parent.parent
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the fork server is Linux only")

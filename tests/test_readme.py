@@ -76,10 +76,10 @@ def test_every_config_is_in_the_table_of_the_readme():
 
 def test_the_readme_explains_every_key_of_the_log():
     """The keys of the committed evidence are those of a real run."""
-    import report
+    from run import page as run_page
 
     explained = set(re.findall(r"`([\w<>]+)`", README.split("## Reading the log")[1]))
-    keys = set(report.read(next((ROOT / "evidence" / "calc").glob("*grpo*.jsonl")))[-1])
+    keys = set(run_page.read(next((ROOT / "evidence" / "calc").glob("*grpo*.jsonl")))[-1])
     families = [name.split("<")[0] for name in explained if "<" in name] + ["reward_"]
     known = explained | {"step", "rollouts"}
     assert [key for key in keys - known if not key.startswith(tuple(families))] == []

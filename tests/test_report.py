@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-import config
-import report
-from rollout import Trajectory, spans
-from tools import ToolCall
+from run import config
+from run import log as run_log
+from run import page as run_page
+from trajectory import ToolCall, Trajectory, spans
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "</script><img src=x onerror=alert(1)><!-- <script>&lt;{{data}} \u2028 \u202e 😀 汉字"
@@ -44,8 +44,8 @@ def trajectory(tokenizer, result="3", error=None, said="It is 3.") -> Trajectory
     return t
 
 
-def a_log(out_dir, **more) -> report.Log:
-    return report.Log(out_dir, steps=10, columns={"loss": "6.3f"}, **more)
+def a_log(out_dir, **more) -> run_log.Log:
+    return run_log.Log(out_dir, steps=10, columns={"loss": "6.3f"}, **more)
 
 
 def run(out_dir, steps, **more) -> None:
@@ -121,7 +121,7 @@ def test_a_kill_while_rows_are_dropped_leaves_the_file_as_it_was(tmp_path, monke
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "fsync", full)
+    monkeypatch.setattr(run_log.os, "fsync", full)
     with pytest.raises(OSError):
         a_log(tmp_path, start=2)
     assert (tmp_path / "metrics.jsonl").read_text() == before
@@ -131,15 +131,15 @@ def test_sync_puts_the_metrics_on_disk(tmp_path, monkeypatch):
     synced = []
     with a_log(tmp_path) as log:
         log.step({"step": 0, "loss": 0.5})
-        monkeypatch.setattr(report.os, "fsync", synced.append)
+        monkeypatch.setattr(run_log.os, "fsync", synced.append)
         log.sync()
         assert synced == [log.metrics.fileno()]
-    assert report.read(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 0.5}]
+    assert run_page.read(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 0.5}]
 
 
 def test_reading_leaves_out_a_torn_last_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0, "loss": 1.5}\n{"step": 1, "lo\xf0\x9f')
-    assert report.read(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 1.5}]
+    assert run_page.read(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 1.5}]
 
 
 # Loggers
@@ -167,19 +167,19 @@ def test_a_logger_that_is_not_installed_is_refused_before_anything_is_touched(
     name, tmp_path, monkeypatch
 ):
     run(tmp_path, range(3))
-    monkeypatch.setitem(sys.modules, report.LOGGERS[name], None)  # importing it fails
-    for refused in (lambda: report.check_logger(name), lambda: a_log(tmp_path, logger=name)):
+    monkeypatch.setitem(sys.modules, run_log.LOGGERS[name], None)  # importing it fails
+    for refused in (lambda: run_log.check_logger(name), lambda: a_log(tmp_path, logger=name)):
         with pytest.raises(config.UserError, match=re.escape('pip install -e ".[log]"')):
             refused()
-    assert len(report.read(tmp_path / "metrics.jsonl")) == 3
+    assert len(run_page.read(tmp_path / "metrics.jsonl")) == 3
 
 
 def test_an_unknown_logger_is_refused_with_the_names_of_the_known():
     with pytest.raises(
         config.UserError, match="'wandbb': expected one of none, wandb, tensorboard"
     ):
-        report.check_logger("wandbb")
-    assert report.check_logger("none") is None
+        run_log.check_logger("wandbb")
+    assert run_log.check_logger("none") is None
 
 
 def test_wandb_gets_the_settings_and_the_finite_numbers_of_each_step(tmp_path, wandb):
@@ -244,7 +244,7 @@ def test_a_row_has_one_advantage_for_each_turn_or_none(tmp_path, tokenizer):
 )
 def test_a_character_split_over_tokens_is_shown_once_and_whole(text, tokenizer):
     ids = tokenizer.encode(text, add_special_tokens=False)
-    pieces = report.pieces(ids, tokenizer)
+    pieces = run_log.pieces(ids, tokenizer)
     assert len(pieces) == len(ids)
     assert "".join(pieces) == text
     assert ("😀" in pieces) == ("😀" in text)
@@ -253,10 +253,10 @@ def test_a_character_split_over_tokens_is_shown_once_and_whole(text, tokenizer):
 def test_bytes_that_are_no_text_do_not_stop_or_shift_the_pieces(tokenizer):
     for seed in range(50):
         ids = random.Random(seed).choices(range(len(tokenizer)), k=40)
-        assert "".join(report.pieces(ids, tokenizer)) == tokenizer.decode(ids)
+        assert "".join(run_log.pieces(ids, tokenizer)) == tokenizer.decode(ids)
     emoji = tokenizer.encode("😀", add_special_tokens=False)
     stray = [emoji[1]] * 3  # then come the bytes of a whole character
-    assert report.pieces(stray + emoji, tokenizer)[-1] == "😀"
+    assert run_log.pieces(stray + emoji, tokenizer)[-1] == "😀"
 
 
 def test_a_tokenizer_that_strips_the_first_space_keeps_those_between_words():
@@ -272,15 +272,15 @@ def test_a_tokenizer_that_strips_the_first_space_keeps_those_between_words():
     strip = [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), *strip])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
-    pieces = report.pieces(tokenizer.encode("a b 😀😀 a"), tokenizer)
+    pieces = run_log.pieces(tokenizer.encode("a b 😀😀 a"), tokenizer)
     assert [piece for piece in pieces if piece] == ["a", " ", "b", " ", "😀", "😀", " ", "a"]
 
 
 @pytest.mark.parametrize("result", ["3", "two\nlines 😀", "assistant", ""])
 def test_the_page_marks_trained_context_and_tool_as_the_terminal_does(result, tmp_path, tokenizer):
     t = trajectory(tokenizer, result)
-    report.write_rollouts(tmp_path / "rollouts.jsonl", [t], tokenizer, step=0)
-    report.page(tmp_path)
+    run_log.write_rollouts(tmp_path / "rollouts.jsonl", [t], tokenizer, step=0)
+    run_page.page(tmp_path)
     (row,) = data_of(tmp_path)["rollouts"]
     runs = []
     for kind, piece in zip(row["kinds"], row["pieces"], strict=True):
@@ -298,16 +298,16 @@ def test_the_page_marks_trained_context_and_tool_as_the_terminal_does(result, tm
 
 
 def test_all_bytes_of_the_first_character_of_a_result_are_marked_as_the_tools(tmp_path, tokenizer):
-    report.write_rollouts(tmp_path / "rollouts.jsonl", [trajectory(tokenizer, "😀")], tokenizer)
-    report.page(tmp_path)
+    run_log.write_rollouts(tmp_path / "rollouts.jsonl", [trajectory(tokenizer, "😀")], tokenizer)
+    run_page.page(tmp_path)
     (row,) = data_of(tmp_path)["rollouts"]
     assert row["kinds"].count("o") == len(tokenizer.encode("😀", add_special_tokens=False)) > 1
 
 
 def test_the_result_of_a_call_that_failed_is_marked_as_an_error(tmp_path, tokenizer):
     played = [trajectory(tokenizer, "no such tool", "unknown_tool")]
-    report.write_rollouts(tmp_path / "rollouts.jsonl", played, tokenizer)
-    report.page(tmp_path)
+    run_log.write_rollouts(tmp_path / "rollouts.jsonl", played, tokenizer)
+    run_page.page(tmp_path)
     (row,) = data_of(tmp_path)["rollouts"]
     marked = [p for p, kind in zip(row["pieces"], row["kinds"], strict=True) if kind == "e"]
     assert "".join(marked) == "no such tool"
@@ -321,7 +321,7 @@ def test_the_page_loads_nothing(tmp_path):
     """The template has no address to load from, and forbids it to whatever might get in."""
     run(tmp_path, range(3))
     page = Scripts((tmp_path / "report.html").read_text(encoding="utf-8"))
-    text = (ROOT / "page.html").read_text(encoding="utf-8")
+    text = (ROOT / "run" / "page.html").read_text(encoding="utf-8")
     assert not re.search(
         r"https?:|\bsrc *=|\.src\b|href|@import|url\(|innerHTML|document\.write", text
     )
@@ -339,10 +339,10 @@ def test_nothing_that_a_model_or_a_tool_writes_gets_out_of_the_data(tmp_path, to
         t.advantages = [1.0, -1.0]
         log.rollouts([t], tokenizer, step=0)
     (tmp_path / "config.py").write_text(f"system_prompt = {HOSTILE!r}\n", encoding="utf-8")
-    report.page(tmp_path)
+    run_page.page(tmp_path)
     blank = tmp_path / "blank"
     blank.mkdir()
-    report.page(blank)
+    run_page.page(blank)
     tags = [Scripts((d / "report.html").read_text("utf-8")).tags for d in (tmp_path, blank)]
     assert tags[0] == tags[1]
     data = data_of(tmp_path)
@@ -357,23 +357,23 @@ def test_of_many_rollouts_the_page_shows_some_of_all_steps_and_says_how_many_the
     tmp_path, tokenizer
 ):
     for step in range(500):
-        report.write_rollouts(
+        run_log.write_rollouts(
             tmp_path / "rollouts.jsonl", [trajectory(tokenizer)], tokenizer, step=step
         )
-    report.page(tmp_path)
+    run_page.page(tmp_path)
     data = data_of(tmp_path)
     steps = [row["step"] for row in data["rollouts"]]
-    assert data["written"] == 500 and len(steps) == report.ROLLOUTS
+    assert data["written"] == 500 and len(steps) == run_page.ROLLOUTS
     assert steps[0] == 0 and steps[-1] == 499
     assert {b - a for a, b in zip(steps, steps[1:], strict=False)} == {2, 3}
 
 
 def test_of_long_rollouts_the_page_shows_fewer(tmp_path, tokenizer, monkeypatch):
     played = [trajectory(tokenizer)] * 20
-    report.write_rollouts(tmp_path / "rollouts.jsonl", played, tokenizer, step=0)
+    run_log.write_rollouts(tmp_path / "rollouts.jsonl", played, tokenizer, step=0)
     size = (tmp_path / "rollouts.jsonl").stat().st_size
-    monkeypatch.setattr(report, "ROLLOUT_BYTES", size // 4)
-    report.page(tmp_path)
+    monkeypatch.setattr(run_page, "ROLLOUT_BYTES", size // 4)
+    run_page.page(tmp_path)
     assert len(data_of(tmp_path)["rollouts"]) == 5
 
 
@@ -382,11 +382,11 @@ def test_of_thousands_of_steps_the_page_shows_means_and_loses_no_rare_metric(tmp
         for step in range(3500):
             row = {"step": step, "loss": float(step)} | ({"rare": 7.0} if step % 500 == 3 else {})
             file.write(json.dumps(row) + "\n")
-    report.page(tmp_path)
+    run_page.page(tmp_path)
     data = data_of(tmp_path)
     metrics = data["metrics"]
     assert data["steps"] == 3500 and data["thinned"] == 4
-    assert len(metrics["step"]) <= report.POINTS
+    assert len(metrics["step"]) <= run_page.POINTS
     assert metrics["step"][:2] == [3, 7] and metrics["loss"][:2] == [1.5, 5.5]
     assert [value for value in metrics["rare"] if value is not None] == [7.0] * 7
 
@@ -415,11 +415,11 @@ def test_a_run_without_rollouts_or_metrics_has_a_page_too(steps, tmp_path):
 
 
 def test_rows_without_pieces_are_shown_as_ids(tmp_path, tokenizer):
-    report.write_rollouts(tmp_path / "rollouts.jsonl", [trajectory(tokenizer)], tokenizer)
+    run_log.write_rollouts(tmp_path / "rollouts.jsonl", [trajectory(tokenizer)], tokenizer)
     row = json.loads((tmp_path / "rollouts.jsonl").read_text())
     del row["pieces"], row["advantages"]
     (tmp_path / "rollouts.jsonl").write_text(json.dumps(row) + "\n")
-    report.page(tmp_path)
+    run_page.page(tmp_path)
     (shown,) = data_of(tmp_path)["rollouts"]
     assert shown["pieces"] == [f"{token} " for token in row["ids"]]
     assert shown["advantages"] is None
@@ -432,7 +432,7 @@ def test_the_page_says_which_settings_differ_from_the_defaults_of_their_script(t
     for script in (train_grpo, train_sft):
         cfg = config.parse(script.Config, ["--out_dir=x", "--seed=11"])
         config.save(cfg, tmp_path / "config.py")
-        report.page(tmp_path)
+        run_page.page(tmp_path)
         settings = data_of(tmp_path)["settings"]
         changed = {name for name, value, default in settings if value != default}
         assert changed == config.changed(cfg) == {"out_dir", "seed"}
@@ -456,7 +456,7 @@ def test_a_failure_to_draw_neither_hides_what_ended_a_run_nor_ends_a_good_one(
     def curves(out_dir):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report, "curves", curves)
+    monkeypatch.setattr(run_page, "curves", curves)
     with pytest.raises(ZeroDivisionError), a_log(tmp_path) as log:
         log.step({"step": 0, "loss": 0.5})
         raise ZeroDivisionError
@@ -469,7 +469,7 @@ def test_the_command_draws_both_again_and_says_where(tmp_path):
     run(tmp_path, range(2))
     (tmp_path / "curves.png").unlink()
     (tmp_path / "report.html").unlink()
-    command = [sys.executable, str(ROOT / "report.py")]
+    command = [sys.executable, "-m", "run.page"]
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(tmp_path / "report.html")
     assert (tmp_path / "curves.png").exists() and data_of(tmp_path)["steps"] == 2
@@ -477,17 +477,17 @@ def test_the_command_draws_both_again_and_says_where(tmp_path):
 
 @pytest.mark.parametrize("argv", [[], ["nowhere"], ["--run=out/calc"], ["a", "b"]])
 def test_the_command_says_what_it_expects(argv):
-    with pytest.raises(config.UserError, match=r"report\.py out/calc|metrics\.jsonl"):
-        report.main(argv)
+    with pytest.raises(config.UserError, match=r"run\.page out/calc|metrics\.jsonl"):
+        run_page.main(argv)
 
 
 def test_help_prints_how_to_draw_a_run():
-    command = [sys.executable, str(ROOT / "report.py"), "--help"]
+    command = [sys.executable, "-m", "run.page", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "python report.py out/calc" in done.stdout
+    assert "python -m run.page out/calc" in done.stdout
 
 
 def test_what_is_measured_seldom_is_drawn_as_it_is():
     """The running mean is over steps, not over points, as in report.html."""
-    assert report._smooth([(0, 0.0), (5, 1.0), (10, 0.5)], 5) == [0.0, 1.0, 0.5]
-    assert report._smooth([(0, 0.0), (1, 1.0), (2, 2.0), (3, 6.0)], 2) == [0.0, 0.5, 1.5, 4.0]
+    assert run_page._smooth([(0, 0.0), (5, 1.0), (10, 0.5)], 5) == [0.0, 1.0, 0.5]
+    assert run_page._smooth([(0, 0.0), (1, 1.0), (2, 2.0), (3, 6.0)], 2) == [0.0, 0.5, 1.5, 4.0]

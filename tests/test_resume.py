@@ -33,16 +33,17 @@ import numpy
 import pytest
 import torch
 
-import checkpoint
-import config
-import engine
-import model as models
-import report
-import rollout
+import player
 import train_grpo
 import train_sft
-from checkpoint import FREE, Run
-from config import UserError
+from engines import local
+from learning import checkpoint, optim
+from learning import model as models
+from learning.checkpoint import FREE, Run
+from run import config
+from run import page as run_page
+from run.config import UserError
+from tasks import tiny as tiny_model
 
 STEPS = 8
 REWARD = """
@@ -135,20 +136,20 @@ def of_a_checkpoint(path, **_) -> bool:
 
 POINTS = {  # name: (function, before or after it, what happens, which of its calls count)
     "as config.py is written": ("os.replace", "before", die, of_config),
-    "as a turn is sampled": ("engine.TransformersEngine._decode", "before", die, any_call),
-    "as logprobs are computed": ("logprobs.token_logprobs", "before", die, any_call),
-    "between two updates": ("model.step", "after", die, any_call),
-    "as a model is written": ("model.save", "before", die, any_call),
+    "as a turn is sampled": ("engines.local.TransformersEngine._decode", "before", die, any_call),
+    "as logprobs are computed": ("learning.logprobs.token_logprobs", "before", die, any_call),
+    "between two updates": ("learning.optim.step", "after", die, any_call),
+    "as a model is written": ("learning.model.save", "before", die, any_call),
     "as a state is written": ("torch.save", "before", die, any_call),
     "before a checkpoint is renamed": ("os.rename", "before", die, any_call),
     "after a checkpoint was renamed": ("os.rename", "after", die, any_call),
     "as an old one is removed": ("shutil.rmtree", "before", die_removing, of_a_checkpoint),
-    "in a line of metrics": ("report.Log.step", "before", die_in_a_line, any_call),
-    "before rollouts are written": ("report.Log.rollouts", "before", die, any_call),
-    "before a checkpoint": ("checkpoint.Run.after", "before", die, any_call),
-    "as lines are dropped": ("report._drop", "after", die, any_call),
-    "halt": ("model.step", "before", halt, any_call),
-    "full disk": ("checkpoint.Run.save", "before", fill_the_disk, any_call),
+    "in a line of metrics": ("run.log.Log.step", "before", die_in_a_line, any_call),
+    "before rollouts are written": ("run.log.Log.rollouts", "before", die, any_call),
+    "before a checkpoint": ("learning.checkpoint.Run.after", "before", die, any_call),
+    "as lines are dropped": ("run.log._drop", "after", die, any_call),
+    "halt": ("learning.optim.step", "before", halt, any_call),
+    "full disk": ("learning.checkpoint.Run.save", "before", fill_the_disk, any_call),
 }
 
 
@@ -158,7 +159,7 @@ def command(script: str, argv: list[str], folder: str, point: str, call: int) ->
     output = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    report.curves = lambda out_dir: None  # drawing takes longer than all else
+    run_page.curves = lambda out_dir: None  # drawing takes longer than all else
     if point:
         place, when, act, counts = POINTS[point]
         owner, _, name = place.rpartition(".")
@@ -197,7 +198,7 @@ def place(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("resume")
     (folder / "my_rewards.py").write_text(REWARD)
     for name, size in (("base", 16), ("wider", 32)):
-        models.save(models.tiny(tokenizer, 0, size, layers=1), tokenizer, folder / name)
+        models.save(tiny_model.tiny(tokenizer, 0, size, layers=1), tokenizer, folder / name)
     prompts = [f"{a} + {b}?" for a, b in itertools.product(range(2, 8), range(2, 7))]
     rows = [{"prompt": prompt, "answer": "4"} for prompt in prompts[:5]]
     demos = [
@@ -214,7 +215,7 @@ def place(tmp_path_factory, tokenizer):
 def here(place, monkeypatch):
     """The same folder, for runs in this process."""
     monkeypatch.chdir(place)
-    monkeypatch.setattr(report, "curves", lambda out_dir: None)
+    monkeypatch.setattr(run_page, "curves", lambda out_dir: None)
     return place
 
 
@@ -456,7 +457,7 @@ def nudge(model, optimizers) -> None:
     """An update whose gradient comes from torch's generator."""
     for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.grad = torch.randn(parameter.shape).to(parameter.dtype)
-    models.step(model, optimizers, 1e-2, 1.0)
+    optim.step(model, optimizers, 1e-2, 1.0)
 
 
 @pytest.fixture
@@ -467,7 +468,7 @@ def laid(here, tmp_path):
         cfg = replace(configured("grpo", tmp_path / "out"), **options)
         lora = cfg.lora_r, cfg.lora_alpha, cfg.lora_targets
         model, tokenizer = models.load(cfg.model, cfg.tune, cfg.dtype, "cpu", *lora)
-        optimizers = models.optimizers(model, optimizer, cfg.learning_rate, 0.1)
+        optimizers = optim.optimizers(model, optimizer, cfg.learning_rate, 0.1)
         log = types.SimpleNamespace(sync=lambda: None, print=print)
         return Run(cfg), (model, tokenizer, optimizers, log)
 
@@ -710,7 +711,7 @@ def test_a_disk_that_is_really_full_does_so_too(run, whole, place, tmp_path):
         subprocess.run(["umount", tmp_path], check=True)
 
 
-@pytest.mark.parametrize("writer", ["torch.save", "model.save", "os.fsync", "os.rename"])
+@pytest.mark.parametrize("writer", ["torch.save", "learning.model.save", "os.fsync", "os.rename"])
 def test_whatever_fails_in_a_checkpoint_the_older_ones_stay(writer, laid, monkeypatch):
     """Pitfall 53: and once there is room, the same run can save."""
     run, parts, _ = saved(laid, (2, 4))
@@ -864,7 +865,7 @@ def test_a_reward_that_raises_costs_nothing_and_repaired_the_run_is_the_same(her
     file = here / "broken_rewards.py"
     cfg = configured("grpo", here / "raised", resume=True, save_every=0)
     rewards = ("broken_rewards.py:coin",)
-    row = rollout.prompts_of(4, [{"id": i} for i in range(5)], 1, cfg.seed)[0]["id"]
+    row = player.prompts_of(4, [{"id": i} for i in range(5)], 1, cfg.seed)[0]["id"]
     prompt = lines(here / "rows.jsonl")[row]["prompt"]
     file.write_text(REWARD.replace("return", f"assert example['prompt'] != {prompt!r}\n    return"))
     with pytest.raises(UserError, match=f"^reward coin failed on row {row + 1}: AssertionError"):
@@ -905,7 +906,7 @@ def test_a_run_goes_on_with_rewards_that_are_missing(value, here):
 
 def test_a_run_goes_on_with_completions_that_are_empty(here, monkeypatch):
     """Pitfall 27: nothing was sampled, or nothing but the end of the turn."""
-    real = engine.TransformersEngine.generate
+    real = local.TransformersEngine.generate
 
     async def some(self, ids, images, sampling):
         out = await real(self, ids, images, sampling)
@@ -914,7 +915,7 @@ def test_a_run_goes_on_with_completions_that_are_empty(here, monkeypatch):
             out = replace(out, ids=[2][:size], logprobs=[-6.0][:size], finish="stop")
         return out
 
-    monkeypatch.setattr(engine.TransformersEngine, "generate", some)
+    monkeypatch.setattr(local.TransformersEngine, "generate", some)
     last = train_grpo.train(configured("grpo", here / "empty", steps=3))
     rows = lines(here / "empty" / "rollouts.jsonl")
     assert {0, 1} <= {sum(row["mask"]) for row in rows}

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 import rewards
-from config import UserError
 from rewards import correct, oracle, select, tool_use, total
-from tools import ToolCall
+from run.config import UserError
+from trajectory import ToolCall
 
 
 def example(answer="18", *messages):

@@ -16,26 +16,18 @@ from collections import Counter
 
 import pytest
 
-import rollout
-import tools
+import trajectory
 from chat import Chat
-from config import UserError
-from engine import Completion, ScriptedEngine
-from rollout import (
-    Settings,
-    Trajectory,
-    batch_of_groups,
-    cut,
-    play,
-    prompts_of,
-    rollouts,
-    seed_of,
-    spans,
-    stats,
-    wait,
-)
-from tools import Toolbox, ToolCall
+from engines.base import Completion
+from engines.scripted import ScriptedEngine
+from player import batch_of_groups, prompts_of
+from rollout import Settings, cut, play, rollouts, seed_of
+from run.config import UserError
+from run.loop import run_blocking
+from tools import Toolbox
+from tools.calling import toolbox as toolboxes
 from train_grpo import Config
+from trajectory import ToolCall, Trajectory, spans, stats
 
 EXAMPLE = {"id": 0, "messages": [{"role": "user", "content": "What is 2+3?"}], "answer": "5"}
 STOP = "<|im_end|>"
@@ -279,7 +271,7 @@ def test_each_error_is_an_observation_with_its_own_counter(
     tokenizer, monkeypatch, kind, text, says
 ):
     """Pitfall 9: none raises, and the episode goes on."""
-    monkeypatch.setattr(tools, "MAX_RESULT_CHARS", 800)
+    monkeypatch.setattr(toolboxes, "MAX_RESULT_CHARS", 800)
     room = {"max_tokens": 9999, "max_new_tokens": 2000, "max_observation_tokens": 2000}
     t, _, box = episode(tokenizer, [text + STOP, ADD, ANSWER], tool_timeout=0.2, **room)
     assert t.stop == "answered" and [c.error for c in t.calls] == [kind, None]
@@ -763,13 +755,13 @@ def test_wait_gives_the_result_or_the_error_also_under_a_running_loop():
         raise ValueError("no")
 
     async def cell():
-        return wait(three())
+        return run_blocking(three())
 
-    value, loop = wait(three())
-    assert value == 3 and wait(three())[1] is loop  # one loop: connections stay open
+    value, loop = run_blocking(three())
+    assert value == 3 and run_blocking(three())[1] is loop  # one loop: connections stay open
     assert asyncio.run(cell()) == (3, loop)
     with pytest.raises(ValueError, match="no"):
-        wait(broken())
+        run_blocking(broken())
 
 
 def test_ctrl_c_ends_what_is_waited_for_and_its_tools_before_it_is_seen(tokenizer):
@@ -799,9 +791,9 @@ def test_ctrl_c_ends_what_is_waited_for_and_its_tools_before_it_is_seen(tokenize
     chat, engine, box = stage(tokenizer, script, [lab])
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        wait(rollouts([EXAMPLE], chat, engine, box, Settings()))
+        run_blocking(rollouts([EXAMPLE], chat, engine, box, Settings()))
     assert closed == [True] and engine.playing == 0 and time.monotonic() - began < 3
-    assert wait(asyncio.sleep(0, "alive")) == "alive"
+    assert run_blocking(asyncio.sleep(0, "alive")) == "alive"
 
 
 # For people
@@ -833,7 +825,7 @@ def test_show_prints_a_trajectory_with_brackets_in_it(tokenizer, capsys):
     """rich reads [red] as markup: what a model or a tool wrote is shown as it is."""
     turn = call("say", '{"text": "[red] [/x]"}') + STOP
     t, _, _ = episode(tokenizer, [turn, ANSWER])
-    rollout.show(t, tokenizer)
+    trajectory.show(t, tokenizer)
     printed = capsys.readouterr().out
     assert printed.count("[red] [/x]") == 3 and "answered, 2 turns" in printed
 

@@ -28,15 +28,16 @@ from mcp.client.stdio import stdio_client
 from mcp.client.streamable_http import streamable_http_client
 from PIL import Image
 
-from config import UserError
-from tools import Toolbox, serve
+from run.config import UserError
+from serve import mcp_server as serve
+from tools import Toolbox
 
 ROOT = Path(__file__).parent.parent
 TOOLS = '''
 import os
 import sys
 from PIL import Image
-from config import UserError
+from run.config import UserError
 
 print("stdout of an import")
 
@@ -118,7 +119,7 @@ def tools_file(tmp_path_factory):
 
 def command(tools_file, names, *arguments):
     named = [f"{tools_file}:{name}" for name in names]
-    return [sys.executable, "-m", "tools.serve", *named, *arguments]
+    return [sys.executable, "-m", "serve.mcp_server", *named, *arguments]
 
 
 @contextlib.contextmanager
@@ -428,6 +429,9 @@ def test_what_is_gone_later_is_an_error_of_the_call(tools_file, tmp_path):
 
 def test_help_is_printed(capsys):
     done = subprocess.run(
-        [sys.executable, "-m", "tools.serve", "--help"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "serve.mcp_server", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and "token_env" in done.stdout and "--stdio" in done.stdout

@@ -17,11 +17,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-import engine_server
 from chat import Chat
-from config import UserError
-from engine import Sampling
-from rollout import Settings, rollouts, wait
+from engines import servers as server_engine
+from engines.base import Sampling
+from rollout import Settings, rollouts
+from run.config import UserError
+from run.loop import run_blocking
 from tools import Toolbox
 
 EXAMPLES = [
@@ -138,18 +139,18 @@ def fakes(tokenizer):
 @contextlib.contextmanager
 def engine_of(servers, tokenizer, timeout=2.0, max_tokens=512, name="nowhere"):
     urls = tuple(server.url for server in servers)
-    engine = wait(engine_server.start(urls, name, tokenizer, timeout, max_tokens))
+    engine = run_blocking(server_engine.start(urls, name, tokenizer, timeout, max_tokens))
     try:
         yield engine
     finally:
-        wait(engine.close())
+        run_blocking(engine.close())
 
 
 def play(engine, tokenizer, samples=8, on_done=None):
     chat = Chat(tokenizer, "hermes", [])
     settings = Settings(max_turns=1, max_new_tokens=4, seed=1)
     played = rollouts(EXAMPLES, chat, engine, Toolbox([]), settings, 0, samples, on_done=on_done)
-    return wait(played)
+    return run_blocking(played)
 
 
 class Adapted:
@@ -178,9 +179,11 @@ def test_what_shapes_a_distribution_is_sent_and_not_left_to_the_server(fakes, to
     off = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
     off |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
     with engine_of([one], tokenizer) as engine:
-        wait(engine.generate([5, 6], [], Sampling(temperature=0.7, max_new_tokens=2, seed=3)))
-        wait(engine.sync(Adapted(), 1))
-        wait(engine.score([5, 6, 7]))
+        run_blocking(
+            engine.generate([5, 6], [], Sampling(temperature=0.7, max_new_tokens=2, seed=3))
+        )
+        run_blocking(engine.sync(Adapted(), 1))
+        run_blocking(engine.score([5, 6, 7]))
     first = one.bodies[0]
     assert (first["temperature"], first["seed"], first["ignore_eos"]) == (0.7, 3, True)
     assert len(one.bodies) == 4 and all(off.items() <= body.items() for body in one.bodies)
@@ -210,10 +213,10 @@ def test_what_a_dying_server_had_is_sampled_again_by_the_other(fakes, tokenizer,
 def test_a_server_that_comes_back_is_given_the_adapter_before_it_is_asked(fakes, tokenizer):
     one, two = fakes()
     with engine_of((one, two), tokenizer) as engine:
-        wait(engine.sync(Adapted(), 1))
+        run_blocking(engine.sync(Adapted(), 1))
         one.die()
-        wait(asyncio.sleep(1.5))
-        wait(engine.sync(Adapted(), 2))  # while it is away
+        run_blocking(asyncio.sleep(1.5))
+        run_blocking(engine.sync(Adapted(), 2))  # while it is away
         back = Fake(tokenizer, port=one.port)
         deadline = time.monotonic() + 10
         while not any("is back" in line for line in engine.events):
@@ -238,7 +241,7 @@ def test_without_any_server_the_run_stops_in_time_with_one_sentence(fakes, token
 def test_one_that_never_answers_is_named_at_the_start(tokenizer):
     started = time.monotonic()
     with pytest.raises(UserError, match="none of the servers \\(http://127.0.0.1:9\\)"):
-        wait(engine_server.start(("http://127.0.0.1:9",), "x", tokenizer, 0.5))
+        run_blocking(server_engine.start(("http://127.0.0.1:9",), "x", tokenizer, 0.5))
     assert time.monotonic() - started < 5
 
 
@@ -255,7 +258,7 @@ def test_a_server_error_counts_as_lost_and_a_refusal_ends_the_run(fakes, tokeniz
 
 def test_a_server_that_hangs_is_lost_by_its_health(fakes, tokenizer, monkeypatch):
     """Its turns do not wait for an answer that never comes."""
-    monkeypatch.setattr(engine_server, "PATIENCE", 0.5)
+    monkeypatch.setattr(server_engine, "PATIENCE", 0.5)
     one, two = fakes()
     with engine_of((one, two), tokenizer) as engine:
         said = one.said
@@ -270,19 +273,19 @@ def test_servers_that_would_train_wrongly_are_refused(fakes, tokenizer):
     (other,) = fakes(1)
     other.tokenizer = _Reversed()
     with pytest.raises(UserError, match="another tokenizer"):
-        wait(engine_server.start((other.url,), "x", tokenizer, 2.0))
+        run_blocking(server_engine.start((other.url,), "x", tokenizer, 2.0))
     (small,) = fakes(1, room=100)
     with pytest.raises(UserError, match="max_model_len = 100.*--max-model-len=512"):
-        wait(engine_server.start((small.url,), "x", tokenizer, 2.0, 512))
+        run_blocking(server_engine.start((small.url,), "x", tokenizer, 2.0, 512))
     (fixed,) = fakes(1)
     fixed.runtime = False
     with engine_of([fixed], tokenizer) as engine:
         with pytest.raises(UserError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
-            wait(engine.sync(Adapted(), 1))
+            run_blocking(engine.sync(Adapted(), 1))
     (raw,) = fakes(1, processed=False)
     with engine_of([raw], tokenizer) as engine:
         with pytest.raises(UserError, match="--logprobs-mode processed_logprobs"):
-            wait(engine.sync(Adapted(), 1))
+            run_blocking(engine.sync(Adapted(), 1))
 
 
 class _Reversed:
@@ -296,16 +299,16 @@ def test_full_weights_do_not_go_to_servers(fakes, tokenizer):
 
     with engine_of(fakes(), tokenizer) as engine:
         with pytest.raises(UserError, match="takes adapters only: use --tune=lora"):
-            wait(engine.sync(Plain(), 1))
+            run_blocking(engine.sync(Plain(), 1))
 
 
 def test_each_server_is_scored_so_that_an_odd_one_is_seen(fakes, tokenizer):
     one, two = fakes()
     with engine_of((one, two), tokenizer) as engine:
-        assert wait(engine.score([5, 6, 7])) == [[-6.0, -7.0]] * 2
+        assert run_blocking(engine.score([5, 6, 7])) == [[-6.0, -7.0]] * 2
         honest = two.completion
         two.completion = lambda body: _louder(honest(body))
-        assert wait(engine.score([5, 6, 7])) == [[-6.0, -7.0], [-12.0, -14.0]]
+        assert run_blocking(engine.score([5, 6, 7])) == [[-6.0, -7.0], [-12.0, -14.0]]
 
 
 def _louder(answer):
@@ -320,7 +323,7 @@ def test_a_turn_keeps_its_adapter_while_the_next_one_is_loaded(fakes, tokenizer)
     """Pitfall 32."""
     (one,) = fakes(1, delay=0.3)
     with engine_of([one], tokenizer) as engine:
-        wait(engine.sync(Adapted(), 1))
+        run_blocking(engine.sync(Adapted(), 1))
         first = engine.name
 
         async def both():
@@ -330,7 +333,7 @@ def test_a_turn_keeps_its_adapter_while_the_next_one_is_loaded(fakes, tokenizer)
             assert turn.done()  # before its adapter is dropped
             await engine.generate([5, 6], [], Sampling(max_new_tokens=2))
 
-        wait(both())
+        run_blocking(both())
         assert first != engine.name and one.adapters == [engine.name]
         assert one.models[-1] == engine.name and first in one.models
 
@@ -356,6 +359,6 @@ def test_nobody_samples_before_all_servers_have_the_adapter(fakes, tokenizer):
             go.set()
             await asyncio.gather(sync, *turns)
 
-        wait(both())
+        run_blocking(both())
         assert one.adapters == two.adapters == [engine.name]
         assert set(one.models) == set(two.models) == {engine.name}

@@ -13,15 +13,18 @@ import random
 import pytest
 import torch
 
-import config
 import data
-import model as models
-import report
 import train_sft
 from chat import Chat
-from config import UserError
-from engine import ScriptedEngine
-from rollout import Settings, rollouts, wait
+from engines.scripted import ScriptedEngine
+from learning import model as models
+from rollout import Settings, rollouts
+from run import config
+from run import log as run_log
+from run import page as run_page
+from run.config import UserError
+from run.loop import run_blocking
+from tasks import tiny as tiny_model
 from tools import Toolbox
 
 PYTHON_CALL = '<tool_call>\n{"name": "python", "arguments": {"code": "print(6 * 7)"}}\n</tool_call>'
@@ -65,14 +68,14 @@ def write(path, rows):
 
 @pytest.fixture(scope="module")
 def policy(tokenizer):
-    return models.tiny(tokenizer, seed=1, hidden_size=32, layers=2).eval()
+    return tiny_model.tiny(tokenizer, seed=1, hidden_size=32, layers=2).eval()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     """A model whose training draws random numbers: its attention has dropout."""
     made = tmp_path_factory.mktemp("sft")
-    model = models.tiny(tokenizer, seed=1, hidden_size=32, layers=2)
+    model = tiny_model.tiny(tokenizer, seed=1, hidden_size=32, layers=2)
     model.config.attention_dropout = 0.3
     models.save(model, tokenizer, made)
     return made
@@ -139,7 +142,9 @@ def played(tokenizer):
     turns = [[*call, end], [*sum(letters, []), end], [*sum(letters[:2], []), end]]
     example = {"id": 0, "messages": conversation()["messages"][:1], "answer": "42"}
     engine = ScriptedEngine(turns, tokenizer)
-    first, second = (wait(rollouts([example], chat, engine, box, Settings()))[0] for _ in range(2))
+    first, second = (
+        run_blocking(rollouts([example], chat, engine, box, Settings()))[0] for _ in range(2)
+    )
     first.reward, second.reward = 1.0, 0.0
     return chat, first, second
 
@@ -147,7 +152,7 @@ def played(tokenizer):
 def test_a_recorded_trajectory_is_trained_on_token_for_token(played, tokenizer, tmp_path):
     """Pitfalls 1, 49: what report.py writes of a rollout is the sample, not its text again."""
     chat, first, second = played
-    report.write_rollouts(tmp_path / "rollouts.jsonl", [first, second], tokenizer)
+    run_log.write_rollouts(tmp_path / "rollouts.jsonl", [first, second], tokenizer)
     rows = data.conversations(str(tmp_path / "rollouts.jsonl"))
     samples = train_sft.render(rows, tokenizer, "hermes", [], "x")
     assert samples == [(first.ids, first.mask), (second.ids, second.mask)]
@@ -164,7 +169,7 @@ def test_a_recorded_trajectory_is_trained_on_token_for_token(played, tokenizer, 
 def test_min_reward_takes_the_trajectories_that_reach_it(played, tokenizer, tmp_path, folder):
     _, first, second = played
     path = tmp_path / "rollouts.jsonl"
-    report.write_rollouts(path, [second, first, second], tokenizer)
+    run_log.write_rollouts(path, [second, first, second], tokenizer)
     unknown = json.loads(path.read_text().splitlines()[0]) | {"reward": None}
     with open(path, "a") as file:
         file.write(json.dumps(unknown))
@@ -193,7 +198,7 @@ def test_min_reward_without_rewards_is_refused(folder, demos, tmp_path):
 
 def test_conversations_and_trajectories_may_stand_in_one_file(played, tokenizer, tmp_path):
     _, first, _ = played
-    report.write_rollouts(tmp_path / "x.jsonl", [first], tokenizer)
+    run_log.write_rollouts(tmp_path / "x.jsonl", [first], tokenizer)
     with open(tmp_path / "x.jsonl", "a") as file:
         file.write(json.dumps(conversation()))
     rows = data.conversations(str(tmp_path / "x.jsonl"), system_prompt="Be brief.")
@@ -205,7 +210,7 @@ def test_conversations_and_trajectories_may_stand_in_one_file(played, tokenizer,
 
 def test_ids_of_another_tokenizer_are_refused(played, tokenizer, folder, tmp_path):
     _, first, _ = played
-    report.write_rollouts(tmp_path / "x.jsonl", [first], tokenizer)
+    run_log.write_rollouts(tmp_path / "x.jsonl", [first], tokenizer)
     row = json.loads((tmp_path / "x.jsonl").read_text())
     wrong = [
         (row | {"ids": [*row["ids"][:-1], len(tokenizer)]}, f"none above {len(tokenizer) - 1}"),
@@ -437,7 +442,7 @@ def test_a_packed_run_is_a_padded_run_in_fewer_passes(folder, demos, tmp_path, t
         out_dir = tmp_path / f"packing_{packing}"
         options = {"token_budget": 400, "packing": packing, "val_rows": 3}
         train_sft.train(settings(tmp_path / "plain", demos[0], out_dir, **options))
-        runs[packing] = report.read(out_dir / "metrics.jsonl")
+        runs[packing] = run_page.read(out_dir / "metrics.jsonl")
     for padded, packed in zip(runs[False], runs[True], strict=True):
         for row in (padded, packed):
             del row["seconds"]
@@ -506,18 +511,20 @@ def test_a_run_with_validation_trains_as_one_on_the_same_rows_without(folder, de
     one, other = weights(tmp_path / "with"), weights(tmp_path / "without")
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     measured = [
-        row for row in report.read(tmp_path / "with" / "metrics.jsonl") if "val_loss" in row
+        row for row in run_page.read(tmp_path / "with" / "metrics.jsonl") if "val_loss" in row
     ]
     assert [row["step"] for row in measured] == [1, 3, 5]
     assert all(0 <= row["val_token_accuracy"] <= 1 for row in measured)
     assert measured[-1]["val_loss"] < measured[0]["val_loss"]
-    assert not any("val_loss" in row for row in report.read(tmp_path / "without" / "metrics.jsonl"))
+    assert not any(
+        "val_loss" in row for row in run_page.read(tmp_path / "without" / "metrics.jsonl")
+    )
 
 
 def test_the_last_step_is_always_measured(folder, demos, tmp_path, capsys):
     cfg = settings(folder, demos[0], tmp_path / "out", val_rows=8, batch_size=8)
     last = train_sft.train(cfg)
-    rows = report.read(tmp_path / "out" / "metrics.jsonl")
+    rows = run_page.read(tmp_path / "out" / "metrics.jsonl")
     assert ["val_loss" in row for row in rows] == [False, True]
     assert rows[-1]["val_loss"] == pytest.approx(last["val_loss"], rel=1e-5)
     said = capsys.readouterr().out.splitlines()
@@ -534,7 +541,7 @@ def test_keys_without_effect_on_the_data_are_refused(folder, played, tokenizer, 
     own = write(tmp_path / "own.jsonl", [calling("find", tools=[schema("find")])])
     system = [{"role": "system", "content": "S"}, *conversation()["messages"]]
     talked = write(tmp_path / "talked.jsonl", [{"messages": system}])
-    report.write_rollouts(tmp_path / "r.jsonl", played[1:], tokenizer)
+    run_log.write_rollouts(tmp_path / "r.jsonl", played[1:], tokenizer)
     recorded = str(tmp_path / "r.jsonl")
     usual = {"tools": ("python",)}
     cases = [
@@ -591,5 +598,5 @@ def test_a_warm_up_that_nobody_asked_for_is_a_tenth_of_a_short_run(folder, demos
     said = complaint(folder, demos[0], out_dir, warmup=21)
     assert said.startswith("warmup = 21: expected less than 3, since 24 rows are 3 updates")
     train_sft.train(settings(folder, demos[0], out_dir, warmup=train_sft.Config.warmup))
-    rates = [row["learning_rate"] for row in report.read(out_dir / "metrics.jsonl")]
+    rates = [row["learning_rate"] for row in run_page.read(out_dir / "metrics.jsonl")]
     assert rates[0] == max(rates) == 1e-2 and len(rates) == 3

@@ -17,9 +17,10 @@ from types import SimpleNamespace
 import pytest
 
 import rewards
-from config import UserError
+from run.config import UserError
 from tasks import facts, multi, shop
-from tools import Toolbox, ToolCall
+from tools import Toolbox
+from trajectory import ToolCall
 
 ROOT = Path(__file__).parent.parent
 TASKS = {

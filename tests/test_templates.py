@@ -14,8 +14,8 @@ import trl
 from conftest import make_tokenizer
 
 from chat import Chat
-from config import UserError
 from formats import Call
+from run.config import UserError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 PYTHON = {

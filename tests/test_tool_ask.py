@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from config import UserError
+from run.config import UserError
 from tools import NetworkError, Toolbox, ToolError
 from tools.ask import ask
 from tools.finish import finish

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-import config
-import tools
-from config import UserError
-from tools import NetworkError, Tool, Toolbox, ToolError, loading
+from run import config
+from run.config import UserError
+from tools import NetworkError, Tool, Toolbox, ToolError
+from tools.calling import loading
+from tools.calling import toolbox as toolboxes
 
 
 class Shelf:
@@ -487,7 +488,7 @@ def test_keeping_the_results_of_a_tool_where_none_are_kept_is_refused():
 
 def test_only_a_network_error_of_a_network_tool_is_tried_again(monkeypatch):
     """Pitfall 41: after the retries it is an observation with its own name, never a result."""
-    monkeypatch.setattr(tools, "PAUSE", 0.01)
+    monkeypatch.setattr(toolboxes, "PAUSE", 0.01)
     for network, fails, kind, calls, error in (
         (True, 2, NetworkError, 3, None),
         (True, 9, NetworkError, 3, "network"),
@@ -502,7 +503,7 @@ def test_only_a_network_error_of_a_network_tool_is_tried_again(monkeypatch):
 
 
 def test_retries_end_at_the_deadline(monkeypatch):
-    monkeypatch.setattr(tools, "PAUSE", 0.05)
+    monkeypatch.setattr(toolboxes, "PAUSE", 0.05)
     tool = counted(pure=False, fails=99, kind=NetworkError)
     tool.network = True
     box = Toolbox([tool], timeout=0.2, options=("count.retries=50",))

@@ -19,9 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from config import UserError
-from tools import Tool, Toolbox, ToolError, confine, fork_server, sandbox
+from run.config import UserError
+from tools import Tool, Toolbox, ToolError
 from tools.python import python
+from tools.sandbox import caller as sandbox
+from tools.sandbox import confine, fork_server
 
 ROOT = Path(__file__).parent.parent
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the fork server is Linux only")

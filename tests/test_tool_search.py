@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from config import UserError
+from run.config import UserError
 from tools import NetworkError, Toolbox, ToolError
 from tools import search as module
 from tools.search import Index, search

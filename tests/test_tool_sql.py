@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from config import UserError
+from run.config import UserError
 from tools import Toolbox, ToolError
 from tools import sql as module
 from tools.sql import describe, execute, sql

@@ -11,9 +11,10 @@ from typing import Literal
 
 import pytest
 
-import tools
-from config import UserError
-from tools import MAX_RESULT_CHARS, Toolbox, ToolError
+from run.config import UserError
+from tools import Toolbox, ToolError
+from tools.calling import toolbox as toolboxes
+from tools.calling.toolbox import MAX_RESULT_CHARS
 
 
 def add(a: int, b: float = 1.0) -> str:
@@ -380,7 +381,7 @@ def test_an_async_tool_is_cancelled_and_one_that_swallows_it_is_counted():
 
 def test_the_deadline_covers_making_and_closing_an_instance(monkeypatch):
     """Pitfall 37: hooks before and after the call."""
-    monkeypatch.setattr(tools, "CLOSING", 0.05)
+    monkeypatch.setattr(toolboxes, "CLOSING", 0.05)
 
     class Slow:
         def __init__(self):

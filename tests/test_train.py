@@ -19,17 +19,19 @@ import numpy
 import pytest
 import torch
 
-import config
 import evaluate
-import model as models
-import report
-import rollout
+import player
 import train_grpo
 import train_sft
 from chat import Chat
-from config import UserError
-from engine import ScriptedEngine
-from rollout import Settings, rollouts, wait
+from engines.scripted import ScriptedEngine
+from learning import model as models
+from learning import optim
+from rollout import Settings, rollouts
+from run import config
+from run import page as run_page
+from run.config import UserError
+from run.loop import run_blocking
 from tools import Toolbox
 
 SYSTEM = "Solve the problem. You can run python. Give the answer in \\boxed{}."
@@ -139,7 +141,9 @@ def test_sft_trains_the_tokens_that_rl_would_train_in_the_same_conversation(sft_
     turns = [tokenizer.encode(turn + "<|im_end|>", add_special_tokens=False) for turn in turns]
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "6 * 7?"}]
     example = {"id": 0, "messages": messages, "answer": "42"}
-    (t,) = wait(rollouts([example], chat, ScriptedEngine(turns, tokenizer), box, Settings()))
+    (t,) = run_blocking(
+        rollouts([example], chat, ScriptedEngine(turns, tokenizer), box, Settings())
+    )
     assert t.stop == "answered" and [m["role"] for m in t.messages][2:] == [
         "assistant",
         "tool",
@@ -181,7 +185,7 @@ def test_an_sft_run_leaves_a_config_metrics_curves_and_a_model_that_transformers
 
     out_dir, cfg, last = sft_run
     assert config.parse(train_sft.Config, ["--config", str(out_dir / "config.py")]) == cfg
-    rows = report.read(out_dir / "metrics.jsonl")
+    rows = run_page.read(out_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2] and rows[-1]["loss"] < rows[0]["loss"]
     keys = {"step", "learning_rate", "loss", "entropy", "trained_tokens", "grad_norm", "seconds"}
     assert all(set(row) == keys for row in rows) and set(last) == keys
@@ -206,7 +210,7 @@ def test_a_grpo_run_leaves_its_config_metrics_curves_and_rollouts(run, request):
     out_dir, cfg, last = request.getfixturevalue(run)
     assert config.parse(train_grpo.Config, ["--config", str(out_dir / "config.py")]) == cfg
     assert (out_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
-    rows = report.read(out_dir / "metrics.jsonl")
+    rows = run_page.read(out_dir / "metrics.jsonl")
     expected = "step rollouts reward reward_none reward_spread accuracy equal_groups tool_call_rate"
     expected += " tool_calls tool_error_rate empty_observation_rate tool_seconds turns new_tokens"
     expected += " tokens loss grad_norm trained_share entropy clip_frac sampler_logprob_diff"
@@ -275,7 +279,7 @@ def test_two_runs_of_one_seed_give_the_same_metrics_and_bits(run, request, folde
     random.seed(99)
     again = config.dataclasses.replace(cfg, out_dir=str(folder / f"again_{run}"))
     train_grpo.train(again)
-    first, second = (report.read(d / "metrics.jsonl") for d in (out_dir, folder / f"again_{run}"))
+    first, second = (run_page.read(d / "metrics.jsonl") for d in (out_dir, folder / f"again_{run}"))
     assert untimed(first) == untimed(second)
     one, other = weights(out_dir), weights(folder / f"again_{run}")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -321,10 +325,10 @@ def test_held_out_rows_are_played_on_the_way_and_change_nothing_that_is_learnt(
     full_run, folder, capsys
 ):
     """Before the first step, every eval_every steps and at the end; greedily, so twice the same."""
-    plain = untimed(report.read(full_run[0] / "metrics.jsonl"))
+    plain = untimed(run_page.read(full_run[0] / "metrics.jsonl"))
     cfg = grpo_config(folder, "held out", updates_per_batch=2, eval_every=1, eval_rows=4)
     train_grpo.train(cfg)
-    rows = untimed(report.read(folder / "held out" / "metrics.jsonl"))
+    rows = untimed(run_page.read(folder / "held out" / "metrics.jsonl"))
     found = [{k: row.pop(k) for k in list(row) if k.startswith("val_")} for row in rows]
     assert rows == plain
     bits = [weights(path) for path in (full_run[0], folder / "held out")]
@@ -333,7 +337,7 @@ def test_held_out_rows_are_played_on_the_way_and_change_nothing_that_is_learnt(
     assert len(found) == 2 and all(set(row) == keys for row in found)
     said = capsys.readouterr().out
     assert said.count("val_accuracy 0.") == 3 and "val_accuracy:            0." in said
-    own = evaluate.Config(seed=rollout.VALIDATION_SEED, limit=4, save_to=str(folder / "again"))
+    own = evaluate.Config(seed=player.VALIDATION_SEED, limit=4, save_to=str(folder / "again"))
     first = evaluate.evaluate(evaluate.over(cfg, own, cfg.model), own)
     assert first["avg@1"] == pytest.approx(found[0]["val_accuracy"])
 
@@ -356,7 +360,7 @@ def test_every_row_is_a_prompt_once_an_epoch_in_an_order_of_the_seed():
     rows = [{"id": i} for i in range(7)]
 
     def ids(count, seed, steps):
-        made = [rollout.prompts_of(step * count, rows, count, seed) for step in range(steps)]
+        made = [player.prompts_of(step * count, rows, count, seed) for step in range(steps)]
         assert all(len(step) == count for step in made)
         return [row["id"] for step in made for row in step]
 
@@ -559,11 +563,11 @@ def test_a_summary_of_a_set_made_by_hand(monkeypatch):
 def test_memory_of_the_gpu_is_logged_for_each_phase(monkeypatch):
     """Pitfall 33: what all processes have, and this one's peak on top; nothing without a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert models.gpu_gib("rollout") == {}
+    assert optim.gpu_gib("rollout") == {}
     gib, resets = 2**30, []
     fakes = {"is_available": True, "mem_get_info": (6 * gib, 16 * gib)}
     fakes |= {"max_memory_reserved": 5 * gib, "memory_reserved": 2 * gib}
     for name, value in fakes.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append(1))
-    assert models.gpu_gib("learn") == {"gpu_gib_learn": 13.0} and resets == [1]
+    assert optim.gpu_gib("learn") == {"gpu_gib_learn": 13.0} and resets == [1]

@@ -13,14 +13,17 @@ import sys
 import pytest
 import torch
 
-import config
-import merge
-import model as models
 import train_grpo
-from config import UserError
-from engine import Sampling, TransformersEngine
-from rollout import Trajectory, wait
+from engines.base import Sampling
+from engines.local import TransformersEngine
+from learning import merge, optim
+from learning import model as models
+from run import config
+from run.config import UserError
+from run.loop import run_blocking
+from tasks import tiny as tiny_model
 from train_grpo import Config, learn, score
+from trajectory import Trajectory
 
 LORA = {"lora_r": 4, "lora_alpha": 8}
 
@@ -30,8 +33,8 @@ def folder(tmp_path_factory):
     """96 wide, no multiple of the 64 that the quick way of bitsandbytes needs."""
     made = tmp_path_factory.mktemp("base")
     words = [[{"role": "user", "content": "a b c"}, {"role": "assistant", "content": "d e f"}]]
-    tokenizer = models.tiny_tokenizer(words, [])
-    model = models.tiny(tokenizer, hidden_size=96, layers=2)
+    tokenizer = tiny_model.tiny_tokenizer(words, [])
+    model = tiny_model.tiny(tokenizer, hidden_size=96, layers=2)
     models.save(model, tokenizer, made)
     return made
 
@@ -59,7 +62,7 @@ def logprobs(model, rows=None):
 def taught(model, steps=2, reference=None, **options):
     """The model after some steps, and the metrics of the last one."""
     cfg = Config(learning_rate=0.02, **options)
-    optimizers = models.optimizers(model, cfg.optimizer, cfg.learning_rate)
+    optimizers = optim.optimizers(model, cfg.optimizer, cfg.learning_rate)
     for step in range(steps):
         metrics = learn(model, optimizers, trajectories(), 0.02, cfg, step, reference)
     return metrics
@@ -81,7 +84,7 @@ def test_only_adapters_are_trained_and_the_base_stays_bit_for_bit(folder, tune):
     after = {n: p for n, p in model.named_parameters() if not p.requires_grad}
     assert after.keys() == base.keys() and all(torch.equal(base[n], p) for n, p in after.items())
     assert {n for n, p in model.named_parameters() if p.requires_grad} == names
-    with models.as_it_began(model):
+    with models.with_initial_weights(model):
         assert torch.equal(logprobs(model), before)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == names
 
@@ -118,7 +121,7 @@ def test_the_sampler_is_the_model_that_is_trained(folder, tune, dtype):
     engine = TransformersEngine(model, None)
     engine.join()
     prompt = [5, 6, 7, 8]
-    out = wait(engine.generate(prompt, [], Sampling(1.0, 12, 3, stop_ids=())))
+    out = run_blocking(engine.generate(prompt, [], Sampling(1.0, 12, 3, stop_ids=())))
     engine.leave()
     t = Trajectory({})
     t.add(prompt, 0)
@@ -169,7 +172,7 @@ def test_the_reference_of_an_adapter_that_is_trained_on_is_that_adapter(folder, 
     assert names and all(".default." in name for name in names)
     assert taught(again, 1, reference, beta=0.1)["kl"] == 0
     assert taught(again, 1, reference, beta=0.1)["kl"] > 0
-    with models.as_it_began(again):
+    with models.with_initial_weights(again):
         assert torch.equal(logprobs(again), began)
     assert not torch.equal(began, base) and not torch.equal(logprobs(again), began)
     assert {n for n, p in again.named_parameters() if p.requires_grad} == names
@@ -217,7 +220,7 @@ def test_recomputed_layers_give_the_same_gradient_and_no_dropout(folder, tune):
 def test_adamw8bit_keeps_its_moments_in_a_byte_each_and_learns(folder):
     model = load(folder, "full")
     before = logprobs(model)
-    optimizers = models.optimizers(model, "adamw8bit", 0.01)
+    optimizers = optim.optimizers(model, "adamw8bit", 0.01)
     for step in range(2):
         learn(model, optimizers, trajectories(), 0.01, Config(), step)
     (optimizer,) = optimizers
@@ -232,7 +235,7 @@ def test_without_bitsandbytes_the_message_has_the_pip_line(folder, monkeypatch):
     with pytest.raises(UserError, match=r'^tune = qlora needs .*: pip install -e "\.\[qlora\]"$'):
         load(folder, "qlora")
     with pytest.raises(UserError, match=r'^optimizer = adamw8bit needs .*"\.\[qlora\]"$'):
-        models.optimizers(load(folder, "full"), "adamw8bit", 0.1)
+        optim.optimizers(load(folder, "full"), "adamw8bit", 0.1)
 
 
 # Merging

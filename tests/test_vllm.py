@@ -25,14 +25,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import config
-import model as models
 from chat import Chat
-from config import UserError
-from engine import Canary, Sampling, TransformersEngine, synced
+from engines.base import Sampling
+from engines.canary import Canary, synced
+from engines.local import TransformersEngine
 from formats import Call
-from logprobs import token_logprobs
-from rollout import Settings, rollouts, wait
+from learning import model as models
+from learning.logprobs import token_logprobs
+from rollout import Settings, rollouts
+from run import config
+from run.config import UserError
+from run.loop import run_blocking
+from tasks import tiny as tiny_model
 from tools import Toolbox
 
 pytestmark = [
@@ -53,7 +57,7 @@ def shape(kind, tokenizer):
     """A random model: "tied" is Qwen3-shaped, "untied" Qwen2-shaped with biases and a head."""
     torch.manual_seed(0)
     if kind == "tied":
-        made = models.tiny(tokenizer, hidden_size=64, layers=2)
+        made = tiny_model.tiny(tokenizer, hidden_size=64, layers=2)
     else:
         from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -89,10 +93,10 @@ def moved(model, seed, size=0.05):
 
 
 def start(name, policy=None, **options):
-    import engine_vllm
+    from engines import vllm as vllm_engine
 
     more = {"max_model_len": 512, "max_num_seqs": 64, "kv_cache_gib": 0.25, "enforce_eager": True}
-    return wait(engine_vllm.start(name, policy, **(more | options)))
+    return run_blocking(vllm_engine.start(name, policy, **(more | options)))
 
 
 def compare(engine, model, tokenizer, temperature, tolerance):
@@ -101,7 +105,7 @@ def compare(engine, model, tokenizer, temperature, tolerance):
     reference = TransformersEngine(model, tokenizer)
     for seed, ids in enumerate(PROMPTS):
         how = Sampling(temperature=temperature, max_new_tokens=12, seed=seed, stop_ids=(2,))
-        out = wait(engine.generate(ids, [], how))
+        out = run_blocking(engine.generate(ids, [], how))
         assert out.ids and len(out.ids) == len(out.logprobs)
         whole = torch.tensor([ids + out.ids])
         ones = torch.ones_like(whole)
@@ -111,7 +115,7 @@ def compare(engine, model, tokenizer, temperature, tolerance):
         assert (ours - torch.tensor(out.logprobs)).abs().max() < tolerance
         if temperature == 0:
             reference.join()
-            assert wait(reference.generate(ids, [], how)).ids == out.ids
+            assert run_blocking(reference.generate(ids, [], how)).ids == out.ids
             reference.leave()
 
 
@@ -121,7 +125,7 @@ def three_versions(engine, model, tokenizer, tolerance):
     for version in range(3):
         if version:
             moved(model, version)
-        differs = wait(synced(engine, model, version, canary))
+        differs = run_blocking(synced(engine, model, version, canary))
         assert engine.version == version and differs["canary"] < tolerance
         for temperature in (0.0, 0.7):
             compare(engine, model, tokenizer, temperature, tolerance)
@@ -135,23 +139,23 @@ def lora(folders, tokenizer):
     model, _ = models.load(folders["tied"], "lora", lora_r=4, lora_alpha=8)
     engine = start(folders["tied"], lora_r=4)
     yield engine, model
-    wait(engine.close())
+    run_blocking(engine.close())
 
 
 def test_versions_of_an_adapter_are_the_trainers(lora, tokenizer):
     """Pitfalls 28 and 32: greedy tokens, and logprobs to 1e-4, in float32."""
     three_versions(*lora, tokenizer, 1e-4)
     engine, _ = lora
-    assert len(wait(engine.llm.list_loras())) == 1  # the old ones are gone
+    assert len(run_blocking(engine.llm.list_loras())) == 1  # the old ones are gone
 
 
 def test_a_request_keeps_the_adapter_it_began_with(lora, tokenizer):
     """Pitfall 32: synced while it is being sampled, by one that makes it say other things."""
     engine, model = lora
     moved(model, 10)
-    wait(engine.sync(model, 10))
+    run_blocking(engine.sync(model, 10))
     how = Sampling(temperature=0, max_new_tokens=200)
-    alone = wait(engine.generate(PROMPTS[1], [], how))
+    alone = run_blocking(engine.generate(PROMPTS[1], [], how))
 
     async def both():
         early = asyncio.create_task(engine.generate(PROMPTS[1], [], how))
@@ -162,7 +166,7 @@ def test_a_request_keeps_the_adapter_it_began_with(lora, tokenizer):
         assert early.done()  # the old adapter is taken away when nobody uses it
         return await early, await engine.generate(PROMPTS[1], [], how)
 
-    early, late = wait(both())
+    early, late = run_blocking(both())
     assert early.ids == alone.ids and late.ids != alone.ids
     assert early.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
 
@@ -172,7 +176,7 @@ def test_the_canary_sees_an_adapter_that_was_not_taken(lora, monkeypatch, size):
     """A skipped sync, by an update of any size: also one that is smaller than the limit."""
     engine, model = lora
     canary = Canary(PROMPTS[2], "float32")
-    wait(synced(engine, model, 20, canary))
+    run_blocking(synced(engine, model, 20, canary))
 
     async def skipped(model, version):
         engine.version = version
@@ -180,7 +184,7 @@ def test_the_canary_sees_an_adapter_that_was_not_taken(lora, monkeypatch, size):
     moved(model, 21, size)
     monkeypatch.setattr(engine, "sync", skipped)
     with pytest.raises(UserError, match="the engine"):
-        wait(synced(engine, model, 21, canary))
+        run_blocking(synced(engine, model, 21, canary))
 
 
 def test_the_canary_sees_an_old_adapter_and_half_of_one(lora, tmp_path):
@@ -188,11 +192,11 @@ def test_the_canary_sees_an_old_adapter_and_half_of_one(lora, tmp_path):
     model.save_pretrained(tmp_path / "old", selected_adapters=["default"])
     moved(model, 30)
     canary = Canary(PROMPTS[2], "float32")
-    wait(synced(engine, model, 30, canary))
+    run_blocking(synced(engine, model, 30, canary))
     moved(model, 31)
-    wait(engine._adopt(str(tmp_path / "old"), 31))
+    run_blocking(engine._adopt(str(tmp_path / "old"), 31))
     with pytest.raises(UserError, match="sync 31: the engine's logprobs differ"):
-        wait(canary.check(engine, model))
+        run_blocking(canary.check(engine, model))
 
     from safetensors.torch import load_file, save_file
 
@@ -200,22 +204,22 @@ def test_the_canary_sees_an_old_adapter_and_half_of_one(lora, tmp_path):
     file = tmp_path / "half" / "adapter_model.safetensors"
     weights = load_file(file)
     save_file({k: w for k, w in weights.items() if "layers.0." in k}, file)
-    wait(engine._adopt(str(tmp_path / "half"), 32))
+    run_blocking(engine._adopt(str(tmp_path / "half"), 32))
     with pytest.raises(UserError, match="sync 32: the engine's logprobs differ"):
-        wait(canary.check(engine, model))
-    wait(synced(engine, model, 33, canary))  # and goes on when it is right again
+        run_blocking(canary.check(engine, model))
+    run_blocking(synced(engine, model, 33, canary))  # and goes on when it is right again
 
 
 def test_stop_strings_end_a_turn_and_its_ids_stay_as_sampled(lora, tokenizer):
     """Pitfall 11, for formats whose calls end with text."""
     engine, model = lora
-    wait(engine.sync(model, 40))
+    run_blocking(engine.sync(model, 40))
     free = Sampling(temperature=1.0, max_new_tokens=40, seed=3)
-    whole = wait(engine.generate(PROMPTS[1], [], free))
+    whole = run_blocking(engine.generate(PROMPTS[1], [], free))
     text = tokenizer.decode(whole.ids)
     string = text[len(text) // 2 : len(text) // 2 + 2]
     how = Sampling(temperature=1.0, max_new_tokens=40, seed=3, stop_strings=(string,))
-    out = wait(engine.generate(PROMPTS[1], [], how))
+    out = run_blocking(engine.generate(PROMPTS[1], [], how))
     assert out.finish == "stop_string" and out.ids == whole.ids[: len(out.ids)]
     assert string in tokenizer.decode(out.ids) and string not in tokenizer.decode(out.ids[:-1])
 
@@ -227,7 +231,7 @@ def test_ids_of_a_whole_trajectory_are_what_vllm_was_given_and_gave(lora, tokeni
     """Pitfalls 1 to 3: two tool turns, then a last one; each request is the beginning of the ids of
     the trajectory, and what vLLM sampled stands behind it, with mask 1 there alone."""
     engine, model = lora
-    wait(engine.sync(model, 50))
+    run_blocking(engine.sync(model, 50))
     requests, generate = [], engine.llm.generate
 
     async def watched(prompt, params, *args, **more):
@@ -249,7 +253,7 @@ def test_ids_of_a_whole_trajectory_are_what_vllm_was_given_and_gave(lora, tokeni
     settings = Settings(max_new_tokens=24, max_tokens=512, max_turns=5)
     for example in EXAMPLES:
         requests.clear()
-        (t,) = wait(rollouts([example], chat, engine, Toolbox([add]), settings))
+        (t,) = run_blocking(rollouts([example], chat, engine, Toolbox([add]), settings))
         assert len(t.turn_starts) == 3 == len(requests) or t.stop == "length"
         ends = [start + len(new) for start, (_, new) in zip(t.turn_starts, requests, strict=True)]
         mask = [0] * len(t.ids)
@@ -265,7 +269,7 @@ def test_groups_and_turns_have_noise_of_their_own_and_seeds_repeat_it(lora, toke
     chat = Chat(tokenizer, "hermes", [])
     settings = Settings(max_new_tokens=16, max_tokens=256, max_turns=1, seed=5)
     play = [
-        wait(rollouts(EXAMPLES[:n], chat, engine, Toolbox([]), settings, samples=4))
+        run_blocking(rollouts(EXAMPLES[:n], chat, engine, Toolbox([]), settings, samples=4))
         for n in (4, 4, 2)
     ]
     texts = [[tuple(t.ids) for t in played] for played in play]
@@ -283,7 +287,7 @@ def test_more_prompt_than_fits_one_step_of_vllm(lora):
         turns = (engine.generate(ids, [], s) for ids, s in zip(long, how, strict=True))
         return await asyncio.gather(*turns)
 
-    assert all(len(out.ids) == 4 for out in wait(all_at_once()))
+    assert all(len(out.ids) == 4 for out in run_blocking(all_at_once()))
 
 
 # Sync: full weights and four bits
@@ -293,7 +297,7 @@ def in_between(engine, model):
     """Pitfall 32: a request before a sync is sampled to its end with the weights it began with, one
     that is asked for meanwhile begins with the new ones."""
     how = Sampling(temperature=0, max_new_tokens=100)
-    alone = wait(engine.generate(PROMPTS[1], [], how))
+    alone = run_blocking(engine.generate(PROMPTS[1], [], how))
 
     async def three():
         early = asyncio.create_task(engine.generate(PROMPTS[1], [], how))
@@ -307,7 +311,7 @@ def in_between(engine, model):
         assert early.done() and not late.done()
         return await early, await late, await engine.generate(PROMPTS[1], [], how)
 
-    early, late, after = wait(three())
+    early, late, after = run_blocking(three())
     assert early.ids == alone.ids and late.ids == after.ids != alone.ids
 
 
@@ -322,22 +326,22 @@ def test_versions_of_full_weights_are_the_trainers(folders, tokenizer, kind, mon
         three_versions(engine, model, tokenizer, 1e-4)
         in_between(engine, model)
         canary = Canary(PROMPTS[2], "float32")
-        wait(synced(engine, model, 3, canary))
+        run_blocking(synced(engine, model, 3, canary))
         weights_of = models.weights_of
         for version, half in enumerate(([0, 2], [1, 2]), 4):
             moved(model, version)
             part = slice(half[0], None, half[1])
             monkeypatch.setattr(models, "weights_of", lambda m, p=part: weights_of(m)[p])
             with pytest.raises(UserError, match=f"sync {version}: the engine"):
-                wait(synced(engine, model, version, canary))
+                run_blocking(synced(engine, model, version, canary))
             monkeypatch.undo()
-            wait(synced(engine, model, version, canary))  # and whole again
+            run_blocking(synced(engine, model, version, canary))  # and whole again
         moved(model, 9, 0.001)
         engine.version = 9
         with pytest.raises(UserError, match="sync 9: the engine"):
-            wait(canary.check(engine, model))
+            run_blocking(canary.check(engine, model))
     finally:
-        wait(engine.close())
+        run_blocking(engine.close())
 
 
 def test_versions_over_a_base_of_four_bits_are_the_trainers(folders, tokenizer):
@@ -348,11 +352,11 @@ def test_versions_over_a_base_of_four_bits_are_the_trainers(folders, tokenizer):
     try:
         three_versions(engine, model, tokenizer, 1e-4)
     finally:
-        wait(engine.close())
+        run_blocking(engine.close())
     plain, _ = models.load(folders["untied"], "none")
     canary = Canary(PROMPTS[2], "float32")
     with pytest.raises(UserError, match="differ"):  # while the base that was not rounded is another
-        wait(canary.check(TransformersEngine(plain, tokenizer), model))
+        run_blocking(canary.check(TransformersEngine(plain, tokenizer), model))
 
 
 # Servers
@@ -387,7 +391,7 @@ def caller(tokenizer, tmp_path_factory):
     (folder / "rows.jsonl").write_text(
         "".join(json.dumps({"prompt": "add 2 and 3", "answer": "5"}) + "\n" for _ in range(8))
     )
-    untrained = models.tiny(tokenizer, hidden_size=64, layers=2)
+    untrained = tiny_model.tiny(tokenizer, hidden_size=64, layers=2)
     models.save(untrained, tokenizer, folder / "begin")
     argv = [f"--model={folder / 'begin'}", f"--out_dir={folder / 'model'}", "--epochs=60"]
     argv += [f"--data={folder / 'data.jsonl'}", f"--tools={folder / 'add.py'}:add"]
@@ -481,12 +485,12 @@ def test_servers_are_evaluated_with_native_calls_and_with_ours(caller, servers, 
 def test_one_of_two_servers_is_killed_and_all_trajectories_finish(caller, servers, capsys):
     """64 trajectories with adapters of version 1 in both: none is lost, none counted twice, the
     log says what happened, and each is what the trainer would have sampled."""
-    import engine_server
+    from engines import servers
 
     model, tokenizer = models.load(str(caller / "model"), "lora", lora_r=4, lora_alpha=8)
     moved(model, 1, 0.02)
     urls = tuple(f"http://127.0.0.1:{port}" for port in servers)
-    engine = wait(engine_server.start(urls, str(caller / "model"), tokenizer, 20.0, 512))
+    engine = run_blocking(servers.start(urls, str(caller / "model"), tokenizer, 20.0, 512))
     chat = Chat(tokenizer, "hermes", Toolbox([add]).schemas)
     example = {"messages": [{"role": "user", "content": "add 2 and 3"}], "answer": "5", "id": 0}
     port, done = next(iter(servers)), []
@@ -498,14 +502,16 @@ def test_one_of_two_servers_is_killed_and_all_trajectories_finish(caller, server
 
     canary = Canary(chat.prompt(example["messages"]), "float32")
     try:
-        wait(synced(engine, model, 1, canary))
+        run_blocking(synced(engine, model, 1, canary))
         how = Settings(temperature=1.0, max_tokens=512, max_new_tokens=64, max_turns=3)
         box = Toolbox([add])
-        played = wait(rollouts([example] * 8, chat, engine, box, how, 1, 8, on_done=on_done))
+        played = run_blocking(
+            rollouts([example] * 8, chat, engine, box, how, 1, 8, on_done=on_done)
+        )
         assert any(f":{port} was lost" in line for line in engine.events)
         assert f":{port} was lost" in capsys.readouterr().err
     finally:
-        wait(engine.close())
+        run_blocking(engine.close())
     assert len(played) == len(done) == len(set(done)) == 64
     assert any(t.calls for t in played) and {t.version for t in played} == {1}
     for t in played[:8]:

@@ -7,9 +7,9 @@ The key is in the environment variable `key_env`. Each question stands alone: th
 run at once, and for how long, are the tool's options concurrency and timeout.
 """
 
-from config import UserError
+from run.config import UserError
 from tools import ToolError
-from tools.remote import fetch, key_for, not_understood, plain, secure
+from tools.calling.http import fetch, key_for, not_understood, plain, secure
 
 
 class ask:

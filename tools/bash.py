@@ -5,8 +5,9 @@ directory. There is no /proc, no /home and next to no /etc, so `ps` and `<(...)`
 Without bash on the machine it is sh. What is covered, and what not: see sandbox.py.
 """
 
-from config import UserError
-from tools import ToolError, sandbox
+from run.config import UserError
+from tools import ToolError
+from tools.sandbox import caller as sandbox
 
 
 class bash:

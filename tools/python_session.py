@@ -13,8 +13,10 @@ import asyncio
 import contextlib
 import socket
 
-from tools import DEADLINE, ToolError, sandbox
+from tools import ToolError
+from tools.calling.base import DEADLINE
 from tools.python import NO_OUTPUT
+from tools.sandbox import caller as sandbox
 
 LOST = "(a new session: what was defined before is lost)"
 

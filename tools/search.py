@@ -31,9 +31,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from config import UserError
+from run.config import UserError
 from tools import ToolError
-from tools.remote import fetch, not_understood, plain, secure
+from tools.calling.http import fetch, not_understood, plain, secure
 
 VERSION = 1  # of the index's form: an older one is made anew
 STAMP = "nanotool-bm25.json"  # in the index: what corpus it was made from

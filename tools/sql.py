@@ -37,7 +37,7 @@ from urllib.parse import quote
 if __name__ != "__main__":  # the worker below does without: it starts faster
     import subprocess
 
-    from config import UserError, near
+    from run.config import UserError, near
     from tools import ToolError
 
 MEMORY = 256 * 2**20  # bytes that SQLite may take; the worker has twice as much

@@ -1,0 +1,388 @@
+"""vLLM beside the trainer: the engine to sample with on a GPU; its CPU build is tested here.
+
+    pip install -e ".[vllm]"                                # on a machine with a GPU
+    python train_grpo.py --config calc.py --engine=vllm
+
+One request a turn, token ids in and out; turns and groups that begin alike share vLLM's prefix
+cache. What an update changed goes over before the next step:
+
+- adapters (tune=lora, qlora) as files in memory, under a new number for each version, never merged.
+  The base of qlora is its rounded weights, written out: what the trainer multiplies with;
+- full weights on a GPU by CUDA IPC, vLLM's own weight transfer, and elsewhere as a file in memory.
+
+vLLM runs in a process of its own that ends with this one, however this one ends.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import select
+import shutil
+import signal
+import tempfile
+import threading
+from collections import Counter
+from multiprocessing import resource_tracker
+from pathlib import Path
+
+import torch
+
+from engines.base import Completion, Sampling, ended
+from learning import model as models
+from learning import optim
+from run.config import UserError
+
+RANKS = 8, 16, 32, 64, 128, 256, 320, 512  # of adapters, that vLLM has room for
+
+
+def _package():
+    """vllm, imported as it has to be."""
+    # Read when vllm is imported, and by its processes. No statistics are sent to anybody.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # forked, its process would inherit the threads and the memory of this one
+    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    import vllm
+    import vllm.v1.engine.exceptions
+
+    return vllm
+
+
+class Worker:
+    """What our code adds to each of vLLM's workers (its worker_extension_cls)."""
+
+    def end_with(self, trainer: int) -> None:
+        """Ends vLLM's processes when the trainer was killed: nobody else would."""
+        handle = os.pidfd_open(trainer)  # a pid alone may be another's by then
+
+        def watch():
+            select.select([handle], [], [])
+            if os.getppid() not in (1, trainer):  # this one may be a worker below vLLM's own
+                os.kill(os.getppid(), signal.SIGKILL)
+            os._exit(1)
+
+        threading.Thread(target=watch, name="end_with", daemon=True).start()
+
+    def take_weights(self, file: str) -> None:
+        """Replaces all weights by those of a safetensors file, by vLLM's own reload."""
+        from safetensors.torch import load_file
+
+        self.reload_weights(weights_iterator=iter(load_file(file).items()))
+        if self.device.type != "cpu":
+            return
+        # On a CPU a tied head multiplies with a packed copy of the embedding, made when it was
+        # loaded; the reload replaces the embedding only.
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+        for layer in self.get_model().modules():
+            if "cpu_linear" in vars(layer) and layer.weight.numel():
+                dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+
+
+async def start(
+    name: str,
+    policy=None,
+    dtype: str = "float32",
+    full: bool = False,
+    lora_r: int = 0,
+    sleeps: bool = True,
+    tensor_parallel_size: int = 1,
+    kv_cache_gib: float = 0.0,
+    **more,
+) -> "VllmEngine":
+    """vLLM on the model `name`, or on an adapter and its base; takes half a minute.
+
+    policy: the model that is trained, or None; needed where its base is rounded (qlora). full:
+    whole weights will be synced; lora_r: adapters of this rank will be. sleeps: gives its GPU
+    memory away between rollouts. kv_cache_gib: 0 is what gpu_memory_utilization leaves on a GPU,
+    and 1 on a CPU. more: options of vLLM's own. To be awaited on the event loop on which the engine
+    will be used. UserError if it does not start.
+    """
+    vllm = _package()
+    cuda, adapter = torch.cuda.is_available(), models.is_adapter(name)
+    kind = torch.float32 if dtype == "float32" else torch.bfloat16  # mixed: its products
+    sleeps, by_ipc = sleeps and cuda, full and cuda and tensor_parallel_size == 1
+    options = {"tokenizer": models.find(name), "dtype": str(kind).removeprefix("torch.")}
+    options |= {"tensor_parallel_size": tensor_parallel_size, "enable_sleep_mode": sleeps, **more}
+    options |= _always(cuda, kv_cache_gib, more["max_model_len"])
+    options |= _room(lora_r or (models.adapter_settings(name)["r"] if adapter else 0))
+    if by_ipc:  # its handles are pickled, between processes of one user on one machine
+        os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+        options["weight_transfer_config"] = vllm.config.WeightTransferConfig(backend="ipc")
+    rounded = policy is not None and models.is_quantized(policy)
+    # two 4-bit weights count as one; written out, each takes four bytes at most
+    with _folder(8 * optim.count(policy)[1]) if rounded else contextlib.nullcontext() as folder:
+        if rounded:
+            models.save_dequantized(policy, name, dtype, folder)
+        llm = _started(options | {"model": folder or models.base_of(name)})
+    engine = VllmEngine(llm, kind, full, sleeps, by_ipc)
+    try:
+        await engine.begin(models.find(name) if adapter else "")
+    except BaseException:
+        await engine.close()
+        raise
+    return engine
+
+
+def _always(cuda: bool, kv_cache_gib: float, max_model_len: int) -> dict:
+    """Options that do not depend on the model."""
+    options = {
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
+        "generation_config": "vllm",  # the model's own would add stop tokens and a top_p
+        "worker_extension_cls": "engines.vllm.Worker",
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if not cuda:
+        # A prompt in chunks ends vLLM's process on a CPU, where noise has a seed for each request
+        # ("CPU Generator does not use offset", 0.32).
+        options["enable_chunked_prefill"] = False
+        options["max_num_batched_tokens"] = max(2048, max_model_len)
+    if kv_cache_gib or not cuda:
+        options["kv_cache_memory_bytes"] = int((kv_cache_gib or 1) * 2**30)
+    return options
+
+
+def _room(rank: int) -> dict:
+    """Options for adapters of this rank; none for 0."""
+    if rank > RANKS[-1]:
+        raise UserError(f"lora_r = {rank}: vLLM takes at most {RANKS[-1]}")
+    if not rank:
+        return {}
+    room = next(size for size in RANKS if size >= rank)
+    # two: requests that are still being sampled keep the adapter that they began with
+    return {"enable_lora": True, "max_lora_rank": room, "max_loras": 2, "max_cpu_loras": 2}
+
+
+def _started(options: dict):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    # Ctrl-C goes to all processes of a terminal. Those that are begun here inherit that they do not
+    # hear it: vLLM would end, while the trainer still wants to finish its step. Python's resource
+    # tracker lifts the block when it starts, so it has to run already.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
+    except (ValueError, RuntimeError, OSError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"vLLM did not start on {options['model']!r}: {why} (its own lines are above; set "
+            "VLLM_LOGGING_LEVEL=INFO for more)"
+        ) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class VllmEngine:
+    """vLLM's AsyncLLM behind the interface of engine.py, made by `start`."""
+
+    def __init__(self, llm, dtype: torch.dtype, full: bool, sleeps: bool, by_ipc: bool):
+        self.llm, self.dtype, self.full = llm, dtype, full
+        self.sleeps, self.by_ipc, self.asleep = sleeps, by_ipc, False
+        self.version, self.requests, self.adapters = 0, 0, 0
+        self.adapter = None  # vLLM's LoRARequest of the version in use
+        self.flying = Counter()  # requests that are being sampled, by version
+        self.ready = asyncio.Event()  # clear while full weights are exchanged
+        self.ready.set()
+
+    async def begin(self, adapter: str) -> None:
+        """Once, when vLLM runs. adapter: a folder, to be sampled from until the first sync."""
+        # no traceback of its own when its process has died: ours is one sentence
+        logging.getLogger("vllm.v1.engine.async_llm").setLevel(logging.CRITICAL)
+        await self._alive(self.llm.collective_rpc("end_with", args=(os.getpid(),)))
+        if self.by_ipc:
+            from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+            request = WeightTransferInitRequest(init_info={"packed": False})
+            await self._alive(self.llm.init_weight_transfer_engine(request))
+        if adapter:
+            await self._adopt(adapter, 0)
+
+    def join(self) -> None:
+        """Nobody waits for anybody: vLLM batches whatever is there."""
+
+    def leave(self) -> None:
+        """Nobody waits for anybody."""
+
+    async def generate(self, ids: list[int], images: list, sampling: Sampling) -> Completion:
+        from vllm import SamplingParams
+
+        if images:
+            raise ValueError("images were given to a text-only engine: use a vision model")
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=1.0,
+            seed=sampling.seed,
+            max_tokens=sampling.max_new_tokens,
+            stop_token_ids=list(sampling.stop_ids),
+            ignore_eos=True,  # only what the format says ends a turn
+            stop=list(sampling.stop_strings),
+            detokenize=bool(sampling.stop_strings),
+            skip_special_tokens=False,
+            logprobs=0,  # of the sampled token alone
+            output_kind=_final_only(),
+        )
+        out = await self._ask(ids, params)
+        done = out.outputs[0]
+        finish, new = ended(done.finish_reason, done.stop_reason), list(done.token_ids)
+        logprobs = [seen[token].logprob for token, seen in zip(new, done.logprobs, strict=True)]
+        return Completion(new, logprobs, finish)
+
+    async def score(self, ids: list[int]) -> list[list[float]]:
+        """The logprob of each of ids[1:], at temperature 1, with the weights in use."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, output_kind=_final_only()
+        )
+        out = await self._ask(ids, params)
+        pairs = zip(ids[1:], out.prompt_logprobs[1:], strict=True)
+        return [[seen[token].logprob for token, seen in pairs]]
+
+    async def _ask(self, ids: list[int], params):
+        """vLLM's last word on one request."""
+        await self.ready.wait()
+        version, adapter = self.version, self.adapter
+        self.requests += 1
+        # salted: whatever another version has left in the prefix cache is never used
+        prompt = {"prompt_token_ids": ids, "cache_salt": f"version {version}"}
+        answers = self.llm.generate(prompt, params, str(self.requests), lora_request=adapter)
+        self.flying[version] += 1
+        try:
+            async for answer in answers:
+                out = answer  # there is only one, when all is sampled
+        except _package().v1.engine.exceptions.EngineDeadError:
+            raise _dead() from None
+        finally:
+            self.flying[version] -= 1
+        if out.prompt_token_ids != ids:
+            raise RuntimeError("vLLM was given other token ids than it confirms")
+        return out
+
+    async def _alive(self, call):
+        """The result of a call to vLLM's process. UserError if that dies meanwhile: vLLM itself
+        would wait for ever."""
+        task = asyncio.ensure_future(call)
+        try:
+            while not task.done():
+                await asyncio.wait((task,), timeout=0.5)
+                if not task.done() and self.llm.errored:
+                    raise _dead()
+            return task.result()
+        except _package().v1.engine.exceptions.EngineDeadError:
+            raise _dead() from None
+        finally:
+            task.cancel()
+
+    async def sync(self, model, version: int) -> None:
+        """From now on, sample from these weights. What is being sampled keeps those it began with:
+        with adapters both are there for a while, full weights wait for it, and what is asked for
+        meanwhile waits for them. Wakes vLLM's weights if it sleeps, but not its cache: `wake` does,
+        when the trainer has given back its memory."""
+        if self.asleep:
+            torch.cuda.empty_cache()  # what the trainer has kept for its next step
+            await self._alive(self.llm.wake_up(["weights"]))
+        if models.adapters_of(model):
+            trained = (p.nbytes for p in model.parameters() if p.requires_grad)
+            with _folder(sum(trained)) as folder:
+                model.save_pretrained(folder, selected_adapters=["default"])
+                await self._adopt(folder, version)
+        else:
+            self.ready.clear()
+            try:
+                await self._drain(self.version)
+                await (self._hand_over(model) if self.by_ipc else self._write(model))
+                self.version = version
+            finally:
+                self.ready.set()
+        await self._alive(self.llm.reset_prefix_cache())
+
+    async def _adopt(self, folder: str, version: int) -> None:
+        """Samples from the adapter in `folder`, and drops the one before it when nobody uses it."""
+        from vllm.lora.request import LoRARequest
+
+        before, old = self.adapter, self.version
+        self.adapters += 1  # a number never stands for two adapters
+        adapter = LoRARequest(f"version-{version}-{self.adapters}", self.adapters, folder)
+        await self._alive(self.llm.add_lora(adapter))
+        self.adapter, self.version = adapter, version
+        if before:
+            await self._drain(old)
+            await self._alive(self.llm.remove_lora(before.lora_int_id))
+
+    async def _drain(self, version: int) -> None:
+        while self.flying[version]:
+            await asyncio.sleep(0.01)
+
+    async def _write(self, model) -> None:
+        """Full weights through a file in memory."""
+        from safetensors.torch import save_file
+
+        weights = {name: w.to(self.dtype).contiguous() for name, w in models.weights_of(model)}
+        with _folder(sum(w.nbytes for w in weights.values())) as folder:
+            save_file(weights, Path(folder) / "weights.safetensors")
+            del weights
+            file = str(Path(folder) / "weights.safetensors")
+            await self._alive(self.llm.collective_rpc("take_weights", args=(file,)))
+
+    async def _hand_over(self, model) -> None:
+        """Full weights from GPU memory to GPU memory, by handles to it."""
+        from torch.multiprocessing.reductions import reduce_tensor
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        gpu = str(torch.cuda.get_device_properties(model.device).uuid)
+        pairs = [(name, w.to(self.dtype).contiguous()) for name, w in models.weights_of(model)]
+        info = {
+            "names": [name for name, _ in pairs],
+            "dtype_names": [str(self.dtype).removeprefix("torch.")] * len(pairs),
+            "shapes": [list(weight.shape) for _, weight in pairs],
+            "ipc_handles": [{gpu: reduce_tensor(weight)[1]} for _, weight in pairs],
+        }
+        torch.cuda.synchronize()
+        await self._alive(self.llm.start_weight_update())
+        await self._alive(self.llm.update_weights(WeightTransferUpdateRequest(update_info=info)))
+        await self._alive(self.llm.finish_weight_update())
+        del pairs  # not before: a handle does not keep the memory that it points to
+        torch.cuda.ipc_collect()
+
+    async def sleep(self) -> None:
+        """Gives vLLM's GPU memory to the trainer: the cache, and the weights too, which go to main
+        memory (adapters) or nowhere (full: the next sync brings all of them). On a CPU nothing."""
+        if self.sleeps and not self.asleep:
+            await self._alive(self.llm.sleep(level=2 if self.full else 1))
+            self.asleep = True
+
+    async def wake(self) -> None:
+        """Takes the memory of the cache back, after a sync."""
+        if self.asleep:
+            await self._alive(self.llm.wake_up(["kv_cache"]))
+            self.asleep = False
+
+    async def close(self) -> None:
+        self.llm.shutdown()
+        self.llm.shutdown = lambda: None  # which its __del__ calls, when modules are gone already
+
+
+def _final_only():
+    from vllm.sampling_params import RequestOutputKind
+
+    return RequestOutputKind.FINAL_ONLY
+
+
+def _dead() -> UserError:
+    return UserError(
+        "vLLM's process has died (killed for memory? its own lines are above): what was saved is "
+        "whole, so go on with --resume=true"
+    )
+
+
+def _folder(size: int) -> tempfile.TemporaryDirectory:
+    """A folder in memory if `size` bytes fit twice, else on the disk, as in a container whose
+    /dev/shm is too small for anything."""
+    shm = Path("/dev/shm")
+    free = shutil.disk_usage(shm).free if shm.is_dir() and os.access(shm, os.W_OK) else 0
+    return tempfile.TemporaryDirectory(prefix="nanotool-", dir=shm if free > 2 * size else None)

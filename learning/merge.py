@@ -1,0 +1,43 @@
+"""Merges an adapter into the model it was trained on: a plain model that needs no peft.
+
+    python -m learning.merge --adapter=out/calc_lora --out_dir=out/merged --dtype=float32
+    python evaluate.py --run=out/calc_lora --model=out/merged
+
+Adapters of tune=lora and qlora alike. The base is loaded again, never with 4 bits a weight: adding
+to rounded weights and rounding the sum would lose a part of what was learnt. After qlora the merged
+model is still another one than the one trained, whose base was rounded: evaluate it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from run import config
+
+if __name__ == "__main__":
+    config.answer_help(__file__)
+
+from learning import model as models
+from run.config import UserError
+
+
+@dataclass
+class Config:
+    adapter: str = ""  # the folder that train_grpo.py or train_sft.py wrote with tune=lora, qlora
+    out_dir: str = "out/merged"  # must be new or empty
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the merged weights
+
+
+def merge(cfg: Config) -> None:
+    """Writes the merged model and its tokenizer to out_dir. UserError where there is no adapter."""
+    if not cfg.adapter:
+        raise UserError("adapter is missing: write --adapter=<folder of a run with tune=lora>")
+    model, tokenizer = models.load(cfg.adapter, "none", cfg.dtype, "cpu")
+    if not models.adapters_of(model):
+        raise UserError(f"adapter = {cfg.adapter!r} is a whole model: there is nothing to merge")
+    out_dir = config.fresh_dir(cfg.out_dir)
+    models.save(model.merge_and_unload(), tokenizer, out_dir)
+    print(f"saved: {out_dir}")
+
+
+if __name__ == "__main__":
+    config.main(lambda argv: merge(config.parse(Config, argv)))

@@ -1,0 +1,124 @@
+"""Tiny models, made from scratch: their chat template, tokenizer and weights."""
+
+import re
+
+import torch
+
+# ChatML with tools, as Qwen writes it, for models that are made here.
+TEMPLATE = """\
+{%- if tools or messages[0].role == 'system' -%}
+  {{- '<|im_start|>system\\n' -}}
+  {{- messages[0].content if messages[0].role == 'system' -}}
+  {%- if tools -%}
+    {{- '\\nTools: ' + (tools | tojson) -}}
+    {{- ' Call one as <tool_call>{"name": ..., "arguments": ...}</tool_call>' -}}
+  {%- endif -%}
+  {{- '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+  {%- if message.role == 'user' -%}
+    {{- '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' -}}
+  {%- elif message.role == 'assistant' -%}
+    {{- '<|im_start|>assistant\\n' + message.content -}}
+    {%- for call in message.tool_calls or [] -%}
+      {{- '\\n' if message.content or not loop.first -}}
+      {{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' -}}
+      {{- (call.function.arguments | tojson) + '}\\n</tool_call>' -}}
+    {%- endfor -%}
+    {{- '<|im_end|>\\n' -}}
+  {%- elif message.role == 'tool' -%}
+    {{- '<|im_start|>user' if loop.previtem.role != 'tool' -}}
+    {{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' -}}
+    {{- '<|im_end|>\\n' if loop.last or loop.nextitem.role != 'tool' -}}
+  {%- endif -%}
+{%- endfor -%}
+{{- '<|im_start|>assistant\\n' if add_generation_prompt -}}
+"""
+
+
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+
+
+def tiny_tokenizer(conversations: list[list[dict]], tools: list[dict], whole_names: bool = False):
+    """A byte-level BPE tokenizer trained on the conversations, with TEMPLATE as its chat template.
+
+    Digits are single tokens, so numbers are copied digit by digit, and a line break ends a token,
+    as the roles of the template do. All else may merge, across words too, so the parts of a task
+    that never change take few tokens. whole_names: a word with a capital is a token of its own, so
+    that names are copied whole; and the system prompt with its tool schemas, which never changes in
+    a task, is one token: with several tools it would be most of what a model reads.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    def wrap(inner, more=()):
+        wrapped = PreTrainedTokenizerFast(
+            tokenizer_object=inner,
+            eos_token="<|im_end|>",
+            pad_token="<|endoftext|>",
+            additional_special_tokens=["<|im_start|>"],
+            chat_template=TEMPLATE,
+        )
+        plain = (*MARKERS, *more)
+        wrapped.add_tokens([AddedToken(m, special=False, normalized=False) for m in plain])
+        return wrapped
+
+    alone = r"\d|[A-Z][a-z]+" if whole_names else r"\d"
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(alone), "isolated"),
+            pre_tokenizers.Split("\n", "merged_with_previous"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    inner.decoder = decoders.ByteLevel()
+    untrained = wrap(Tokenizer.from_str(inner.to_str()))
+    between = re.compile("|".join(map(re.escape, CONTROL + MARKERS)))
+    texts = [
+        between.split(untrained.apply_chat_template(talk, tools=tools or None, tokenize=False))
+        for talk in conversations
+    ]
+    # what stands behind the first <|im_start|>, if it is the same in all of them
+    first = texts[0][1]
+    is_one = first.startswith("system\n") and all(parts[1] == first for parts in texts)
+    system = [first] if whole_names and is_one else []
+    trainer = trainers.BpeTrainer(
+        vocab_size=(2048 if whole_names else 768) - len(MARKERS) - len(system),
+        special_tokens=list(CONTROL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator((p for parts in texts for p in parts if p not in system), trainer)
+    return wrap(inner, system)
+
+
+def tiny(tokenizer, seed: int = 0, hidden_size: int = 96, layers: int = 4, heads: int = 2):
+    """A Qwen3-shaped model from scratch, about 0.55 M parameters with a vocabulary of 768.
+
+    Qwen3 and not Qwen2: with its normalised queries and keys, copying is learnt in half the steps.
+    The same goes for the initial weights, which at this width are larger than the usual 0.02.
+    """
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            head_dim=hidden_size // heads,
+            max_position_embeddings=4096,
+            initializer_range=0.07,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )

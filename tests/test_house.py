@@ -1,0 +1,173 @@
+"""Rules of the source that a reader relies on: where things are, and what imports what.
+
+pytest tests/test_house.py
+"""
+
+import ast
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+
+import rollout
+import train_grpo
+import train_sft
+from run import config
+from train_grpo import Config
+
+ROOT = Path(config.HERE)
+# The rooms, from the ground up: a file imports from its own room and from those above it here.
+ROOMS = """
+    trajectory run loss formats tasks learning engines tools grading chat data rewards
+    rollout player train_grpo train_sft play evaluate demo serve
+""".split()
+OTHERS = ("configs", "bench", "notebooks", "dev")  # folders that no file of a room imports from
+SHIPPED = sorted(
+    path
+    for path in ROOT.rglob("*.py")
+    if path.relative_to(ROOT).parts[0] in {*ROOMS, *OTHERS} or path.parent == ROOT
+)
+ALL = SHIPPED + sorted((ROOT / "tests").rglob("*.py"))
+
+
+def names(paths):
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+def room_of(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def module_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in SHIPPED if room_of(path) in ROOMS}
+
+
+def imported(path):
+    """[(module of ours, line, whether it is imported inside of a function)]."""
+    tree = ast.parse(path.read_text())
+    at_the_top = set()
+    for node in tree.body:
+        inner = node.body if isinstance(node, ast.If) else [node]  # below answer_help
+        at_the_top |= set(map(id, inner))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            wanted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            wanted = [f"{node.module}.{alias.name}" for alias in node.names]
+            wanted = [name if name in MODULES else node.module for name in wanted]
+        else:
+            continue
+        inside = id(node) not in at_the_top
+        found += [(name, node.lineno, inside) for name in wanted if name in MODULES]
+    return found
+
+
+def test_the_root_holds_the_story_and_the_entry_points():
+    assert len(list(ROOT.glob("*.py"))) <= 13
+    assert {path.stem for path in ROOT.glob("*.py")} <= set(ROOMS)
+
+
+@pytest.mark.parametrize("path", MODULES.values(), ids=names(MODULES.values()))
+def test_arrows_point_down(path):
+    """From a script to what it uses, never back: so there is no circle of rooms."""
+    height = ROOMS.index(room_of(path))
+    for module, line, _ in imported(path):
+        room = module.partition(".")[0]
+        assert ROOMS.index(room) <= height, f"line {line}: {room_of(path)} imports {module}"
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    arrows = {}
+    for module, path in MODULES.items():
+        arrows[module] = {name for name, *_ in imported(path)} - {module}
+    while arrows:
+        free = [module for module, wanted in arrows.items() if not wanted & arrows.keys()]
+        assert free, f"these import each other in a circle: {', '.join(sorted(arrows))}"
+        for module in free:
+            del arrows[module]
+
+
+@pytest.mark.parametrize("path", ALL, ids=names(ALL))
+def test_nothing_is_imported_by_a_star(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        stars = isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names)
+        assert not stars, f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", ALL, ids=names(ALL))
+def test_lines_have_at_most_100_columns(path):
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    assert [number for number, line in lines if len(line) > 100] == []
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=names(SHIPPED))
+def test_shipped_code_has_no_bare_except_no_global_and_nothing_left_to_do(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not isinstance(node, ast.Global), f"global in line {node.lineno}"
+        bare = isinstance(node, ast.ExceptHandler) and node.type is None
+        assert not bare, f"bare except in line {node.lineno}"
+    assert re.findall(r"\b(?:TODO|FIXME|XXX|HACK)\b", path.read_text()) == []
+
+
+@pytest.mark.parametrize("script", [train_grpo, train_sft])
+def test_every_key_says_in_a_trailing_comment_what_it_is(script):
+    """--help prints this source and nothing else."""
+    path = Path(script.__file__)
+    with open(path, "rb") as file:
+        comments = {
+            token.start[0]: token.string.lstrip("# ")
+            for token in tokenize.tokenize(file.readline)
+            if token.type == tokenize.COMMENT and token.line.strip() != token.string
+        }
+    for node in class_of(path).body:
+        if isinstance(node, ast.AnnAssign):
+            lines = range(node.lineno, node.end_lineno + 1)  # a long default has it inside
+            said = [comments[line] for line in lines if line in comments]
+            assert said and len(said[0]) >= 3, f"{node.target.id} has no comment"
+
+
+@pytest.mark.parametrize("script", [train_grpo, train_sft])
+def test_every_key_is_used_somewhere(script):
+    """Pitfall 55: by name, `cfg.key`, or in settings that are taken from a config by name."""
+    keys = set(script.Config.__dataclass_fields__)
+    read = set(rollout.Settings.__dataclass_fields__) if script is train_grpo else set()
+    for path in MODULES.values():
+        read |= set(re.findall(r"\bcfg\.(\w+)", path.read_text()))
+    assert keys - read == set()
+
+
+def class_of(path):
+    (node,) = [
+        node
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name == "Config"
+    ]
+    return node
+
+
+def test_the_keys_of_a_rollout_and_its_settings_are_keys_of_the_training_config():
+    """Pitfall 55: what play.py and evaluate.py accept is there to be set."""
+    fields = set(Config.__dataclass_fields__)
+    keys = config.ROLLOUT_KEYS
+    assert set(keys) <= fields and len(set(keys)) == len(keys)
+    settings = set(rollout.Settings.__dataclass_fields__)
+    assert settings <= fields and settings <= set(keys)
+    assert rollout.Settings.of(Config()) == rollout.Settings()  # no two defaults of one thing
+
+
+def test_every_config_file_fits_the_script_that_its_first_line_is_for():
+    """Its first comment says the hardware; SFT's are those with sft in their name."""
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        script = train_sft if {"sft"} & set(path.stem.split("_")) else train_grpo
+        cfg = config.parse(script.Config, ["--config", str(path)], script.check)
+        assert cfg.out_dir.startswith("out/")
+        assert path.read_text().startswith("# "), (
+            f"{path.name}: what hardware, how long, what number?"
+        )
+        assert 5 <= len(path.read_text().splitlines()) <= 40

@@ -1,0 +1,303 @@
+"""What is put around code that a model wrote: each call, or session, in a confined process.
+
+This file is the caller's side, in the trainer: call() and exchange() hand code over and get output
+back, observation() makes of it what the model reads. The other side runs in processes of its own,
+which _popen() starts: fork_server.py, child.py's main(), and confine.py, which makes the layers.
+On Linux these are fork servers, each started at its first call:
+
+    light   standard library only (50 ms to start, a few ms of CPU for each call)
+    heavy   numpy and sympy imported (a second, once); for code that names such a package, and for
+            sessions. An import works in both: which one a call gets is a question of speed
+    shell   for tools/bash.py: the same, and the machine's programs can be seen
+
+A server forks one child per call, kills the child whose caller has gone, and ends when its parent
+ends, however that ends. Elsewhere (macOS) each call starts a python of its own (40 ms), which forks
+the child, and ends in the same ways.
+
+What is covered, where layers() says so (Linux, root or not):
+
+    network_namespace  no network, not even loopback
+    private_root       own mount namespace: of the machine's files there are only python's library,
+                       the shared libraries, fork_server.PACKAGES, and for bash the PROGRAMS,
+                       read-only; no /proc, no /home, next to no /etc; /tmp is the scratch
+                       directory, a file system of SCRATCH_SIZE bytes that ends with the call
+    pid_namespace      sees and signals no process but its own; when the call ends, all of them
+                       end, whatever they forked, daemonised or ignored
+    own_user           if we are root: an unprivileged user id
+    user_namespace     one per call: its own count of processes, and no way to nest another
+    no_capabilities, no_new_privileges
+    seccomp            no socket(), ptrace(), mount() and such, and nothing that lives on or that no
+                       limit counts (System V IPC, memfd). Without a PID namespace (Docker's
+                       default) no new process and no signal either: to kill one is to kill all
+    limit_...          the constants of confine.py, also elsewhere. There limit_processes means no
+                       new process at all, since those that the user has are counted
+    Always: own session and process group, killed whole when the call ends, the deadline comes, the
+    caller goes, or the trainer dies; none of our file descriptors and environment; a scratch
+    directory that is removed; no more output than is asked for.
+
+What is not covered: bugs of the kernel; side channels; the limits on CPU and memory hold for each
+process of a call, not for their sum. Without private_root the code reads what its user may read (if
+we are not root also /proc/<pid>/environ and mem of the trainer), and may leave files where its user
+may write, in /tmp say, in any number. Without pid_namespace and seccomp, what it daemonises lives
+on. In a session what a call leaves running goes on between calls, until the session ends; and there
+the limit on CPU time is an exception, which code can catch (confine.SESSION_CPU_SECONDS it cannot).
+Run models that you do not trust in a virtual machine too.
+
+What is not covered elsewhere (macOS): all of that, and none of the layers but limit_..., so code is
+held from accidents, not from malice. It runs as your user: reads, changes and deletes what you may,
+uses the network, and may signal your processes: the trainer, or the one that watches over it, and
+then nothing ends it and its directory stays. Without limit_processes (root), what makes a session
+of its own lives on. macOS refuses limit_memory: until the deadline a call may take all memory. bash
+does not run there, nor where there is no PID namespace. Windows has no way; the tools say so.
+"""
+
+import asyncio
+import atexit
+import contextlib
+import json
+import math
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+from tools.calling.base import DEADLINE, ToolError, shorten
+from tools.sandbox import confine, fork_server
+
+WALL_SECONDS = 60.0  # for callers without a deadline, which a Toolbox is not
+CODE_SIZE = 100_000  # bytes of code
+OUTPUT_SIZE = 1_000_000  # bytes; code that writes more is killed
+SHOWN = 20_000  # characters of output that are returned: head and tail, the cut marked
+
+
+async def call(server: str, code: str) -> tuple[bytearray, dict | None]:
+    """Runs `code` in a fresh process, a child of that server. -> output; the reply, None if the
+    output was too long. Leaving, if only by a cancellation, kills the child: the server sees the
+    socket close."""
+
+    async def hand_over(ctl, out):
+        if has_fork_server():
+            await send(server, b"run %d" % cpu_seconds(), ctl, out)
+        else:
+            _popen_alone(f"one {cpu_seconds()}", ctl, out)
+
+    data = encoded(code)
+    for _ in range(3):  # a server that died left nothing of the call behind: run it again
+        try:
+            async with asyncio.timeout(None if DEADLINE.get() else WALL_SECONDS):
+                output, reply, _ = await exchange(hand_over, data)
+            return output, reply
+        except TimeoutError:
+            raise ToolError("timeout", f"error: stopped after {WALL_SECONDS:g} s") from None
+        except ConnectionError:
+            await asyncio.sleep(0.05)  # one that is dying may still take requests
+    raise RuntimeError("the sandbox died three times during the call")
+
+
+def cpu_seconds() -> int:
+    """That each process of a call may take: no fewer than the call has, by the caller's clock."""
+    return max(confine.CPU_SECONDS, math.ceil(min(DEADLINE.get(), 1e9)))  # what setrlimit takes
+
+
+def encoded(code: str) -> bytes:
+    data = code.encode("utf-8", "surrogatepass")
+    if len(data) > CODE_SIZE:
+        raise ToolError("bad_arguments", f"error: the code is longer than {CODE_SIZE} bytes")
+    return data
+
+
+async def exchange(hand_over, data, session=None):
+    """One call. -> output, reply, whether the session has ended. `hand_over` gives the far ends of
+    two sockets, made for this call alone, to who runs it: a session's code cannot speak in a later
+    call. `session`: the socket on which the server tells its end. Raises ConnectionError if the
+    sandbox died. The reply is None if the output was too long."""
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+    output = bytearray()
+    ctl, far_ctl = socket.socketpair()
+    out, far_out = socket.socketpair()
+    watched = [out, ctl] + [session] * (session is not None)
+
+    def on_output():
+        while len(output) <= OUTPUT_SIZE:
+            try:
+                chunk = out.recv(1 << 16)
+            except BlockingIOError:
+                return
+            output.extend(chunk)
+            if not chunk:  # all its writers have closed it, but may run on
+                loop.remove_reader(out)
+                return
+        if not done.done():
+            done.set_result((b"", True))  # too long: no reply is waited for
+
+    def on_reply(side):
+        try:
+            reply = side.recv(4096)
+        except ConnectionResetError:  # closed before it had read all that we sent
+            reply = b""
+        loop.remove_reader(side)
+        ours = side is not ctl or session is None
+        if not done.done() and (reply or ours):  # else: the session's end is told on `session`
+            done.set_result((reply, side is session))
+
+    try:
+        for side in watched:
+            side.setblocking(False)
+        try:
+            await hand_over(far_ctl, far_out)
+        finally:
+            far_ctl.close()
+            far_out.close()
+        loop.add_reader(out, on_output)
+        for side in watched[1:]:
+            loop.add_reader(side, on_reply, side)
+        with contextlib.suppress(ConnectionError):  # it died: on_reply says so
+            await loop.sock_sendall(ctl, struct.pack("=I", len(data)) + data)
+        reply, ended = await done
+        on_output()  # what was written before the reply
+        if len(output) > OUTPUT_SIZE:
+            return output, None, True
+        return output, _parsed(reply), ended
+    finally:
+        for side in watched:
+            loop.remove_reader(side)
+        ctl.close()
+        out.close()
+
+
+def _parsed(reply):
+    if not reply:
+        raise ConnectionResetError("the sandbox died")
+    return json.loads(reply)
+
+
+def observation(
+    output: bytearray, reply: dict | None, raised: int | None = fork_server.RAISED
+) -> str:
+    """What the model reads. Raises ToolError if that is an error. `raised`: the exit status that
+    tells of an exception, of which the output has the traceback."""
+    text = shorten(output.decode("utf-8", "replace").rstrip("\n"), SHOWN)
+    if reply is None:
+        raise ToolError("oversized", f"{text}\n(killed: more than {OUTPUT_SIZE} bytes of output)")
+    if "broken" in reply:
+        raise RuntimeError(f"the sandbox could not start a process: {reply['broken']}")
+    status = os.waitstatus_to_exitcode(reply["status"])
+    if status == raised:
+        raise ToolError("exception", text or f"(exit code {raised})")
+    if status < 0:
+        # 0.7: the kernel holds to the limit by counting ticks, and reports what it measured
+        by_limit = -status in (signal.SIGKILL, signal.SIGXCPU)
+        if by_limit and reply["cpu"] > 0.7 * cpu_seconds():
+            limit = f"(killed: {cpu_seconds()} s of CPU time)"
+            raise ToolError("timeout", f"{text}\n{limit}".lstrip())
+        name = signal.Signals(-status).name
+        raise ToolError("exception", f"{text}\n(the process was killed by {name})".lstrip())
+    return f"{text}\n(exit code {status})".lstrip() if status else text
+
+
+def layers(server: str = "light") -> dict[str, bool]:
+    """Which layers of sandbox.py's docstring are in force on this system. Starts the server."""
+    near, far = socket.socketpair()
+    with near:
+        with far:
+            if has_fork_server():
+                while not _try_send(server, b"layers", [far.fileno()]):
+                    time.sleep(0.005)
+            else:
+                _popen("layers", far, far).wait()
+        return _parsed(near.recv(4096))
+
+
+def has_fork_server() -> bool:
+    """The one place that chooses between the two ways to run a call."""
+    return sys.platform == "linux"
+
+
+async def send(server, message, *sockets):
+    while not _try_send(server, message, [each.fileno() for each in sockets]):
+        await asyncio.sleep(0.005)  # hundreds of calls wait for the server already
+
+
+async def send_session(ctl, requests):
+    """Starts a session, whose calls come over `requests`; it ends when the other end of `ctl` is
+    closed. The server tells its end on `ctl`."""
+    if has_fork_server():
+        await send("heavy", b"session %d" % cpu_seconds(), ctl, requests)
+    else:
+        _popen_alone(f"session {cpu_seconds()}", ctl, requests)
+
+
+# name -> (process, our end of its control socket); one of each name per process of ours
+_servers = {}
+_lock = [threading.Lock()]
+
+
+def _try_send(server, message, fds):
+    """Hands a request and its sockets to the server, which is started if there is none that lives.
+    False if its queue is full."""
+    with _lock[0]:
+        for _ in range(2):
+            if server in _servers and _servers[server][0].poll() is not None:
+                _forget(server)
+            if server not in _servers:
+                near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                near.setblocking(False)
+                with far:
+                    _servers[server] = _popen(server, far, None), near
+            process, control = _servers[server]
+            try:
+                socket.send_fds(control, [message], fds)
+                return True
+            except BlockingIOError:
+                return False
+            except ConnectionError:  # it died since poll()
+                process.wait()
+    raise ConnectionResetError("the sandbox died")
+
+
+def _popen_alone(what, first, second):
+    """For one call or session, where there is no server to end it."""
+    process = _popen(what, first, second)
+    threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie
+
+
+def _popen(what, stdin, stdout):
+    """Runs child.py's main() in a process of its own. Blocks for the milliseconds that takes."""
+    # Not as a script: that would be compiled each time. The folder comes last, and goes again: a
+    # tool named as a module of python's library must not replace it.
+    code = "import sys; sys.path.append(sys.argv[1]); import child; sys.path.pop(); child.main()"
+    # -s -S -P and an empty environment: what -I does, but a fixed hash seed. LD_LIBRARY_PATH: some
+    # pythons do not start without it.
+    keep = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}
+    packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    arguments = [os.path.dirname(__file__), what, str(os.getpid()), *packages]
+    return subprocess.Popen(
+        [sys.executable, "-s", "-S", "-P", "-c", code, *arguments],
+        stdin=stdin,
+        stdout=stdout or subprocess.DEVNULL,
+        env=keep | fork_server.ONE_THREAD | {"PYTHONHASHSEED": "0"},
+        cwd="/",
+        start_new_session=True,  # Ctrl-C is for the trainer alone
+    )
+
+
+def _forget(server):
+    """Also in the child of a fork of ours: it shares the server's socket but must not use it."""
+    process, control = _servers.pop(server)
+    control.close()
+    process.returncode = 0  # nothing to wait for
+
+
+def _forget_all():
+    _lock[0] = threading.Lock()  # after a fork: the old one may have been held
+    for server in list(_servers):
+        _forget(server)
+
+
+os.register_at_fork(after_in_child=_forget_all)
+atexit.register(_forget_all)  # the servers end when this process does; this says so to python
