@@ -35,37 +35,41 @@ class Config:
 def run(cfg: Config) -> dict:
     """Trains and evaluates; returns what it prints at the end."""
     started = time.monotonic()
-    sft, grpo = f"{cfg.out_dir}/{cfg.task}_sft", f"{cfg.out_dir}/{cfg.task}"
-    tuned, learnt = ["--config", f"{cfg.task}_sft.py"], ["--config", f"{cfg.task}.py"]
-    for folder in (sft, grpo):
+    sft_dir = f"{cfg.out_dir}/{cfg.task}_sft"
+    grpo_dir = f"{cfg.out_dir}/{cfg.task}"
+    for folder in (sft_dir, grpo_dir):
         config.fresh_dir(folder)  # both, before the first minute is spent
     seed = f"--seed={cfg.seed}"
+    sft_argv = ["--config", f"{cfg.task}_sft.py", f"--out_dir={sft_dir}", seed]
+    grpo_argv = ["--config", f"{cfg.task}.py", f"--out_dir={grpo_dir}", f"--model={sft_dir}", seed]
+    sft_cfg = config.parse(train_sft.Config, sft_argv, train_sft.check)
+    grpo_cfg = config.parse(train_grpo.Config, grpo_argv, train_grpo.check)
 
     print("\n1. SFT: the form of a tool call, from demonstrations that are often wrong\n")
-    argv = [*tuned, f"--out_dir={sft}", seed]
-    train_sft.train(config.parse(train_sft.Config, argv, train_sft.check))
-    argv = [*learnt, f"--model={sft}", f"--out_dir={grpo}", seed]
-    cfg_grpo = config.parse(train_grpo.Config, argv, train_grpo.check)
-    before = evaluated(cfg_grpo, sft, f"{sft}/eval")
+    train_sft.train(sft_cfg)
+    before = evaluate_greedily(grpo_cfg, sft_dir)
 
     print("\n2. GRPO: from trying, with the tools in the loop\n")
-    train_grpo.train(cfg_grpo)
-    after = evaluated(cfg_grpo, grpo, f"{grpo}/eval")
+    train_grpo.train(grpo_cfg)
+    after = evaluate_greedily(grpo_cfg, grpo_dir)
 
     print("\n3. One rollout: green is trained, grey is context, yellow is what a tool said\n")
-    play.main([*learnt, f"--model={grpo}", "--split=test", "--temperature=0"])
-    results = {"problems": after["problems"], "curves": f"{grpo}/curves.png"}
+    shown = ["--config", f"{cfg.task}.py", f"--model={grpo_dir}"]
+    play.main([*shown, "--split=test", "--temperature=0"])
+
+    results = {"problems": after["problems"], "curves": f"{grpo_dir}/curves.png"}
     logged = [name for name in after if name.startswith("reward_right")]
     for name in ("accuracy", "tool_call_rate", *logged):
-        results |= {f"{name}_before": before[name], f"{name}_after": after[name]}
+        results[f"{name}_before"] = before[name]
+        results[f"{name}_after"] = after[name]
     results["minutes"] = (time.monotonic() - started) / 60
     return results
 
 
-def evaluated(cfg: train_grpo.Config, model: str, save_to: str) -> dict:
-    """Greedy, on all held-out problems."""
-    own = evaluate.Config(save_to=save_to)
-    return evaluate.evaluate(evaluate.over(cfg, own, model), own)
+def evaluate_greedily(cfg: train_grpo.Config, model: str) -> dict:
+    """Evaluates the model on all held-out problems."""
+    given = evaluate.Config(save_to=f"{model}/eval")
+    return evaluate.evaluate(evaluate.for_evaluation(cfg, given, model), given)
 
 
 def main(argv: list[str]) -> None:

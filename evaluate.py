@@ -13,10 +13,8 @@ default it is greedy (temperature 0) with one sample a problem, on the "test" sp
 has splits.
 """
 
-import contextlib
 import json
 import math
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,12 +27,13 @@ if __name__ == "__main__":
 import data
 import rewards as reward_functions
 import train_grpo
-from player import running, setup, task
-from rollout import Settings, rollouts
+from engines import chat_api
+from engines.base import Sampling
+from player import Player, prepare_task
+from rollout import Settings, run_calls, seed_of, stop_before_calls
 from run import log as run_log
-from run.config import ROLLOUT_KEYS, UserError
-from run.loop import run_blocking
-from trajectory import Trajectory, stats
+from run.config import UserError
+from trajectory import Trajectory, mean, stats
 
 
 @dataclass
@@ -53,7 +52,7 @@ class Config:
 
 
 def check(cfg: Config) -> None:
-    """Rules across keys."""
+    """Checks the rules across keys."""
     if cfg.n < 1 or cfg.batch < 1:
         raise UserError(f"n = {cfg.n}, batch = {cfg.batch}: expected at least 1")
     if cfg.temperature < 0:
@@ -68,183 +67,259 @@ def check(cfg: Config) -> None:
         raise UserError(f"k = {cfg.k}: expected numbers from 1 to n = {cfg.n}")
 
 
+# ---- what is measured
+
+
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Probability that at least one of k samples, drawn from the n without putting back, is right:
-    1 - C(n - right, k) / C(n, k), unbiased (Chen et al. 2021, arXiv:2107.03374). Needs n >= k."""
+    """Estimates the probability that at least one of k samples, drawn from the n without putting
+    back, is right: 1 - C(n - right, k) / C(n, k), unbiased (Chen et al. 2021, arXiv:2107.03374).
+    ValueError if k > n."""
     if k > n:
         raise ValueError(f"pass@{k} needs at least {k} samples, got {n}")
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """95 % interval of the mean of one value per problem: Wilson's where all are 0 or 1, which
-    stays inside [0, 1] and is right for small n too, else the normal one."""
-    n, mean, z = len(values), sum(values) / len(values), 1.96
-    if all(v in (0, 1) for v in values):
-        centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    """Gives the 95 % interval of the mean of one value per problem: Wilson's where all are 0 or 1,
+    which stays inside [0, 1] and is right for small n too, else the normal one."""
+    n = len(values)
+    average = sum(values) / n
+    z = 1.96  # standard deviations on each side that hold 95 %
+    if all(value in (0, 1) for value in values):
+        shrink = 1 + z * z / n
+        centre = (average + z * z / (2 * n)) / shrink
+        half = z / shrink * math.sqrt(average * (1 - average) / n + z * z / (4 * n * n))
         return max(0.0, centre - half), min(1.0, centre + half)
-    variance = sum((v - mean) ** 2 for v in values) / max(1, n - 1)
+    variance = sum((value - average) ** 2 for value in values) / max(1, n - 1)
     half = z * math.sqrt(variance / n)
-    low, high = (0.0, 1.0) if 0 <= min(values) and max(values) <= 1 else (-math.inf, math.inf)
-    return max(low, mean - half), min(high, mean + half)
+    if 0 <= min(values) and max(values) <= 1:
+        return max(0.0, average - half), min(1.0, average + half)
+    return average - half, average + half
 
 
 def majority(answers: list[str | None], scores: list[float]) -> float:
-    """The score of the answer given most often, the earlier one in a tie; None has no vote."""
-    votes = []  # [answer, its score, how many gave it or one that equals it]
+    """Finds the score of the answer given most often, the earlier one in a tie; None has no
+    vote."""
+    votes: list[list] = []  # [answer, its score, how many gave it or one that equals it]
     for answer, score in zip(answers, scores, strict=True):
-        same = [v for v in votes if answer is not None and reward_functions.equal(answer, v[0])]
+        if answer is None:
+            continue
+        same = [vote for vote in votes if reward_functions.equal(answer, vote[0])]
         if same:
             same[0][2] += 1
-        elif answer is not None:
+        else:
             votes.append([answer, score, 1])
-    return max(votes, key=lambda vote: vote[2])[1] if votes else 0.0
+    if not votes:
+        return 0.0
+    return max(votes, key=lambda vote: vote[2])[1]
 
 
 def summarize(trajectories: list[Trajectory], outcome: str, ks: tuple[int, ...]) -> dict:
-    """All numbers of an evaluation. `outcome` names the reward that says right or wrong."""
-    by_problem = defaultdict(list)
-    for t in trajectories:
-        by_problem[t.group].append(t)
-    scores = [[t.rewards[outcome] or 0.0 for t in ts] for ts in by_problem.values()]
-    n = len(scores[0])
-    means = [sum(s) / n for s in scores]
+    """Makes all numbers of an evaluation. `outcome` names the reward that says right or wrong."""
+    by_problem: dict[int, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        by_problem.setdefault(trajectory.group, []).append(trajectory)
+    scores = {}
+    for problem, samples in by_problem.items():
+        scores[problem] = [t.rewards[outcome] or 0.0 for t in samples]
+    n = len(next(iter(scores.values())))
+    means = [sum(values) / n for values in scores.values()]
     low, high = interval(means)
-    out = {"problems": len(scores), "samples": n, f"avg@{n}": sum(means) / len(means)}
-    out |= {"ci95_low": low, "ci95_high": high}
+    numbers = {
+        "problems": len(scores),
+        "samples": n,
+        f"avg@{n}": mean(means),
+        "ci95_low": low,
+        "ci95_high": high,
+    }
     for k in ks:
-        values = [pass_at_k(n, sum(x >= 1 for x in s), k) for s in scores]
-        out[f"pass@{k}"] = sum(values) / len(values)
+        passed = [
+            pass_at_k(n, sum(value >= 1 for value in values), k) for values in scores.values()
+        ]
+        numbers[f"pass@{k}"] = mean(passed)
         if k > 1:
-            answers = [
-                [reward_functions.answer(t, t.example) for t in ts[:k]]
-                for ts in by_problem.values()
-            ]
-            votes = [majority(a, s[:k]) for a, s in zip(answers, scores, strict=True)]
-            out[f"maj@{k}"] = sum(votes) / len(votes)
+            votes = []
+            for problem, samples in by_problem.items():
+                answers = [reward_functions.answer(t, t.example) for t in samples[:k]]
+                votes.append(majority(answers, scores[problem][:k]))
+            numbers[f"maj@{k}"] = mean(votes)
     metrics = stats(trajectories, outcome)
-    dropped = ("rollouts", "equal_groups", "tool_seconds")
-    return out | {key: value for key, value in metrics.items() if key not in dropped}
+    for name in ("rollouts", "equal_groups", "tool_seconds"):  # of training steps
+        del metrics[name]
+    return numbers | metrics
 
 
-def load_config(argv: list[str], own: Config) -> train_grpo.Config:
-    """The training config that describes the rollouts: the run's, --config, then --key=value."""
-    layers = []
-    if own.run:
-        file = Path(own.run) / "config.py"
+# ---- which model plays which problems
+
+
+def load_config(argv: list[str], given: Config) -> train_grpo.Config:
+    """Reads the training config that describes the rollouts: the run's, --config, then
+    --key=value. given: the keys of this script."""
+    # 1. the run's own config is the base of the others
+    run_config = []
+    if given.run:
+        file = Path(given.run) / "config.py"
         if not file.is_file():
-            raise UserError(f"run = {own.run!r}: no config.py in it: give the out_dir of a run")
-        layers = ["--config", str(file)]
+            raise UserError(f"run = {given.run!r}: no config.py in it: give the out_dir of a run")
+        run_config = ["--config", str(file)]
     try:
-        base = config.parse(train_grpo.Config, layers)
+        base = config.parse(train_grpo.Config, run_config)
     except UserError as error:
-        advice = f"for another's model use --model={own.run} --config …"
+        advice = f"for another's model use --model={given.run} --config …"
         raise UserError(
-            f"run = {own.run!r} is no run of train_grpo.py ({error}); {advice}"
+            f"run = {given.run!r} is no run of train_grpo.py ({error}); {advice}"
         ) from None
-    cfg = config.parse(train_grpo.Config, argv, keys=ROLLOUT_KEYS, base=base)
-    given = "model" in _keys(argv)
-    if own.endpoint and not given:
+    cfg = config.parse(train_grpo.Config, argv, keys=config.ROLLOUT_KEYS, base=base)
+
+    # 2. what would have no effect here is refused, or left out where only the run gives it
+    typed = {item[2:].partition("=")[0] for item in argv}
+    if given.endpoint and "model" not in typed:
         raise UserError("model is missing: --endpoint needs --model=<its name there>")
-    ours = "format template_options dtype deterministic engine urls server_timeout"
-    if own.endpoint and (vain := sorted(_keys(argv) & {*ours.split(), *train_grpo.VLLM.split()})):
-        raise UserError(f"{vain[0]} has no effect with --endpoint: drop it")
-    cfg = _without_idle(cfg, base, argv)
-    if own.split != Config.split and data.is_file(cfg.data):
+    of_our_engines = {"format", "template_options", "dtype", "engine", "urls"}
+    of_our_engines |= {"engine_options", "gpu_memory_utilization"}
+    useless = sorted(typed & of_our_engines)
+    if given.endpoint and useless:
+        raise UserError(f"{useless[0]} has no effect with --endpoint: drop it")
+    if given.split != Config.split and data.is_file(cfg.data):
         raise UserError(f"split has no effect on {cfg.data!r}: a file has no splits, so drop it")
-    cfg = over(cfg, own, own.run if own.run and not given else cfg.model)
+    cfg = without_idle_keys(cfg, base, typed)
+
+    # 3. the model and the sampling of this evaluation
+    model = given.run if given.run and "model" not in typed else cfg.model
+    cfg = for_evaluation(cfg, given, model)
     train_grpo.check(cfg)
     return cfg
 
 
-def _without_idle(cfg: train_grpo.Config, base: train_grpo.Config, argv: list[str]):
-    """`cfg` without what has no effect beside the keys given here: the options of the run's engine
-    where another is asked for, of tools where there are none."""
-    given, idle = _keys(argv), "warmup"
+def without_idle_keys(
+    cfg: train_grpo.Config, base: train_grpo.Config, typed: set[str]
+) -> train_grpo.Config:
+    """Resets the run's keys that have no effect beside those typed here: what its engine was told
+    where another is asked for, what tools were told where there are none."""
+    idle = ["warmup"]
     if cfg.engine != base.engine:
-        idle += f" {train_grpo.VLLM} urls server_timeout deterministic oversample is_level is_cap"
+        idle += ["engine_options", "gpu_memory_utilization", "urls"]
     if not cfg.tools:
-        idle += " tool_timeout tool_concurrency tool_cache"
-    if "rewards" in given:
-        idle += " reward_timeout"
+        idle += ["tool_timeout", "tool_concurrency"]
     plain = train_grpo.Config()
-    return replace(cfg, **{key: getattr(plain, key) for key in idle.split() if key not in given})
+    reset = {name: getattr(plain, name) for name in idle if name not in typed}
+    return replace(cfg, **reset)
 
 
-def _keys(argv: list[str]) -> set[str]:
-    """What is given on the command line."""
-    return {item[2:].partition("=")[0] for item in argv}
+def for_evaluation(cfg: train_grpo.Config, given: Config, model: str) -> train_grpo.Config:
+    """Makes of a training config one for evaluating `model`: its problems and its sampling are
+    those `given`."""
+    is_file = data.is_file(cfg.data)
+    return replace(
+        cfg,
+        model=model,
+        split=train_grpo.Config.split if is_file else given.split,
+        limit=given.limit,
+        temperature=given.temperature,
+        seed=given.seed,
+    )
 
 
-def over(cfg: train_grpo.Config, own: Config, model: str) -> train_grpo.Config:
-    """`cfg` for evaluating `model`: its problems and its sampling are `own`'s."""
-    split = train_grpo.Config.split if data.is_file(cfg.data) else own.split
-    sampling = {"temperature": own.temperature, "seed": own.seed}
-    return replace(cfg, model=model, split=split, limit=own.limit, **sampling)
+def open_player(cfg: train_grpo.Config, given: Config) -> Player:
+    """Makes what plays: the config's model by its engine, or a model behind an API."""
+    if not given.endpoint:
+        return Player.of(cfg, limit=given.limit)
+    toolbox, rewards, examples = prepare_task(cfg, given.limit)
+    key = chat_api.key_of(given.key_env)
+    api = chat_api.Endpoint(given.endpoint, cfg.model, toolbox.schemas, key)
+    settings = Settings.of(cfg)
+    return Player(api, api, toolbox, rewards, settings, play_api_turn, examples=examples)
 
 
-def evaluate(cfg: train_grpo.Config, own: Config) -> dict:
+async def play_api_turn(
+    trajectory: Trajectory,
+    chat,
+    endpoint: chat_api.Endpoint,
+    session,
+    toolbox,
+    settings: Settings,
+    step: int,
+) -> None:
+    """Plays one message of a model behind an API and runs its calls; sets trajectory.stop if it was
+    the last. There are no token ids: tokens are counted as the API says."""
+    # 1. ask for the next message; without tools where the turn is for the answer alone
+    turn = len(trajectory.turn_starts)
+    where = (settings.seed, step, trajectory.group, trajectory.sample, turn)
+    sampling = Sampling(settings.temperature, settings.max_new_tokens, seed_of(*where))
+    is_final = settings.final_turn and turn == settings.max_turns
+    answer = await endpoint.ask(trajectory.messages, sampling, tools=not is_final)
+    if answer is None:  # the conversation is longer than its context
+        trajectory.stop = "length"
+        return
+    choice = answer["choices"][0]
+    usage = answer.get("usage") or {}
+    message = choice["message"]
+    trajectory.turn_starts.append(0)  # of ids that nobody here sees
+    trajectory.unseen_tokens += usage.get("completion_tokens") or 0
+
+    # 2. which calls did it make, and are they to be run?
+    tool_calls = message.get("tool_calls") or []
+    said = {"role": "assistant", "content": message.get("content") or ""}
+    if tool_calls:
+        said["tool_calls"] = tool_calls
+    trajectory.messages.append(said)
+    calls = [chat_api.read_call(tool_call["function"]) for tool_call in tool_calls]
+    was_cut = choice.get("finish_reason") == "length"
+    trajectory.stop = stop_before_calls(trajectory, calls, was_cut, toolbox, settings)
+    if trajectory.stop:
+        return
+
+    # 3. run them, and tell their results
+    results = await run_calls(trajectory, calls, session, toolbox, settings, tokenizer=None)
+    if trajectory.stop:
+        return
+    for tool_call, (call, result) in zip(tool_calls, results, strict=True):
+        told = {"role": "tool", "tool_call_id": tool_call.get("id", ""), "name": call.name}
+        trajectory.messages.append(told | {"content": result})
+    if (usage.get("total_tokens") or 0) >= settings.max_tokens:
+        trajectory.stop = "length"
+
+
+# ---- the evaluation
+
+
+def evaluate(cfg: train_grpo.Config, given: Config) -> dict:
     """Plays the problems of cfg, writes eval.json and rollouts.jsonl, returns the numbers."""
-    folder = config.fresh_dir(own.save_to, key="save_to") if own.save_to else None
-    with player(cfg, own) as (chat, engine, turn, toolbox, selected, rows):
-        folder = folder or _numbered(Path(own.run) / "eval" if own.run else Path("out/eval"))
-        trajectories = play_all(cfg, own, chat, engine, turn, toolbox, selected, rows, folder)
-    outcome = next(iter(selected))
-    numbers = {"model": cfg.model, "data": cfg.data, "split": cfg.split, "seed": own.seed}
-    numbers |= {"temperature": own.temperature, **summarize(trajectories, outcome, own.k)}
+    folder = None
+    if given.save_to:  # before the model is loaded: it may hold something
+        folder = config.fresh_dir(given.save_to, key="save_to")
+    with open_player(cfg, given) as player:
+        if folder is None:
+            folder = next_folder(Path(given.run) / "eval" if given.run else Path("out/eval"))
+        trajectories = play_all(player, given.n, given.batch, folder)
+    numbers = {
+        "model": cfg.model,
+        "data": cfg.data,
+        "split": cfg.split,
+        "seed": given.seed,
+        "temperature": given.temperature,
+    }
+    numbers |= summarize(trajectories, player.outcome, given.k)
     (folder / "eval.json").write_text(json.dumps(numbers, indent=2) + "\n")
     return numbers | {"saved": str(folder)}
 
 
-@contextlib.contextmanager
-def player(cfg: train_grpo.Config, own: Config):
-    """(chat, engine, turn, toolbox, rewards, examples) to play with; turn=None is rollout.py's."""
-    if not own.endpoint:
-        model, tokenizer, chat, toolbox, *rest = setup(cfg, "none", limit=own.limit)
-        with running(cfg, model, tokenizer, toolbox) as engine:
-            yield chat, engine, None, toolbox, *rest
-        return
-    from engines import chat_api
-
-    toolbox, selected, rows = task(cfg, own.limit)
-    key = chat_api.key_of(own.key_env)
-    asked = chat_api.Endpoint(own.endpoint, cfg.model, toolbox.schemas, key)
-    try:
-        yield asked, asked, chat_api.turn, toolbox, selected, rows
-    finally:
-        run_blocking(asked.close())
-        run_blocking(toolbox.close())
-
-
-def play_all(cfg, own: Config, chat, engine, turn, toolbox, selected, rows, folder: Path) -> list:
-    """Plays all examples, own.batch at a time, and writes rollouts.jsonl as they are done."""
+def play_all(player: Player, samples: int, batch: int, folder: Path) -> list[Trajectory]:
+    """Plays all examples, `batch` at a time, and writes rollouts.jsonl as they are done."""
     trajectories = []
+    total = len(player.examples) * samples
     with run_log.progress() as bars:
-        done = run_log.counter(bars, bars.add_task("rollouts", total=len(rows) * own.n, note=""))
-        for start in range(0, len(rows), own.batch):
-            part = rows[start : start + own.batch]
-            played = run_blocking(
-                rollouts(
-                    part,
-                    chat,
-                    engine,
-                    toolbox,
-                    Settings.of(cfg),
-                    samples=own.n,
-                    first_group=start,
-                    rewards=selected,
-                    on_done=done,
-                    turn=turn,
-                )
-            )
+        on_done = run_log.counter(bars, bars.add_task("rollouts", total=total, note=""))
+        for start in range(0, len(player.examples), batch):
+            part = player.examples[start : start + batch]
+            played = player.play(part, samples, first_group=start, on_done=on_done)
+            run_log.write_rollouts(folder / "rollouts.jsonl", played, player.chat.tokenizer)
             trajectories += played
-            run_log.write_rollouts(folder / "rollouts.jsonl", played, chat.tokenizer)
     return trajectories
 
 
-def _numbered(folder: Path) -> Path:
-    """`folder`, or folder-2, folder-3, …: an earlier evaluation is never overwritten."""
+def next_folder(folder: Path) -> Path:
+    """Makes `folder`, or folder-2, folder-3, …: an earlier evaluation is never overwritten."""
     names = [folder] + [folder.with_name(f"{folder.name}-{i}") for i in range(2, 1000)]
     return config.fresh_dir(next(name for name in names if not name.exists()))
 
@@ -264,9 +339,9 @@ def table(numbers: dict) -> None:
 
 
 def main(argv: list[str]) -> None:
-    mine, rest = config.split(argv, Config.__dataclass_fields__)
-    own = config.parse(Config, mine, check)
-    table(evaluate(load_config(rest, own), own))
+    mine, others = config.split(argv, Config.__dataclass_fields__)
+    given = config.parse(Config, mine, check)
+    table(evaluate(load_config(others, given), given))
 
 
 if __name__ == "__main__":

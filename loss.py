@@ -31,6 +31,8 @@ import torch
 
 from run.config import UserError
 
+IS_CAP = 2.0  # of importance weights: the ratio of two equal policies is 1
+
 
 def advantages(
     rewards: list[float | None], groups: list[int], adv_norm: str = "group", rloo: bool = False
@@ -97,24 +99,42 @@ def importance(
     sampled: torch.Tensor,  # (B, T) of the engine that sampled
     mask: torch.Tensor,  # (B, T)
     correction: str,
-    level: str = "token",
-    cap: float = 2.0,
+    cap: float = IS_CAP,
 ) -> torch.Tensor:
     """(B, T) c_it, without gradient; 1 where the mask is 0.
 
-    The trainer's probability over the engine's, of each token or ("sequence") of all that was
-    sampled. "truncate" bounds it by cap (TIS), "mask" drops what is outside [1 / cap, cap]. Both
-    are explained in fengyao.notion.site/off-policy-rl, "mask" also as IcePop in arXiv:2510.18855.
+    The trainer's probability over the engine's, of each token, or with "sequence_truncate" and
+    "sequence_mask" of all that was sampled. "truncate" bounds it by cap (TIS), "mask" drops what is
+    outside [1 / cap, cap]. Both are explained in fengyao.notion.site/off-policy-rl, "mask" also as
+    IcePop in arXiv:2510.18855.
     """
     log = torch.where(mask.bool(), old_logprobs - sampled, 0.0).detach()
-    if level == "sequence":  # mask-1 tokens only; clamped, for exp of a thousand tokens' sum
+    if correction.startswith(
+        "sequence_"
+    ):  # mask-1 tokens only; clamped, for exp of a thousand tokens' sum
         log = log.sum(1, keepdim=True).clamp(-20, 20).expand_as(log)
     weight = log.exp()
-    if correction == "truncate":
+    if correction.endswith("truncate"):
         weight = weight.clamp(max=cap)
     else:
         weight = torch.where((weight < 1 / cap) | (weight > cap), 0.0, weight)
     return torch.where(mask.bool(), weight, 1.0)
+
+
+def correction_sums(
+    correction: torch.Tensor, mask: torch.Tensor, turns: list[int], cap: float = IS_CAP
+) -> dict[str, float]:
+    """Sums what is logged of the (B, T) weights of `importance`: the weights themselves, and how
+    many tokens were outside of the bounds, in all and by the number of turns: long trajectories
+    drift more. turns: (B,)."""
+    wanted = mask.bool()
+    is_outside = wanted & ((correction == 0) | (correction == cap))
+    sums = {"is_weight": torch.where(wanted, correction, 0.0).sum().item(), "is_outside": 0.0}
+    for count, row in zip(turns, is_outside, strict=True):
+        name = f"is_outside_turns_{count}"
+        sums["is_outside"] += row.sum().item()
+        sums[name] = sums.get(name, 0.0) + row.sum().item()
+    return sums
 
 
 def sampler_mismatch(gaps: torch.Tensor) -> dict[str, float]:
@@ -173,34 +193,60 @@ def grpo_loss(
     return -(weights[:, None] * mask * objective).sum(), parts
 
 
-def set_advantages(trajectories: list, cfg) -> torch.Tensor:
-    """Sets the `advantages` of each trajectory, one for each turn, as the keys of train_grpo.py's
-    config say; returns (B,) bool: whether it is learnt from, and counted, at all. Rewards stay as
-    they were."""
-    groups, rewards = [t.group for t in trajectories], [t.reward for t in trajectories]
+def set_advantages(
+    trajectories: list,
+    adv_norm: str = "group",
+    turn_credit: bool = False,
+    overlong: str = "keep",
+    overlong_penalty: float = 1.0,
+) -> torch.Tensor:
+    """Sets the `advantages` of each trajectory, one for each turn. Returns (B,) bool: whether it is
+    learnt from, and counted, at all. Rewards stay as they were.
+
+    adv_norm: see `advantages`; "rloo" compares with the mean of the others and divides by nothing.
+    turn_credit: what single turns earned counts for them and those before them. overlong: of what a
+    limit cut short the reward is kept ("keep"), not learnt from ("mask"), or lowered by
+    overlong_penalty ("penalise").
+    """
+    is_rloo = adv_norm == "rloo"
+    norm = "none" if is_rloo else adv_norm
+    groups = [trajectory.group for trajectory in trajectories]
     # a reward may give a list for some only, and none where its judge is away
-    earned = [t.turn_rewards or [0.0] * len(t.turn_starts) for t in trajectories]
-    if cfg.turn_credit:
-        if rewards.count(None) < len(rewards) and all(t.turn_rewards is None for t in trajectories):
+    turn_rewards = [t.turn_rewards or [0.0] * len(t.turn_starts) for t in trajectories]
+    if turn_credit:
+        has_reward = any(t.reward is not None for t in trajectories)
+        if has_reward and all(t.turn_rewards is None for t in trajectories):
             raise UserError("turn_credit has no effect: none of the rewards gives a list, by turn")
-        # the turns' part is compared turn by turn below; what is left is the outcome, rounded (the
-        # total has 9 digits), as 1.4 - 0.4 is not 1
-        pairs = zip(rewards, earned, strict=True)
-        rewards = [None if r is None else round(r - math.fsum(e), 8) for r, e in pairs]
-    for i, t in enumerate(trajectories):
-        if t.stop != "answered" and rewards[i] is not None:  # a limit ended it, not the model
-            rewards[i] = {
-                "keep": rewards[i],
-                "mask": None,
-                "penalise": rewards[i] - cfg.overlong_penalty,
-            }[cfg.overlong]
-    gain, valid = advantages(rewards, groups, cfg.adv_norm, cfg.rloo)
-    for t, value in zip(trajectories, gain.tolist(), strict=True):
-        t.advantages = [value] * len(t.turn_starts)
-    if cfg.turn_credit:
-        kept = valid.nonzero()[:, 0].tolist()
-        turns = [earned[i] for i in kept], [groups[i] for i in kept]
-        for i, gains in zip(kept, turn_advantages(*turns, cfg.adv_norm, cfg.rloo), strict=True):
-            t = trajectories[i]
-            t.advantages = [a + b for a, b in zip(t.advantages, gains, strict=True)]
+
+    # 1. the outcome of each, after the rule for what a limit ended
+    outcomes = []
+    for trajectory, earned in zip(trajectories, turn_rewards, strict=True):
+        outcome = trajectory.reward
+        if turn_credit and outcome is not None:
+            # the turns' part is compared turn by turn below; what is left is the outcome, rounded
+            # (the total has 9 digits), as 1.4 - 0.4 is not 1
+            outcome = round(outcome - math.fsum(earned), 8)
+        if trajectory.stop != "answered" and outcome is not None:
+            if overlong == "mask":
+                outcome = None
+            elif overlong == "penalise":
+                outcome -= overlong_penalty
+        outcomes.append(outcome)
+
+    # 2. each outcome against its group
+    values, valid = advantages(outcomes, groups, norm, is_rloo)
+    for trajectory, value in zip(trajectories, values.tolist(), strict=True):
+        trajectory.advantages = [value] * len(trajectory.turn_starts)
+    if not turn_credit:
+        return valid
+
+    # 3. what each turn earned, against the same turn of the group
+    counted = valid.nonzero()[:, 0].tolist()
+    by_turn = turn_advantages(
+        [turn_rewards[i] for i in counted], [groups[i] for i in counted], norm, is_rloo
+    )
+    for i, turn_values in zip(counted, by_turn, strict=True):
+        trajectory = trajectories[i]
+        both = zip(trajectory.advantages, turn_values, strict=True)
+        trajectory.advantages = [outcome + turn for outcome, turn in both]
     return valid

@@ -1,13 +1,15 @@
-"""What --dry_run=true does: plays one made-up rollout of a config, without its model or a download.
+"""Plays one rollout and prints it in colour: trained tokens green, context grey, what a tool said
+yellow.
 
-    python train_grpo.py --config gsm8k.py --dry_run=true
-    python train_grpo.py --config nq_search.py --dry_run=true --data=nq.jsonl --answer_column=answer
-    python train_sft.py --config calc_sft.py --dry_run=true
+    python play.py --config calc.py --model=out/calc               # one episode of a real model
+    python play.py --config calc.py --temperature=0 --seed=3
+    python play.py --config gsm8k.py --made_up=true                # without its model or a download
+    python play.py --config sft_gsm8k.py --demonstration=true      # a row as SFT is trained on it
 
-A row is loaded, its prompt rendered, and an oracle plays it through the scripted engine: calls a
-tool, then says the right answer. Tools and rewards are the real ones. What is printed is what
-training would see: trained tokens green, context grey, what a tool said yellow. Below it stands
-what could not be checked here, and what looks wrong.
+--made_up=true checks a config (`--dry_run=true` on a training script calls it): a row is loaded,
+its prompt rendered, and an oracle plays it through the scripted engine: calls a tool, then says the
+right answer. Tools and rewards are the real ones. What is printed is what training would see; below
+it stands what could not be checked here, and what looks wrong.
 
 The row is the first of the data. Where that would have to be downloaded, it is the one that
 configs/samples.jsonl has for the data set, written by us with the columns of the original. Where
@@ -18,6 +20,7 @@ import dataclasses
 import json
 import sqlite3
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from run import config
@@ -27,14 +30,14 @@ if __name__ == "__main__":
 
 import data
 import rewards as reward_functions
+import train_grpo
+import train_sft
 from chat import Chat
 from engines.scripted import ScriptedEngine
-from player import check_prompt, running, setup, task
-from rollout import Settings, rollouts
-from run import config
+from player import Player, check_prompt, prepare_task
+from rollout import Settings
 from run.config import UserError
-from run.loop import run_blocking
-from tasks import tiny as tiny_model
+from tasks import tiny
 from tools import Toolbox
 from trajectory import Trajectory, show
 
@@ -43,211 +46,262 @@ STAND_IN_FORMATS = ("auto", "llama3", "mistral", "qwen_xml")  # need the model's
 NO_ORACLE = "I do not know."  # the answer where no reward says what a right one is
 
 
-def grpo(cfg) -> Trajectory:
-    """Plays and prints one rollout of train_grpo's Config; UserError for what the config gets
-    wrong."""
-    notes = []
+@dataclass
+class Config:
+    made_up: bool = False  # an oracle plays, not the model: to check a config of train_grpo.py
+    demonstration: bool = False  # nothing is played: a row of a config of train_sft.py is shown
+
+
+def play_model(cfg: train_grpo.Config) -> Trajectory:
+    """Plays and prints the first example of a config with its model."""
+    with Player.of(cfg, limit=1) as player:
+        (trajectory,) = player.play(player.examples)
+        show(trajectory, player.chat.tokenizer)
+    return trajectory
+
+
+def play_made_up(cfg: train_grpo.Config) -> Trajectory:
+    """Plays and prints one rollout of an oracle; UserError for what the config gets wrong."""
+    notes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        cfg = _with_data(cfg, folder, notes)
-        toolbox, selected, rows = task(cfg, limit=1)
-        example, turns = rows[0], _oracle(cfg, rows[0], toolbox, list(selected))
+        # 1. a row that is here, and what an oracle says to it
+        cfg = with_local_data(cfg, folder, notes)
+        toolbox, rewards, examples = prepare_task(cfg, limit=1)
+        example = examples[0]
+        turns = oracle_turns(cfg, example, toolbox, list(rewards))
+
+        # 2. the model's tokenizer, or a stand-in, and its proof
         conversation = example["messages"] + turns
-        tokenizer, cfg = _tokenizer(cfg, [conversation], toolbox.schemas, notes)
+        tokenizer, cfg = local_tokenizer(cfg, [conversation], toolbox.schemas, notes)
         chat = Chat(tokenizer, cfg.format, toolbox.schemas, cfg.template_options)
         check_prompt(chat, example, cfg.max_tokens)
-        engine = ScriptedEngine(_sampled(chat, example["messages"], turns), tokenizer)
-        trajectory = run_blocking(_play(example, chat, engine, toolbox, Settings.of(cfg), selected))
+
+        # 3. the oracle's words as a model would sample them
+        engine = ScriptedEngine(sampled_turns(chat, example["messages"], turns), tokenizer)
+        with Player(chat, engine, toolbox, rewards, Settings.of(cfg)) as player:
+            (trajectory,) = player.play([example])
     show(trajectory, tokenizer)
-    notes += _doubts(trajectory, list(selected))
-    if cfg.data.startswith("task:") or not any(note.startswith("model:") for note in notes):
-        notes.append(_length(trajectory, cfg))
+    notes += doubts(trajectory, player.outcome)
+    is_own_tokenizer = not any(note.startswith("model:") for note in notes)
+    if cfg.data.startswith("task:") or is_own_tokenizer:
+        notes.append(lengths(trajectory, cfg))
     print(*notes, sep="\n")
     return trajectory
 
 
-async def _play(example, chat, engine, toolbox, settings, selected) -> Trajectory:
-    try:
-        return (await rollouts([example], chat, engine, toolbox, settings, rewards=selected))[0]
-    finally:
-        await toolbox.close()
-
-
-def sft(cfg) -> Trajectory:
-    """Renders and prints the first row of train_sft's Config, as it would be trained on."""
-    import train_sft
-
-    notes = []
+def show_demonstration(cfg: train_sft.Config) -> Trajectory:
+    """Renders and prints the first row of a config of train_sft.py, as it would be trained on."""
+    notes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        cfg = _with_data(cfg, folder, notes)
+        cfg = with_local_data(cfg, folder, notes)
         rows = data.conversations(cfg.data, min(cfg.rows or 64, 64), cfg.seed, cfg.system_prompt)
     toolbox = Toolbox(cfg.tools, describe_only=True)
     rows = data.rewarded(rows, cfg.min_reward, cfg.data)
-    talks = [row["messages"] for row in rows if "messages" in row]
-    tokenizer, cfg = _tokenizer(cfg, talks, toolbox.schemas, notes)
-    if not talks and notes:
+    conversations = [row["messages"] for row in rows if "messages" in row]
+    tokenizer, cfg = local_tokenizer(cfg, conversations, toolbox.schemas, notes)
+    if not conversations and notes:
         raise UserError(f"the rows of {cfg.data} are token ids of {cfg.model}, which is not here")
-    row = rows[:1]
-    chat = cfg.format, toolbox.schemas, cfg.data, cfg.template_options
-    ids, mask = train_sft.render(row, tokenizer, *chat)[0]
-    trajectory = Trajectory(row[0], messages=row[0].get("messages", []), stop="answered")
-    for i, bit in enumerate(mask):
-        trajectory.add(ids[i : i + 1], bit, [0.0] if bit else None)
-    trajectory.turn_starts = _starts(mask)
+    row = rows[0]
+    samples = train_sft.render(
+        [row], tokenizer, cfg.format, toolbox.schemas, cfg.data, cfg.template_options
+    )
+    ids, mask = samples[0]
+    trajectory = Trajectory(row, messages=row.get("messages", []), stop="answered")
+    for token, is_trained in zip(ids, mask, strict=True):
+        trajectory.add([token], is_trained, [0.0] if is_trained else None)
+    trajectory.turn_starts = turn_starts(mask)
     show(trajectory, tokenizer)
-    cut = f"max_tokens = {cfg.max_tokens}: this row has {len(ids)} tokens and would be cut"
-    notes += [cut] * (len(ids) > cfg.max_tokens)
+    if len(ids) > cfg.max_tokens:
+        what = f"this row has {len(ids)} tokens and would be cut"
+        notes.append(f"max_tokens = {cfg.max_tokens}: {what}")
     print(*notes, sep="\n")
     return trajectory
 
 
-def _with_data(cfg, folder: str, notes: list[str]):
-    """The config with rows that are on this machine."""
-    here = cfg.data.startswith("task:") or Path(cfg.data).expanduser().exists()
-    if here:
+# ---- what stands in for data and model that are not here
+
+
+def with_local_data(cfg, folder: str, notes: list[str]):
+    """Gives the config rows that are on this machine: its own, or our sample of its data set."""
+    is_here = cfg.data.startswith("task:") or Path(cfg.data).expanduser().exists()
+    if is_here:
         return cfg
     samples = [json.loads(line) for line in SAMPLES.read_text(encoding="utf-8").splitlines()]
-    found = [sample for sample in samples if sample["data"] == cfg.data]
-    if not found:
+    sample = next((sample for sample in samples if sample["data"] == cfg.data), None)
+    if sample is None:
         raise UserError(
             f"data = {cfg.data!r} is not on this machine, and a dry run downloads nothing: give a "
             "file with the same columns, --data=rows.jsonl"
         )
     notes.append(f"data: the row is our own, with the columns of {cfg.data}")
     path = Path(folder) / "row.jsonl"
-    path.write_text(json.dumps(found[0]["row"]) + "\n", encoding="utf-8")
-    changed = {"data": str(path)}
-    if "tables" in found[0]:
-        changed["database"] = str(Path(folder) / "sample.sqlite")
-        with sqlite3.connect(changed["database"]) as file:
-            file.executescript(found[0]["tables"])
-        file.close()
-    return dataclasses.replace(cfg, **changed)
+    path.write_text(json.dumps(sample["row"]) + "\n", encoding="utf-8")
+    changes = {"data": str(path)}
+    if "tables" in sample:
+        changes["database"] = str(Path(folder) / "sample.sqlite")
+        with sqlite3.connect(changes["database"]) as database:
+            database.executescript(sample["tables"])
+        database.close()
+    return dataclasses.replace(cfg, **changes)
 
 
-def _tokenizer(cfg, conversations: list, schemas: list[dict], notes: list[str]):
-    """(the model's tokenizer if it is on this machine, else one made here, the config for it)."""
+def local_tokenizer(cfg, conversations: list, schemas: list[dict], notes: list[str]):
+    """Returns (the model's tokenizer if it is on this machine, else one made here, the config for
+    it)."""
     from transformers import AutoTokenizer
 
+    # 1. the model's own
     if cfg.model != "tiny":
         try:
             return AutoTokenizer.from_pretrained(cfg.model, local_files_only=True), cfg
         except (OSError, ValueError):
             what = "a stand-in tokenizer is used, and its chat template was not proved"
             notes.append(f"model: {cfg.model} is not on this machine: {what}")
+
+    # 2. what belongs to that model's template has no effect on a stand-in
     if cfg.template_options:
         notes.append("template_options: not checked, they are of the model's own template")
         cfg = dataclasses.replace(cfg, template_options=())
     if cfg.format in STAND_IN_FORMATS:
         notes.append(f"format: {cfg.format} needs the model's own template: hermes is shown")
         cfg = dataclasses.replace(cfg, format="hermes")
-    if cfg.data.startswith("task:"):  # as train_sft.py makes that of a tiny model
+
+    # 3. a tokenizer trained on these conversations, or on a task's as train_sft.py makes it
+    if cfg.data.startswith("task:"):
         rows = data.conversations(cfg.data, 2048, 0, cfg.system_prompt)
         conversations = [row["messages"] for row in rows]
         # with whole names, as most tasks have them: here it is only to be short
-        return tiny_model.tiny_tokenizer(conversations, schemas, whole_names=True), cfg
-    plain = [[_plain(message) for message in talk] for talk in conversations]
-    return tiny_model.tiny_tokenizer(plain, schemas), cfg
+        return tiny.tiny_tokenizer(conversations, schemas, whole_names=True), cfg
+    plain = [[plain_message(message) for message in talk] for talk in conversations]
+    return tiny.tiny_tokenizer(plain, schemas), cfg
 
 
-def _plain(message: dict) -> dict:
-    """A message as the stand-in's template takes it."""
+def plain_message(message: dict) -> dict:
+    """Makes a message as the stand-in's template takes it."""
     text = message.get("content") or ""
     if isinstance(text, list):
         text = "".join(part.get("text", "") for part in text)
     return {"role": message["role"], "content": text}
 
 
-def _oracle(cfg, example: dict, toolbox: Toolbox, names: list[str]) -> list[dict]:
-    """The assistant turns of a rollout that does it right, as far as anybody here can know."""
-    if cfg.data.startswith("task:") and (turns := data.oracle(cfg.data, example)):
-        return turns
-    answer = next((text for name in names if (text := _answer(cfg, name, example))), NO_ORACLE)
+# ---- the oracle
+
+
+def oracle_turns(cfg, example: dict, toolbox: Toolbox, rewards: list[str]) -> list[dict]:
+    """Makes the assistant turns of a rollout that does it right, as far as can be known here."""
+    if cfg.data.startswith("task:"):
+        turns = data.oracle(cfg.data, example)
+        if turns:
+            return turns
     turns = []
-    callable_ = [tool for tool in toolbox.tools.values() if not tool.ends]
-    if callable_ and cfg.max_turns > 1:
-        turns = [_say("", callable_[0].name, _arguments(callable_[0], example))]
-    if enders := [tool for tool in toolbox.tools.values() if tool.ends]:
-        arguments = _arguments(enders[0], example)
+    callable_tools = [tool for tool in toolbox.tools.values() if not tool.ends]
+    if callable_tools and cfg.max_turns > 1:
+        tool = callable_tools[0]
+        turns.append(assistant_turn("", tool.name, guess_arguments(tool, example)))
+    ending_tools = [tool for tool in toolbox.tools.values() if tool.ends]
+    if ending_tools:
+        tool = ending_tools[0]
+        arguments = guess_arguments(tool, example)
         gold = example["answer"]
         gold = gold[0] if isinstance(gold, list) else gold
-        arguments |= dict.fromkeys(list(arguments)[:1], gold)
-        turns.append(_say("", enders[0].name, arguments))
-    return [*turns, _say(answer)]  # behind an answer by a call it is not asked for
+        for name in list(arguments)[:1]:
+            arguments[name] = gold
+        turns.append(assistant_turn("", tool.name, arguments))
+    # behind an answer by a call it is not asked for
+    return [*turns, assistant_turn(right_answer(cfg, rewards, example))]
 
 
-def _answer(cfg, name: str, example: dict) -> str | None:
-    """A last message that the reward of this name is to find right."""
-    text = reward_functions.oracle(name, example)
+def right_answer(cfg, rewards: list[str], example: dict) -> str:
+    """Writes a last message that the first reward which knows one finds right."""
     prompt = cfg.system_prompt + cfg.prompt_template
-    boxed = "\\boxed{"
-    if text and "<answer>" in prompt and text.startswith(boxed):
-        return "<answer>" + text.removeprefix(boxed).removesuffix("}") + "</answer>"
-    return text
+    for name in rewards:
+        text = reward_functions.oracle(name, example)
+        if text and "<answer>" in prompt and text.startswith("\\boxed{"):
+            text = text.removeprefix("\\boxed{").removesuffix("}")
+            return f"<answer>{text}</answer>"
+        if text:
+            return text
+    return NO_ORACLE
 
 
-def _say(text: str, name: str = "", arguments: dict | None = None) -> dict:
+def assistant_turn(text: str, tool: str = "", arguments: dict | None = None) -> dict:
+    """Writes an assistant message, with a call if a tool is named."""
     message = {"role": "assistant", "content": text}
-    if name:
-        function = {"name": name, "arguments": arguments}
+    if tool:
+        function = {"name": tool, "arguments": arguments}
         message["tool_calls"] = [{"type": "function", "function": function}]
     return message
 
 
-def _arguments(tool, example: dict) -> dict:
-    """What the tool needs to be called."""
+def guess_arguments(tool, example: dict) -> dict:
+    """Makes up what the tool needs to be called."""
     schema = tool.schema["function"]["parameters"]
-    needed = schema.get("required", [])
-    return {name: _guess(name, schema["properties"].get(name, {}), example) for name in needed}
+    properties = schema["properties"]
+    required = schema.get("required", [])
+    return {name: guess_value(name, properties.get(name, {}), example) for name in required}
 
 
-def _guess(name: str, schema: dict, example: dict):
-    """A value for an argument of a call that is only there to be seen."""
-    users = [message["content"] for message in example["messages"] if message["role"] == "user"]
-    kind, said = schema.get("type"), (users or [""])[-1]
-    kind = kind[0] if isinstance(kind, list) else kind
-    known = {"code": "print(6 * 7)", "command": "echo 42", "query": said}
-    if "database" in example and name == "query":
-        known["query"] = example["answer"]
+def guess_value(name: str, schema: dict, example: dict):
+    """Makes up a value for an argument of a call that is only there to be seen."""
     if "enum" in schema:
         return schema["enum"][0]
-    plain = {"integer": 1, "number": 1.0, "boolean": True, "array": [], "object": {}}
-    return plain.get(kind, known.get(name, said))
+    kind = schema.get("type")
+    if isinstance(kind, list):
+        kind = kind[0]
+    by_type = {"integer": 1, "number": 1.0, "boolean": True, "array": [], "object": {}}
+    if kind in by_type:
+        return by_type[kind]
+    if name == "code":
+        return "print(6 * 7)"
+    if name == "command":
+        return "echo 42"
+    if name == "query" and "database" in example:
+        return example["answer"]
+    questions = [m["content"] for m in example["messages"] if m["role"] == "user"]
+    return questions[-1] if questions else ""
 
 
-def _sampled(chat: Chat, prompt: list[dict], turns: list[dict]) -> list[list[int]]:
-    """The token ids of each turn, as a model would sample them."""
+def sampled_turns(chat: Chat, prompt: list[dict], turns: list[dict]) -> list[list[int]]:
+    """Encodes each turn as the token ids that a model would sample."""
     messages = list(prompt)
     for turn in turns:
-        called = [call["function"]["name"] for call in turn.get("tool_calls", [])]
-        messages += [turn, *({"role": "tool", "name": name, "content": "…"} for name in called)]
+        messages.append(turn)
+        for call in turn.get("tool_calls", []):
+            messages.append({"role": "tool", "name": call["function"]["name"], "content": "…"})
     ids, mask = chat.render(messages)
-    starts = _starts(mask)
-    parts = zip(starts, [*starts[1:], len(ids)], strict=True)
-    return [[ids[i] for i in range(first, end) if mask[i]] for first, end in parts]
+    starts = turn_starts(mask)
+    ends = [*starts[1:], len(ids)]
+    sampled = []
+    for start, end in zip(starts, ends, strict=True):
+        sampled.append([ids[i] for i in range(start, end) if mask[i]])
+    return sampled
 
 
-def _starts(mask: list[int]) -> list[int]:
-    """Where the turns begin."""
-    return [i for i, bit in enumerate(mask) if bit and not mask[i - 1]]
+def turn_starts(mask: list[int]) -> list[int]:
+    """Finds where the turns begin."""
+    return [i for i, is_trained in enumerate(mask) if is_trained and not mask[i - 1]]
 
 
-def _doubts(trajectory: Trajectory, names: list[str]) -> list[str]:
-    """What a reader of the rollout should not miss."""
-    found = [
-        f"tool: {call.name} failed ({call.error}): {call.result[:200]}"
-        for call in trajectory.calls
-        if call.error
-    ]
+# ---- what stands below the rollout
+
+
+def doubts(trajectory: Trajectory, outcome: str) -> list[str]:
+    """Lists what a reader of the rollout should not miss."""
+    notes = []
+    for call in trajectory.calls:
+        if call.error:
+            notes.append(f"tool: {call.name} failed ({call.error}): {call.result[:200]}")
     if trajectory.stop != "answered":
-        found.append(f"stop: {trajectory.stop}, not answered: raise that limit")
-    value = trajectory.rewards.get(names[0])
+        notes.append(f"stop: {trajectory.stop}, not answered: raise that limit")
+    value = trajectory.rewards.get(outcome)
     if value is None or value < 1:
-        found.append(f"reward: {names[0]} gives {value} to what should be a right answer")
-    return found
+        notes.append(f"reward: {outcome} gives {value} to what should be a right answer")
+    return notes
 
 
-def _length(trajectory: Trajectory, cfg) -> str:
-    """Tokens, by the model's own tokenizer or one that is made as the tiny model's is."""
+def lengths(trajectory: Trajectory, cfg) -> str:
+    """Compares lengths with their limits, in tokens of the model's own tokenizer or one that is
+    made as the tiny model's is."""
     ends = [*trajectory.turn_starts[1:], len(trajectory.ids)]
     turns = zip(trajectory.turn_starts, ends, strict=True)
     longest = max(sum(trajectory.mask[start:end]) for start, end in turns)
@@ -258,13 +312,17 @@ def _length(trajectory: Trajectory, cfg) -> str:
 
 
 def main(argv: list[str]) -> None:
-    import train_grpo
-
-    cfg = config.parse(train_grpo.Config, argv, train_grpo.check, keys=config.ROLLOUT_KEYS)
-    policy, tokenizer, chat, toolbox, selected, rows = setup(cfg, "none", limit=1)
-    with running(cfg, policy, tokenizer, toolbox) as engine:
-        played = rollouts(rows, chat, engine, toolbox, Settings.of(cfg), rewards=selected)
-        show(run_blocking(played)[0], tokenizer)
+    mine, others = config.split(argv, Config.__dataclass_fields__)
+    given = config.parse(Config, mine)
+    if given.made_up and given.demonstration:
+        raise UserError("made_up and demonstration: expected one of them")
+    if given.demonstration:
+        show_demonstration(config.parse(train_sft.Config, others, train_sft.check))
+    elif given.made_up:
+        play_made_up(config.parse(train_grpo.Config, others, train_grpo.check))
+    else:
+        keys = config.ROLLOUT_KEYS
+        play_model(config.parse(train_grpo.Config, others, train_grpo.check, keys=keys))
 
 
 if __name__ == "__main__":

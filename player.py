@@ -1,152 +1,207 @@
-"""A config becomes what plays."""
+"""A config becomes what plays: the one seam for training, evaluation, serving and notebooks.
 
-import contextlib
-import random
-import time
-from dataclasses import replace
+with Player.of(cfg) as player:            # loads, proves the chat template, starts the engine
+    trajectories = player.play(player.examples[:4], samples=8)
+
+Player(chat, engine, toolbox, rewards, Settings()).play(examples)   # of parts made by hand
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import data
-import engines
 import rewards as reward_functions
 from chat import Chat
+from engines import check as check_engine
+from engines.base import Engine
+from engines.local import TransformersEngine
+from engines.options import read_options
 from learning import model as models
 from rollout import Settings, rollouts
-from run import config
 from run.config import UserError
 from run.loop import run_blocking
 from tools import Toolbox
-from trajectory import stats
+from trajectory import Trajectory
 
 VALIDATION_SEED = 2_000_000  # of a task's rows: neither those of training nor evaluate.py's
 
 
-def task(cfg, limit: int | None = None):
-    """(toolbox, rewards, examples) of train_grpo's Config or one like it: all that does not depend
-    on a model. limit: use the first so many rows, instead of cfg.limit."""
-    selected = reward_functions.select(cfg.rewards, cfg.reward_options, cfg.reward_timeout)
-    instant = all(reward.instant for reward, _ in selected.values())
-    config.refuse_unused_keys(
-        cfg, [(instant, "reward_timeout", "with these rewards: they never wait")]
-    )
-    if cfg.dynamic_sampling not in ("", *selected):
-        names = ", ".join(selected)
+@dataclass
+class Player:
+    """Plays examples. Entered, it has its engine; left, its engine and its tools are closed."""
+
+    chat: Chat
+    engine: Engine | None  # None: the one that `cfg` names is started when the player is entered
+    toolbox: Toolbox
+    rewards: dict  # of rewards.select(); the first is the outcome
+    settings: Settings
+    turn: Callable | None = None  # plays one turn in the place of rollout.play_turn
+    model: object = None  # the policy; None where only an engine elsewhere has it
+    examples: list[dict] = field(default_factory=list)  # those of the config
+    cfg: object = None
+
+    @classmethod
+    def of(cls, cfg, tune: str = "none", limit: int | None = None) -> "Player":
+        """Makes all that train_grpo's Config (or one like it) describes but the engine; what is
+        cheap to check comes first.
+
+        tune: how the model will be trained, "none" if it will not be. limit: use the first so many
+        rows, instead of cfg.limit. Raises UserError for whatever the config gets wrong.
+        """
+        # 1. what needs no model
+        check_engine(cfg.engine, cfg.urls, tune)
+        models.find(cfg.model)
+        toolbox, rewards, examples = prepare_task(cfg, limit)
+
+        # 2. the chat template, proved before any weights are loaded
+        tokenizer = models.load_tokenizer(cfg.model)
+        chat = Chat(tokenizer, cfg.format, toolbox.schemas, cfg.template_options)
+        check_prompt(chat, examples[0], cfg.max_tokens)
+
+        # 3. the weights, unless an engine elsewhere has them
+        if tune == "none" and cfg.tune == "qlora" and models.is_adapter(cfg.model):
+            tune = "none4bit"  # what was trained was an adapter on the rounded base
+        model = None
+        if cfg.engine == "transformers" or tune != "none":
+            model, _ = models.load(
+                cfg.model,
+                tune,
+                cfg.dtype,
+                lora_r=cfg.lora_r,
+                lora_alpha=cfg.lora_alpha,
+                lora_targets=cfg.lora_targets,
+                seed=cfg.seed,
+            )
+        settings = Settings.of(cfg)
+        return cls(chat, None, toolbox, rewards, settings, None, model, examples, cfg)
+
+    def __enter__(self) -> "Player":
+        try:
+            if self.engine is None:
+                starting = start_engine(self.cfg, self.model, self.chat.tokenizer)
+                self.engine = run_blocking(starting)
+        except BaseException:
+            run_blocking(self.toolbox.close())
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        try:
+            run_blocking(self.engine.close())
+        finally:
+            run_blocking(self.toolbox.close())
+
+    @property
+    def outcome(self) -> str:
+        """The name of the reward that says right or wrong: the first."""
+        return next(iter(self.rewards))
+
+    def play(
+        self,
+        examples: list[dict],
+        samples: int = 1,
+        step: int = 0,
+        first_group: int = 0,
+        temperature: float | None = None,
+        on_done: Callable[[Trajectory], None] | None = None,
+    ) -> list[Trajectory]:
+        """Plays and scores `samples` trajectories of each example; see rollout.rollouts.
+        temperature: instead of that of the settings. Works in notebooks too."""
+        settings = self.settings
+        if temperature is not None:
+            settings = replace(settings, temperature=temperature)
+        playing = rollouts(
+            examples,
+            self.chat,
+            self.engine,
+            self.toolbox,
+            settings,
+            step=step,
+            samples=samples,
+            rewards=self.rewards,
+            on_done=on_done,
+            first_group=first_group,
+            turn=self.turn,
+        )
+        return run_blocking(playing)
+
+
+def prepare_task(cfg, limit: int | None = None) -> tuple[Toolbox, dict, list[dict]]:
+    """Makes (toolbox, rewards, examples) of a config: all that does not depend on a model. limit:
+    use the first so many rows, instead of cfg.limit."""
+    rewards = reward_functions.select(cfg.rewards, cfg.reward_options)
+    if cfg.dynamic_sampling not in ("", *rewards):
+        names = ", ".join(rewards)
         raise UserError(f"dynamic_sampling = {cfg.dynamic_sampling!r}: expected one of {names}")
-    options = cfg.tool_options, cfg.tool_cache
-    toolbox = Toolbox(cfg.tools, cfg.tool_concurrency, cfg.tool_timeout, *options)
-    return toolbox, selected, _rows(cfg, cfg.data, cfg.split, limit or cfg.limit, cfg.seed)
+    toolbox = Toolbox(cfg.tools, cfg.tool_concurrency, cfg.tool_timeout, cfg.tool_options)
+    examples = load_examples(cfg, cfg.data, cfg.split, limit or cfg.limit, cfg.seed)
+    return toolbox, rewards, examples
 
 
-def _rows(cfg, source: str, split: str, limit: int | None, seed: int) -> list[dict]:
-    columns = (cfg.prompt_column, cfg.answer_column, cfg.answer_after)
-    prompts = (cfg.system_prompt, cfg.prompt_template, limit, seed)
-    return data.load(source, split, *columns, *prompts, database=cfg.database)
+def load_examples(cfg, source: str, split: str, limit: int | None, seed: int) -> list[dict]:
+    """Loads the rows of `source` with the columns and prompts that the config names."""
+    return data.load(
+        source,
+        split,
+        prompt_column=cfg.prompt_column,
+        answer_column=cfg.answer_column,
+        answer_after=cfg.answer_after,
+        system_prompt=cfg.system_prompt,
+        prompt_template=cfg.prompt_template,
+        limit=limit,
+        seed=seed,
+        database=cfg.database,
+    )
 
 
-def setup(cfg, tune: str, limit: int | None = None):
-    """(model, tokenizer, chat, toolbox, rewards, examples); what is cheap to check comes first. The
-    model is None if only an engine elsewhere has to have it."""
-    engines.check(cfg.engine, cfg.urls, tune)
-    models.find(cfg.model)
-    toolbox, selected, rows = task(cfg, limit)
-    tokenizer = models.load_tokenizer(cfg.model)
-    # proved before any weights are loaded
-    chat = Chat(tokenizer, cfg.format, toolbox.schemas, cfg.template_options)
-    check_prompt(chat, rows[0], cfg.max_tokens)
-    lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
-    if tune == "none" and cfg.tune == "qlora" and models.is_adapter(cfg.model):
-        tune = "none4bit"  # what was trained was an adapter on the rounded base
-    model = None
-    if cfg.engine == "transformers" or tune != "none":
-        model, _ = models.load(cfg.model, tune, cfg.dtype, "auto", *lora)
-    return model, tokenizer, chat, toolbox, selected, rows
-
-
-def held_out(cfg) -> list[dict]:
-    """The rows that train_grpo's eval_every is about; [] without it."""
+def validation_examples(cfg) -> list[dict]:
+    """Loads the rows that are held out for train_grpo's eval_every; [] without it."""
     if not cfg.eval_every:
         return []
     if data.is_file(cfg.data) and not cfg.eval_data:
         why = f"data = {cfg.data!r} is a file and has no split of its own for eval_every"
         raise UserError(f"eval_data is missing: {why}")
     source = cfg.eval_data or cfg.data
-    config.refuse_unused_keys(
-        cfg, [(data.is_file(source), "eval_split", f"on {source!r}: a file has none")]
-    )
-    return _rows(cfg, source, cfg.eval_split, cfg.eval_rows, VALIDATION_SEED)
-
-
-def validate(rows: list[dict], cfg, chat, engine, toolbox, selected, log) -> dict:
-    """The metrics of playing `rows` greedily, once each; printed too."""
-    started, settings = time.monotonic(), replace(Settings.of(cfg), temperature=0.0)
-    played = rollouts(rows, chat, engine, toolbox, settings, rewards=selected)
-    found = stats(run_blocking(played), next(iter(selected)))
-    metrics = {f"val_{key}": found[key] for key in ("accuracy", "reward", "tool_call_rate")}
-    log.print("           " + "  ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
-    return metrics | {"val_seconds": time.monotonic() - started}
+    return load_examples(cfg, source, "test", cfg.eval_rows, VALIDATION_SEED)
 
 
 def check_prompt(chat: Chat, example: dict, max_tokens: int) -> None:
-    """UserError if there is no room to answer it."""
-    if (length := len(chat.prompt(example["messages"]))) >= max_tokens:
+    """Checks that there is room to answer the prompt; else UserError."""
+    length = len(chat.prompt(example["messages"]))
+    if length >= max_tokens:
         raise UserError(f"max_tokens = {max_tokens}: the first prompt alone has {length}")
 
 
-@contextlib.contextmanager
-def running(cfg, model, tokenizer, toolbox):
-    """The engine that the config names. It and the tools are closed in the end, however it ends."""
-    try:
-        engine = run_blocking(engines.start(cfg, model, tokenizer))
-        try:
-            yield engine
-        finally:
-            run_blocking(engine.close())
-    finally:
-        run_blocking(toolbox.close())
+async def start_engine(cfg, model, tokenizer) -> Engine:
+    """Starts the engine that a config names, before its first sync. model: the policy; only the
+    transformers engine and a rounded base (qlora) need it, else it may be None."""
+    options = read_options(cfg.engine, cfg.engine_options)
+    if cfg.engine == "transformers":
+        return TransformersEngine(model, tokenizer, options.deterministic)
 
+    if cfg.engine == "server":
+        from engines import servers
 
-def prompts_of(cursor: int, rows: list[dict], count: int, seed: int) -> list[dict]:
-    """The next `count` rows after `cursor` were taken: every row once in a random order, then all
-    again in another."""
-    picked = []
-    for i in range(cursor, cursor + count):
-        epoch, at = divmod(i, len(rows))
-        if not picked or at == 0:
-            order = random.Random(f"{seed} {epoch}").sample(range(len(rows)), len(rows))
-        picked.append(rows[order[at]])
-    return picked
-
-
-def batch_of_groups(rows, cursor: int, cfg, chat, engine, toolbox, selected, step: int, log):
-    """(trajectories to learn from, all that were played to the end, the cursor after them): of a
-    step of train_grpo. With oversample, so many groups more are begun and the last ones dropped.
-    With dynamic_sampling, groups whose outcomes are all equal are replaced by those of the next
-    prompts; what is still missing after dynamic_attempts rounds is filled up with them."""
-    size, kept, equal, played, started = cfg.group_size, [], [], [], 0
-    for _ in range(1 + (cfg.dynamic_attempts if cfg.dynamic_sampling else 0)):
-        missing = cfg.prompts_per_step - len(kept)
-        prompts = prompts_of(cursor + started, rows, missing + cfg.oversample, cfg.seed)
-        new = run_blocking(
-            rollouts(
-                prompts,
-                chat,
-                engine,
-                toolbox,
-                Settings.of(cfg),
-                step=step,
-                samples=size,
-                rewards=selected,
-                on_done=log.expect(len(prompts) * size),
-                first_group=started,  # so that no two share a seed
-                need=missing,
-            )
+        return await servers.start(
+            cfg.urls, cfg.model, tokenizer, options.timeout, max_tokens=cfg.max_tokens
         )
-        started += len(prompts)
-        played += new
-        for group in (new[i : i + size] for i in range(0, len(new), size)):
-            outcomes = {t.rewards[cfg.dynamic_sampling] for t in group if cfg.dynamic_sampling}
-            differ = not cfg.dynamic_sampling or len(outcomes - {None}) > 1
-            (kept if differ else equal).append(group)
-        if len(kept) == cfg.prompts_per_step:
-            break
-    kept += equal[: cfg.prompts_per_step - len(kept)]
-    return [t for group in kept for t in group], played, cursor + started
+
+    from engines import vllm as vllm_engine
+
+    is_trained = model is not None and any(p.requires_grad for p in model.parameters())
+    has_adapter = is_trained and cfg.tune != "full"
+    return await vllm_engine.start(
+        cfg.model,
+        model,
+        cfg.dtype,
+        full=is_trained and cfg.tune == "full",
+        lora_r=cfg.lora_r if has_adapter else 0,
+        sleeps=options.sleep and is_trained,
+        tensor_parallel_size=options.tensor_parallel_size,
+        kv_cache_gib=options.kv_cache_gib,
+        max_model_len=cfg.max_tokens,
+        max_num_seqs=cfg.max_concurrent,
+        gpu_memory_utilization=cfg.gpu_memory_utilization,
+        enforce_eager=options.enforce_eager,
+        seed=cfg.seed % 2**32,
+    )

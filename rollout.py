@@ -1,19 +1,19 @@
 """The multi-turn tool loop: a prompt becomes a trajectory of token ids with an exact loss mask.
 
-    python rollout.py --config calc.py                 # plays one episode and prints it in colour
-    python rollout.py --config calc.py --temperature=0 --seed=3
-
     trajectories = await rollouts(examples, chat, engine, toolbox, Settings(temperature=1.0))
 
 Every trajectory is its own asyncio task, so a slow tool delays only the trajectory that called it.
 What the engine sampled is appended as it came (mask 1); what the template and the tools add is
 tokenised once and appended (mask 0). No text is ever turned back into sampled ids.
+
+`rollouts` plays many trajectories, `play` one, `play_turn` one turn of it. `python play.py` shows a
+rollout in colour.
 """
 
 import asyncio
 import hashlib
 import time
-from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import rewards as reward_functions
@@ -22,6 +22,9 @@ from engines.base import Engine, Sampling
 from tools import Toolbox
 from tools.calling.base import shorten
 from trajectory import ToolCall, Trajectory
+
+LAST_CALL = "\n(This was the last call: answer now, without tools.)"
+NO_IMAGE = "(an image, which this model cannot see)"
 
 
 @dataclass(frozen=True)
@@ -42,19 +45,15 @@ class Settings:
 
     @classmethod
     def of(cls, cfg) -> "Settings":
-        """From any config that has the same names."""
-        return cls(**{f.name: getattr(cfg, f.name) for f in fields(cls)})
+        """Takes them from any config that has the same names."""
+        return cls(**{field.name: getattr(cfg, field.name) for field in fields(cls)})
 
 
 def seed_of(*parts: int) -> int:
-    """A 63-bit seed from (run seed, step, prompt, sample, turn): who finishes first changes
+    """Makes a 63-bit seed of (run seed, step, prompt, sample, turn): who finishes first changes
     nothing, and no two turns share their noise."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-class _Enough(Exception):
-    """As many groups are complete as were asked for."""
 
 
 async def rollouts(
@@ -66,67 +65,70 @@ async def rollouts(
     step: int = 0,
     samples: int = 1,
     rewards: dict | None = None,
-    on_done=None,
+    on_done: Callable[[Trajectory], None] | None = None,
     first_group: int = 0,
-    need: int | None = None,
-    turn=None,
+    turn: Callable | None = None,
 ) -> list[Trajectory]:
     """Plays `samples` trajectories for each example, settings.max_concurrent at once.
 
     rewards: of rewards.select(); each trajectory is scored as soon as it ends, while others are
     still played. on_done(trajectory) is called then too. first_group: the number of the first
-    example, where a long list is played in parts; seeds depend on it. need: the first so many
-    groups that are complete are returned and the others dropped, which favours short trajectories.
-    turn: plays one turn, `_turn` if None. Returns them in the order of the examples, the samples of
-    one side by side.
+    example, where a long list is played in parts; seeds depend on it. turn: plays one turn in the
+    place of `play_turn`. Returns them in the order of the examples, the samples of one side by
+    side. What raises in any of them ends all.
     """
-    queue = _trajectories(examples, chat, samples, first_group)
-    workers = min(settings.max_concurrent, len(examples) * samples)
-    finished, counts, complete = [], Counter(), []
+    waiting = unplayed(examples, chat, samples, first_group)
+    finished: list[Trajectory] = []
 
-    async def worker() -> None:
+    async def work() -> None:
+        # one worker plays one trajectory after the other; the next begins before this is scored
         try:
-            for trajectory, prompt in queue:
+            for trajectory, prompt in waiting:
                 await play(trajectory, prompt, chat, engine, toolbox, settings, step, turn)
                 tasks.create_task(finish(trajectory))
         finally:
-            engine.leave()
+            engine.leave()  # also where it failed: a deterministic engine waits for all who joined
 
     async def finish(trajectory: Trajectory) -> None:
+        # a task of its own: a slow reward holds up no worker
         if rewards:
-            await _score(trajectory, rewards)
+            await score(trajectory, rewards)
         if on_done:
             on_done(trajectory)
         finished.append(trajectory)
-        counts[trajectory.group] += 1
-        if counts[trajectory.group] == samples:
-            complete.append(trajectory.group)
-            if len(complete) == need:
-                raise _Enough
 
+    # 1. all workers join before the first starts: the engine then knows whom to wait for
+    workers = min(settings.max_concurrent, len(examples) * samples)
     for _ in range(workers):
-        engine.join()  # all of them before the first starts: the engine knows whom to wait for
+        engine.join()
+
+    # 2. play; if one raises, the group cancels the others, and none goes on in the background
     try:
-        async with asyncio.TaskGroup() as tasks:  # if one raises, none goes on in the background
+        async with asyncio.TaskGroup() as tasks:
             for _ in range(workers):
-                tasks.create_task(worker())
+                tasks.create_task(work())
     except ExceptionGroup as group:
-        if errors := [error for error in group.exceptions if not isinstance(error, _Enough)]:
-            raise errors[0] from errors[0].__cause__
-    kept = set(complete[:need])
-    return sorted((t for t in finished if t.group in kept), key=lambda t: (t.group, t.sample))
+        first = group.exceptions[0]
+        raise first from first.__cause__
+
+    # 3. whoever ended first, the order is that of the examples
+    return sorted(finished, key=lambda trajectory: (trajectory.group, trajectory.sample))
 
 
-def _trajectories(examples: list[dict], chat: Chat, samples: int, first_group: int):
-    """(trajectory, prompt) for each sample of each example; a prompt is made once for its group."""
+def unplayed(
+    examples: list[dict], chat: Chat, samples: int, first_group: int
+) -> Iterator[tuple[Trajectory, list[int]]]:
+    """Yields (trajectory, prompt ids) for each sample of each example. A prompt is rendered once
+    for its group, when its first trajectory is about to be played."""
     for group, example in enumerate(examples, first_group):
         prompt = chat.prompt(example["messages"])
         for sample in range(samples):
             yield Trajectory(example, group, sample), prompt
 
 
-async def _score(trajectory: Trajectory, rewards: dict) -> None:
-    """Sets its rewards."""
+async def score(trajectory: Trajectory, rewards: dict) -> None:
+    """Sets the trajectory's rewards: each by its name, by turn where a reward says so, and the
+    weighted sum."""
     scores = await reward_functions.score(trajectory, trajectory.example, rewards)
     trajectory.turn_rewards = reward_functions.by_turn(scores, rewards)
     trajectory.rewards = reward_functions.summed(scores)
@@ -141,147 +143,201 @@ async def play(
     toolbox: Toolbox,
     settings: Settings,
     step: int = 0,
-    turn=None,
+    turn: Callable | None = None,
 ) -> Trajectory:
     """Plays one trajectory to its end, whatever the model and the tools do; sets `stop`."""
-    turn, started = turn or _turn, time.monotonic()
+    play_one_turn = turn or play_turn
+    started = time.monotonic()
     trajectory.version = engine.version
-    trajectory.add(prompt, 0)
+
+    # 1. the prompt, and tools with a state of this trajectory's own
+    trajectory.add(prompt, mask=0)
     trajectory.messages = list(trajectory.example["messages"])
     try:
         session = toolbox.open(trajectory.example)
-    except Exception as error:  # a tool whose state cannot be made: this trajectory, not the run
+    except Exception as error:  # a state that cannot be made ends this trajectory, not the run
         toolbox.errors["open"] += 1
         trajectory.calls.append(ToolCall(0, "", None, f"{error}", "exception", 0.0))
         trajectory.stop = "error"
         return trajectory
+
+    # 2. turn after turn, until one of them says why it was the last
     try:
         async with asyncio.timeout(settings.trajectory_timeout) as deadline:
             while not trajectory.stop:
-                await turn(trajectory, chat, engine, session, toolbox, settings, step)
+                await play_one_turn(trajectory, chat, engine, session, toolbox, settings, step)
     except TimeoutError:
-        if not deadline.expired():  # somebody else's: an engine that does not answer
+        # not our deadline: the engine timed out, and that ends the run
+        if not deadline.expired():
             raise
-        trajectory.stop = "timeout"  # whole turns and observations only: add() is all or nothing
+        # what is there are whole turns and observations: add() takes all of one or nothing
+        trajectory.stop = "timeout"
     finally:
         await session.close()
     trajectory.seconds = time.monotonic() - started
     return trajectory
 
 
-async def _turn(trajectory, chat, engine, session, toolbox, settings, step) -> None:
-    """One assistant turn and the results of its calls. Sets trajectory.stop if it was the last."""
+async def play_turn(
+    trajectory: Trajectory,
+    chat: Chat,
+    engine: Engine,
+    session,
+    toolbox: Toolbox,
+    settings: Settings,
+    step: int,
+) -> None:
+    """Plays one assistant turn and runs its calls; sets trajectory.stop if it was the last."""
+    # 1. is there room for even one token?
     room = settings.max_tokens - len(trajectory.ids)
     if room <= 0:
         trajectory.stop = "length"
         return
+
+    # 2. sample; the ids go into the trajectory as they came
     turn = len(trajectory.turn_starts)
+    where = (settings.seed, step, trajectory.group, trajectory.sample, turn)
     sampling = Sampling(
         temperature=settings.temperature,
         max_new_tokens=min(settings.max_new_tokens, room),
-        seed=seed_of(settings.seed, step, trajectory.group, trajectory.sample, turn),
+        seed=seed_of(*where),  # nobody's noise depends on who else is played
         stop_ids=chat.stop_ids,
         stop_strings=chat.stop_strings,
+        # which of several servers has the beginning of this group in its cache
         session=seed_of(settings.seed, step, trajectory.group),
     )
-    out = await engine.generate(trajectory.ids, trajectory.images, sampling)
+    completion = await engine.generate(trajectory.ids, trajectory.images, sampling)
     assert engine.version == trajectory.version, "weights changed inside of a trajectory"
     trajectory.turn_starts.append(len(trajectory.ids))
-    trajectory.add(out.ids, 1, out.logprobs)
-    text, calls = chat.parse(out.ids)
+    trajectory.add(completion.ids, mask=1, logprobs=completion.logprobs)
+
+    # 3. which calls did it write, and are they to be run?
+    text, calls = chat.parse(completion.ids)
     trajectory.messages.append(chat.message(text, calls, trajectory.goes_on))
-    if ends(trajectory, calls, out.finish == "length", toolbox, settings):
-        return
-    results = await run(trajectory, calls, session, toolbox, settings, chat.tokenizer)
+    was_cut = completion.finish == "length"
+    trajectory.stop = stop_before_calls(trajectory, calls, was_cut, toolbox, settings)
     if trajectory.stop:
-        return  # with its last token: nobody reads the result of a finish
-    ids = chat.observation(results, closed=out.finish == "stop")
-    if len(trajectory.ids) + len(ids) >= settings.max_tokens:
-        trajectory.stop = "length"  # not even one token could follow: stop without it
         return
-    trajectory.add(ids, 0)
-    trajectory.goes_on = chat.format.in_place and out.finish != "stop"
+
+    # 4. run them; a finish ends the episode with its last token, as nobody reads its result
+    results = await run_calls(trajectory, calls, session, toolbox, settings, chat.tokenizer)
+    if trajectory.stop:
+        return
+
+    # 5. append what they said, unless no token could follow it
+    was_closed = completion.finish == "stop"
+    observation = chat.observation(results, closed=was_closed)
+    if len(trajectory.ids) + len(observation) >= settings.max_tokens:
+        trajectory.stop = "length"
+        return
+    trajectory.add(observation, mask=0)
+    trajectory.goes_on = chat.format.in_place and not was_closed
     for call, result in results:
         trajectory.messages.append({"role": "tool", "name": call.name, "content": result})
 
 
-def ends(trajectory: Trajectory, calls: list, was_cut: bool, toolbox, settings: Settings) -> bool:
-    """Whether the turn that was just added is the last one, and its calls are not to be run; sets
-    trajectory.stop if so. A call that gives the answer is run also behind the limits."""
+def stop_before_calls(
+    trajectory: Trajectory, calls: list, was_cut: bool, toolbox: Toolbox, settings: Settings
+) -> str:
+    """Says why the turn that was just added is the last one, so that its calls are not run; "" if
+    they are. A call that gives the answer is run also behind the limits."""
     turns = len(trajectory.turn_starts)
-    rest = [call for call in calls if not _finishes(call, toolbox)]
-    finishes = len(rest) < len(calls)
+    plain_calls = [call for call in calls if not gives_answer(call, toolbox)]
+    has_answer = len(plain_calls) < len(calls)
     if was_cut:
-        trajectory.stop = "length"  # a call in a turn that was cut is never executed
-    elif not calls:
-        trajectory.stop = "answered"
-    elif not finishes and turns >= settings.max_turns + settings.final_turn:
-        trajectory.stop = "max_turns"  # nobody would read the results
-    elif rest and len(trajectory.calls) + len(rest) > settings.max_tool_calls:
-        trajectory.stop = "max_tool_calls"
-    return bool(trajectory.stop)
+        return "length"  # the call may be half of one: never executed
+    if not calls:
+        return "answered"
+    if turns >= settings.max_turns + settings.final_turn and not has_answer:
+        return "max_turns"  # nobody would read the results
+    if plain_calls and len(trajectory.calls) + len(plain_calls) > settings.max_tool_calls:
+        return "max_tool_calls"
+    return ""
 
 
-def _finishes(call, toolbox) -> bool:
+def gives_answer(call, toolbox: Toolbox) -> bool:
+    """Says whether the call is of a tool that ends the episode (tools/finish.py)."""
     tool = toolbox.tools.get(call.name)
     return tool is not None and tool.ends and not call.error
 
 
-async def run(trajectory, calls: list, session, toolbox, settings, tokenizer) -> list[tuple]:
-    """(call, result) of each call of the turn that was just added, for the model to read. All run
-    at once; what happened is added to trajectory.calls. If one of them gave the answer, sets
-    trajectory.answer and stop; behind the limits a turn is the last one anyhow."""
+async def run_calls(
+    trajectory: Trajectory, calls: list, session, toolbox: Toolbox, settings: Settings, tokenizer
+) -> list[tuple]:
+    """Runs all calls of the turn that was just added at once; returns (call, result) of each, in
+    call order, for the model to read.
+
+    What happened is added to trajectory.calls. If one of them gave the answer, sets
+    trajectory.answer and stop; behind the limits the turn is the last one anyhow.
+    """
     turns = len(trajectory.turn_starts)
-    tasks = [asyncio.ensure_future(_call(c, turns - 1, session, toolbox)) for c in calls]
+    tasks = [asyncio.ensure_future(run_call(c, turns - 1, session, toolbox)) for c in calls]
     try:
-        done = await asyncio.gather(*tasks)
+        done = await asyncio.gather(*tasks)  # in call order, whatever finished first
     finally:
-        for task in tasks:  # beside one that ended the run
+        for task in tasks:  # those that still run beside one that ended the run
             task.cancel()
-    trajectory.calls += done  # in call order, whatever finished first
-    for ran in done:
-        if ran.ends:
-            trajectory.stop, trajectory.answer = "answered", ran.result
+    trajectory.calls += done
+
+    # did one of them end the episode?
+    for tool_call in done:
+        if tool_call.ends:
+            trajectory.stop = "answered"
+            trajectory.answer = tool_call.result
     if not trajectory.stop and turns >= settings.max_turns + settings.final_turn:
-        trajectory.stop = "max_turns"  # its finish failed
-    last = settings.final_turn and turns == settings.max_turns
-    note = "\n(This was the last call: answer now, without tools.)" if last else ""
+        trajectory.stop = "max_turns"  # it was run for its finish, which failed
+
+    # the turn's observation has one budget, shared by its results
     limit = settings.max_observation_tokens // len(calls)
-    for ran in done:
-        ran.result = cut(ran.result, limit, tokenizer)
-    return [(call, ran.result + note) for call, ran in zip(calls, done, strict=True)]
+    note = LAST_CALL if settings.final_turn and turns == settings.max_turns else ""
+    results = []
+    for call, tool_call in zip(calls, done, strict=True):
+        tool_call.result = shorten_tokens(tool_call.result, limit, tokenizer)
+        results.append((call, tool_call.result + note))
+    return results
 
 
-async def _call(call, turn, session, toolbox) -> ToolCall:
+async def run_call(call, turn: int, session, toolbox: Toolbox) -> ToolCall:
     """Runs one parsed call; whatever goes wrong is its result."""
-    if call.error:
+    if call.error:  # it could not be read: the format says why
         toolbox.errors[call.error] += 1
-        content, error, seconds = call.message, call.error, 0.0
-    else:
-        content, error, seconds = await session.call(call.name, call.arguments)
-    parts = content if isinstance(content, list) else [content]
-    # A text-only model cannot see an image: it is told so, and the episode goes on.
-    texts = [p if isinstance(p, str) else "(an image, which this model cannot see)" for p in parts]
-    # A lone surrogate, which JSON can spell and an error message then quotes, crashes tokenizers.
-    text = "\n".join(texts).encode("utf-8", "replace").decode()
+        return ToolCall(turn, call.name, call.arguments, plain_text(call.message), call.error, 0.0)
+    content, error, seconds = await session.call(call.name, call.arguments)
     ends = error is None and toolbox.tools[call.name].ends
-    return ToolCall(turn, call.name, call.arguments, text, error, seconds, ends)
+    return ToolCall(turn, call.name, call.arguments, plain_text(content), error, seconds, ends)
 
 
-def cut(text: str, limit: int, tokenizer) -> str:
-    """`text` with its middle taken out so that it has about `limit` tokens; the cut is marked."""
+def plain_text(content: str | list) -> str:
+    """Makes text of what a tool returned, for a model that reads only text."""
+    parts = content if isinstance(content, list) else [content]
+    texts = [part if isinstance(part, str) else NO_IMAGE for part in parts]
+    # A lone surrogate, which JSON can spell and an error message then quotes, crashes tokenizers.
+    return "\n".join(texts).encode("utf-8", "replace").decode()
+
+
+def shorten_tokens(text: str, limit: int, tokenizer) -> str:
+    """Takes the middle out of `text`, so that about `limit` tokens stay; the cut is marked."""
     if len(text.encode()) <= limit:  # a token is at least one byte
         return text
     if tokenizer is None:  # another's model: four characters a token, about
         return shorten(text, 4 * limit)
+
     # Only the ends of a long text are encoded: a megabyte takes a second, in which nobody plays.
     reach = max(16 * limit, 256)  # characters
-    long = len(text) > 2 * reach
-    head = tokenizer.encode(text[:reach] if long else text, add_special_tokens=False)
-    tail = tokenizer.encode(text[-reach:], add_special_tokens=False) if long else head
-    if not long and len(head) <= limit:
-        return text
+    if len(text) > 2 * reach:
+        head = tokenizer.encode(text[:reach], add_special_tokens=False)
+        tail = tokenizer.encode(text[-reach:], add_special_tokens=False)
+    else:
+        head = tail = tokenizer.encode(text, add_special_tokens=False)
+        if len(head) <= limit:
+            return text
+
     half = limit // 2
-    head = tokenizer.decode(head[:half])
-    tail = tokenizer.decode(tail[max(0, len(tail) - limit + half) :])
-    return f"{head}\n[... {len(text) - len(head) - len(tail)} characters cut ...]\n{tail}"
+    head_text = tokenizer.decode(head[:half])
+    tail_text = tokenizer.decode(tail[max(0, len(tail) - (limit - half)) :])
+    dropped = len(text) - len(head_text) - len(tail_text)
+    return f"{head_text}\n[... {dropped} characters cut ...]\n{tail_text}"
+
+
+if __name__ == "__main__":
+    raise SystemExit("error: this plays nothing by itself: python play.py --config calc.py does")

@@ -7,8 +7,8 @@
     python train_grpo.py --help                          # every knob: the Config below
 
 A step: take P prompts; play G rollouts of each, with tools (rollout.py); reward them (rewards.py);
-compare each with its group (loss.py, advantages); raise the probability of the sampled tokens of
-the better ones (loss.py, grpo_loss).
+compare each with its group (loss.py, set_advantages); raise the probability of the sampled tokens
+of the better ones (loss.py, grpo_loss).
 
 How this differs from the paper (DeepSeekMath, arXiv:2402.03300), and the key that restores it:
 1. No KL term: the reward is checked by code, so there is no reward model to overfit to; it would
@@ -27,7 +27,8 @@ Shapes: P prompts, G group size, B = P x G trajectories, T tokens.
 
 import random
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 from run import config
@@ -39,17 +40,37 @@ import torch
 
 import data
 from engines.canary import Canary, synced
+from engines.options import read_options
 from learning import model as models
 from learning import optim
-from learning.batches import micro_batches, pad
+from learning.batches import Batch, micro_batches
 from learning.checkpoint import Run
 from learning.logprobs import shared_prefixes, shares_prompts, token_logprobs
-from loss import grpo_loss, importance, sampler_mismatch, sequence_weights, set_advantages
-from player import batch_of_groups, held_out, running, setup, validate
-from run import log as run_log
+from loss import (
+    correction_sums,
+    grpo_loss,
+    importance,
+    sampler_mismatch,
+    sequence_weights,
+    set_advantages,
+)
+from player import Player, validation_examples
 from run.config import UserError
+from run.log import Log, check_logger
 from run.loop import run_blocking
 from trajectory import Trajectory, stats
+
+# what the line of a step shows, and how
+COLUMNS = {
+    "reward": "6.3f",
+    "accuracy": "5.3f",
+    "tool_call_rate": "5.3f",
+    "new_tokens": "6.1f",
+    "loss": "8.4f",
+    "grad_norm": "6.2f",
+    "seconds": "5.2f",
+}
+ROLLOUTS_PER_STEP = 2  # trajectories written to rollouts.jsonl
 
 
 @dataclass
@@ -58,13 +79,10 @@ class Config:
     out_dir: str = "out/grpo"  # must be new or empty
     resume: bool = False  # go on from out_dir's last checkpoint; without one, begin
     seed: int = 0  # of the order of the prompts, and of every turn that is sampled
-    dry_run: bool = False  # plays one made-up rollout to check the config: no model, no download
     steps: int = 100  # batches of rollouts
     save_every: int = 50  # steps between checkpoints; 0: only when it ends or is stopped
-    keep_last: int = 2  # checkpoints; each takes three times the memory of what is trained
     eval_every: int = 0  # steps between greedy evaluations on rows held out; 0: none
-    eval_data: str = ""  # which rows, as in `data`; "": of that itself, another split
-    eval_split: str = "test"  # of a task or a hub data set; a file has none
+    eval_data: str = ""  # which rows, as in `data`; "": of that itself, the split "test"
     eval_rows: int = 128  # the first so many of them
     # model
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # hub id, or a folder that train_sft.py wrote
@@ -76,15 +94,9 @@ class Config:
     gradient_checkpointing: bool = False  # a third slower, and long trajectories fit
     # engine
     engine: Literal["transformers", "vllm", "server"] = "transformers"  # vllm: on a GPU
-    deterministic: bool = True  # equal seeds give equal bits; false: nobody waits for slow tools
     urls: tuple[str, ...] = ()  # server: of `vllm serve` processes, such as http://127.0.0.1:8000
-    server_timeout: float = 60.0  # seconds without any server that answers, before the run stops
     gpu_memory_utilization: float = 0.5  # vllm: share of the GPU's memory; not used on a CPU
-    kv_cache_gib: float = 0.0  # vllm: of its cache; 0: what that share leaves, on a CPU 1
-    tensor_parallel_size: int = 1  # vllm: GPUs that share its weights
-    enforce_eager: bool = False  # vllm: does not compile: starts sooner and samples slower
-    sleep: bool = True  # vllm: leaves the GPU's memory to the trainer while it learns
-    canary: bool = True  # stops the run when the engine has other weights than the trainer
+    engine_options: tuple[str, ...] = ()  # such as enforce_eager=true; engines/options.py has all
     # data
     data: str = "task:calc"  # task:name, .jsonl, .parquet, or a hub id such as openai/gsm8k:main
     split: str = "train"  # of a task or a hub data set; a file has none
@@ -104,7 +116,6 @@ class Config:
     tool_options: tuple[str, ...] = ()  # of a tool, such as search.k=5 or python.timeout=2
     tool_timeout: float = 10.0  # seconds a call may take
     tool_concurrency: int = 16  # calls that run at once, over all trajectories
-    tool_cache: str = "memory"  # results of pure tools; none, or a file that is kept
     # rollout
     prompts_per_step: int = 24  # P: each step plays P groups
     group_size: int = 8  # G: more find rarer successes, and cost as much more
@@ -117,287 +128,477 @@ class Config:
     trajectory_timeout: float = 300.0  # seconds
     final_turn: bool = False  # at max_turns, one more turn to answer without tools
     max_concurrent: int = 256  # trajectories that are played at once
-    oversample: int = 0  # groups begun beyond P; the last are dropped: faster, but favours short
     # rewards
     rewards: tuple[str, ...] = ("correct",)  # name or file.py:name, each [:weight]; 1st = accuracy
     reward_options: tuple[str, ...] = ()  # of a reward, such as judge.model=gpt
-    reward_timeout: float = 60.0  # seconds for each; what takes longer is not learnt from
     overlong: Literal["keep", "mask", "penalise"] = "keep"  # what a limit cut short; mask: unlearnt
-    overlong_penalty: float = 1.0  # penalise: taken from its reward
     turn_credit: bool = False  # rewards that are lists count for their turn and those before it
     dynamic_sampling: str = ""  # a reward, such as correct: groups that agree on it are replaced
-    dynamic_attempts: int = 3  # by at most so many rounds of further prompts
     # loss
     loss: Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"] = "dapo"  # see above
-    adv_norm: Literal["group", "batch", "none"] = "group"  # what the advantage is divided by: a std
-    rloo: bool = False  # compare with the mean of the others, without the trajectory itself
+    adv_norm: Literal["group", "batch", "none", "rloo"] = "group"  # advantages: divided by a std of
+    # the group or the batch, or by nothing; rloo: compared with the mean of the others, not divided
     updates_per_batch: int = 1  # passes over each batch of rollouts
     minibatches: int = 1  # updates in each pass, each on a part of the batch
     clip_low: float = 0.2  # the ratio is clipped at 1 - clip_low; gspo: 3e-4
     clip_high: float = 0.28  # and at 1 + clip_high; gspo: 4e-4, cispo: 1 and more
     beta: float = 0.0  # weight of the KL to the model that training began with, 0.001..0.04
-    is_correction: Literal["auto", "none", "truncate", "mask"] = "auto"  # trainer over engine;
-    # auto: truncate where the engine is not the trainer's own model, none where it is
-    is_level: Literal["token", "sequence"] = "token"  # of whose probability that ratio is
-    is_cap: float = 2.0  # truncate: it is at most this; mask: 0 where outside of 1 / cap .. cap
+    is_correction: Literal[
+        "auto", "none", "truncate", "mask", "sequence_truncate", "sequence_mask"
+    ] = "auto"  # trainer's probability over the engine's, of a token or of all: at most 2, or 0
+    # outside of 0.5 .. 2; auto: truncate where the engine is not the trainer's own model, else none
     # optimisation
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: a quarter of its memory
     learning_rate: float = 1e-6  # 1e-6 full, 1e-5..1e-4 LoRA, 3e-4..1e-3 tiny
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
     warmup: int = 0  # steps
-    weight_decay: float = 0.0  # of matrices only
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm
     token_budget: int = 16384  # tokens per forward pass, padding counted; halve it if out of memory
     # log
-    rollouts_per_step: int = 2  # trajectories written to rollouts.jsonl
     logger: Literal["none", "wandb", "tensorboard"] = "none"  # beside metrics.jsonl
 
 
-VLLM = "gpu_memory_utilization kv_cache_gib tensor_parallel_size enforce_eager sleep"
+@dataclass(frozen=True)
+class LearnSettings:
+    """How a batch of trajectories is learnt from: keys of the Config, the same for all of a run."""
 
+    loss: str
+    adv_norm: str
+    turn_credit: bool
+    overlong: str
+    updates_per_batch: int
+    minibatches: int
+    clip_low: float
+    clip_high: float
+    beta: float
+    is_correction: str  # "none", "truncate", …, never "auto"
+    temperature: float  # that of the sampling
+    max_new_tokens: int  # dr_grpo's constant
+    max_grad_norm: float
+    token_budget: int
+    seed: int
 
-def correction(cfg: Config) -> str:
-    """The kind of is_correction that is used."""
-    if cfg.is_correction != "auto":
-        return cfg.is_correction
-    return "none" if cfg.engine == "transformers" else "truncate"
+    @classmethod
+    def of(cls, cfg: Config) -> "LearnSettings":
+        """Takes them from a config."""
+        values = {field.name: getattr(cfg, field.name) for field in fields(cls)}
+        if cfg.is_correction == "auto":
+            is_trainers_own = cfg.engine == "transformers"
+            values["is_correction"] = "none" if is_trainers_own else "truncate"
+        return cls(**values)
 
 
 def check(cfg: Config) -> None:
-    """Rules across keys. A key that would have no effect is an error, not a surprise."""
-    on_policy = cfg.updates_per_batch == cfg.minibatches == 1
-    rules = (
-        (cfg.tune == "full", "lora_r lora_alpha lora_targets", "with tune=full: use --tune=lora"),
-        (on_policy, "clip_low clip_high", "with updates_per_batch=1 and minibatches=1: ratio = 1"),
-        (cfg.loss == "cispo", "clip_low", "with loss=cispo: it bounds the ratio only above"),
-        (cfg.overlong != "penalise", "overlong_penalty", f"with overlong={cfg.overlong}"),
-        (not cfg.dynamic_sampling, "dynamic_attempts", "without dynamic_sampling=<a reward>"),
-        (correction(cfg) == "none", "is_level is_cap", "with is_correction=none"),
-        (not cfg.eval_every, "eval_data eval_split eval_rows", "without eval_every=<steps>"),
-        (not cfg.tools, "tool_timeout tool_concurrency tool_cache", "with tools=(): no call runs"),
-        (cfg.engine != "transformers", "deterministic", f"with engine={cfg.engine}"),
-        (cfg.engine != "vllm", VLLM, f"with engine={cfg.engine}: use --engine=vllm, or drop it"),
-        (cfg.engine != "server", "urls server_timeout", f"with engine={cfg.engine}"),
-        (cfg.kv_cache_gib > 0, "gpu_memory_utilization", "with kv_cache_gib, which says it all"),
-        (data.is_file(cfg.data), "split", f"on {cfg.data!r}: a file has no splits, so drop it"),
+    """Checks the rules across keys. A key that would have no effect is an error, not a surprise."""
+    on_policy = cfg.updates_per_batch == 1 and cfg.minibatches == 1
+    options = read_options(cfg.engine, cfg.engine_options)
+    has_cache_size = getattr(options, "kv_cache_gib", 0) > 0
+    config.refuse_unused_keys(
+        cfg,
+        (
+            (
+                cfg.tune == "full",
+                "lora_r lora_alpha lora_targets",
+                "with tune=full: use --tune=lora",
+            ),
+            (
+                on_policy,
+                "clip_low clip_high",
+                "with updates_per_batch=1 and minibatches=1: ratio = 1",
+            ),
+            (cfg.loss == "cispo", "clip_low", "with loss=cispo: it bounds the ratio only above"),
+            (not cfg.eval_every, "eval_data eval_rows", "without eval_every=<steps>"),
+            (not cfg.tools, "tool_timeout tool_concurrency", "with tools=(): no call runs"),
+            (cfg.engine != "vllm", "gpu_memory_utilization", f"with engine={cfg.engine}"),
+            (has_cache_size, "gpu_memory_utilization", "with kv_cache_gib, which says it all"),
+            (cfg.engine != "server", "urls", f"with engine={cfg.engine}"),
+            (data.is_file(cfg.data), "split", f"on {cfg.data!r}: a file has no splits, so drop it"),
+        ),
     )
-    config.refuse_unused_keys(cfg, rules)
-    if cfg.model == "tiny":
-        raise UserError("model = 'tiny' is made by train_sft.py: give the folder that it wrote")
-    if cfg.tune == "qlora" and cfg.dtype == "mixed":
-        raise UserError("dtype = 'mixed' with tune=qlora: its base is not trained, use bfloat16")
     config.require_positive(
         cfg,
         "steps prompts_per_step max_tokens max_new_tokens max_turns max_observation_tokens lora_r "
         "lora_alpha updates_per_batch minibatches token_budget tool_concurrency learning_rate "
-        "max_grad_norm tool_timeout reward_timeout trajectory_timeout clip_low clip_high keep_last "
-        "is_cap dynamic_attempts overlong_penalty server_timeout gpu_memory_utilization "
-        "max_concurrent tensor_parallel_size eval_rows",
+        "max_grad_norm tool_timeout trajectory_timeout clip_low clip_high gpu_memory_utilization "
+        "max_concurrent eval_rows",
     )
-    zero = "temperature max_tool_calls warmup weight_decay rollouts_per_step seed beta save_every "
-    config.require_not_negative(cfg, zero + "oversample kv_cache_gib eval_every")
+    config.require_not_negative(
+        cfg, "temperature max_tool_calls warmup seed beta save_every eval_every"
+    )
+    if cfg.model == "tiny":
+        raise UserError("model = 'tiny' is made by train_sft.py: give the folder that it wrote")
+    if cfg.tune == "qlora" and cfg.dtype == "mixed":
+        raise UserError("dtype = 'mixed' with tune=qlora: its base is not trained, use bfloat16")
     if cfg.engine == "server" and not cfg.urls:
         raise UserError("urls is missing: engine = 'server' needs --urls=http://host:port,…")
     if cfg.engine != "transformers" and 0 < cfg.temperature < 0.01:
         raise UserError(f"temperature = {cfg.temperature}: vLLM has 0, or 0.01 and more")
-    if cfg.oversample and cfg.engine == "transformers" and cfg.deterministic:
-        raise UserError("oversample takes who is first, by the clock: it needs deterministic=false")
     if cfg.gpu_memory_utilization > 1:
         raise UserError(f"gpu_memory_utilization = {cfg.gpu_memory_utilization}: at most 1")
     if cfg.seed >= 2**63:
         raise UserError(f"seed = {cfg.seed}: expected less than 2**63")
-    if cfg.is_cap < 1:
-        raise UserError(f"is_cap = {cfg.is_cap}: expected 1 or more, for the ratio should be 1")
     if cfg.group_size < 2:
         raise UserError(f"group_size = {cfg.group_size}: one has nothing to compare with")
     if cfg.warmup >= cfg.steps:
         raise UserError(f"warmup = {cfg.warmup}: expected less than steps = {cfg.steps}")
-    if cfg.minibatches > (size := cfg.prompts_per_step * cfg.group_size):
-        raise UserError(f"minibatches = {cfg.minibatches}: there are {size} trajectories to split")
+    trajectories = cfg.prompts_per_step * cfg.group_size
+    if cfg.minibatches > trajectories:
+        raise UserError(
+            f"minibatches = {cfg.minibatches}: there are {trajectories} trajectories to split"
+        )
 
 
-def padded(rows: list[Trajectory], device) -> tuple[torch.Tensor, ...]:
-    """(B, T) each: ids, attention_mask, mask, the engine's logprobs, each token's advantage."""
-    spread = []
-    for t in rows:
-        ends = [*t.turn_starts, len(t.ids)]
-        gains = [0.0] * ends[0]  # the prompt
-        for k, gain in enumerate(t.advantages):  # a turn and the results of its calls
-            gains += [gain] * (ends[k + 1] - ends[k])
-        spread.append(gains)
-    return (
-        pad([t.ids for t in rows], device=device),
-        pad([[1] * len(t.ids) for t in rows], device=device),
-        pad([t.mask for t in rows], device=device),
-        pad([t.logprobs for t in rows], 0.0, torch.float32, device),
-        pad(spread, 0.0, torch.float32, device),
-    )
+# ---- learning from trajectories
 
 
-def cut(model, rows: list[Trajectory], token_budget: int) -> list[list[int]]:
-    """The indices of each micro-batch."""
-    lengths, prompts = [len(t.ids) for t in rows], None
-    if shares_prompts(model):
-        prompts = shared_prefixes([t.ids for t in rows], [t.mask for t in rows])
-    return micro_batches(lengths, token_budget, prompts)
+def batches(model, trajectories: list[Trajectory], token_budget: int) -> list[list[Trajectory]]:
+    """Divides trajectories into micro-batches of at most token_budget tokens, padding counted."""
+    lengths = [len(t.ids) for t in trajectories]
+    prompts = None
+    if shares_prompts(model):  # then a prompt that repeats counts once
+        prompts = shared_prefixes([t.ids for t in trajectories], [t.mask for t in trajectories])
+    parts = micro_batches(lengths, token_budget, prompts)
+    return [[trajectories[i] for i in part] for part in parts]
 
 
 @torch.no_grad()
-def score(model, rows: list[Trajectory], cfg: Config) -> list[torch.Tensor]:
-    """(T,) logprobs of each trajectory under the model as it is now."""
-    scored = [None] * len(rows)
-    for part in cut(model, rows, cfg.token_budget):
-        ids, attention_mask, mask, *_ = padded([rows[i] for i in part], model.device)
-        logprobs, _ = token_logprobs(model, ids, attention_mask, mask, cfg.temperature)
-        for row, i in enumerate(part):
-            scored[i] = logprobs[row, : len(rows[i].ids)]
-    return scored
+def policy_logprobs(
+    model, trajectories: list[Trajectory], temperature: float, token_budget: int
+) -> dict[int, torch.Tensor]:
+    """Computes the (T,) logprobs of each trajectory under the model as it is now, by id()."""
+    logprobs_of = {}
+    for part in batches(model, trajectories, token_budget):
+        batch = Batch.of(part, model.device)
+        logprobs, _ = token_logprobs(
+            model, batch.ids, batch.attention_mask, batch.mask, temperature
+        )
+        for row, trajectory in enumerate(part):
+            logprobs_of[id(trajectory)] = logprobs[row, : len(trajectory.ids)]
+    return logprobs_of
 
 
-def accumulate(model, rows, weights, cfg: Config, old=None, ref=None) -> dict:
+def accumulate(model, trajectories: list[Trajectory], settings: LearnSettings) -> dict:
     """Adds the gradient of one update to what is there; returns its metrics.
 
-    rows: trajectories with their advantages; weights: w_i of each. old, ref: their logprobs
-    (`score`) before the first update and under the reference; old=None: this is that update. The
-    trainer's own are taken and not the engine's, whose rounding then is not in the ratio.
+    trajectories: with their advantages and weights. Their old_logprobs are the trainer's before the
+    first update, or None if this is that update; the trainer's own are taken and not the engine's,
+    whose rounding then is not in the ratio. With beta they have ref_logprobs.
     """
-    device, total = model.device, sum(t.new_tokens for t in rows)
-    sums, gaps, kind = dict.fromkeys(("loss", "entropy", "clip_frac"), 0.0), [], correction(cfg)
-    for part in cut(model, rows, cfg.token_budget):
-        ids, attention_mask, mask, sampled, gain = padded([rows[i] for i in part], device)
-        logprobs, entropy = token_logprobs(model, ids, attention_mask, mask, cfg.temperature)
-        before = logprobs.detach() if old is None else stack([old[i] for i in part])
-        more, weight = {}, torch.tensor([weights[i] for i in part], device=device)
-        if kind != "none":
-            more["importance"] = importance(before, sampled, mask, kind, cfg.is_level, cfg.is_cap)
-            weighed = torch.where(mask.bool(), more["importance"], 0.0).sum().item() / total
-            sums["is_weight"] = sums.get("is_weight", 0.0) + weighed
-            out = (more["importance"] == 0) | (more["importance"] == cfg.is_cap)
-            for row, i in enumerate(part):  # long trajectories drift more: by number of turns
-                count = (out[row] & mask[row].bool()).sum().item() / total
-                for key in ("is_outside", f"is_outside_turns_{len(rows[i].turn_starts)}"):
-                    sums[key] = sums.get(key, 0.0) + count
-        if cfg.beta:
-            more |= {"beta": cfg.beta, "ref_logprobs": stack([ref[i] for i in part])}
-        clip = cfg.clip_low, cfg.clip_high
-        loss, parts = grpo_loss(logprobs, before, mask, gain, weight, cfg.loss, *clip, **more)
+    total = sum(t.new_tokens for t in trajectories)
+    sums = Counter(loss=0.0, entropy=0.0, clip_frac=0.0)
+    gaps = []  # of the engine from the trainer, for each sampled token
+    for part in batches(model, trajectories, settings.token_budget):  # as many as memory holds
+        # 1. what the policy gives to the sampled tokens, with gradient
+        batch = Batch.of(part, model.device)
+        logprobs, entropy = token_logprobs(
+            model, batch.ids, batch.attention_mask, batch.mask, settings.temperature
+        )
+        old_logprobs = batch.old_logprobs
+        if old_logprobs is None:
+            old_logprobs = logprobs.detach()
+
+        # 2. the engine may have sampled with other probabilities than the trainer's
+        correction = None
+        if settings.is_correction != "none":
+            correction = importance(
+                old_logprobs, batch.sampled_logprobs, batch.mask, settings.is_correction
+            )
+
+        # 3. the share of this part in the loss of the update, and its gradient
+        loss, logged = grpo_loss(
+            logprobs,
+            old_logprobs,
+            batch.mask,
+            batch.advantages,
+            batch.weights,
+            settings.loss,
+            settings.clip_low,
+            settings.clip_high,
+            settings.beta,
+            batch.ref_logprobs,
+            correction,
+        )
         loss.backward()
-        gaps.append((before - sampled)[mask.bool()].cpu())
+
+        # 4. metrics: means over the tokens of the update
         sums["loss"] += loss.item()
         sums["entropy"] += entropy.sum().item() / total
-        sums["clip_frac"] += parts["clipped"].sum().item() / total
-        if cfg.beta:
-            sums["kl"] = sums.get("kl", 0.0) + parts["kl"].sum().item() / total
-    return sums | sampler_mismatch(torch.cat(gaps))
+        sums["clip_frac"] += logged["clipped"].sum().item() / total
+        if settings.beta:
+            sums["kl"] += logged["kl"].sum().item() / total
+        if correction is not None:
+            turns = [len(t.turn_starts) for t in part]
+            for name, value in correction_sums(correction, batch.mask, turns).items():
+                sums[name] += value / total
+        gap = old_logprobs - batch.sampled_logprobs
+        gaps.append(gap[batch.mask.bool()].cpu())
+    return dict(sums) | sampler_mismatch(torch.cat(gaps))
 
 
-def stack(rows: list[torch.Tensor]) -> torch.Tensor:
-    """(B, T), padded on the right with 0."""
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+def learn(
+    model,
+    optimizers: list,
+    trajectories: list[Trajectory],
+    learning_rate: float,
+    settings: LearnSettings,
+    step: int = 0,
+    reference=None,
+) -> dict:
+    """Makes all updates of one step; returns the mean of their metrics.
 
+    reference: the model that beta holds the policy to. No update is made on a batch that has
+    nothing to teach: Adam would still move the weights.
+    """
+    # 1. compare each with its group; what has no reward is in no denominator
+    is_counted = set_advantages(
+        trajectories, settings.adv_norm, settings.turn_credit, settings.overlong
+    )
+    new_tokens = torch.tensor([t.new_tokens for t in trajectories]) * is_counted
 
-def learn(model, optimizers, trajectories, rate, cfg: Config, step=0, reference=None) -> dict:
-    """All updates of one step; returns the mean of their metrics. No step is taken on a batch that
-    has nothing to teach: Adam would still move the weights."""
-    valid = set_advantages(trajectories, cfg)
-    new_tokens = torch.tensor([t.new_tokens for t in trajectories]) * valid
-    taught = [  # equal rewards teach nothing; the KL, though, is of every token
-        i for i, t in enumerate(trajectories) if new_tokens[i] and (any(t.advantages) or cfg.beta)
-    ]
-    models.without_dropout(model)
-    learnt, old, ref = set(taught), {}, {}
-    if cfg.updates_per_batch * cfg.minibatches > 1:
-        old = dict(zip(taught, score(model, [trajectories[i] for i in taught], cfg), strict=True))
-    if cfg.beta:
+    # 2. leave out what teaches nothing: equal rewards do not, though the KL is of every token
+    teaching = []
+    for trajectory, tokens in zip(trajectories, new_tokens.tolist(), strict=True):
+        trajectory.old_logprobs = None
+        trajectory.ref_logprobs = None
+        trajectory.teaches = tokens > 0 and (any(trajectory.advantages) or settings.beta > 0)
+        if trajectory.teaches:
+            teaching.append(trajectory)
+
+    # 3. logprobs before the first update (where there is only one, they are its own) and those
+    # of the reference
+    models.without_dropout(model)  # else old and new logprobs would be of two functions
+    is_off_policy = settings.updates_per_batch * settings.minibatches > 1
+    if is_off_policy:
+        scored = policy_logprobs(model, teaching, settings.temperature, settings.token_budget)
+        for trajectory in teaching:
+            trajectory.old_logprobs = scored[id(trajectory)]
+    if settings.beta:
         with models.with_initial_weights(reference):
-            rows = [trajectories[i] for i in taught]
-            ref = dict(zip(taught, score(reference, rows, cfg), strict=True))
-    seen, order = [], list(range(len(trajectories)))
-    for update in range(cfg.updates_per_batch):
-        if cfg.minibatches > 1:
-            random.Random(f"{cfg.seed} {step} {update}").shuffle(order)
-        for first in range(cfg.minibatches):
-            part = order[first :: cfg.minibatches]
-            weights = sequence_weights(new_tokens[part], cfg.loss, cfg.max_new_tokens).tolist()
-            chosen = [(i, w) for i, w in zip(part, weights, strict=True) if i in learnt]
-            if not chosen:
+            scored = policy_logprobs(
+                reference, teaching, settings.temperature, settings.token_budget
+            )
+        for trajectory in teaching:
+            trajectory.ref_logprobs = scored[id(trajectory)]
+
+    # 4. the updates, each on a part of the batch
+    metrics = []
+    order = list(range(len(trajectories)))
+    for update in range(settings.updates_per_batch):
+        if settings.minibatches > 1:
+            random.Random(f"{settings.seed} {step} {update}").shuffle(order)
+        for first in range(settings.minibatches):
+            part = order[first :: settings.minibatches]
+            # made once for the whole part, also of those that teach nothing: how it is then cut
+            # into micro-batches changes nothing
+            weights = sequence_weights(new_tokens[part], settings.loss, settings.max_new_tokens)
+            learnt = []
+            for i, weight in zip(part, weights.tolist(), strict=True):
+                trajectories[i].weight = weight
+                if trajectories[i].teaches:
+                    learnt.append(trajectories[i])
+            if not learnt:
                 continue
-            rows, weights = [trajectories[i] for i, _ in chosen], [w for _, w in chosen]
-            given = [[known[i] for i, _ in chosen] if known else None for known in (old, ref)]
-            seen.append(accumulate(model, rows, weights, cfg, *given))
-            seen[-1]["grad_norm"] = optim.step(model, optimizers, rate, cfg.max_grad_norm)
+            update_metrics = accumulate(model, learnt, settings)
+            update_metrics["grad_norm"] = optim.step(
+                model, optimizers, learning_rate, settings.max_grad_norm
+            )
+            metrics.append(update_metrics)
     model.eval()
-    keys = dict.fromkeys(["loss", "grad_norm"] + [key for metrics in seen for key in metrics])
-    mean = {key: sum(m.get(key, 0.0) for m in seen) / max(1, len(seen)) for key in keys}
-    if (largest := "sampler_logprob_diff_max") in mean:
-        mean[largest] = max(m[largest] for m in seen)
-    return mean | {"trained_share": len(taught) / len(trajectories)}
+
+    # 5. what is logged: means over the updates
+    return mean_metrics(metrics) | {"trained_share": len(teaching) / len(trajectories)}
+
+
+def mean_metrics(metrics: list[dict]) -> dict:
+    """Averages the metrics of several updates; of the largest differences, takes the largest."""
+    names = dict.fromkeys(["loss", "grad_norm"])  # also where no update was made
+    for update in metrics:
+        names |= dict.fromkeys(update)
+    means = {}
+    for name in names:
+        values = [update.get(name, 0.0) for update in metrics]
+        if name == "sampler_logprob_diff_max":
+            means[name] = max(values)
+        else:
+            means[name] = sum(values) / max(1, len(metrics))
+    return means
+
+
+# ---- the run
+
+
+def next_prompts(cursor: int, examples: list[dict], count: int, seed: int) -> list[dict]:
+    """Takes the next `count` examples after the `cursor` that were taken: every one once in a
+    random order, then all again in another."""
+    picked = []
+    for i in range(cursor, cursor + count):
+        epoch, at = divmod(i, len(examples))
+        if not picked or at == 0:
+            everyone = range(len(examples))
+            order = random.Random(f"{seed} {epoch}").sample(everyone, len(examples))
+        picked.append(examples[order[at]])
+    return picked
+
+
+def sample_groups(
+    player: Player,
+    cursor: int,
+    prompts_per_step: int,
+    group_size: int,
+    seed: int,
+    step: int,
+    dynamic_sampling: str = "",
+    dynamic_attempts: int = 3,
+    expect=None,
+) -> tuple[list[Trajectory], list[Trajectory], int]:
+    """Plays the groups of a step; returns (trajectories to learn from, all that were played, the
+    cursor after their prompts).
+
+    dynamic_sampling: a reward; groups that agree on it are replaced by those of the next prompts,
+    in at most dynamic_attempts further rounds (DAPO, arXiv:2503.14476); what is still missing then
+    is filled up with them. expect(count): is told how many rollouts come, returns what to call as
+    each is done.
+    """
+    kept: list[list[Trajectory]] = []
+    equal: list[list[Trajectory]] = []  # groups that agree
+    played: list[Trajectory] = []
+    started = 0  # prompts
+    rounds = 1 + dynamic_attempts if dynamic_sampling else 1
+    for _ in range(rounds):
+        missing = prompts_per_step - len(kept)
+        prompts = next_prompts(cursor + started, player.examples, missing, seed)
+        on_done = expect(len(prompts) * group_size) if expect else None
+        # the first group's number goes on, so that no two groups share a seed
+        new = player.play(prompts, group_size, step, first_group=started, on_done=on_done)
+        started += len(prompts)
+        played += new
+        for first in range(0, len(new), group_size):
+            group = new[first : first + group_size]
+            outcomes = {t.rewards.get(dynamic_sampling) for t in group} - {None}
+            agrees = dynamic_sampling and len(outcomes) < 2
+            if agrees:
+                equal.append(group)
+            else:
+                kept.append(group)
+        if len(kept) == prompts_per_step:
+            break
+    kept += equal[: prompts_per_step - len(kept)]
+    trajectories = [trajectory for group in kept for trajectory in group]
+    return trajectories, played, cursor + started
+
+
+def validate(player: Player, examples: list[dict], log: Log) -> dict:
+    """Plays held-out examples greedily, once each; prints and returns the metrics."""
+    started = time.monotonic()
+    measured = stats(player.play(examples, temperature=0.0), player.outcome)
+    metrics = {f"val_{name}": measured[name] for name in ("accuracy", "reward", "tool_call_rate")}
+    log.print("           " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    metrics["val_seconds"] = time.monotonic() - started
+    return metrics
 
 
 def train(cfg: Config) -> dict:
     """Trains, saves the model or adapter to out_dir, and returns the last step's metrics."""
-    check(cfg)  # also one that was made in a notebook, not by config.parse
-    if cfg.dry_run:
-        import play
-
-        return {"reward": play.grpo(cfg).reward}
+    # 1. all checks, the cheap ones first: a mistake must not wait for weights to be loaded
+    check(cfg)  # also of a config that was made in a notebook, not by config.parse
     if cfg.temperature == 0:
         raise UserError("temperature = 0: all of a group would be alike, so give 0.7 to 1.0")
-    run_log.check_logger(cfg.logger)
+    check_logger(cfg.logger)
     run = Run(cfg)
-    val_rows = held_out(cfg)
-    model, tokenizer, chat, toolbox, selected, rows = setup(cfg, cfg.tune)
-    reference = models.load_reference(cfg.model, model, cfg.tune, cfg.dtype) if cfg.beta else None
+    held_out = validation_examples(cfg)
+    player = Player.of(cfg, cfg.tune)
+    model = player.model
+    tokenizer = player.chat.tokenizer
+    reference = None
+    if cfg.beta:
+        reference = models.load_reference(cfg.model, model, cfg.tune, cfg.dtype)
     if cfg.gradient_checkpointing:
         models.recompute_layers(model)
-    optimizers = optim.optimizers(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay)
-    state = run.restore(model, optimizers) or {"step": 0, "cursor": 0, "metrics": {}}
-    first, cursor, metrics = state["step"], state["cursor"], state["metrics"]
+    optimizers = optim.optimizers(model, cfg.optimizer, cfg.learning_rate)
 
-    trained, total = optim.count(model)
-    columns = {"reward": "6.3f", "accuracy": "5.3f", "tool_call_rate": "5.3f", "new_tokens": "6.1f"}
-    columns |= {"loss": "8.4f", "grad_norm": "6.2f", "seconds": "5.2f"}
-    knobs = "token_budget", "max_tokens", "group_size"
-    log = run_log.Log(run.out_dir, cfg.steps, columns, first, cfg.logger, asdict(cfg))
-    canary = Canary(chat.prompt(rows[0]["messages"]), cfg.dtype) if cfg.canary else None
-    with log, optim.memory_advice(*knobs), run, running(cfg, model, tokenizer, toolbox) as engine:
-        log.print(f"{len(rows)} prompts, {cfg.steps} steps, {trained:,} of {total:,} trained")
+    # 2. where it goes on: weights, optimizers and random generators of the last checkpoint
+    state = run.restore(model, optimizers) or {"step": 0, "cursor": 0, "metrics": {}}
+    first_step = state["step"]
+    cursor = state["cursor"]
+    metrics = state["metrics"]
+    settings = LearnSettings.of(cfg)
+    canary = None  # scores one fixed prompt after each sync
+    if read_options(cfg.engine, cfg.engine_options).canary:
+        canary = Canary(player.chat.prompt(player.examples[0]["messages"]), cfg.dtype)
+
+    log = Log(run.out_dir, cfg.steps, COLUMNS, first_step, cfg.logger, asdict(cfg))
+    advice = optim.memory_advice("token_budget", "max_tokens", "group_size")
+    with log, advice, run, player:
+        trained, total = optim.count(model)
+        log.print(
+            f"{len(player.examples)} prompts, {cfg.steps} steps, {trained:,} of {total:,} trained"
+        )
         if cfg.resume:
-            log.print(f"going on with step {first}")
-        for step in range(first, cfg.steps):
-            started, before, last = time.monotonic(), cursor, metrics
-            rate = cfg.learning_rate * optim.schedule(step, cfg.steps, cfg.schedule, cfg.warmup)
-            kept, metrics = (model, tokenizer, optimizers, log), {"step": step}
-            with run.rescue(step, *kept, cursor=cursor, metrics=last):
-                metrics |= run_blocking(synced(engine, model, step, canary))
-                if val_rows and step % cfg.eval_every == 0:  # of the weights that `step` steps made
-                    metrics |= validate(val_rows, cfg, chat, engine, toolbox, selected, log)
-                trajectories, played, cursor = batch_of_groups(
-                    rows, cursor, cfg, chat, engine, toolbox, selected, step, log
+            log.print(f"going on with step {first_step}")
+
+        for step in range(first_step, cfg.steps):
+            started = time.monotonic()
+            learning_rate = cfg.learning_rate * optim.schedule(
+                step, cfg.steps, cfg.schedule, cfg.warmup
+            )
+            kept = (model, tokenizer, optimizers, log)
+            last_metrics = metrics
+            metrics = {"step": step}
+            # what raises in here (a reward, an engine) is raised when the steps done are saved
+            with run.rescue(step, *kept, cursor=cursor, metrics=last_metrics):
+                # 3. sample from the weights of the last update; the canary proves that the engine
+                # has them
+                metrics |= run_blocking(synced(player.engine, model, step, canary))
+                if held_out and step % cfg.eval_every == 0:
+                    metrics |= validate(player, held_out, log)
+                sampling_started = time.monotonic()
+                trajectories, played, cursor = sample_groups(
+                    player,
+                    cursor,
+                    cfg.prompts_per_step,
+                    cfg.group_size,
+                    cfg.seed,
+                    step,
+                    cfg.dynamic_sampling,
+                    expect=log.expect,
                 )
+                metrics["rollout_seconds"] = time.monotonic() - sampling_started
                 metrics |= optim.gpu_gib("rollout")
-                run_blocking(engine.sleep())
-            other = metrics["sync_seconds"] + metrics.get("val_seconds", 0.0)
-            rollout_seconds = time.monotonic() - started - other
-            metrics |= stats(played, next(iter(selected))) | {"tools_leaked": toolbox.leaked}
-            if cfg.oversample:  # who was taken: the first to be complete, and so the shorter
-                metrics["groups_dropped"] = cursor - before - len(played) // cfg.group_size
-                metrics["groups_kept"] = sorted({t.group for t in played})
-            metrics |= learn(model, optimizers, trajectories, rate, cfg, step, reference)
+                run_blocking(player.engine.sleep())
+            metrics |= stats(played, player.outcome)
+            metrics["tools_leaked"] = player.toolbox.leaked
+
+            # 4. compare each with its group, one masked update (or several)
+            metrics |= learn(
+                model, optimizers, trajectories, learning_rate, settings, step, reference
+            )
             metrics |= optim.gpu_gib("learn")
-            metrics |= {"learning_rate": rate, "rollout_seconds": rollout_seconds}
+
+            # 5. log, save; a stop signal waits for this line, so that what was learnt is kept
+            metrics["learning_rate"] = learning_rate
             metrics["seconds"] = time.monotonic() - started
             log.step(metrics)
-            log.rollouts(trajectories[: cfg.rollouts_per_step], tokenizer, step=step)
+            log.rollouts(trajectories[:ROLLOUTS_PER_STEP], tokenizer, step=step)
             run.after(step + 1, cfg.steps, *kept, cursor=cursor, metrics=metrics)
+
+        # 6. the model as from_pretrained loads it, and the last lines for people and for grep
         run.finish(model, tokenizer)
-        said = {"saved": str(run.out_dir), "reward": metrics["reward"]}
-        if val_rows:
-            run_blocking(synced(engine, model, cfg.steps, canary))
-            said |= validate(val_rows, cfg, chat, engine, toolbox, selected, log)
-        log.summary(said | {"known_results": toolbox.cache.hits})
+        summary = {"saved": str(run.out_dir), "reward": metrics["reward"]}
+        if held_out:
+            run_blocking(synced(player.engine, model, cfg.steps, canary))
+            summary |= validate(player, held_out, log)
+        log.summary(summary | {"known_results": player.toolbox.cache.hits})
     return metrics
 
 
+def main(argv: list[str]) -> None:
+    """Trains as the command line says; --dry_run=true only plays a made-up rollout (play.py)."""
+    is_dry, argv = config.take_flag(argv, "dry_run")
+    if is_dry:
+        config.run_script("play.py", ["--made_up=true", *argv])
+    else:
+        train(config.parse(Config, argv, check))
+
+
 if __name__ == "__main__":
-    config.main(lambda argv: train(config.parse(Config, argv, check)))
+    config.main(main)

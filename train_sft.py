@@ -39,12 +39,13 @@ from learning import optim
 from learning.batches import micro_batches, pad
 from learning.checkpoint import Run
 from learning.logprobs import token_logprobs
-from run import log as run_log
 from run.config import UserError
-from tasks import tiny as tiny_model
+from run.log import Log, check_logger
+from tasks import tiny
 from tools import Toolbox
 
 VALIDATION = ("val_loss", "val_token_accuracy")
+COLUMNS = {"loss": "7.4f", "entropy": "6.4f", "grad_norm": "6.2f", "seconds": "5.2f"}
 
 
 @dataclass
@@ -53,9 +54,7 @@ class Config:
     out_dir: str = "out/sft"  # must be new or empty
     resume: bool = False  # go on from out_dir's last checkpoint; without one, begin
     seed: int = 0  # of the weights made here, the demonstrations, and their order
-    dry_run: bool = False  # prints the first row as it would be trained on: no model, no download
     save_every: int = 500  # updates between checkpoints; 0: only when it ends or is stopped
-    keep_last: int = 2  # checkpoints; each takes three times the memory of what is trained
     logger: Literal["none", "wandb", "tensorboard"] = "none"  # beside metrics.jsonl
     # model
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # hub id, folder, or "tiny": made from scratch
@@ -93,21 +92,24 @@ class Config:
 
 
 def check(cfg: Config) -> None:
-    """Rules across keys. A key that would have no effect is an error, not a surprise."""
+    """Checks the rules across keys. A key that would have no effect is an error, not a surprise."""
     lora = "lora_r lora_alpha lora_targets"
-    rules = (
-        (cfg.tune == "full", lora, "with tune=full: use --tune=lora, or drop it"),
-        (cfg.model != "tiny", "whole_names", f"with model={cfg.model}: it has a tokenizer"),
-        (cfg.val_rows == 0, "val_every", "with val_rows=0: use --val_rows=64, or drop it"),
+    config.refuse_unused_keys(
+        cfg,
+        (
+            (cfg.tune == "full", lora, "with tune=full: use --tune=lora, or drop it"),
+            (cfg.model != "tiny", "whole_names", f"with model={cfg.model}: it has a tokenizer"),
+            (cfg.val_rows == 0, "val_every", "with val_rows=0: use --val_rows=64, or drop it"),
+        ),
     )
-    config.refuse_unused_keys(cfg, rules)
     if cfg.model == "tiny" and cfg.tune != "full":
         raise UserError(f"tune = {cfg.tune!r} on model = 'tiny': random weights need tune=full")
     if cfg.tune == "qlora" and cfg.dtype == "mixed":
         raise UserError("dtype = 'mixed' with tune=qlora: its base is not trained, use bfloat16")
-    for name in "rows max_tokens batch_size token_budget lora_r val_every keep_last".split():
-        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
-            raise UserError(f"{name} = {getattr(cfg, name)}: expected at least 1")
+    for name in "rows max_tokens batch_size token_budget lora_r val_every".split():
+        value = getattr(cfg, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} = {value}: expected at least 1")
     config.require_positive(cfg, "learning_rate epochs max_grad_norm lora_alpha")
     config.require_not_negative(cfg, "warmup weight_decay seed val_rows save_every")
     if cfg.seed >= 2**63:
@@ -119,20 +121,30 @@ def sft_loss(
     mask: torch.Tensor,  # (B, T) 1 = trained
     trained_tokens: int,  # of the whole batch, not of this micro-batch
 ) -> torch.Tensor:
-    """Mean negative log-likelihood over the trained tokens of the batch, summed by micro-batch."""
+    """Computes the share of a micro-batch in the mean negative log-likelihood over all trained
+    tokens of the batch."""
     return -(logprobs * mask).sum() / trained_tokens
 
 
+# ---- rows to samples
+
+
 def check_rows(cfg: Config, rows: list[dict]) -> None:
-    """A key that would have no effect on these rows (of data.conversations) is an error too."""
+    """Checks that every key has an effect on these rows (of data.conversations)."""
     recorded = ["ids" in row for row in rows]
-    own = all("ids" in row or row["tools"] is not None for row in rows)
-    on, chat = f"on {cfg.data}, whose rows", "format tools template_options"
-    rules = (
-        (all(recorded), chat, f"{on} are recorded with their prompts: drop it"),
-        (own, "tools", f"{on} have `tools` of their own: drop it"),
+    have_tools = ["ids" in row or row["tools"] is not None for row in rows]
+    on = f"on {cfg.data}, whose rows"
+    config.refuse_unused_keys(
+        cfg,
+        (
+            (
+                all(recorded),
+                "format tools template_options",
+                f"{on} are recorded with their prompts: drop it",
+            ),
+            (all(have_tools), "tools", f"{on} have `tools` of their own: drop it"),
+        ),
     )
-    config.refuse_unused_keys(cfg, rules)
     if cfg.model == "tiny" and any(recorded):
         raise UserError("model = 'tiny' has a new tokenizer: recorded ids need their own model")
 
@@ -140,9 +152,10 @@ def check_rows(cfg: Config, rows: list[dict]) -> None:
 def render(
     rows: list[dict], tokenizer, format: str, tools: list[dict], name: str, options=()
 ) -> list[tuple]:
-    """(ids, mask) of each row: recorded ones as they are; a conversation with the tools of its row,
-    or else these, by one Chat for each set of tools. The first proves the template."""
-    chats = {}
+    """Makes (ids, mask) of each row: recorded ones as they are; a conversation with the tools of
+    its row, or else these, by one Chat for each set of tools. The first proves the template. name:
+    the data set's, for messages."""
+    chats: dict[str, Chat] = {}  # by the JSON of the tools
     if any("messages" in row and row["tools"] is None for row in rows):
         chats[json.dumps(tools)] = Chat(tokenizer, format, tools, options)
     samples = []
@@ -155,11 +168,11 @@ def render(
             shown = tools if row["tools"] is None else row["tools"]
             data.check_calls(row["messages"], [tool["function"]["name"] for tool in shown])
             key = json.dumps(shown)
-            if key not in chats:
-                if known := next(iter(chats.values()), None):
-                    chats[key] = known.with_tools(shown)
-                else:
-                    chats[key] = Chat(tokenizer, format, shown, options)
+            if key not in chats and chats:
+                first = next(iter(chats.values()))
+                chats[key] = first.with_tools(shown)  # spares the proof
+            elif key not in chats:
+                chats[key] = Chat(tokenizer, format, shown, options)
             samples.append(chats[key].render(row["messages"]))
         except UserError as error:
             raise UserError(f"{name}, row {row['row']}: {error}") from None
@@ -167,80 +180,107 @@ def render(
 
 
 def fit(samples: list[tuple], max_tokens: int) -> tuple[list[tuple], int, int]:
-    """(samples cut at max_tokens, how many were cut, how many were left out because nothing in them
-    is trained). UserError if that leaves none."""
-    fitted = [(ids[:max_tokens], mask[:max_tokens]) for ids, mask in samples]
-    kept = [sample for sample in fitted if any(sample[1])]
-    if not kept:
+    """Cuts samples at max_tokens; returns (those in which something is trained, how many were cut,
+    how many were left out because nothing in them is trained). UserError if that leaves none."""
+    fitted = []
+    cut = 0
+    for ids, mask in samples:
+        if not any(mask[:max_tokens]):
+            continue
+        fitted.append((ids[:max_tokens], mask[:max_tokens]))
+        if len(ids) > max_tokens:
+            cut += 1
+    if not fitted:
         raise UserError(
             f"max_tokens = {max_tokens}: in none of the {len(samples)} conversations does the "
             "assistant write anything before that; raise it"
         )
-    long = [len(ids) > max_tokens and any(mask[:max_tokens]) for ids, mask in samples]
-    return kept, sum(long), len(samples) - len(kept)
+    return fitted, cut, len(samples) - len(fitted)
 
 
 def hold_out(samples: list, val_rows: int, seed: int) -> tuple[list, list]:
-    """(the rest in its order, val_rows samples chosen by the seed). UserError if none is left."""
+    """Divides samples into (the others in their order, val_rows chosen by the seed). UserError if
+    none is left."""
     if val_rows >= len(samples):
         raise UserError(f"val_rows = {val_rows}: of {len(samples)} rows none is left to train on")
-    held = set(random.Random(f"held out {seed}").sample(range(len(samples)), val_rows))
-    return [s for i, s in enumerate(samples) if i not in held], [samples[i] for i in sorted(held)]
+    rng = random.Random(f"held out {seed}")
+    held_out = set(rng.sample(range(len(samples)), val_rows))
+    others = [sample for i, sample in enumerate(samples) if i not in held_out]
+    return others, [samples[i] for i in sorted(held_out)]
+
+
+# ---- forward passes
 
 
 def packs(lengths: list[int], token_budget: int) -> list[list[int]]:
-    """Indices in rows of at most token_budget tokens, by first-fit decreasing, which takes at most
-    11/9 of the fewest rows (Johnson 1973). What is longer than the budget is a row of its own."""
-    found: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        at = next((at for at, free in enumerate(room) if lengths[i] <= free), len(room))
-        if at == len(room):
-            found.append([])
+    """Packs samples into rows of at most token_budget tokens; returns the indices of each. By
+    first-fit decreasing, which takes at most 11/9 of the fewest rows (Johnson 1973). What is longer
+    than the budget is a row of its own."""
+    rows: list[list[int]] = []
+    room: list[int] = []  # tokens that are left in each row
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    for i in longest_first:
+        at = next((at for at, free in enumerate(room) if lengths[i] <= free), len(rows))
+        if at == len(rows):
+            rows.append([])
             room.append(token_budget)
-        found[at].append(i)
+        rows[at].append(i)
         room[at] -= lengths[i]
-    return found
+    return rows
 
 
 def parts(samples: list[tuple], token_budget: int, packing: bool) -> list[list[tuple]]:
-    """The samples of each forward pass."""
-    divide = packs if packing else micro_batches
-    indices = divide([len(ids) for ids, _ in samples], token_budget)
+    """Divides samples into those of each forward pass."""
+    lengths = [len(ids) for ids, _ in samples]
+    if packing:
+        indices = packs(lengths, token_budget)
+    else:
+        indices = micro_batches(lengths, token_budget)
     return [[samples[i] for i in part] for part in indices]
 
 
-def score(model, samples: list[tuple], packing: bool, temperature: float = 1.0):
-    """(logprobs, entropy, mask) of one forward pass: (B, T) with padding, packed (1, T)."""
-    ids, mask = zip(*samples, strict=True)
+def batch_logprobs(model, samples: list[tuple], packing: bool, temperature: float = 1.0):
+    """Computes (logprobs, entropy, mask) of one forward pass: (B, T) padded, (1, T) packed."""
+    ids = [sample_ids for sample_ids, _ in samples]
+    mask = [sample_mask for _, sample_mask in samples]
     attention_mask = positions = None
     if packing:
-        positions = [list(chain(*(range(len(sample)) for sample in ids)))]
-        positions = pad(positions, device=model.device)
-        ids, mask = [list(chain(*ids))], [list(chain(*mask))]
+        # one row; positions begin again at 0 with every sample, which keeps them apart
+        positions = pad([list(chain(*(range(len(row)) for row in ids)))], device=model.device)
+        ids = [list(chain(*ids))]
+        mask = [list(chain(*mask))]
     else:
-        attention_mask = pad([[1] * len(sample) for sample in ids], device=model.device)
-    ids, mask = (pad(rows, device=model.device) for rows in (ids, mask))
+        attention_mask = pad([[1] * len(row) for row in ids], device=model.device)
+    mask = pad(mask, device=model.device)
     logprobs, entropy = token_logprobs(
-        model, ids, attention_mask, mask, temperature, position_ids=positions
+        model,
+        pad(ids, device=model.device),
+        attention_mask,
+        mask,
+        temperature,
+        position_ids=positions,
     )
     return logprobs, entropy, mask
 
 
-def prove_packing(model, name: str) -> None:
-    """UserError if a sample has other logprobs behind another one in its row than alone: where a
-    model ignores that positions begin again, or mixes tokens by other means than attention (Mamba),
-    it sees what is before it."""
-    rng, vocabulary = random.Random(0), model.get_input_embeddings().num_embeddings
+def check_packing(model, name: str) -> None:
+    """Checks that a sample has the same logprobs behind another one in its row as alone; else
+    UserError. Where a model ignores that positions begin again, or mixes tokens by other means than
+    attention (Mamba), it sees what is before it."""
+    rng = random.Random(0)
+    vocabulary = model.get_input_embeddings().num_embeddings
     ids = [[rng.randrange(vocabulary) for _ in range(24)] for _ in range(2)]
-    first, second = ((sample, [0] + [1] * 23) for sample in ids)
+    mask = [0] + [1] * 23
+    first = (ids[0], mask)
+    second = (ids[1], mask)
     with torch.no_grad():
-        alone = score(model, [second], packing=False)[0][0]
-        packed = score(model, [first, second], packing=True)[0][0, 24:]
-        exact = model(torch.tensor(ids, device=model.device)).logits.dtype == torch.float32
+        alone = batch_logprobs(model, [second], packing=False)[0][0]
+        packed = batch_logprobs(model, [first, second], packing=True)[0][0, 24:]
+        logits = model(torch.tensor(ids, device=model.device)).logits
     difference = (packed - alone).abs().mean().item()
     # Seen: 1e-7, in bfloat16 5e-4; 0.006 if random weights see the other sample, 0.3 if trained.
-    if not difference <= (1e-3 if exact else 0.1):  # not: NaN is refused too
+    limit = 1e-3 if logits.dtype == torch.float32 else 0.1
+    if not difference <= limit:  # not: NaN is refused too
         raise UserError(
             f"model = {name!r} cannot be packed: behind another sample, logprobs differ by "
             f"{difference:.2g} from those alone; use packing=false"
@@ -249,126 +289,197 @@ def prove_packing(model, name: str) -> None:
 
 def accumulate(model, batch: list[tuple], token_budget: int, packing: bool = False) -> dict:
     """Adds the gradient of the loss of a batch of (ids, mask); returns its metrics."""
+    # the denominator is that of the whole batch: how it is cut for memory changes nothing
     trained_tokens = sum(sum(mask) for _, mask in batch)
-    loss, entropy = 0.0, 0.0
+    metrics = {"loss": 0.0, "entropy": 0.0, "trained_tokens": trained_tokens}
     for part in parts(batch, token_budget, packing):
-        logprobs, entropies, mask = score(model, part, packing)
-        part_loss = sft_loss(logprobs, mask, trained_tokens)
-        part_loss.backward()
-        loss += part_loss.item()
-        entropy += entropies.sum().item() / trained_tokens
-    return {"loss": loss, "entropy": entropy, "trained_tokens": trained_tokens}
+        logprobs, entropy, mask = batch_logprobs(model, part, packing)
+        loss = sft_loss(logprobs, mask, trained_tokens)
+        loss.backward()
+
+        metrics["loss"] += loss.item()
+        metrics["entropy"] += entropy.sum().item() / trained_tokens
+    return metrics
 
 
 @torch.no_grad()
 def validate(model, samples: list[tuple], token_budget: int, packing: bool = False) -> dict:
-    """The loss on the samples, and the share of trained tokens that greedy decoding would choose
-    given those before them: their probability at a temperature near 0, so a tie counts in part."""
-    trained_tokens, loss, right = sum(sum(mask) for _, mask in samples), 0.0, 0.0
+    """Measures the loss on the samples, and the share of trained tokens that greedy decoding would
+    choose given those before them: their probability at a temperature near 0, so a tie counts in
+    part."""
+    trained_tokens = sum(sum(mask) for _, mask in samples)
+    loss = 0.0
+    right = 0.0
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     for part in parts(samples, token_budget, packing):
-        logprobs, _, mask = score(model, part, packing)
+        logprobs, _, mask = batch_logprobs(model, part, packing)
         loss += sft_loss(logprobs, mask, trained_tokens).item()
-        greedy, _, _ = score(model, part, packing, temperature=1e-6)
+        greedy, _, _ = batch_logprobs(model, part, packing, temperature=1e-6)
         right += (greedy.exp() * mask).sum().item()
     for module, mode in modes:
         module.training = mode
-    return dict(zip(VALIDATION, (loss, right / trained_tokens), strict=True))
+    return {"val_loss": loss, "val_token_accuracy": right / trained_tokens}
+
+
+# ---- the run
 
 
 def setup(cfg: Config):
-    """(model, tokenizer, samples, held-out samples, a word on the data), the cheap checks first."""
+    """Makes (model, tokenizer, samples, held-out samples, a word on the data), the cheap checks
+    first."""
+    # 1. the rows
     toolbox = Toolbox(cfg.tools, describe_only=True)
     if cfg.model != "tiny":
         models.find(cfg.model)
     rows = data.conversations(cfg.data, cfg.rows, cfg.seed, cfg.system_prompt)
     check_rows(cfg, rows)
     chosen = data.rewarded(rows, cfg.min_reward, cfg.data)
-    tiny = cfg.model == "tiny"
-    if tiny:
+
+    # 2. the tokenizer, and samples: rendered, and so proved, before any weights are loaded
+    if cfg.model == "tiny":
         conversations = [row["messages"] for row in chosen[:4096]]
-        tokenizer = tiny_model.tiny_tokenizer(conversations, toolbox.schemas, cfg.whole_names)
+        tokenizer = tiny.tiny_tokenizer(conversations, toolbox.schemas, cfg.whole_names)
     else:
         tokenizer = models.load_tokenizer(cfg.model)
-    # rendered, and so proved, before any weights are loaded
-    chat = cfg.format, toolbox.schemas, cfg.data, cfg.template_options
-    samples = render(chosen, tokenizer, *chat)
+    samples = render(chosen, tokenizer, cfg.format, toolbox.schemas, cfg.data, cfg.template_options)
     samples, cut, empty = fit(samples, cfg.max_tokens)
     samples, held_out = hold_out(samples, cfg.val_rows, cfg.seed)
     if cfg.batch_size > len(samples):
         few = f"there are {len(samples)} rows to train on, use --batch_size={len(samples)} or less"
         raise UserError(f"batch_size = {cfg.batch_size}: {few}")
-    said = f"{len(samples)} rows to train on, {len(held_out)} held out, {cut} cut at max_tokens, "
-    said += f"{empty} left out with nothing to train, {len(rows) - len(chosen)} below min_reward"
-    if tiny:
-        model = models.in_dtype(tiny_model.tiny(tokenizer, cfg.seed), cfg.dtype)
+
+    # 3. the model
+    if cfg.model == "tiny":
+        model = models.in_dtype(tiny.tiny(tokenizer, cfg.seed), cfg.dtype)
     else:
-        lora = (cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
-        model, _ = models.load(cfg.model, cfg.tune, cfg.dtype, "auto", *lora)
+        model, _ = models.load(
+            cfg.model,
+            cfg.tune,
+            cfg.dtype,
+            lora_r=cfg.lora_r,
+            lora_alpha=cfg.lora_alpha,
+            lora_targets=cfg.lora_targets,
+            seed=cfg.seed,
+        )
     if cfg.packing:
-        prove_packing(model, cfg.model)
-    return model, tokenizer, samples, held_out, said
+        check_packing(model, cfg.model)
+    summary = (
+        f"{len(samples)} rows to train on, {len(held_out)} held out, {cut} cut at max_tokens, "
+        f"{empty} left out with nothing to train, {len(rows) - len(chosen)} below min_reward"
+    )
+    return model, tokenizer, samples, held_out, summary
+
+
+def warmup_steps(cfg: Config, steps: int, samples: int) -> int:
+    """Gives the updates of the warm-up: those asked for, which must be fewer than all; of those
+    that nobody asked for, a tenth of a run that has no more."""
+    if cfg.warmup < steps:
+        return cfg.warmup
+    if "warmup" in config.changed(cfg):
+        few = f"{samples} rows are {steps} updates: lower it, or train for more epochs"
+        raise UserError(f"warmup = {cfg.warmup}: expected less than {steps}, since {few}")
+    return steps // 10
+
+
+def row_order(samples: int, needed: int, seed: int) -> list[int]:
+    """Orders the rows of a run: every one once, in a new order, then all again."""
+    order: list[int] = []
+    rng = random.Random(seed)
+    while len(order) < needed:
+        order += rng.sample(range(samples), samples)
+    return order
 
 
 def train(cfg: Config) -> dict:
     """Trains, saves the model to out_dir, and returns the last step's metrics."""
-    check(cfg)  # also one that was made in a notebook, not by config.parse
-    if cfg.dry_run:
-        import play
-
-        play.sft(cfg)
-        return {}
-    run_log.check_logger(cfg.logger)
+    # 1. all checks, the cheap ones first; then the model
+    check(cfg)  # also of a config that was made in a notebook, not by config.parse
+    check_logger(cfg.logger)
     run = Run(cfg)
-    model, tokenizer, samples, held_out, said = setup(cfg)
+    model, tokenizer, samples, held_out, summary = setup(cfg)
     steps = max(1, round(cfg.epochs * len(samples) / cfg.batch_size))
-    warmup = cfg.warmup
-    if warmup >= steps and "warmup" in config.changed(cfg):
-        few = f"{len(samples)} rows are {steps} updates: lower it, or train for more epochs"
-        raise UserError(f"warmup = {warmup}: expected less than {steps}, since {few}")
-    if warmup >= steps:  # nobody asked for it
-        warmup = steps // 10
+    warmup = warmup_steps(cfg, steps, len(samples))
     if cfg.gradient_checkpointing:
         models.recompute_layers(model)
-    optimizers = optim.optimizers(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay)
-    state = run.restore(model, optimizers) or {"step": 0, "metrics": {}}
-    first, metrics = state["step"], state["metrics"]
-    order = []  # every row once, in a new order, then again
-    shuffle = random.Random(cfg.seed)
-    while len(order) < steps * cfg.batch_size:
-        order += shuffle.sample(range(len(samples)), len(samples))
+    optimizers = optim.optimizers(
+        model,
+        cfg.optimizer,
+        cfg.learning_rate,
+        cfg.weight_decay,
+    )
 
-    trained, total = optim.count(model)
-    columns = {"loss": "7.4f", "entropy": "6.4f", "grad_norm": "6.2f", "seconds": "5.2f"}
-    knobs = "token_budget", "max_tokens", "batch_size"
-    log = run_log.Log(run.out_dir, steps, columns, first, cfg.logger, asdict(cfg))
-    with log, optim.memory_advice(*knobs), run:
-        log.print(f"{said}; {steps} steps, {trained:,} of {total:,} parameters")
+    # 2. where it goes on: weights, optimizers and random generators of the last checkpoint
+    state = run.restore(model, optimizers) or {"step": 0, "metrics": {}}
+    first_step = state["step"]
+    metrics = state["metrics"]
+    order = row_order(len(samples), steps * cfg.batch_size, cfg.seed)
+
+    log = Log(run.out_dir, steps, COLUMNS, first_step, cfg.logger, asdict(cfg))
+    advice = optim.memory_advice("token_budget", "max_tokens", "batch_size")
+    with log, advice, run:
+        trained, total = optim.count(model)
+        log.print(f"{summary}; {steps} steps, {trained:,} of {total:,} parameters")
         if cfg.resume:
-            log.print(f"going on with step {first}")
+            log.print(f"going on with step {first_step}")
         model.train()
-        for step in range(first, steps):
+
+        for step in range(first_step, steps):
+            # 3. the next rows, one update
             started = time.monotonic()
-            rate = cfg.learning_rate * optim.schedule(step, steps, cfg.schedule, warmup)
-            rows = order[step * cfg.batch_size : (step + 1) * cfg.batch_size]
-            batch = [samples[i] for i in rows]
-            metrics = {"step": step, "learning_rate": rate}
+            share = optim.schedule(step, steps, cfg.schedule, warmup)
+            learning_rate = cfg.learning_rate * share
+            first = step * cfg.batch_size
+            rows = order[first : first + cfg.batch_size]
+            batch = [samples[row] for row in rows]
+            metrics = {"step": step}
+            metrics["learning_rate"] = learning_rate
             metrics |= accumulate(model, batch, cfg.token_budget, cfg.packing)
-            metrics["grad_norm"] = optim.step(model, optimizers, rate, cfg.max_grad_norm)
+            metrics["grad_norm"] = optim.step(
+                model,
+                optimizers,
+                learning_rate,
+                cfg.max_grad_norm,
+            )
             metrics["seconds"] = time.monotonic() - started
-            if held_out and ((step + 1) % cfg.val_every == 0 or step + 1 == steps):
+
+            # 4. the rows held out, now and then and at the end
+            is_last = step + 1 == steps
+            is_due = is_last or (step + 1) % cfg.val_every == 0
+            if held_out and is_due:
                 metrics |= validate(model, held_out, cfg.token_budget, cfg.packing)
+
+            # 5. log, save; a stop signal waits for this line
             log.step(metrics)
-            if validation := {key: metrics[key] for key in VALIDATION if key in metrics}:
-                log.print("           " + "  ".join(f"{k} {v:.4f}" for k, v in validation.items()))
-            run.after(step + 1, steps, model, tokenizer, optimizers, log, metrics=metrics)
+            if held_out and is_due:
+                cells = [f"{name} {metrics[name]:.4f}" for name in VALIDATION]
+                log.print("           " + "  ".join(cells))
+            run.after(
+                step + 1,
+                steps,
+                model,
+                tokenizer,
+                optimizers,
+                log,
+                metrics=metrics,
+            )
+
+        # 6. the model as from_pretrained loads it, and the last lines for people and for grep
         model.eval()
         run.finish(model, tokenizer)
-        kept = {key: metrics[key] for key in ("loss", *VALIDATION) if key in metrics}
-        log.summary({"saved": str(run.out_dir), **kept})
+        last = {name: metrics[name] for name in ("loss", *VALIDATION) if name in metrics}
+        log.summary({"saved": str(run.out_dir), **last})
     return metrics
 
 
+def main(argv: list[str]) -> None:
+    """Trains as the command line says; --dry_run=true only shows the first row (play.py)."""
+    is_dry, argv = config.take_flag(argv, "dry_run")
+    if is_dry:
+        config.run_script("play.py", ["--demonstration=true", *argv])
+    else:
+        train(config.parse(Config, argv, check))
+
+
 if __name__ == "__main__":
-    config.main(lambda argv: train(config.parse(Config, argv, check)))
+    config.main(main)

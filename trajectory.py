@@ -1,62 +1,83 @@
 """One rollout: token ids with an exact loss mask, and what happened on the way.
 
-A trajectory only grows, by `add`: what the engine sampled with mask 1, all the rest with mask 0.
+    trajectory = Trajectory(example)
+    trajectory.add(prompt_ids, mask=0)
+    trajectory.add(completion.ids, mask=1, logprobs=completion.logprobs)
 
-Shapes: T tokens.
+A trajectory only grows, by `add`: what the policy sampled with mask 1, its stop tokens included,
+and all the rest (prompt, template, what tools said) with mask 0. SFT conversations, rollouts and
+evaluations are all of this one type.
+
+Shapes: T tokens, K turns.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
 
+import torch
+
 MALFORMED = {"bad_json", "unknown_tool", "bad_arguments"}  # ToolCall.error of calls that never ran
+COLOURS = {"t": "green", "c": "bright_black", "o": "yellow", "e": "yellow"}  # of token_kinds
 
 
 @dataclass
 class ToolCall:
+    """One call of a tool, and what came of it."""
+
     turn: int  # which turn of the trajectory, from 0
     name: str
     arguments: dict | None  # None if the call could not be read
     result: str  # what the model was told
-    error: str | None  # one of the kinds above
+    error: str | None  # its kind, as tools/__init__.py lists them
     seconds: float  # without the wait for a free slot; 0.0 if it was not run: refused, or known
     ends: bool = False  # it gave the answer, and nothing was done after it
 
 
 @dataclass
 class Trajectory:
-    """One rollout, as four parallel lists and what happened on the way. T = len(ids)."""
+    """One rollout, as parallel lists of its T tokens and what happened on the way."""
 
     example: dict  # the data row
     group: int = 0  # which prompt of the step: all samples of one prompt share it
     sample: int = 0  # which sample of the group
-    ids: list[int] = field(default_factory=list)  # every token as the engine saw and returned it
-    mask: list[int] = field(default_factory=list)  # 1 = sampled by the policy, stop token included
-    logprobs: list[float] = field(
-        default_factory=list
-    )  # of sampled tokens, from the engine; else 0.0
+
+    # the tokens
+    ids: list[int] = field(default_factory=list)  # (T) each as the engine saw and returned it
+    mask: list[int] = field(default_factory=list)  # (T) 1: sampled by the policy, 0: all the rest
+    logprobs: list[float] = field(default_factory=list)  # (T) the engine's, of what was sampled
     images: list = field(default_factory=list)  # in the order of their placeholders in ids
-    messages: list[dict] = field(
-        default_factory=list
-    )  # for rewards, logs and people; never for ids
+    turn_starts: list[int] = field(default_factory=list)  # (K) index of each first sampled token
+    unseen_tokens: int = 0  # sampled behind an API that gives text only (evaluate.py)
+
+    # what was said and done
+    messages: list[dict] = field(default_factory=list)  # for rewards and people, never for ids
     calls: list[ToolCall] = field(default_factory=list)
-    turn_starts: list[int] = field(default_factory=list)  # index of each turn's first sampled token
     goes_on: bool = False  # its next turn goes on behind a result, in the same message
-    unseen_tokens: int = 0  # sampled behind an endpoint that gives text only (evaluate.py)
     stop: str = ""  # "answered" "length" "max_turns" "max_tool_calls" "timeout" "error"
     answer: str | None = None  # what it gave to a tool that ends the episode (tools/finish.py)
-    rewards: dict[str, float | None] = field(default_factory=dict)  # each under its own name
-    reward: float | None = None  # their weighted sum; None = not to be learnt from
-    reward_timeouts: list[str] = field(default_factory=list)  # rewards that took too long: None
-    turn_rewards: list[float] | None = None  # what of it each turn earned, if a reward says so
-    advantages: list[float] = field(default_factory=list)  # of each turn, once it is learnt from
     version: int = 0  # of the weights that sampled it
     seconds: float = 0.0
 
+    # what it earned
+    rewards: dict[str, float | None] = field(default_factory=dict)  # each under its own name
+    reward: float | None = None  # their weighted sum; None: not to be learnt from
+    turn_rewards: list[float] | None = None  # (K) what of it each turn earned, if a reward says so
+    reward_timeouts: list[str] = field(default_factory=list)  # rewards that took too long: None
+
+    # what is learnt from it
+    advantages: list[float] = field(default_factory=list)  # (K) of each turn
+    teaches: bool = False  # whether anything can be learnt from it
+    weight: float = 0.0  # what each of its tokens counts in the loss of an update
+    old_logprobs: torch.Tensor | None = None  # (T,) the trainer's, before the first update
+    ref_logprobs: torch.Tensor | None = None  # (T,) those of the reference model
+
     def add(self, ids: list[int], mask: int, logprobs: list[float] | None = None) -> None:
-        """The only way to append: `mask` is 1 with logprobs (sampled), 0 without (all the rest)."""
+        """Appends tokens: sampled ones with mask 1 and their logprobs, all others with mask 0.
+        This is the only way to append."""
         assert mask in (0, 1), f"mask {mask}: expected 0 or 1"
         assert (logprobs is not None) == bool(mask), "sampled ids, and only they, have logprobs"
-        logprobs = [0.0] * len(ids) if logprobs is None else logprobs
+        if logprobs is None:
+            logprobs = [0.0] * len(ids)
         assert len(ids) == len(logprobs), f"{len(ids)} ids but {len(logprobs)} logprobs"
         self.ids += ids
         self.mask += [mask] * len(ids)
@@ -64,26 +85,85 @@ class Trajectory:
 
     @property
     def new_tokens(self) -> int:
+        """How many tokens the policy sampled."""
         return sum(self.mask) + self.unseen_tokens
 
 
-def spans(trajectory: Trajectory, tokenizer) -> list[tuple[str, str]]:
-    """The trajectory as (kind, text) pieces, for people: kind is "trained", "context" or "tool"."""
-    pieces, start = [], 0
-    results = [call.result for call in trajectory.calls if call.result]
-    for end in range(1, len(trajectory.ids) + 1):
-        if end < len(trajectory.ids) and trajectory.mask[end] == trajectory.mask[start]:
-            continue
-        text = tokenizer.decode(trajectory.ids[start:end], skip_special_tokens=False)
-        if trajectory.mask[start]:
-            pieces.append(("trained", text))
+# ---- for people: what each token is, the trajectory in colour
+
+
+def token_texts(ids: list[int], tokenizer) -> list[str]:
+    """Decodes each token; joined, the texts are the text of all.
+
+    A character whose bytes are spread over several tokens belongs to the last of them, the others
+    have "" (or what is before it).
+    """
+    texts = []
+    start = 0  # first token of what is decoded together
+    shown = 0  # characters of ids[start:] that are out
+    waiting = 0  # tokens since the last whole character
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+        whole = text.rstrip("\ufffd")  # that stands for bytes which the next token may complete
+        if whole == text:
+            waiting = 0
+        elif len(whole) > shown:
+            waiting = 1
         else:
-            while start > 0 and results and results[0] in text:
-                before, _, text = text.partition(results[0])
-                pieces += [("context", before), ("tool", results.pop(0))]
-            pieces.append(("context", text))
-        start = end
-    return [(kind, text) for kind, text in pieces if text]
+            waiting += 1
+        if waiting > 3:  # no character has more bytes: at most the last may still become one
+            whole = text[:-1]
+        if end == len(ids):
+            whole = text
+        texts.append(whole[shown:])
+        shown = max(shown, len(whole))
+        alone = tokenizer.decode(ids[end - 1 : end], skip_special_tokens=False)
+        if not waiting and "\ufffd" not in alone:
+            # One token stays as context: some tokenizers strip the space of the first.
+            start = end - 1
+            shown = len(alone)
+    return texts
+
+
+def token_kinds(trajectory: Trajectory, texts: list[str]) -> str:
+    """Names what each token is, by a letter: t trained, c context (prompt and template), o what a
+    tool said (its output), e what it said of an error. texts: those of token_texts."""
+    kinds = ["t" if trained else "c" for trained in trajectory.mask]
+    starts = [0]  # where each token's text begins in the whole text
+    for text in texts:
+        starts.append(starts[-1] + len(text))
+    whole = "".join(texts)
+    turn_ends = [*trajectory.turn_starts[1:], len(kinds)]
+    searched_to = 0
+    for call in trajectory.calls:
+        if call.turn >= len(trajectory.turn_starts) or not call.result:
+            continue
+        # results stand behind what the turn sampled, and before the next turn
+        turn_start = trajectory.turn_starts[call.turn]
+        turn_end = turn_ends[call.turn]
+        first = turn_start + sum(trajectory.mask[turn_start:turn_end])
+        found = whole.find(call.result, max(searched_to, starts[first]), starts[turn_end])
+        if found < 0:  # it did not fit, or the template changed it
+            continue
+        searched_to = found + len(call.result)
+        for i in range(first, turn_end):
+            begins_inside = found <= starts[i] < searched_to
+            reaches_inside = starts[i] < searched_to and starts[i + 1] > found
+            if begins_inside or reaches_inside:
+                kinds[i] = "e" if call.error else "o"
+    return "".join(kinds)
+
+
+def spans(trajectory: Trajectory, tokenizer) -> list[tuple[str, str]]:
+    """Joins neighbouring tokens of one kind: [(letter of token_kinds, text)]."""
+    texts = token_texts(trajectory.ids, tokenizer)
+    joined: list[tuple[str, str]] = []
+    for kind, text in zip(token_kinds(trajectory, texts), texts, strict=True):
+        if joined and joined[-1][0] == kind:
+            joined[-1] = (kind, joined[-1][1] + text)
+        else:
+            joined.append((kind, text))
+    return [(kind, text) for kind, text in joined if text]
 
 
 def show(trajectory: Trajectory, tokenizer, console=None) -> None:
@@ -91,69 +171,101 @@ def show(trajectory: Trajectory, tokenizer, console=None) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    colours = {"trained": "green", "context": "bright_black", "tool": "yellow"}
     console = console or Console(highlight=False, soft_wrap=True)
-    text = Text()
-    for kind, piece in spans(trajectory, tokenizer):
-        text.append(piece, style=colours[kind])
-    console.print(text)
+    conversation = Text()
+    for kind, text in spans(trajectory, tokenizer):
+        conversation.append(text, style=COLOURS[kind])
+    console.print(conversation)
     console.rule(style="bright_black")
+
     for call in trajectory.calls:
         line = Text(f"call     turn {call.turn}: {call.name}({call.arguments}) ")
         line.append(call.error or "ok", style="red" if call.error else "")
-        console.print(line.append(f" in {1000 * call.seconds:.0f} ms"))
+        line.append(f" in {1000 * call.seconds:.0f} ms")
+        console.print(line)
+
     rewards = ", ".join(f"{name} {value}" for name, value in trajectory.rewards.items())
     answer = trajectory.example.get("answer")
     console.print(Text(f"reward   {trajectory.reward} ({rewards}); the answer is {answer!r}"))
     line = Text(f"stop     {trajectory.stop}, {len(trajectory.turn_starts)} turns, ")
     line.append(f"{len(trajectory.ids)} tokens of which ")
-    console.print(line.append(f"{trajectory.new_tokens} trained", style="green"))
+    line.append(f"{trajectory.new_tokens} trained", style="green")
+    console.print(line)
+
+
+# ---- the metrics of many
 
 
 def stats(trajectories: list[Trajectory], outcome: str) -> dict:
-    """The metrics of a set of trajectories. accuracy is the mean of the reward named `outcome`."""
-    n, calls = len(trajectories), [call for t in trajectories for call in t.calls]
-    errors = Counter(call.error for call in calls if call.error)
+    """Measures a set of trajectories; docs/log.md explains each key. accuracy is the mean of the
+    reward named `outcome`."""
+    count = len(trajectories)
+    metrics = {"rollouts": count}
+
+    # rewards
     rewards = [t.reward for t in trajectories if t.reward is not None]
-    out = {"rollouts": n, "reward": _mean(rewards), "reward_none": n - len(rewards)}
+    metrics["reward"] = mean(rewards)
+    metrics["reward_none"] = count - len(rewards)
     for name in trajectories[0].rewards:
         values = [t.rewards[name] for t in trajectories if t.rewards[name] is not None]
-        out[f"reward_{name}"] = _mean(values)
-    out["accuracy"] = out[f"reward_{outcome}"]
-    if late := sum(len(t.reward_timeouts) for t in trajectories):
-        out["reward_timeouts"] = late
-    groups = {t.group: set() for t in trajectories}
-    for t in trajectories:
-        groups[t.group] |= set() if t.reward is None else {t.reward}
-    out["equal_groups"] = _mean([len(seen) < 2 for seen in groups.values()])  # nothing to learn
-    out["tool_call_rate"] = _mean([any(not call.ends for call in t.calls) for t in trajectories])
-    out["tool_calls"] = len(calls) / n
-    out["tool_error_rate"] = sum(errors.values()) / max(1, len(calls))
-    out["empty_observation_rate"] = _mean([not c.result or "(no output" in c.result for c in calls])
-    out |= {f"tool_errors_{kind}": count for kind, count in sorted(errors.items())}
-    out["tool_seconds"] = _mean([call.seconds for call in calls])
-    out |= _by_tool(calls)
-    out["turns"] = _mean([len(t.turn_starts) for t in trajectories])
-    out["new_tokens"] = _mean([t.new_tokens for t in trajectories])
-    out["tokens"] = _mean([len(t.ids) for t in trajectories])
+        metrics[f"reward_{name}"] = mean(values)
+    metrics["accuracy"] = metrics[f"reward_{outcome}"]
+    late = sum(len(t.reward_timeouts) for t in trajectories)
+    if late:
+        metrics["reward_timeouts"] = late
+    metrics["equal_groups"] = equal_groups(trajectories)
+
+    # calls
+    calls = [call for t in trajectories for call in t.calls]
+    errors = Counter(call.error for call in calls if call.error)
+    callers = [any(not call.ends for call in t.calls) for t in trajectories]
+    empty = [not call.result or "(no output" in call.result for call in calls]
+    metrics["tool_call_rate"] = mean(callers)
+    metrics["tool_calls"] = len(calls) / count
+    metrics["tool_error_rate"] = sum(errors.values()) / max(1, len(calls))
+    metrics["empty_observation_rate"] = mean(empty)
+    for kind, number in sorted(errors.items()):
+        metrics[f"tool_errors_{kind}"] = number
+    metrics["tool_seconds"] = mean([call.seconds for call in calls])
+    metrics |= stats_by_tool(calls)
+
+    # lengths and ends
+    metrics["turns"] = mean([len(t.turn_starts) for t in trajectories])
+    metrics["new_tokens"] = mean([t.new_tokens for t in trajectories])
+    metrics["tokens"] = mean([len(t.ids) for t in trajectories])
     stops = Counter(t.stop for t in trajectories)
-    return out | {f"stop_{stop}": count / n for stop, count in sorted(stops.items())}
+    for stop, number in sorted(stops.items()):
+        metrics[f"stop_{stop}"] = number / count
+    return metrics
 
 
-def _by_tool(calls: list[ToolCall]) -> dict:
-    """Of each tool: calls, errors, percentiles of the seconds of those that were run. How many were
-    known is not told: a run that goes on begins without them, and its metrics must be the same."""
-    ran, out = [call for call in calls if call.error not in MALFORMED], {}
+def equal_groups(trajectories: list[Trajectory]) -> float:
+    """The share of groups whose rewards are all equal, from which nothing can be learnt."""
+    rewards_of: dict[int, set] = {}
+    for t in trajectories:
+        seen = rewards_of.setdefault(t.group, set())
+        if t.reward is not None:
+            seen.add(t.reward)
+    return mean([len(seen) < 2 for seen in rewards_of.values()])
+
+
+def stats_by_tool(calls: list[ToolCall]) -> dict:
+    """Counts calls and errors of each tool, with percentiles of the seconds of those that were run.
+    How many results were known is left out: a run that goes on begins without them, and its metrics
+    must be the same."""
+    metrics = {}
+    ran = [call for call in calls if call.error not in MALFORMED]
     for name in sorted({call.name for call in ran}):
-        own = [call for call in ran if call.name == name]
-        seconds = sorted(call.seconds for call in own if call.seconds)  # 0: see ToolCall
-        out[f"calls_{name}"] = len(own)
-        out[f"errors_{name}"] = sum(bool(call.error) for call in own)
+        calls_of_it = [call for call in ran if call.name == name]
+        seconds = sorted(call.seconds for call in calls_of_it if call.seconds)  # 0.0: not run
+        metrics[f"calls_{name}"] = len(calls_of_it)
+        metrics[f"errors_{name}"] = sum(bool(call.error) for call in calls_of_it)
         for percent in (50, 95):
-            at = -(-(len(seconds) - 1) * percent // 100)
-            out[f"seconds_p{percent}_{name}"] = seconds[at] if seconds else 0.0
-    return out
+            at = -(-(len(seconds) - 1) * percent // 100)  # rounded up
+            metrics[f"seconds_p{percent}_{name}"] = seconds[at] if seconds else 0.0
+    return metrics
 
 
-def _mean(values: list) -> float:
+def mean(values: list) -> float:
+    """Averages; 0.0 for nothing."""
     return sum(values) / len(values) if values else 0.0

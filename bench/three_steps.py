@@ -53,6 +53,17 @@ def outcome(out_dir: Path) -> dict:
     return {"metrics": metrics, "weights": weights}
 
 
+def print_differences(name: str, before: dict, after: dict) -> None:
+    """Prints which metrics and files are not the same."""
+    for file, digest in after["weights"].items():
+        if before["weights"].get(file) != digest:
+            print(f"{name}: {file} has other bytes")
+    for old, new in zip(before["metrics"], after["metrics"], strict=True):
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                print(f"{name}, step {old['step']}: {key} was {old.get(key)}, is {new.get(key)}")
+
+
 def warm_start(checkout: Path, folder: Path, name: str) -> Path:
     """The folder of a model that a whole SFT run made, trained now if it is not there."""
     model = folder / name
@@ -87,6 +98,8 @@ def main() -> None:
         differ = [name for name in CASES if found[name] != before[name]]
         for name in CASES:
             print(f"{name + ':':12} {'DIFFERS' if name in differ else 'equal'}")
+        for name in differ:
+            print_differences(name, before[name], found[name])
         sys.exit(bool(differ))
 
 

@@ -4,9 +4,9 @@
     python dev/measure.py --no-step      # only what is counted in the source
 
 A code line is one that holds any token but comments; its tokens are those of python's `tokenize`,
-indentation and line ends not counted, docstrings left out. Comment lines are lines that are only a
-comment, as a share of those and the code lines. "Entered" counts the functions of this repository
-that one training step calls, in all of its threads, from sampling to the optimizer's step.
+indentation and line ends not counted, docstrings left out. Comments are lines that hold one, alone
+or behind code, as a share of all lines of either kind. "Entered" counts the functions of this
+repository that one training step calls, in all of its threads, from sampling to the optimizer.
 """
 
 import argparse
@@ -54,17 +54,22 @@ def density(source: str, first: int, last: int) -> tuple[float, float, int]:
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
             if isinstance(getattr(body[0], "value", None), ast.Constant):
                 docstrings |= set(range(body[0].lineno, body[0].end_lineno + 1))
-    tokens, comments = {}, 0
+    tokens = {}
+    comments = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         line = token.start[0]
         if not first <= line <= last or line in docstrings:
             continue
-        if token.type == tokenize.COMMENT and token.line.strip() == token.string:
-            comments += 1
+        if token.type == tokenize.COMMENT:
+            comments.add(line)
         if token.type not in NOT_CODE:
             tokens[line] = tokens.get(line, 0) + 1
     code = len(tokens)
-    return sum(tokens.values()) / max(1, code), comments / max(1, code + comments), code
+    return (
+        sum(tokens.values()) / max(1, code),
+        len(comments) / max(1, len(comments | tokens.keys())),
+        code,
+    )
 
 
 def print_source() -> None:
@@ -142,7 +147,9 @@ def print_step(model: str) -> None:
             node = next((nodes[at] for at in range(first, first + 6) if at in nodes), None)
             if other == file and node:
                 lines += node.end_lineno - node.lineno + 1
-    print(f"\none step of calc enters {len(entered)} functions in {len(files)} files, {lines} lines")
+    print(
+        f"\none step of calc enters {len(entered)} functions in {len(files)} files, {lines} lines"
+    )
     for file in sorted(files):
         names = sorted(name for other, name, _ in entered if other == file)
         print(f"  {Path(file).relative_to(ROOT)}: {len(names)}: {', '.join(names)}")

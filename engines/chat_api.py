@@ -17,9 +17,7 @@ import httpx2 as httpx
 
 from engines.base import Sampling
 from formats import Call, too_deep
-from rollout import Settings, ends, run, seed_of
 from run.config import UserError
-from trajectory import Trajectory
 
 ATTEMPTS = 6  # for one answer; the waits between them double, from a second on
 AGAIN = 408, 409, 429, 500, 502, 503, 504, 529  # worth asking again: busy, or for a moment away
@@ -116,51 +114,7 @@ def key_of(name: str) -> str:
     return os.environ.get(name, "").strip() if name else ""  # of a file with CRLF, a CR stays
 
 
-async def turn(
-    trajectory: Trajectory,
-    chat,
-    endpoint: Endpoint,
-    session,
-    toolbox,
-    settings: Settings,
-    step: int,
-) -> None:
-    """One message of the model and the results of its calls. Sets trajectory.stop if it was the
-    last."""
-    number = len(trajectory.turn_starts)
-    where = settings.seed, step, trajectory.group, trajectory.sample, number
-    sampling = Sampling(settings.temperature, settings.max_new_tokens, seed_of(*where))
-    tools = not (settings.final_turn and number == settings.max_turns)
-    answer = await endpoint.ask(trajectory.messages, sampling, tools)
-    if answer is None:
-        trajectory.stop = "length"
-        return
-    choice, usage = answer["choices"][0], answer.get("usage") or {}
-    message = choice["message"]
-    trajectory.turn_starts.append(0)  # of ids that nobody here sees
-    trajectory.unseen_tokens += usage.get("completion_tokens") or 0
-    asked = message.get("tool_calls") or []
-    said = {"role": "assistant", "content": message.get("content") or ""}
-    trajectory.messages.append(said | ({"tool_calls": asked} if asked else {}))
-    calls = [_call(one["function"]) for one in asked]
-    if ends(trajectory, calls, choice.get("finish_reason") == "length", toolbox, settings):
-        return
-    results = await run(trajectory, calls, session, toolbox, settings, None)
-    if trajectory.stop:
-        return
-    for one, (call, result) in zip(asked, results, strict=True):
-        told = {
-            "role": "tool",
-            "tool_call_id": one.get("id", ""),
-            "name": call.name,
-            "content": result,
-        }
-        trajectory.messages.append(told)
-    if (usage.get("total_tokens") or 0) >= settings.max_tokens:
-        trajectory.stop = "length"
-
-
-def _call(function: dict) -> Call:
+def read_call(function: dict) -> Call:
     """A native tool call, its arguments read from JSON."""
     name, text = function["name"], function.get("arguments") or "{}"
     try:

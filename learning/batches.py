@@ -1,6 +1,7 @@
 """Trajectories to micro-batches: little padding, a repeated prompt only once."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
@@ -58,3 +59,54 @@ def tokens_through_layers(rows: Iterable[tuple]) -> Iterator[tuple[int, bool]]:
         apart, shared = count * longest, len(seen) * width + count * rest
         shares = 5 * spared >= real and shared < apart
         yield (shared if shares else apart), shares
+
+
+@dataclass
+class Batch:
+    """Trajectories of one forward pass as tensors, padded on the right with zeros: B trajectories,
+    T tokens of the longest."""
+
+    ids: torch.Tensor  # (B, T)
+    attention_mask: torch.Tensor  # (B, T) 1: a token, 0: padding
+    mask: torch.Tensor  # (B, T) 1: sampled by the policy
+    sampled_logprobs: torch.Tensor  # (B, T) of the engine that sampled
+    advantages: torch.Tensor  # (B, T) of the turn that a token is of
+    weights: torch.Tensor  # (B,) what each token of a trajectory counts in the loss
+    old_logprobs: torch.Tensor | None  # (B, T) before the first update; None: this is that update
+    ref_logprobs: torch.Tensor | None  # (B, T) of the reference; None without one
+
+    @classmethod
+    def of(cls, trajectories: list, device="cpu") -> "Batch":
+        """Makes the tensors. trajectories: with their advantages and weights."""
+        lengths = [[1] * len(t.ids) for t in trajectories]
+        advantages = [token_advantages(t) for t in trajectories]
+        return cls(
+            ids=pad([t.ids for t in trajectories], device=device),
+            attention_mask=pad(lengths, device=device),
+            mask=pad([t.mask for t in trajectories], device=device),
+            sampled_logprobs=pad([t.logprobs for t in trajectories], 0.0, torch.float32, device),
+            advantages=pad(advantages, 0.0, torch.float32, device),
+            weights=torch.tensor([t.weight for t in trajectories], device=device),
+            old_logprobs=stack([t.old_logprobs for t in trajectories]),
+            ref_logprobs=stack([t.ref_logprobs for t in trajectories]),
+        )
+
+
+def token_advantages(trajectory) -> list[float]:
+    """Spreads the advantages of the turns over the (T,) tokens: those of a turn and of the results
+    of its calls have the turn's, those of the prompt 0."""
+    ends = [*trajectory.turn_starts[1:], len(trajectory.ids)]
+    prompt_length = trajectory.turn_starts[0] if trajectory.turn_starts else len(trajectory.ids)
+    spread = [0.0] * prompt_length
+    for advantage, start, end in zip(
+        trajectory.advantages, trajectory.turn_starts, ends, strict=False
+    ):
+        spread += [advantage] * (end - start)
+    return spread
+
+
+def stack(rows: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """Stacks (T,) tensors as (B, T), padded on the right with 0; None if there are none."""
+    if any(row is None for row in rows):
+        return None
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -36,11 +36,10 @@ from run.config import UserError
 
 # What may differ when a run goes on. Only steps and epochs change what is learnt, and only where
 # the schedule falls towards the last step: a run that is made longer falls more slowly from there.
-FREE = {"resume", "steps", "save_every", "keep_last", "logger", "rollouts_per_step", "epochs"}
-FREE |= {"token_budget", "gradient_checkpointing", "max_concurrent", "sleep"}  # memory and speed
-FREE |= {"gpu_memory_utilization", "kv_cache_gib", "tensor_parallel_size", "enforce_eager"}
-FREE |= {"tool_concurrency", "tool_cache", "urls", "server_timeout"}
-FREE |= {"eval_every", "eval_data", "eval_split", "eval_rows"}  # they are looked at, not learnt
+FREE = {"resume", "steps", "epochs", "save_every", "logger", "max_concurrent", "urls"}
+FREE |= {"token_budget", "gradient_checkpointing", "gpu_memory_utilization", "tool_concurrency"}
+FREE |= {"eval_every", "eval_data", "eval_rows"}  # they are looked at, not learnt
+KEEP_LAST = 2  # checkpoints; each takes three times the memory of what is trained
 
 
 class Run:
@@ -126,7 +125,7 @@ class Run:
             raise
 
     def save(self, step, model, tokenizer, optimizers: list, log, prune=True, **state) -> None:
-        """Writes the checkpoint of `step`; of the older ones keep_last - 1 stay. UserError where it
+        """Writes the checkpoint of `step`; of the older ones KEEP_LAST - 1 stay. UserError where it
         cannot be written: what was there before is there still."""
         if step == self.saved:
             return
@@ -146,7 +145,7 @@ class Run:
                 raise
         self.saved = step
         # later ones are there only if they were damaged when this run went on
-        kept = [s for s in self._steps() if s <= step][-self.cfg.keep_last :]
+        kept = [s for s in self._steps() if s <= step][-KEEP_LAST:]
         for old in set(self._steps()) - set(kept) if prune else ():
             shutil.rmtree(self._path(old), ignore_errors=True)
 

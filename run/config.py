@@ -22,6 +22,7 @@ import inspect
 import math
 import os
 import re
+import runpy
 import sys
 import types
 import typing
@@ -31,12 +32,11 @@ HERE = Path(__file__).resolve().parent.parent
 # The keys of train_grpo's Config that shape a rollout: those that rollout.py and evaluate.py take.
 ROLLOUT_KEYS = tuple(
     """
-    model dtype deterministic data split prompt_column answer_column answer_after system_prompt
-    prompt_template template_options format tools tool_timeout tool_concurrency rewards
-    temperature max_tokens max_new_tokens max_turns max_tool_calls max_observation_tokens
-    trajectory_timeout final_turn tool_options tool_cache reward_options reward_timeout database
-    seed engine urls server_timeout max_concurrent gpu_memory_utilization kv_cache_gib
-    tensor_parallel_size enforce_eager
+    model dtype data split prompt_column answer_column answer_after system_prompt prompt_template
+    database template_options format tools tool_options tool_timeout tool_concurrency rewards
+    reward_options temperature max_tokens max_new_tokens max_turns max_tool_calls
+    max_observation_tokens trajectory_timeout final_turn max_concurrent seed engine urls
+    gpu_memory_utilization engine_options
     """.split()
 )
 LOCK = ".lock"  # in an out_dir, of the process that trains there: all that a killed one may leave
@@ -105,6 +105,22 @@ def split(argv, names):
     flags = {f"--{name}" for name in names}
     mine = [item for item in argv if item.partition("=")[0] in flags]
     return mine, [item for item in argv if item.partition("=")[0] not in flags]
+
+
+def take_flag(argv, name):
+    """Takes `--name=true` or `--name=false` out of argv: (its value, the rest). UserError for other
+    values."""
+    mine, rest = split(argv, (name,))
+    for item in mine:
+        if item not in (f"--{name}=true", f"--{name}=false"):
+            raise UserError(f"cannot read {item!r}: write --{name}=true")
+    return f"--{name}=true" in mine, rest
+
+
+def run_script(script, argv):
+    """Runs another script of this folder as if it had been called with argv."""
+    sys.argv = [str(HERE / script), *argv]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def options(texts, key):
