@@ -264,9 +264,9 @@ def batches(model, trajectories: list[Trajectory], token_budget: int) -> list[li
 @torch.no_grad()
 def policy_logprobs(
     model, trajectories: list[Trajectory], temperature: float, token_budget: int
-) -> dict[int, torch.Tensor]:
-    """Computes the (T,) logprobs of each trajectory under the model as it is now, by id()."""
-    logprobs_of = {}
+) -> list[torch.Tensor]:
+    """Computes the (T,) logprobs of each trajectory under the model as it is now."""
+    logprobs_of = {}  # by id(): trajectories come back in the order of their micro-batches
     for part in batches(model, trajectories, token_budget):
         batch = Batch.of(part, model.device)
         logprobs, _ = token_logprobs(
@@ -274,7 +274,7 @@ def policy_logprobs(
         )
         for row, trajectory in enumerate(part):
             logprobs_of[id(trajectory)] = logprobs[row, : len(trajectory.ids)]
-    return logprobs_of
+    return [logprobs_of[id(trajectory)] for trajectory in trajectories]
 
 
 def accumulate(model, trajectories: list[Trajectory], settings: LearnSettings) -> dict:
@@ -370,15 +370,15 @@ def learn(
     is_off_policy = settings.updates_per_batch * settings.minibatches > 1
     if is_off_policy:
         scored = policy_logprobs(model, teaching, settings.temperature, settings.token_budget)
-        for trajectory in teaching:
-            trajectory.old_logprobs = scored[id(trajectory)]
+        for trajectory, logprobs in zip(teaching, scored, strict=True):
+            trajectory.old_logprobs = logprobs
     if settings.beta:
         with models.with_initial_weights(reference):
             scored = policy_logprobs(
                 reference, teaching, settings.temperature, settings.token_budget
             )
-        for trajectory in teaching:
-            trajectory.ref_logprobs = scored[id(trajectory)]
+        for trajectory, logprobs in zip(teaching, scored, strict=True):
+            trajectory.ref_logprobs = logprobs
 
     # 4. the updates, each on a part of the batch
     metrics = []

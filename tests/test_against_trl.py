@@ -150,6 +150,10 @@ def our_loss(b, gain, kind, beta=0.0, weights=None, **options):
     return loss.item(), *torch.autograd.grad(loss, leaf), parts
 
 
+def prefix(level):
+    return "sequence_" if level == "sequence" else ""
+
+
 def assert_same(ours, trls):
     (our_loss, our_gradient, *_), (loss, gradient) = ours, trls
     # abs: weights and advantages are float32, and a loss may be a thousandth of its terms
@@ -172,7 +176,7 @@ def test_loss_and_gradient_are_trls(trainer_for, kind, beta, level):
         gain, weight = inputs["advantages"], None
         assert min(gain) < 0 < max(gain)
         if level:
-            weight = importance(b.old, b.sampled, b.mask, "truncate", level, CAP)
+            weight = importance(b.old, b.sampled, b.mask, f"{prefix(level)}truncate", CAP)
             assert weight.min() < 0.9 and weight.max() > 1.1
         ours = our_loss(b, gain, kind, beta, importance=weight)
         assert_same(ours, trl_loss(trainer, inputs, b.logprobs))
@@ -216,7 +220,7 @@ def test_importance_weights_are_trls(trainer_for, correction, level):
     for seed in range(3):
         b = batch(seed)
         theirs = scored(trainer, b)["importance_sampling_ratio"].expand(B, T)[b.mask.bool()]
-        ours = importance(b.old, b.sampled, b.mask, correction, level, CAP)
+        ours = importance(b.old, b.sampled, b.mask, prefix(level) + correction, CAP)
         assert (ours[b.mask == 0] == 1).all()
         ours = ours[b.mask.bool()]
         assert torch.allclose(ours, theirs, rtol=1e-5)
@@ -232,7 +236,7 @@ def test_trl_keeps_what_is_far_below_one_and_we_do_not(trainer_for, level):
     theirs = scored(trainer, b)["importance_sampling_ratio"].expand(B, T)
     low = (theirs > 0) & (theirs < 1 / CAP) & b.mask.bool()
     assert low.any()
-    ours = importance(b.old, b.sampled, b.mask, "mask", level, CAP)
+    ours = importance(b.old, b.sampled, b.mask, f"{prefix(level)}mask", CAP)
     assert (ours[low] == 0).all()
     assert torch.allclose(ours[~low & b.mask.bool()], theirs[~low & b.mask.bool()], rtol=1e-5)
 

@@ -24,7 +24,7 @@ import torch
 
 import evaluate
 from learning import model as models
-from player import task
+from player import prepare_task
 from run import config
 from run.config import ROLLOUT_KEYS
 
@@ -156,16 +156,13 @@ OWN = {
         ("--rows=3", "unknown key 'rows'"),
         ("--config=wrong.py", "steps = 'many' in wrong.py: expected int"),
         ("--steps=0", "steps = 0: expected more than 0"),
-        ("--is_correction=mask --is_cap=0.5", "is_cap = 0.5: expected 1 or more"),
         ("--minibatches=1000", "minibatches = 1000: there are 192 trajectories to split"),
         ("--beta=-1", "beta = -1.0: expected 0 or more"),
-        ("--keep_last=0", "keep_last = 0: expected more than 0"),
         ("--dynamic_sampling=wrong", "dynamic_sampling = 'wrong': expected one of correct"),
         ("--group_size=1", "group_size = 1: one has nothing to compare with"),
         ("--temperature=0", "temperature = 0: all of a group would be alike"),
         ("--loss=dapoo", "loss = 'dapoo': expected one of dapo, grpo, dr_grpo, gspo"),
         ("--learning_rate=0", "learning_rate = 0.0: expected more than 0"),
-        ("--weight_decay=-1", "weight_decay = -1.0: expected 0 or more"),
         ("--warmup=-1", "warmup = -1: expected 0 or more"),
         ("--limit=0", "limit = 0: expected at least 1"),
         ("--model=tiny", "model = 'tiny' is made by train_sft.py"),
@@ -206,16 +203,31 @@ OWN = {
     ],
 }
 ENGINES = [
+    (
+        "train_grpo.py",
+        "--engine_options=canary",
+        "engine_options: cannot read 'canary': write name",
+    ),
+    ("train_grpo.py", "--engine_options=canary=maybe", "canary = 'maybe': expected true or false"),
+    ("train_grpo.py", "--engine_options=canary=true,canary=true", "canary is given twice"),
+    (
+        "train_grpo.py",
+        "--engine=vllm --engine_options=kv_cache_gib=-1",
+        "kv_cache_gib = -1.0: expec",
+    ),
+    (
+        "train_grpo.py",
+        "--engine=server --urls=http://x --tune=lora --engine_options=timeout=0",
+        "timeout = 0.0: expected more than 0",
+    ),
     ("train_grpo.py", "--engine=server", "urls is missing: engine = 'server' needs --urls="),
     ("play.py", "--engine=server --urls=localhost:80", "urls = 'localhost:80': expected http"),
     ("train_grpo.py", "--engine=server --urls=http://x", "engine = 'server' takes adapters only"),
-    ("train_grpo.py", "--oversample=2", "it needs deterministic=false"),
     ("play.py", "--engine=vllm --temperature=0.001", "vLLM has 0, or 0.01 and more"),
     ("train_grpo.py", "--engine=vllm --gpu_memory_utilization=90", "at most 1"),
 ]
 WITHOUT_EFFECT = [
     ("train_grpo.py", "--tools= --tool_timeout=5", "tool_timeout has no effect with tools=()"),
-    ("play.py", "--rewards=format --reward_timeout=5", "reward_timeout has no effect with"),
     ("train_grpo.py", "--steps=5 --warmup=5", "warmup = 5: expected less than steps = 5"),
     ("train_grpo.py", "--lora_r=8", "lora_r has no effect with tune=full"),
     ("train_grpo.py", "--lora_targets=q_proj", "lora_targets has no effect with tune=full"),
@@ -225,23 +237,22 @@ WITHOUT_EFFECT = [
         "--loss=cispo --updates_per_batch=2 --clip_low=0.1",
         "clip_low has no effect with loss=cispo",
     ),
-    ("train_grpo.py", "--is_cap=3", "is_cap has no effect with is_correction=none"),
-    ("train_grpo.py", "--is_level=sequence", "is_level has no effect with is_correction=none"),
-    ("train_grpo.py", "--sleep=false", "sleep has no effect with engine=transformers: use --engin"),
-    ("play.py", "--kv_cache_gib=2", "kv_cache_gib has no effect with engine=transformers"),
+    ("train_grpo.py", "--engine_options=sleep=false", "transformers has no option 'sleep'"),
+    ("play.py", "--engine_options=kv_cache_gib=2", "transformers has no option 'kv_cache_gib'"),
+    ("play.py", "--gpu_memory_utilization=0.8", "gpu_memory_utilization has no effect"),
     ("evaluate.py", "--urls=http://x", "urls has no effect with engine=transformers"),
-    ("train_grpo.py", "--engine=vllm --deterministic=false", "deterministic has no effect with en"),
-    ("train_grpo.py", "--engine=vllm --kv_cache_gib=2 --gpu_memory_utilization=0.8",
+    ("train_grpo.py", "--engine=vllm --engine_options=deterministic=false",
+     "vllm has no option 'deterministic'"),
+    ("train_grpo.py",
+     "--engine=vllm --engine_options=kv_cache_gib=2 --gpu_memory_utilization=0.8",
      "gpu_memory_utilization has no effect with kv_cache_gib"),
     ("evaluate.py", "--key_env=X", "key_env has no effect without --endpoint"),
     *(
         ("evaluate.py", f"--endpoint=http://127.0.0.1:9/v1 --model=gpt --{given}",
          f"{given.partition('=')[0]} has no effect with --endpoint: drop it")
         for given in ("format=llama3", "template_options=x=1", "dtype=bfloat16", "engine=vllm",
-                      "deterministic=false", "urls=http://x", "server_timeout=5", "kv_cache_gib=2")
+                      "engine_options=deterministic=false", "urls=http://x")
     ),
-    ("train_grpo.py", "--overlong_penalty=2", "overlong_penalty has no effect with overlong=keep"),
-    ("train_grpo.py", "--dynamic_attempts=2", "dynamic_attempts has no effect without dynamic_s"),
     ("train_grpo.py", "--tune=qlora --dtype=mixed", "dtype = 'mixed' with tune=qlora"),
     ("train_sft.py", "--tune=qlora --dtype=mixed", "dtype = 'mixed' with tune=qlora"),
     ("train_sft.py", "--val_every=5", "val_every has no effect with val_rows=0"),
@@ -300,7 +311,7 @@ def test_an_evaluation_of_a_run_that_was_limited_takes_all_problems(tmp_path):
     for limit, count in ((None, 4), (3, 3)):
         own = evaluate.Config(run=str(tmp_path), limit=limit)
         cfg = evaluate.load_config([], own)
-        _, _, rows = task(cfg, own.limit)
+        _, _, rows = prepare_task(cfg, own.limit)
         assert cfg.limit == limit and len(rows) == count
 
 

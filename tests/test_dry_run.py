@@ -5,6 +5,8 @@ pytest tests/test_dry_run.py
 
 import http.server
 import json
+import runpy
+import sys
 import threading
 from pathlib import Path
 
@@ -61,11 +63,11 @@ def no_download(monkeypatch, tmp_path):
 
 def played(name, url, *argv):
     script = train_sft if "sft" in Path(name).stem.split("_") else train_grpo
-    argv = ["--config", name, "--dry_run=true", *argv]
+    argv = ["--config", name, *argv]
     if name == "nq_search.py":
         argv.append(f"--tool_options=search.url={url}")
     cfg = config.parse(script.Config, argv, script.check)
-    return play.sft(cfg) if script is train_sft else play.grpo(cfg)
+    return play.show_demonstration(cfg) if script is train_sft else play.play_made_up(cfg)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -126,16 +128,23 @@ def test_a_tool_that_ends_the_episode_is_given_the_answer(capsys):
     assert trajectory.answer == "19" and trajectory.rewards["correct"] == 1.0
 
 
-def test_the_scripts_answer_it_with_no_out_dir(tmp_path, monkeypatch, capsys):
-    train_grpo.train(
-        config.parse(train_grpo.Config, ["--config", "calc.py", "--dry_run=true"], train_grpo.check)
-    )
-    assert (
-        train_sft.train(
-            config.parse(
-                train_sft.Config, ["--config", "calc_sft.py", "--dry_run=true"], train_sft.check
-            )
-        )
-        == {}
-    )
+@pytest.mark.parametrize(
+    "script, config_file, says",
+    [("train_grpo.py", "calc.py", "of max_new_tokens"), ("train_sft.py", "calc_sft.py", "trained")],
+)
+def test_the_training_scripts_only_call_it(
+    script, config_file, says, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", [script, "--config", config_file, "--dry_run=true"])
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert says in capsys.readouterr().out
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_made_up_rollout_and_a_demonstration_are_two_things(capsys):
+    with pytest.raises(UserError, match="expected one of them"):
+        play.main(["--made_up=true", "--demonstration=true", "--config", "calc.py"])
+    play.main(["--made_up=true", "--config", "calc.py"])
+    assert "reward   1.0" in capsys.readouterr().out
+    with pytest.raises(UserError, match="cannot read '--dry_run=yes': write --dry_run=true"):
+        train_grpo.main(["--config", "calc.py", "--dry_run=yes"])

@@ -18,7 +18,7 @@ import torch
 import train_grpo
 from learning import model as models
 from learning import optim
-from learning.batches import micro_batches, pad
+from learning.batches import Batch, micro_batches, pad
 from learning.logprobs import shared_prefixes, shares_prompts, token_logprobs
 from loss import (
     advantages,
@@ -26,10 +26,11 @@ from loss import (
     importance,
     sampler_mismatch,
     sequence_weights,
+    set_advantages,
     turn_advantages,
 )
 from run.config import UserError
-from train_grpo import Config, accumulate, learn, padded, score, set_advantages
+from train_grpo import Config, LearnSettings, accumulate, learn, policy_logprobs
 from trajectory import Trajectory
 
 VOCABULARY = 61
@@ -140,10 +141,29 @@ def weighed(trajectories, loss, advantage=None, max_new_tokens=32):
     return trajectories, sequence_weights(new_tokens, loss, max_new_tokens).tolist()
 
 
-def gradient(model, batch, cfg, old=None, ref=None):
+def how(**options):
+    """The settings of `learn`, with these keys of the config."""
+    return LearnSettings.of(Config(**options))
+
+
+def score(model, trajectories):
+    return policy_logprobs(model, trajectories, 1.0, 16384)
+
+
+def carried(batch, old=None, ref=None):
+    """The trajectories of a batch, each with what it carries into an update."""
+    trajectories, weights = batch
+    for i, t in enumerate(trajectories):
+        t.weight = weights[i]
+        t.old_logprobs = old[i] if old else None
+        t.ref_logprobs = ref[i] if ref else None
+    return trajectories
+
+
+def gradient(model, batch, settings, old=None, ref=None):
     """One flat gradient of all trained parameters, and the metrics of accumulate."""
     model.zero_grad()
-    metrics = accumulate(model, *batch, cfg, old, ref)
+    metrics = accumulate(model, carried(batch, old, ref), settings)
     parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return torch.cat(parts).clone(), metrics
 
@@ -312,8 +332,9 @@ def test_importance_weights_by_hand(level):
     sampled = torch.full((3, 4), -2.0)
     old = sampled + ratio.log()
     sampled[0, 0], sampled[1, 3] = float("nan"), float("-inf")
-    cut = importance(old, sampled, mask, "truncate", level, 2.0)
-    dropped = importance(old, sampled, mask, "mask", level, 2.0)
+    prefix = "" if level == "token" else "sequence_"
+    cut = importance(old, sampled, mask, prefix + "truncate", 2.0)
+    dropped = importance(old, sampled, mask, prefix + "mask", 2.0)
     if level == "token":
         assert cut.tolist()[0] == pytest.approx([1, 0.3, 1.5, 2])
         assert dropped.tolist()[0] == pytest.approx([1, 0, 1.5, 0])
@@ -323,8 +344,8 @@ def test_importance_weights_by_hand(level):
         for made in (cut, dropped):
             assert made.tolist()[0] == pytest.approx([1, whole, whole, whole])
             assert made.tolist()[1] == pytest.approx([1, 0.99, 0.99, 1])
-        assert importance(old, sampled, mask, "mask", level, 1.5)[0].tolist() == [1, 0, 0, 0]
-        assert importance(old, sampled, mask, "truncate", level, 1.5)[0, 1].item() == 1.5
+        assert importance(old, sampled, mask, prefix + "mask", 1.5)[0].tolist() == [1, 0, 0, 0]
+        assert importance(old, sampled, mask, prefix + "truncate", 1.5)[0, 1].item() == 1.5
     assert cut[2].tolist() == dropped[2].tolist() == [1.0] * 4  # nothing was sampled
 
 
@@ -333,7 +354,7 @@ def test_a_sequence_ratio_of_a_thousand_tokens_is_clamped_before_exp():
     mask = torch.ones(1, 1000, dtype=torch.long)
     for off in (-1.0, 1.0):
         old = torch.full((1, 1000), off)
-        weight = importance(old, torch.zeros(1, 1000), mask, "truncate", "sequence", 1e30)
+        weight = importance(old, torch.zeros(1, 1000), mask, "sequence_truncate", 1e30)
         assert weight.isfinite().all() and weight[0, 0].log().item() == pytest.approx(20 * off)
 
 
@@ -381,7 +402,7 @@ def test_what_an_engine_says_of_tokens_it_did_not_sample_does_not_leak(odd, kind
     assert math.isfinite(results[0][0]) and results[0] == results[1]
 
 
-OFF_POLICY = {"beta": 0.1, "is_correction": "truncate", "is_cap": 1.5, "clip_low": 0.1}
+OFF_POLICY = {"beta": 0.1, "is_correction": "truncate", "clip_low": 0.1}
 # 0.1 of the ratio's log is enough to leave the clip range: those that hold no token would hide much
 
 
@@ -392,20 +413,20 @@ def test_the_gradient_does_not_depend_on_micro_batches_or_order(tied, kind):
     trajectories = some_trajectories()
     batch = weighed(trajectories, kind)
     rng = random.Random(8)
-    exact = score(tied, trajectories, Config())  # an old policy and a reference that differ a bit
+    exact = score(tied, trajectories)  # an old policy and a reference that differ a bit
     for t, logprobs in zip(trajectories, exact, strict=True):
-        t.logprobs = [p + rng.uniform(-0.5, 0.5) for p in logprobs.tolist()]
+        t.logprobs = [p + rng.uniform(-0.9, 0.9) for p in logprobs.tolist()]
     near = [logprobs + 0.3 * torch.randn(len(logprobs)) for logprobs in exact]
     ref = [logprobs + 0.3 * torch.randn(len(logprobs)) for logprobs in exact]
     longest = max(len(t.ids) for t in trajectories)
     for old in (None, near):
         options = OFF_POLICY | {"loss": kind}
-        whole, metrics = gradient(tied, batch, Config(token_budget=10**6, **options), old, ref)
+        whole, metrics = gradient(tied, batch, how(token_budget=10**6, **options), old, ref)
         assert whole.norm() > 0 and metrics["loss"] != 0 and metrics["kl"] > 0
         assert old is None or metrics["clip_frac"] > 0  # the clip is at work here
         assert 0 < metrics["is_outside"] < 1
         for size in (1, 2, 5):
-            cfg = Config(token_budget=size * longest, **options)
+            cfg = how(token_budget=size * longest, **options)
             lengths = [len(t.ids) for t in trajectories]
             parts = micro_batches(lengths, cfg.token_budget)
             assert len(parts) > 1 and (size > 1 or max(map(len, parts)) < 3)
@@ -417,7 +438,7 @@ def test_the_gradient_does_not_depend_on_micro_batches_or_order(tied, kind):
             rows, weights, before, reference = (
                 each and [each[i] for i in order] for each in (*batch, old, ref)
             )
-            cfg = Config(token_budget=2 * longest, **options)
+            cfg = how(token_budget=2 * longest, **options)
             again, _ = gradient(tied, (rows, weights), cfg, before, reference)
             assert distance(again, whole) <= 1e-6
 
@@ -426,8 +447,9 @@ def test_the_gradient_does_not_depend_on_micro_batches_or_order(tied, kind):
 def test_no_token_but_the_trained_ones_has_a_gradient(tied, kind):
     """Pitfalls 3, 15: of the loss with respect to the logprob of each token."""
     rows, weights = weighed(some_trajectories(), kind)
-    ids, attention_mask, mask, sampled, gain = padded(rows, "cpu")
-    logprobs, _ = token_logprobs(tied, ids, attention_mask, mask)
+    batch = Batch.of(rows)
+    mask, gain = batch.mask, batch.advantages
+    logprobs, _ = token_logprobs(tied, batch.ids, batch.attention_mask, mask)
     logprobs = logprobs.detach().requires_grad_()
     more = {"beta": 0.1, "ref_logprobs": torch.randn_like(logprobs)}
     args = logprobs, logprobs.detach() - 0.05, mask, gain, torch.tensor(weights), kind
@@ -446,18 +468,18 @@ def test_padding_gives_each_token_the_advantage_of_its_turn():
     two.add([7], 0)
     two.turn_starts.append(1)
     two.add([8], 1, [-3.0])
-    ids, attention_mask, mask, sampled, gain = padded([one, two], "cpu")
-    assert ids.tolist() == [[1, 2, 3, 4, 5, 6], [7, 8, 0, 0, 0, 0]]
-    assert attention_mask.tolist() == [[1] * 6, [1, 1, 0, 0, 0, 0]]
-    assert mask.tolist() == [[0, 0, 1, 1, 0, 1], [0, 1, 0, 0, 0, 0]]
-    assert sampled.tolist() == [[0, 0, -1, -1, 0, -1], [0, -3, 0, 0, 0, 0]]
-    assert gain.tolist() == [[0, 0, 0.5, 0.5, 0.5, -2], [0, 3, 0, 0, 0, 0]]
+    batch = Batch.of([one, two])
+    assert batch.ids.tolist() == [[1, 2, 3, 4, 5, 6], [7, 8, 0, 0, 0, 0]]
+    assert batch.attention_mask.tolist() == [[1] * 6, [1, 1, 0, 0, 0, 0]]
+    assert batch.mask.tolist() == [[0, 0, 1, 1, 0, 1], [0, 1, 0, 0, 0, 0]]
+    assert batch.sampled_logprobs.tolist() == [[0, 0, -1, -1, 0, -1], [0, -3, 0, 0, 0, 0]]
+    assert batch.advantages.tolist() == [[0, 0, 0.5, 0.5, 0.5, -2], [0, 3, 0, 0, 0, 0]]
 
 
 def test_one_update_has_ratio_one_and_is_the_plain_policy_gradient(tied):
     """Pitfall 26: the engine's rounding (here: -9 everywhere) is not in the ratio."""
     rows, weights = batch = weighed(some_trajectories(), "dapo")
-    got, metrics = gradient(tied, batch, Config())
+    got, metrics = gradient(tied, batch, how())
     assert metrics["clip_frac"] == 0 and metrics["sampler_logprob_diff"] > 1
     terms = [(w * t.advantages[0], t) for t, w in zip(rows, weights, strict=True)]
     expected = -sum(factor * t.new_tokens for factor, t in terms)
@@ -471,7 +493,7 @@ def test_one_update_has_ratio_one_and_is_the_plain_policy_gradient(tied):
     assert distance(got, plain) <= 1e-6
     for kind in LOSSES:  # and on policy the kinds differ by their weights alone
         rows, weights = weighed(some_trajectories(), kind)
-        got, metrics = gradient(tied, (rows, weights), Config(loss=kind))
+        got, metrics = gradient(tied, (rows, weights), how(loss=kind))
         tied.zero_grad()
         logprobs, mask, gain = _everything(tied, rows)
         (-(torch.tensor(weights)[:, None] * gain * mask * logprobs).sum()).backward()
@@ -480,8 +502,9 @@ def test_one_update_has_ratio_one_and_is_the_plain_policy_gradient(tied):
 
 
 def _everything(model, rows):
-    ids, attention_mask, mask, _, gain = padded(rows, "cpu")
-    return token_logprobs(model, ids, attention_mask, mask)[0], mask, gain
+    batch = Batch.of(rows)
+    logprobs, _ = token_logprobs(model, batch.ids, batch.attention_mask, batch.mask)
+    return logprobs, batch.mask, batch.advantages
 
 
 def test_a_trajectory_without_a_sampled_token_is_no_division_by_zero(tied):
@@ -495,11 +518,11 @@ def test_a_trajectory_without_a_sampled_token_is_no_division_by_zero(tied):
             weighed(others, kind, [1.0] * 7),
         )
         assert weights[-1] == 0 and weights[:-1] == plain
-        got, metrics = gradient(tied, ([*others, empty], weights), Config(loss=kind))
-        assert distance(got, gradient(tied, (others, plain), Config(loss=kind))[0]) <= 1e-6
+        got, metrics = gradient(tied, ([*others, empty], weights), how(loss=kind))
+        assert distance(got, gradient(tied, (others, plain), how(loss=kind))[0]) <= 1e-6
         assert all(math.isfinite(value) for value in metrics.values())
     frozen = copy.deepcopy(tied.state_dict())
-    metrics = learn(tied, optim.optimizers(tied, "adamw", 1.0), [empty, empty], 1.0, Config())
+    metrics = learn(tied, optim.optimizers(tied, "adamw", 1.0), [empty, empty], 1.0, how())
     assert metrics["trained_share"] == 0 and all(
         torch.equal(a, b) for a, b in zip(frozen.values(), tied.state_dict().values(), strict=True)
     )
@@ -509,12 +532,12 @@ def test_a_second_update_has_the_first_ones_logprobs_as_old(tied):
     """Pitfalls 21, 26: the ratio leaves 1, measured against the trainer's own logprobs."""
     policy, rate = copy.deepcopy(tied), 0.02
     trajectories = some_trajectories()
-    batch, cfg = weighed(trajectories, "dapo"), Config(updates_per_batch=2, max_grad_norm=1e9)
+    batch, cfg = weighed(trajectories, "dapo"), how(updates_per_batch=2, max_grad_norm=1e9)
     optimizers = optim.optimizers(policy, "adamw", rate)
-    old = score(policy, trajectories, cfg)
-    first = accumulate(policy, *batch, cfg, old)
+    old = score(policy, trajectories)
+    first = accumulate(policy, carried(batch, old), cfg)
     optim.step(policy, optimizers, rate, cfg.max_grad_norm)
-    second = accumulate(policy, *batch, cfg, old)
+    second = accumulate(policy, carried(batch, old), cfg)
     optim.step(policy, optimizers, rate, cfg.max_grad_norm)
     assert second["loss"] < first["loss"] - 0.01 and second["clip_frac"] > first["clip_frac"] == 0
 
@@ -525,7 +548,7 @@ def test_a_second_update_has_the_first_ones_logprobs_as_old(tied):
         assert metrics[key] == pytest.approx((first[key] + second[key]) / 2)
     for a, b in zip(learner.parameters(), policy.parameters(), strict=True):
         assert torch.equal(a, b)
-    once = learn(copy.deepcopy(tied), optimizers, trajectories, rate, Config())
+    once = learn(copy.deepcopy(tied), optimizers, trajectories, rate, how())
     assert once["clip_frac"] == 0
 
 
@@ -534,15 +557,15 @@ def test_minibatches_are_updates_on_parts_each_with_its_own_denominator(tied, mo
     rng, seen = random.Random(3), []
     trajectories = [trajectory(rng, i // 5, float(i * i)) for i in range(10)]
 
-    def record(model, rows, weights, cfg, old, ref):
-        assert len(old) == len(rows)
-        shares = [w * t.new_tokens for t, w in zip(rows, weights, strict=True)]
+    def record(model, rows, settings):
+        assert all(t.old_logprobs is not None for t in rows)
+        shares = [t.weight * t.new_tokens for t in rows]
         assert sum(shares) == pytest.approx(1.0)
         seen.append([t.reward for t in rows])
         return {"loss": 0.0}
 
     monkeypatch.setattr(train_grpo, "accumulate", record)
-    cfg = Config(updates_per_batch=2, minibatches=3)
+    cfg = how(updates_per_batch=2, minibatches=3)
     learn(copy.deepcopy(tied), [], trajectories, 0.1, cfg, step=4)
     assert len(seen) == 6 and [len(part) for part in seen[:3]] == [4, 3, 3]
     for first in (0, 3):
@@ -565,10 +588,9 @@ def test_overlong_is_all_that_did_not_end_by_its_own_choice(tied, monkeypatch, o
     monkeypatch.setattr(
         train_grpo,
         "accumulate",
-        lambda model, rows, weights, *_: batches.append((rows, weights)) or {},
+        lambda model, rows, settings: batches.append((rows, [t.weight for t in rows])) or {},
     )
-    more = {"overlong_penalty": 2.0} if overlong == "penalise" else {}
-    cfg = Config(overlong=overlong, adv_norm="none", **more)
+    cfg = how(overlong=overlong, adv_norm="none")
     metrics = learn(copy.deepcopy(tied), [], trajectories, 0.1, cfg)
     ((rows, weights),) = batches
     gains = [(t.stop, t.advantages[0]) for t in rows]
@@ -578,7 +600,7 @@ def test_overlong_is_all_that_did_not_end_by_its_own_choice(tied, monkeypatch, o
         assert metrics["trained_share"] == pytest.approx(2 / 7)
     else:
         tokens = sum(t.new_tokens for t in trajectories)
-        rewards = [0, 1, 2, 3, 4, 5, 6] if overlong == "keep" else [0, -1, 0, 1, 2, 3, 6]
+        rewards = [0, 1, 2, 3, 4, 5, 6] if overlong == "keep" else [0, 0, 1, 2, 3, 4, 6]
         mean = sum(rewards) / 7
         kept = [r - mean for r in rewards if r != mean]  # exactly the mean: nothing to learn
         assert [gain for _, gain in gains] == pytest.approx(kept)
@@ -615,13 +637,13 @@ def test_turn_credit_adds_the_outcomes_advantage_to_that_of_each_turn():
     ):
         t.reward, t.turn_rewards = outcome + sum(earned), earned
     trajectories.append(trajectory(rng, 0, None, turns=1))  # no reward: no list either
-    valid = set_advantages(trajectories, Config(turn_credit=True, adv_norm="none"))
+    valid = set_advantages(trajectories, "none", turn_credit=True)
     assert valid.tolist() == [True, True, True, False]
     # outcome: mean 0.5; first turns earn 1, 0, 0.5 from there on, second ones 0, 0, 0.5
     expected = [[0.5 + 0.5, 0.5 - 1 / 6], [-0.5 - 0.5, -0.5 - 1 / 6], [0.0, 0.5 - 1 / 6], [0.0]]
     assert [t.advantages for t in trajectories] == [pytest.approx(each) for each in expected]
     plain = [copy.copy(t) for t in trajectories]
-    set_advantages(plain, Config(adv_norm="none"))
+    set_advantages(plain, "none")
     assert plain[0].advantages == [1.0, 1.0]  # rewards 2, 0 and 1
 
 
@@ -632,7 +654,7 @@ def test_what_rounding_leaves_of_a_reward_by_turn_is_no_outcome():
         trajectories.append(trajectory(rng, 0, 1.0 + sum(earned), turns=3))
         trajectories[-1].turn_rewards = earned
     assert len({t.reward - sum(t.turn_rewards) for t in trajectories}) > 1
-    set_advantages(trajectories, Config(turn_credit=True))
+    set_advantages(trajectories, turn_credit=True)
     only_turns = turn_advantages([t.turn_rewards for t in trajectories], [0] * 4)
     assert [t.advantages for t in trajectories] == [pytest.approx(each) for each in only_turns]
     assert turn_advantages([[0.1, 0.2, -0.3], [0.0, 0.2, -0.2]], [0, 0])[0][0] == 0
@@ -641,29 +663,29 @@ def test_what_rounding_leaves_of_a_reward_by_turn_is_no_outcome():
 def test_turn_credit_goes_on_where_a_reward_by_turn_is_missing():
     """Pitfall 23: what has no list earned nothing in its turns, and its number is the outcome. If
     no trajectory has a reward at all, a judge may be away; else no reward ever gives a list."""
-    rng, cfg = random.Random(1), Config(turn_credit=True, adv_norm="none")
+    rng = random.Random(1)
     trajectories = [trajectory(rng, 0, reward, turns=2) for reward in (1.0, 1.0, 0.0, None)]
     trajectories[0].turn_rewards = [0.0, 1.0]
     trajectories[3].turn_rewards = [0.0, 9.0]  # of another reward than the one that is missing
-    valid = set_advantages(trajectories, cfg)
+    valid = set_advantages(trajectories, "none", turn_credit=True)
     assert valid.tolist() == [True, True, True, False]
     # outcomes 0, 1, 0 and turns 1, 0, 0: both have the mean 1 / 3
     expected = [[1 / 3] * 2, [1 / 3] * 2, [-2 / 3] * 2, [0.0] * 2]
     assert [t.advantages for t in trajectories] == [pytest.approx(each) for each in expected]
     for t in trajectories:
         t.reward = t.turn_rewards = None
-    assert not set_advantages(trajectories, cfg).any()
+    assert not set_advantages(trajectories, "none", turn_credit=True).any()
     assert all(t.advantages == [0.0, 0.0] for t in trajectories)
     trajectories[0].reward = 1.0
     with pytest.raises(UserError, match="^turn_credit has no effect: none of the rewards gives"):
-        set_advantages(trajectories, cfg)
+        set_advantages(trajectories, "none", turn_credit=True)
 
 
 def test_equal_groups_are_left_out_of_the_backward_pass_but_count_in_the_mean(tied, monkeypatch):
     """Pitfalls 21, 22: leaving them out changes nothing but the time. A KL is of every token."""
     rng = random.Random(4)
     trajectories = [trajectory(rng, i // 2, [1.0, 0.0, 1.0, 1.0][i]) for i in range(4)]
-    full = gradient(tied, weighed(trajectories, "dapo"), Config())[0]
+    full = gradient(tied, weighed(trajectories, "dapo"), how())[0]
     seen = []
     real = train_grpo.accumulate
     monkeypatch.setattr(
@@ -671,22 +693,22 @@ def test_equal_groups_are_left_out_of_the_backward_pass_but_count_in_the_mean(ti
     )
     policy = copy.deepcopy(tied)
     policy.zero_grad()
-    metrics = learn(policy, [], trajectories, 0.1, Config(max_grad_norm=1e9))
+    metrics = learn(policy, [], trajectories, 0.1, how(max_grad_norm=1e9))
     part = torch.cat([p.grad.flatten() for p in policy.parameters()])
     assert seen == [2] and metrics["trained_share"] == 0.5 and distance(part, full) <= 1e-6
-    with_kl = learn(policy, [], trajectories, 0.1, Config(beta=0.1), reference=policy)
+    with_kl = learn(policy, [], trajectories, 0.1, how(beta=0.1), reference=policy)
     assert seen == [2, 4] and with_kl["trained_share"] == 1 and with_kl["kl"] == 0
 
 
 def test_the_share_outside_of_the_cap_is_logged_by_number_of_turns(tied):
     """Pitfall 16: long trajectories drift more."""
     trajectories = some_trajectories()
-    exact = score(tied, trajectories, Config())
+    exact = score(tied, trajectories)
     for t, logprobs in zip(trajectories, exact, strict=True):
         off = 1.0 if len(t.turn_starts) == 3 else 0.0  # the engine was wrong where turns are many
         t.logprobs = (logprobs - off).tolist()
     for correction in ("mask", "truncate"):
-        cfg = Config(is_correction=correction)
+        cfg = how(is_correction=correction)
         _, metrics = gradient(tied, weighed(trajectories, "dapo"), cfg)
         of_three = [t.new_tokens for t in trajectories if len(t.turn_starts) == 3]
         share = sum(of_three) / sum(t.new_tokens for t in trajectories)
@@ -699,13 +721,13 @@ def test_a_batch_that_has_nothing_to_teach_takes_no_step(tied):
     """Pitfall 22: Adam's momentum would move the weights on a gradient of 0."""
     policy = copy.deepcopy(tied)
     optimizers = optim.optimizers(policy, "adamw", 0.01, 0.1)
-    learn(policy, optimizers, some_trajectories(), 0.01, Config())  # there is momentum now
+    learn(policy, optimizers, some_trajectories(), 0.01, how())  # there is momentum now
     before = copy.deepcopy(policy.state_dict())
     rng = random.Random(6)
     equal = [trajectory(rng, i // 3, 0.1) for i in range(6)]
     missing = [trajectory(rng, 0, None) for _ in range(3)]
     for batch in (equal, missing, equal + missing):
-        metrics = learn(policy, optimizers, batch, 0.01, Config())
+        metrics = learn(policy, optimizers, batch, 0.01, how())
         assert metrics == {"loss": 0.0, "grad_norm": 0.0, "trained_share": 0.0}
     assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
     assert {state["step"].item() for state in optimizers[0].state.values()} == {1.0}
@@ -720,7 +742,7 @@ def test_dropout_is_off_while_learning_and_the_engine_finds_the_model_in_eval_mo
         with torch.no_grad():
             logprobs, _ = token_logprobs(policy, ids, torch.ones_like(ids), mask)
         t.logprobs = logprobs[0].tolist()
-    metrics = learn(policy, [], trajectories, 0.1, Config())
+    metrics = learn(policy, [], trajectories, 0.1, how())
     assert metrics["sampler_logprob_diff"] < 1e-6 and not policy.training
 
 
@@ -887,7 +909,7 @@ def test_gradients_reach_both_matrices_of_an_adapter_and_nothing_else():
     optimizers = optim.optimizers(policy, "adamw", 0.1)
     size = {}
     for step in range(2):
-        accumulate(policy, *weighed(some_trajectories(), "dapo"), Config())
+        accumulate(policy, carried(weighed(some_trajectories(), "dapo")), how())
         for part in ("lora_A", "lora_B"):
             named = [p.grad for n, p in policy.named_parameters() if part in n]
             size[part, step] = min(g.abs().max().item() for g in named)
@@ -942,17 +964,17 @@ def test_the_prompt_of_a_group_goes_through_the_layers_once_with_the_same_gradie
     tolerance of other cuts: a prompt's gradient is rounded once for all rows, not once in each."""
     model = MODELS[name]().eval()
     batch, sizes = weighed(groups_with_prompts(), "dapo"), seen_tokens(model)
-    shared, metrics = gradient(model, batch, Config(token_budget=10**6))
+    shared, metrics = gradient(model, batch, how(token_budget=10**6))
     assert len(sizes) == 2  # the three prompts, then all rows go on from them
     prompts, rest = sizes
     assert prompts == 3 * 15 and rest <= 15 * max(
         len(t.ids) - t.turn_starts[0] + 1 for t in batch[0]
     )
-    in_parts, _ = gradient(model, batch, Config(token_budget=60))
-    alone, _ = gradient(model, batch, Config(token_budget=1))
+    in_parts, _ = gradient(model, batch, how(token_budget=60))
+    alone, _ = gradient(model, batch, how(token_budget=1))
     monkeypatch.setattr("learning.logprobs.shares_prompts", lambda model: False)
     sizes.clear()
-    plain, plain_metrics = gradient(model, batch, Config(token_budget=10**6))
+    plain, plain_metrics = gradient(model, batch, how(token_budget=10**6))
     assert sizes == [15 * max(len(t.ids) for t in batch[0])] and sizes[0] > 2 * (prompts + rest) / 2
     for other in (shared, in_parts, alone):
         assert distance(other, plain) <= 2e-6
@@ -963,9 +985,9 @@ def test_sharing_prompts_is_exact(monkeypatch):
     """In float64, with a model whose norms are computed in it too (Qwen3's are in float32)."""
     model = phi().eval().double()
     batch = weighed(groups_with_prompts(), "dapo")
-    shared, _ = gradient(model, batch, Config(token_budget=10**6))
+    shared, _ = gradient(model, batch, how(token_budget=10**6))
     monkeypatch.setattr("learning.logprobs.shares_prompts", lambda model: False)
-    plain, _ = gradient(model, batch, Config(token_budget=10**6))
+    plain, _ = gradient(model, batch, how(token_budget=10**6))
     assert distance(shared, plain) <= 1e-12
 
 
@@ -981,7 +1003,7 @@ def test_prompts_are_not_shared_where_that_would_be_another_function_or_nothing_
     assert not shares_prompts(recomputed) and shares_prompts(qwen())
     for model, some in ((mixed, rows), (recomputed, rows), (qwen().eval(), some_trajectories())):
         sizes = seen_tokens(model)
-        gradient(model, weighed(some, "dapo"), Config(token_budget=10**6))
+        gradient(model, weighed(some, "dapo"), how(token_budget=10**6))
         assert len(sizes) == 1
     model, width = qwen().eval(), max(len(t.ids) for t in rows)
     left = torch.tensor([[0] * (width - len(t.ids)) + t.ids for t in rows])
@@ -990,7 +1012,7 @@ def test_prompts_are_not_shared_where_that_would_be_another_function_or_nothing_
     sizes = seen_tokens(model)
     logprobs, _ = token_logprobs(model, left, real, mask)
     assert sizes == [left.numel()]
-    for given, expected, t in zip(logprobs, score(model, rows, Config()), rows, strict=True):
+    for given, expected, t in zip(logprobs, score(model, rows), rows, strict=True):
         assert torch.allclose(given[width - len(t.ids) :], expected, atol=1e-5)
 
 

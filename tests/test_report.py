@@ -287,14 +287,7 @@ def test_the_page_marks_trained_context_and_tool_as_the_terminal_does(result, tm
         if not runs or runs[-1][0] != kind:
             runs.append([kind, ""])
         runs[-1][1] += piece
-    names = {"t": "trained", "c": "context", "o": "tool"}
-    merged = []
-    for kind, text in spans(t, tokenizer):  # it may give one kind twice in a row
-        if merged and merged[-1][0] == kind:
-            merged[-1][1] += text
-        else:
-            merged.append([kind, text])
-    assert [[names[kind], text] for kind, text in runs] == merged
+    assert [tuple(run) for run in runs] == spans(t, tokenizer)
 
 
 def test_all_bytes_of_the_first_character_of_a_result_are_marked_as_the_tools(tmp_path, tokenizer):

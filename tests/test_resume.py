@@ -33,7 +33,6 @@ import numpy
 import pytest
 import torch
 
-import player
 import train_grpo
 import train_sft
 from engines import local
@@ -66,7 +65,6 @@ GRPO = {  # all that has a state: groups that are replaced, a reference, moments
     "learning_rate": 1e-2,
     "schedule": "cosine",
     "warmup": 2,
-    "weight_decay": 0.1,
     "eval_every": 2,
     "eval_data": "held.jsonl",
     "eval_rows": 2,
@@ -865,7 +863,7 @@ def test_a_reward_that_raises_costs_nothing_and_repaired_the_run_is_the_same(her
     file = here / "broken_rewards.py"
     cfg = configured("grpo", here / "raised", resume=True, save_every=0)
     rewards = ("broken_rewards.py:coin",)
-    row = player.prompts_of(4, [{"id": i} for i in range(5)], 1, cfg.seed)[0]["id"]
+    row = train_grpo.next_prompts(4, [{"id": i} for i in range(5)], 1, cfg.seed)[0]["id"]
     prompt = lines(here / "rows.jsonl")[row]["prompt"]
     file.write_text(REWARD.replace("return", f"assert example['prompt'] != {prompt!r}\n    return"))
     with pytest.raises(UserError, match=f"^reward coin failed on row {row + 1}: AssertionError"):

@@ -20,13 +20,13 @@ import trajectory
 from chat import Chat
 from engines.base import Completion
 from engines.scripted import ScriptedEngine
-from player import batch_of_groups, prompts_of
+from player import Player
 from rollout import Settings, cut, play, rollouts, seed_of
 from run.config import UserError
 from run.loop import run_blocking
 from tools import Toolbox
 from tools.calling import toolbox as toolboxes
-from train_grpo import Config
+from train_grpo import next_prompts, sample_groups
 from trajectory import ToolCall, Trajectory, spans, stats
 
 EXAMPLE = {"id": 0, "messages": [{"role": "user", "content": "What is 2+3?"}], "answer": "5"}
@@ -492,7 +492,7 @@ def test_a_prompt_that_fills_the_context_gives_a_trajectory_without_sampled_toke
     (t,) = asyncio.run(rollouts(*args, rewards=reward))
     assert (t.stop, t.new_tokens, t.turn_starts, engine.requests) == ("length", 0, [], [])
     assert t.reward == 0.0 and stats([t], "correct")["new_tokens"] == 0
-    assert [kind for kind, _ in spans(t, tokenizer)] == ["context"]
+    assert [kind for kind, _ in spans(t, tokenizer)] == ["c"]
 
 
 def test_a_turn_never_passes_the_room_that_is_left(tokenizer):
@@ -807,9 +807,9 @@ def test_spans_are_the_whole_text_in_pieces(tokenizer, text):
     t, _, _ = episode(tokenizer, script, max_observation_tokens=60, max_new_tokens=999)
     pieces = spans(t, tokenizer)
     assert "".join(piece for _, piece in pieces) == tokenizer.decode(t.ids)
-    assert [piece for kind, piece in pieces if kind == "trained"] == script
+    assert [piece for kind, piece in pieces if kind == "t"] == script
     results = [c.result for c in t.calls if c.result]
-    assert [piece for kind, piece in pieces if kind == "tool"] == results
+    assert [piece for kind, piece in pieces if kind == "o"] == results
 
 
 def test_spans_take_nothing_in_the_prompt_for_a_result(tokenizer):
@@ -818,7 +818,7 @@ def test_spans_take_nothing_in_the_prompt_for_a_result(tokenizer):
     chat, engine, box = stage(tokenizer, [ADD.replace(STOP, "\n") + ADD, ANSWER])
     (t,) = asyncio.run(rollouts([example], chat, engine, box, Settings()))
     kinds = [kind for kind, _ in spans(t, tokenizer)]
-    assert kinds == ["context", "trained", *["context", "tool"] * 2, "context", "trained"]
+    assert kinds == ["c", "t", *["c", "o"] * 2, "c", "t"]
 
 
 def test_show_prints_a_trajectory_with_brackets_in_it(tokenizer, capsys):
@@ -977,24 +977,6 @@ def test_rewards_are_given_while_others_are_still_sampled(tokenizer):
     assert sorted(spans)[1][0] < sorted(spans)[0][1]
 
 
-def test_the_first_groups_that_are_complete_are_taken_and_the_rest_is_stopped(tokenizer):
-    """oversample: whole groups only, and the sessions of those who were dropped are closed."""
-
-    async def script(ids, sampling):
-        slow = "slow" in tokenizer.decode(ids)
-        await asyncio.sleep(0.5 if slow else 0.01)
-        return encode(tokenizer, ANSWER)
-
-    rows = numbered(5)
-    for n in (1, 3):
-        rows[n] = {"messages": [{"role": "user", "content": "slow"}], "answer": "5", "id": n}
-    engine = Slow(script, tokenizer)
-    started = time.monotonic()
-    played = many(tokenizer, engine, rows, samples=2, need=3, first_group=10)
-    assert [(t.group, t.sample) for t in played] == [(g, s) for g in (10, 12, 14) for s in (0, 1)]
-    assert time.monotonic() - started < 0.4
-
-
 class Expected(list):
     """As a log: how many rollouts each round announced."""
 
@@ -1003,21 +985,20 @@ class Expected(list):
 
 
 @pytest.mark.parametrize(
-    "options, rounds, kept",
+    "dynamic, rounds, kept",
     [
-        ({"dynamic_sampling": "right"}, [4, 2, 2], [0, 3]),
-        ({"dynamic_sampling": "right", "dynamic_attempts": 1}, [4, 2], [0, 1]),
-        ({"dynamic_sampling": "other", "dynamic_attempts": 1}, [4], [0, 1]),
-        ({}, [4], [0, 1]),
+        (("right",), [4, 2, 2], [0, 3]),
+        (("right", 1), [4, 2], [0, 1]),
+        (("other", 1), [4], [0, 1]),
+        ((), [4], [0, 1]),
     ],
 )
-def test_groups_that_agree_on_the_named_reward_are_replaced(tokenizer, options, rounds, kept):
+def test_groups_that_agree_on_the_named_reward_are_replaced(tokenizer, dynamic, rounds, kept):
     """Pitfall 22: the named reward decides, not the total; a None is no other outcome. Further
     prompts are tried for so many rounds, then what is missing is filled up with the first equal
     groups. kept: by their place behind the cursor."""
     rows, cursor = numbered(8), 2
-    cfg = Config(prompts_per_step=2, group_size=2, seed=3, **options)
-    coming = [row["id"] for row in prompts_of(cursor, rows, 4, cfg.seed)]
+    coming = [row["id"] for row in next_prompts(cursor, rows, 4, seed=3)]
     right = dict(zip(coming, ((1.0, 0.0), (1.0, None), (0.0, 0.0), (0.0, 1.0)), strict=True))
 
     def other(trajectory, example):
@@ -1032,9 +1013,8 @@ def test_groups_that_agree_on_the_named_reward_are_replaced(tokenizer, options, 
     }
     engine = ScriptedEngine(lambda ids, sampling: encode(tokenizer, ANSWER), tokenizer)
     chat, log = Chat(tokenizer, "hermes", []), Expected()
-    taken, played, after = batch_of_groups(
-        rows, cursor, cfg, chat, engine, Toolbox([]), rewards, 0, log
-    )
+    player = Player(chat, engine, Toolbox([]), rewards, Settings(seed=3), examples=rows)
+    taken, played, after = sample_groups(player, cursor, 2, 2, 3, 0, *dynamic, expect=log.expect)
     assert log == rounds and len(played) == sum(rounds)
     groups = sum(rounds) // 2
     assert after == cursor + groups  # the next step goes on behind all that were tried

@@ -371,7 +371,7 @@ def test_a_packed_sample_does_not_see_the_others(policy):
 
     def logprobs(samples):
         with torch.no_grad():
-            return train_sft.score(policy, samples, packing=True)[0][0].split(LENGTHS)
+            return train_sft.batch_logprobs(policy, samples, packing=True)[0][0].split(LENGTHS)
 
     before = logprobs(samples)
     for changed in range(len(samples)):
@@ -402,7 +402,7 @@ def test_packing_is_proved_or_refused(policy, monkeypatch):
     convolutions, which no mask keeps apart."""
     from transformers import Lfm2Config, Lfm2ForCausalLM
 
-    train_sft.prove_packing(policy, "tiny")
+    train_sft.check_packing(policy, "tiny")
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 100}
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
     torch.manual_seed(0)
@@ -410,25 +410,25 @@ def test_packing_is_proved_or_refused(policy, monkeypatch):
     mixing = Lfm2ForCausalLM(Lfm2Config(**heads, **shape, **kinds)).eval()
     says = r"model = 'lfm' cannot be packed: behind another sample, .* use packing=false$"
     with pytest.raises(UserError, match=says):
-        train_sft.prove_packing(mixing, "lfm")
+        train_sft.check_packing(mixing, "lfm")
     forward = policy.get_decoder().forward
     monkeypatch.setattr(
         policy.get_decoder(), "forward", lambda position_ids=None, **given: forward(**given)
     )
     with pytest.raises(UserError, match="model = 'tiny' cannot be packed"):
-        train_sft.prove_packing(policy, "tiny")
+        train_sft.check_packing(policy, "tiny")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
 def test_packing_is_proved_in_bfloat16_too(folder, dtype, monkeypatch):
     model, _ = models.load(str(folder), "lora", dtype, device="cpu")
-    train_sft.prove_packing(model, "x")
+    train_sft.check_packing(model, "x")
     forward = model.get_decoder().forward
     monkeypatch.setattr(
         model.get_decoder(), "forward", lambda position_ids=None, **given: forward(**given)
     )
     with pytest.raises(UserError, match="model = 'x' cannot be packed"):
-        train_sft.prove_packing(model, "x")
+        train_sft.check_packing(model, "x")
     assert not torch.is_autocast_enabled("cpu")  # the tests after this one are in float32
 
 

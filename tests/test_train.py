@@ -314,7 +314,7 @@ def test_an_adapter_is_trained_on_from_where_it_stopped(lora_run, folder):
 def test_a_run_whose_rewards_are_all_equal_leaves_the_weights_as_they_were(folder, sft_run):
     """Pitfall 22: no optimizer step, not even one of momentum or decay."""
     rewards = (f"{folder / 'my_rewards.py'}:same",)
-    cfg = grpo_config(folder, "equal", rewards=rewards, weight_decay=0.1)
+    cfg = grpo_config(folder, "equal", rewards=rewards)
     metrics = train_grpo.train(cfg)
     assert metrics["equal_groups"] == 1 and metrics["trained_share"] == metrics["grad_norm"] == 0
     before, after = weights(sft_run[0]), weights(folder / "equal")
@@ -338,7 +338,7 @@ def test_held_out_rows_are_played_on_the_way_and_change_nothing_that_is_learnt(
     said = capsys.readouterr().out
     assert said.count("val_accuracy 0.") == 3 and "val_accuracy:            0." in said
     own = evaluate.Config(seed=player.VALIDATION_SEED, limit=4, save_to=str(folder / "again"))
-    first = evaluate.evaluate(evaluate.over(cfg, own, cfg.model), own)
+    first = evaluate.evaluate(evaluate.for_evaluation(cfg, own, cfg.model), own)
     assert first["avg@1"] == pytest.approx(found[0]["val_accuracy"])
 
 
@@ -348,9 +348,6 @@ def test_what_is_to_be_held_out_has_to_be_there(folder, sft_run, tmp_path):
     data = {"data": str(tmp_path / "rows.jsonl"), "limit": None}
     with pytest.raises(UserError, match="eval_data is missing: data = .* is a file"):
         train_grpo.train(grpo_config(folder, "no split", **data, eval_every=1))
-    asked = {"eval_every": 1, "eval_data": data["data"], "eval_split": "validation"}
-    with pytest.raises(UserError, match="eval_split has no effect on .*: a file has none"):
-        train_grpo.train(grpo_config(folder, "no file's split", **asked))
     with pytest.raises(UserError, match="eval_rows has no effect without eval_every"):
         train_grpo.train(grpo_config(folder, "no rows", eval_rows=3))
 
@@ -360,7 +357,7 @@ def test_every_row_is_a_prompt_once_an_epoch_in_an_order_of_the_seed():
     rows = [{"id": i} for i in range(7)]
 
     def ids(count, seed, steps):
-        made = [player.prompts_of(step * count, rows, count, seed) for step in range(steps)]
+        made = [train_grpo.next_prompts(step * count, rows, count, seed) for step in range(steps)]
         assert all(len(step) == count for step in made)
         return [row["id"] for step in made for row in step]
 
@@ -438,11 +435,11 @@ def test_what_the_runs_config_has_without_effect_here_is_no_obstacle(full_run, t
     """As tool_timeout where a run is evaluated without its tools, for a baseline."""
     _, cfg, _ = full_run
     (tmp_path / "config.py").touch()
-    given = {"tool_timeout": 3.0, "tool_concurrency": 4, "warmup": 2, "reward_timeout": 7.0}
+    given = {"tool_timeout": 3.0, "tool_concurrency": 4, "warmup": 2}
     config.save(replace(cfg, **given), tmp_path / "config.py")
     own = evaluate.Config(run=str(tmp_path))
-    without = evaluate.load_config(["--tools=", "--rewards=format", "--model=x"], own)
-    assert (without.tools, without.tool_timeout, without.reward_timeout) == ((), 10.0, 60.0)
+    without = evaluate.load_config(["--tools=", "--model=x"], own)
+    assert (without.tools, without.tool_timeout) == ((), 10.0)
     assert evaluate.load_config(["--model=x"], own).tool_timeout == 3.0
     with pytest.raises(UserError, match="tool_timeout has no effect with tools=()"):
         evaluate.load_config(["--tools=", "--tool_timeout=5", "--model=x"], own)

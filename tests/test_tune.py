@@ -22,7 +22,7 @@ from run import config
 from run.config import UserError
 from run.loop import run_blocking
 from tasks import tiny as tiny_model
-from train_grpo import Config, learn, score
+from train_grpo import Config, LearnSettings, learn, policy_logprobs
 from trajectory import Trajectory
 
 LORA = {"lora_r": 4, "lora_alpha": 8}
@@ -56,15 +56,16 @@ def trajectories(count=6):
 
 
 def logprobs(model, rows=None):
-    return torch.cat(score(model, rows or trajectories(), Config()))
+    return torch.cat(policy_logprobs(model, rows or trajectories(), 1.0, 16384))
 
 
 def taught(model, steps=2, reference=None, **options):
     """The model after some steps, and the metrics of the last one."""
     cfg = Config(learning_rate=0.02, **options)
+    settings = LearnSettings.of(cfg)
     optimizers = optim.optimizers(model, cfg.optimizer, cfg.learning_rate)
     for step in range(steps):
-        metrics = learn(model, optimizers, trajectories(), 0.02, cfg, step, reference)
+        metrics = learn(model, optimizers, trajectories(), 0.02, settings, step, reference)
     return metrics
 
 
@@ -126,7 +127,7 @@ def test_the_sampler_is_the_model_that_is_trained(folder, tune, dtype):
     t = Trajectory({})
     t.add(prompt, 0)
     t.add(out.ids, 1, out.logprobs)
-    (scored,) = score(model, [t], Config())
+    (scored,) = policy_logprobs(model, [t], 1.0, 16384)
     off = (scored[4:] - torch.tensor(out.logprobs)).abs().mean()
     assert off < (1e-5 if dtype == "float32" else 0.05)
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
@@ -207,7 +208,7 @@ def test_recomputed_layers_give_the_same_gradient_and_no_dropout(folder, tune):
     other.get_decoder().layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     cfg = Config(max_grad_norm=1e9)
     for model in (plain, other):
-        learn(model, [], trajectories(), 0.0, cfg)
+        learn(model, [], trajectories(), 0.0, LearnSettings.of(cfg))
     assert len(calls) == 2  # once forward, once again in the backward pass
     assert not other.training and not any(m.training for m in other.modules())
     theirs = dict(other.named_parameters())
@@ -222,7 +223,7 @@ def test_adamw8bit_keeps_its_moments_in_a_byte_each_and_learns(folder):
     before = logprobs(model)
     optimizers = optim.optimizers(model, "adamw8bit", 0.01)
     for step in range(2):
-        learn(model, optimizers, trajectories(), 0.01, Config(), step)
+        learn(model, optimizers, trajectories(), 0.01, LearnSettings.of(Config()), step)
     (optimizer,) = optimizers
     states = [state for p, state in optimizer.state.items() if p.numel() >= 4096]
     assert states and all(s["state1"].dtype == s["state2"].dtype == torch.uint8 for s in states)
