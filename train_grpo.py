@@ -104,7 +104,7 @@ class Config:
     tool_options: tuple[str, ...] = ()  # of a tool, such as search.k=5 or python.timeout=2
     tool_timeout: float = 10.0  # seconds a call may take
     tool_concurrency: int = 16  # calls that run at once, over all trajectories
-    tool_cache: str = "memory"  # results of pure tools; none, or a file that is kept
+    tool_cache: str = "memory"  # memory or none: whether results of pure tools are kept
     # rollout
     prompts_per_step: int = 24  # P: each step plays P groups
     group_size: int = 8  # G: more find rarer successes, and cost as much more
