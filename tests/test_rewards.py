@@ -212,12 +212,12 @@ def test_a_reward_that_fails_stops_the_run_with_its_name():
     async def gives_up(trajectory, example):
         raise asyncio.CancelledError
 
-    for late in (shout, gives_up):  # beside one that is not done yet
-        selected = {"slow": (lambda t, e: time.sleep(5), 1.0), "late": (late, 1.0)}
-        start = time.monotonic()
+    released = threading.Event()
+    for late in (shout, gives_up):  # beside one that never ends: it is not waited for
+        selected = {"slow": (lambda t, e: released.wait(), 1.0), "late": (late, 1.0)}
         with pytest.raises(UserError, match="^reward late failed on row 5: "):
             score(None, example(), selected)
-        assert time.monotonic() - start < 3
+    released.set()
 
 
 def test_a_reward_that_exits_stops_the_run_with_its_name(tmp_path):
@@ -402,25 +402,31 @@ def test_a_reward_of_ones_own_may_be_async_have_options_and_be_a_class(tmp_path)
 
 
 def test_all_rewards_of_a_trajectory_run_at_once():
+    """Each ends when all four have begun."""
+    begun = []
+
     def slow(trajectory, example):
-        time.sleep(0.3)
+        begun.append(1)
+        while len(begun) < 4:
+            time.sleep(0.01)
         return 1
 
     async def waits(trajectory, example):
-        await asyncio.sleep(0.3)
+        begun.append(2)
+        while len(begun) < 4:
+            await asyncio.sleep(0.01)
         return 2
 
-    start, row = time.monotonic(), example()
+    row = example()
     selected = {"a": (slow, 1.0), "b": (slow, 1.0), "c": (waits, 1.0), "d": (waits, 1.0)}
     assert score(trajectory(row, "x"), row, selected) == {"a": 1, "b": 1, "c": 2, "d": 2}
-    assert time.monotonic() - start < 0.9  # 1.2 one after the other
 
 
 def test_what_takes_too_long_is_none_and_named_and_does_not_block_the_next():
     hang = threading.Event()
 
     def hangs(trajectory, example):
-        hang.wait(60)
+        hang.wait()
 
     async def stubborn(trajectory, example):
         while not hang.is_set():
@@ -447,12 +453,13 @@ def test_what_takes_too_long_is_none_and_named_and_does_not_block_the_next():
     all_of_it, scores = asyncio.run(played(20))
     assert all(s == {"hangs": None, "stubborn": None, "format": 1.0} for s in scores)
     assert all(sorted(t.reward_timeouts) == ["hangs", "stubborn"] for t in all_of_it)
-    assert 10 * 0.2 < time.monotonic() - start < 10  # two at a time, each with its own clock
+    assert 10 * 0.2 < time.monotonic() - start  # two at a time, each with its own clock
     hang.set()
 
 
-def test_the_cheap_rewards_cost_microseconds():
+def test_the_cheap_rewards_cost_microseconds_and_no_thread(monkeypatch):
     """192 rollouts of a step: a thread for each of five rewards would take 0.1 s."""
+    monkeypatch.setattr(rewards, "in_thread", None)
     row = example()
     played = trajectory(row, "word " * 300 + r"\boxed{18}", calls=[call(), call("timeout")])
     selected = select(("format", "tool_use", "tool_bonus", "tool_errors", "f1"))
@@ -463,5 +470,4 @@ def test_the_cheap_rewards_cost_microseconds():
             await rewards.score(played, row, selected)
         return time.process_time() - start
 
-    assert min(asyncio.run(all_of_it()) for _ in range(3)) < 0.2  # 0.025 in truth
-    assert threading.active_count() < 20
+    assert min(asyncio.run(all_of_it()) for _ in range(3)) < 0.2  # CPU seconds; 0.025 in truth
