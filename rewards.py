@@ -121,7 +121,10 @@ def format(trajectory, example):
 def tool_use(trajectory, example):
     """1.0 if at least one call ran without an error; more calls do not give more. Give it a small
     weight and not for long: any call that runs is rewarded, a useless one too."""
-    return float(any(call.error is None and not call.ends for call in trajectory.calls))
+    for call in trajectory.calls:
+        if call.error is None and not call.ends:
+            return 1.0
+    return 0.0
 
 
 def tool_bonus(trajectory, example, *, each: float = 0.1, cap: float = 0.2):
@@ -164,11 +167,15 @@ def repetition(trajectory, example, *, n: int = 3):
     wrote between the calls) that it had written before, and the share of its calls that it had made
     before, with the same arguments."""
     grams = []
-    for message in trajectory.messages[len(example["messages"]) :]:
-        if message["role"] == "assistant" and isinstance(message.get("content"), str):
-            parts = _PARTS.findall(message["content"])
-            for start in range(len(parts) - n + 1):
-                grams.append(tuple(parts[start : start + n]))
+    prompt_length = len(example["messages"])
+    for message in trajectory.messages[prompt_length:]:
+        text = message.get("content")
+        if message["role"] != "assistant" or not isinstance(text, str):
+            continue
+        parts = _PARTS.findall(text)
+        for start in range(len(parts) - n + 1):
+            gram = parts[start : start + n]
+            grams.append(tuple(gram))
     calls = [(call.name, repr(call.arguments)) for call in trajectory.calls]
     return -min(1.0, _share_repeated(grams) + _share_repeated(calls))
 
@@ -177,7 +184,9 @@ _PARTS = re.compile(r"\w+|[^\w\s]")  # words and signs
 
 
 def _share_repeated(items):
-    return 1 - len(set(items)) / len(items) if items else 0.0
+    if not items:
+        return 0.0
+    return 1 - len(set(items)) / len(items)
 
 
 def length(trajectory, example, *, limit: int, buffer: int = 256):

@@ -148,6 +148,20 @@ def test_select_reads_names_weights_and_files(tmp_path, monkeypatch):
     assert select([f"{tmp_path}/my_rewards.py:shout"])["shout"][1] == 1.0
 
 
+def test_two_rewards_of_one_file_share_its_module_and_a_file_that_fails_is_told(tmp_path):
+    text = "seen = []\ndef a(t, e): seen.append(1)\ndef b(t, e): return len(seen)\n"
+    (tmp_path / "mine.py").write_text(text)
+    selected = select((f"{tmp_path}/mine.py:a", f"{tmp_path}/mine.py:b"))
+    selected["a"][0](None, None)
+    assert selected["b"][0](None, None) == 1
+    (tmp_path / "bad.py").write_text("def f(t, e): pass\n1 / 0\n")
+    says = (
+        r"^importing .*bad.py for the reward '.*bad.py:f' failed: ZeroDivisionError: .* \(line 2\)"
+    )
+    with pytest.raises(UserError, match=says):
+        select((f"{tmp_path}/bad.py:f",))
+
+
 @pytest.mark.parametrize(
     "names, says",
     [
@@ -436,15 +450,14 @@ def test_what_takes_too_long_is_none_and_named_and_does_not_block_the_next():
                 await asyncio.sleep(0.2)
                 return 3
 
+    selected = {
+        "hangs": (rewards.Reward(hangs, timeout=0.2, concurrency=2), 1.0),
+        "stubborn": (rewards.Reward(stubborn, timeout=0.2, concurrency=20), 1.0),
+        "format": (rewards.Reward(rewards.format, instant=True), 1.0),
+    }
+
     async def played(count):
-        row, selected = (
-            example(),
-            {
-                "hangs": (rewards.Reward(hangs, timeout=0.2, concurrency=2), 1.0),
-                "stubborn": (rewards.Reward(stubborn, timeout=0.2, concurrency=count), 1.0),
-                "format": (rewards.Reward(rewards.format, instant=True), 1.0),
-            },
-        )
+        row = example()
         all_of_it = [trajectory(row, r"\boxed{1}") for _ in range(count)]
         scores = await asyncio.gather(*(rewards.score(t, row, selected) for t in all_of_it))
         return all_of_it, scores
@@ -454,6 +467,8 @@ def test_what_takes_too_long_is_none_and_named_and_does_not_block_the_next():
     assert all(s == {"hangs": None, "stubborn": None, "format": 1.0} for s in scores)
     assert all(sorted(t.reward_timeouts) == ["hangs", "stubborn"] for t in all_of_it)
     assert 10 * 0.2 < time.monotonic() - start  # two at a time, each with its own clock
+    left = selected["hangs"][0].abandoned
+    assert len(left) == 20 and all(thread.is_alive() for thread in left)
     hang.set()
 
 

@@ -9,6 +9,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 
 from run.config import UserError
 from run.deadline import Exited, in_thread, in_time, is_alive, shown
@@ -104,7 +105,8 @@ class Session:
         tool = self.box.tools.get(name) if isinstance(name, str) else None
         seconds = 0.0
         if tool is None:
-            content = f"error: there is no tool {name!r}; the tools are: {self._signatures()}"
+            known = ", ".join(map(_signature, self.box.tools.values()))
+            content = f"error: there is no tool {name!r}; the tools are: {known}"
             error = "unknown_tool"
         elif wrong := wrong_arguments(name, _parameters(tool), arguments):
             content = f"error: {wrong}; call it as {_signature(tool)}"
@@ -118,9 +120,6 @@ class Session:
         if error:
             self.box.errors[error] += 1
         return content, error, seconds
-
-    def _signatures(self):
-        return ", ".join(_signature(tool) for tool in self.box.tools.values())
 
     async def _known_or_called(self, tool, arguments):
         """What this very call gave before, if that is kept, or what it gives now."""
@@ -190,10 +189,13 @@ class Session:
         return await self._call_once(tool, arguments)
 
     async def _call_once(self, tool, arguments):
-        state = [await self._state(tool)] if tool.make else []
+        function = partial(tool.function, **arguments)
+        if tool.make:
+            state = await self._state(tool)
+            function = partial(tool.function, state, **arguments)
         if tool.is_async:
-            return await tool.function(*state, **arguments)
-        return await in_thread(lambda: tool.function(*state, **arguments), self.box._abandoned)
+            return await function()
+        return await in_thread(function, self.box._abandoned)
 
     async def make(self, tool: Tool) -> tuple[bool, object]:
         """(True, its instance), or (False, None) at the deadline. Raises what making it raises."""
@@ -209,9 +211,8 @@ class Session:
             if inspect.iscoroutinefunction(tool.make):
                 state = await tool.make(self.example)
             else:
-                state = await in_thread(
-                    lambda: tool.make(self.example), self.box._abandoned, late=self._close_late
-                )
+                make = partial(tool.make, self.example)
+                state = await in_thread(make, self.box._abandoned, late=self._close_late)
             states[tool.make] = state
             if not tool.shared:
                 self._to_close.append(state)
