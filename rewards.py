@@ -19,7 +19,7 @@ import math
 import re
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from grading.answers import answer, equal, last_turn, places, words
 from grading.answers import f1 as f1_of
@@ -330,25 +330,26 @@ def _weight(text, parts):
 def _with_options(name: str, function: Callable, texts: dict, timeout: float) -> Reward:
     """The Reward: its options {option: text} bound, a class instantiated."""
     where = f"{OPTIONS}: {name}"
-    common = {option: text for option, text in texts.items() if option in COMMON}
-    own = {option: text for option, text in texts.items() if option not in COMMON}
+    common_texts = {option: text for option, text in texts.items() if option in COMMON}
+    own_texts = {option: text for option, text in texts.items() if option not in COMMON}
 
-    limits = CommonOptions(**{"timeout": timeout, **plugins.bind(CommonOptions, common, where)})
+    limits = CommonOptions(timeout=timeout)
+    limits = replace(limits, **plugins.bind(CommonOptions, common_texts, where))
     if limits.timeout <= 0 or limits.concurrency < 1:
         values = f"timeout {limits.timeout}, concurrency {limits.concurrency}"
         raise UserError(f"{OPTIONS}: {values}: expected > 0 seconds, and >= 1")
-    if common and function in INSTANT:
-        option = next(iter(common))
+    if common_texts and function in INSTANT:
+        option = next(iter(common_texts))
         raise UserError(f"{where}.{option} has no effect: it takes no time, so drop it")
 
     if isinstance(function, type):
-        ready = function(**plugins.bind(function, own, where))
+        ready = function(**plugins.bind(function, own_texts, where))
         if not callable(ready):
             raise UserError(f"reward {name} is a class without __call__(trajectory, example)")
     else:
         # whatever their names are, the first two are the trajectory and the example
         positional = list(inspect.signature(function).parameters)[:2]
-        values = plugins.bind(function, own, where, skip=positional)
+        values = plugins.bind(function, own_texts, where, skip=positional)
         ready = functools.partial(function, **values) if values else function
     return Reward(ready, function in INSTANT, limits.timeout, limits.concurrency)
 

@@ -166,19 +166,19 @@ def answer_help(file, other=None, keys=()):
 def _lines_of_keys(file, keys):
     """The lines of `class Config` that are of these keys, and the comments that head them."""
     _, lines, fields = _read_source(file)
+    hidden = {0}  # "class Config:"
     for name, first, end in fields:
         if name not in keys:
-            for i in range(first, end):
-                lines[i] = None
-    left = [line for line in lines[1:] if line is not None]
-    kept = []
-    for i, line in enumerate(left):
-        is_last = i + 1 == len(left)
+            hidden.update(range(first, end))
+    visible = [line for i, line in enumerate(lines) if i not in hidden]
+    with_keys = []
+    for i, line in enumerate(visible):
+        is_last = i + 1 == len(visible)
         # a heading without keys goes too
-        if _is_heading(line) and (is_last or _is_heading(left[i + 1])):
+        if _is_heading(line) and (is_last or _is_heading(visible[i + 1])):
             continue
-        kept.append(line)
-    return kept
+        with_keys.append(line)
+    return with_keys
 
 
 def _is_heading(line):

@@ -40,19 +40,19 @@ def names_in(path: Path) -> list[str]:
     return re.findall(r"^(?:async def|def|class) +([A-Za-z]\w*)", text, re.MULTILINE)
 
 
-def load(path: Path, name: str, what: str, modules: dict) -> Callable:
+def load(path: Path, name: str, label: str, modules: dict) -> Callable:
     """The function or class `name` of a python file, which is run.
 
     modules: {path: module} of the files that were run before, so that two names of one file share
     its module; it is filled here. Begin with an empty one: in a notebook the file may have changed.
-    what: "tool 'my.py:f'", for messages. Raises UserError if the file raises something.
+    label: "tool 'my.py:f'", for messages. Raises UserError if the file raises something.
     """
     if path not in modules:
-        modules[path] = _run(path, what)
+        modules[path] = _run(path, label)
     return getattr(modules[path], name)
 
 
-def _run(path, what):
+def _run(path, label):
     spec = importlib.util.spec_from_file_location(str(path), path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look for the module of their class there
@@ -64,7 +64,7 @@ def _run(path, what):
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         at = f" (line {lines[-1]})" if lines else ""  # a SyntaxError says it itself
-        raise UserError(f"importing {path} for the {what} failed: {why}{at}") from error
+        raise UserError(f"importing {path} for the {label} failed: {why}{at}") from error
     return module
 
 

@@ -175,8 +175,7 @@ def _tools_of_servers(name: str, timeout: float) -> list[Tool]:
 def _import(place, modules):
     if place.path is None:
         return getattr(importlib.import_module(f"tools.{place.name}"), place.name)
-    what = f"tool {place.name!r}"
-    return plugins.load(place.path, place.name, what, modules)
+    return plugins.load(place.path, place.name, f"tool {place.name!r}", modules)
 
 
 # -- describing
@@ -187,8 +186,8 @@ def _describe(target: Callable, texts: dict, describe_only: bool) -> Tool:
     is_class = inspect.isclass(target)
     function = target.__call__ if is_class else target
     if not (inspect.isfunction(function) or inspect.ismethod(function)):
-        what = f"class {target.__name__} without __call__" if is_class else repr(target)
-        raise UserError(f"{what} is no tool: give a function, or a class with a __call__ method")
+        shown = f"class {target.__name__} without __call__" if is_class else repr(target)
+        raise UserError(f"{shown} is no tool: give a function, or a class with a __call__ method")
     name = target.__name__
     tool = Tool(
         name=name,
@@ -273,8 +272,11 @@ def _make(tool):
 
 def _own_options(name, texts):
     """{option: text} of what the user gave a tool, without the options that every tool has."""
-    given = texts.get(name, {})
-    return {option: text for option, text in given.items() if option not in COMMON}
+    own_texts = {}
+    for option, text in texts.get(name, {}).items():
+        if option not in COMMON:
+            own_texts[option] = text
+    return own_texts
 
 
 def _refuse_own_options(name, texts):
@@ -293,9 +295,11 @@ def _set_common_options(tool: Tool, texts: dict, most: int, cached: bool) -> Non
     Raises UserError for a value that is out of range or would have no effect.
     """
     where = f"{OPTIONS}: {tool.name}"
-    given = texts.get(tool.name, {})
-    common = {option: text for option, text in given.items() if option in COMMON}
-    options = CommonOptions(**plugins.bind(CommonOptions, common, where))
+    common_texts = {}
+    for option, text in texts.get(tool.name, {}).items():
+        if option in COMMON:
+            common_texts[option] = text
+    options = CommonOptions(**plugins.bind(CommonOptions, common_texts, where))
 
     if options.timeout is not None:
         if options.timeout <= 0:
