@@ -6,7 +6,7 @@
     arguments = bind(tool, texts["weather"], "tool_options: weather")  # {"unit": "C", "days": 3}
 
 Tools and rewards are named and configured by these. A file defines with `def` or `class`, at its
-top, what can be named; that is read from its text, so a typo is told before any code runs.
+top, what can be named; that is read from its text: a typo is told before the file is run.
 """
 
 import importlib.util
