@@ -8,30 +8,26 @@ A function sees the Trajectory of rollout.py (messages, calls, stop, …) and th
 the options, when the run starts, and its instance is called. A list is a number for each turn.
 Every reward also has the options timeout (seconds of one call) and concurrency (calls at once).
 
-All rewards look only at what the model wrote: answers.py says what counts as its answer, verify.py
-has those that run code, judge.py the one that asks a model.
+All rewards look only at what the model wrote: grading/answers.py says what counts as its answer,
+verify.py there has those that run code, judge.py the one that asks a model.
 """
 
 import asyncio
 import functools
-import importlib.util
 import inspect
 import math
 import re
-import sys
 import traceback
-import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, fields, replace
 
 from grading.answers import answer, equal, last_turn, places, words
 from grading.answers import f1 as f1_of
 from grading.judge import judge
 from grading.verify import code_tests, sql_match
-from run import config
-from run.config import HERE, UserError, near
-from run.deadline import start_thread
+from run import plugins
+from run.config import UserError, near
+from run.deadline import Exited, in_thread, in_time
 from trajectory import MALFORMED
 
 OPTIONS = "reward_options"  # the config key, for messages
@@ -50,16 +46,20 @@ def correct(trajectory, example):
     to simplify or to expand can be answered by its question.
     """
     golds = _golds(example, "correct")
-    said = answer(trajectory, example)
-    return float(said is not None and any(equal(said, gold) for gold in golds))
+    text = answer(trajectory, example)
+    if text is None:
+        return 0.0
+    return float(any(equal(text, gold) for gold in golds))
 
 
 def exact_match(trajectory, example):
     """1.0 if the words of the model's answer are those of example["answer"], or of one of them if
     it is a list, as in SQuAD: whatever the case, the articles and the punctuation."""
     golds = _golds(example, "exact_match")
-    said = words(answer(trajectory, example) or "")
-    return float(said != [] and any(said == words(gold) for gold in golds))
+    answered = words(answer(trajectory, example) or "")
+    if not answered:
+        return 0.0
+    return float(any(answered == words(gold) for gold in golds))
 
 
 def f1(trajectory, example):
@@ -67,8 +67,10 @@ def f1(trajectory, example):
     mean of the share of its words that are right and the share of the right words that it has. If
     that is a list, the best of them. Weigh it with care: half an answer earns half."""
     golds = _golds(example, "f1")
-    said = answer(trajectory, example)
-    return 0.0 if said is None else max(f1_of(said, gold) for gold in golds)
+    text = answer(trajectory, example)
+    if text is None:
+        return 0.0
+    return max(f1_of(text, gold) for gold in golds)
 
 
 def _golds(example, reward):
@@ -83,13 +85,17 @@ def oracle(name: str, example: dict) -> str | None:
     """A last message that earns 1.0 from the reward of this name, for a dry run; None if that does
     not depend on the message, or the row does not say what would be right."""
     gold = example.get("solution" if name == "code_tests" else "answer")
-    gold = gold[0] if isinstance(gold, list) and gold else gold
+    if isinstance(gold, list) and gold:
+        gold = gold[0]
     if not gold:
         return None
     if name in ("correct", "exact_match", "f1"):
         return f"\\boxed{{{gold}}}"
-    languages = {"sql_match": "sql", "code_tests": "python"}
-    return f"```{languages[name]}\n{gold}\n```" if name in languages else None
+    if name == "sql_match":
+        return f"```sql\n{gold}\n```"
+    if name == "code_tests":
+        return f"```python\n{gold}\n```"
+    return None
 
 
 # ---- on the way
@@ -97,27 +103,37 @@ def oracle(name: str, example: dict) -> str | None:
 
 def format(trajectory, example):
     """1.0 if the model ended by its own choice, made no malformed call and gave just one answer."""
-    if trajectory.stop != "answered" or any(c.error in MALFORMED for c in trajectory.calls):
+    if trajectory.stop != "answered":
         return 0.0
-    found = places(last_turn(trajectory, example), True)
-    if trajectory.answer is not None:  # given to a tool: what it says beside must be the same
-        one = sum(call.ends for call in trajectory.calls) < 2
-        same = all(words(said) == words(answer(trajectory, example)) for said in found)
-        return float(one and same)
-    return float(len(found) == 1)
+    if any(call.error in MALFORMED for call in trajectory.calls):
+        return 0.0
+    answers = places(last_turn(trajectory, example), True)
+    if trajectory.answer is None:
+        return float(len(answers) == 1)
+    # given to a tool, once: what the text says beside must be the same
+    finishing = [call for call in trajectory.calls if call.ends]
+    if len(finishing) > 1:
+        return 0.0
+    answered = words(answer(trajectory, example))
+    return float(all(words(text) == answered for text in answers))
 
 
 def tool_use(trajectory, example):
     """1.0 if at least one call ran without an error; more calls do not give more. Give it a small
     weight and not for long: any call that runs is rewarded, a useless one too."""
-    return float(any(call.error is None and not call.ends for call in trajectory.calls))
+    for call in trajectory.calls:
+        if call.error is None and not call.ends:
+            return 1.0
+    return 0.0
 
 
 def tool_bonus(trajectory, example, *, each: float = 0.1, cap: float = 0.2):
     """`each` for every call that ran without an error, `cap` at most. The same call again earns
     nothing, but a useless one does: give it for a warm start, not for long."""
-    calls = [c for c in trajectory.calls if c.error is None and not c.ends]
-    ran = {(c.name, repr(c.arguments)) for c in calls}
+    ran = set()
+    for call in trajectory.calls:
+        if call.error is None and not call.ends:
+            ran.add((call.name, repr(call.arguments)))
     return min(cap, each * len(ran))
 
 
@@ -127,7 +143,9 @@ class tool_errors:
     def __init__(self, kinds: tuple[str, ...] = (), each: float = 0.1, cap: float = 1.0):
         """kinds: those of ToolCall.error that count, such as bad_json,timeout:0.3, each with
         :penalty or else `each`; empty for all. UserError for one that cannot be read."""
-        self.kinds, self.each, self.cap = {}, each, cap
+        self.kinds = {}  # kind of error -> penalty
+        self.each = each
+        self.cap = cap
         for kind in kinds:
             name, _, penalty = kind.partition(":")
             try:
@@ -136,46 +154,62 @@ class tool_errors:
                 raise UserError(f"tool_errors.kinds: {kind!r}: expected kind:penalty") from None
 
     def __call__(self, trajectory, example):
-        errors = [call.error for call in trajectory.calls if call.error]
-        every = 0.0 if self.kinds else self.each
-        return -min(self.cap, sum((self.kinds.get(kind, every) for kind in errors), 0.0))
+        of_another_kind = 0.0 if self.kinds else self.each
+        penalty = 0.0
+        for call in trajectory.calls:
+            if call.error:
+                penalty += self.kinds.get(call.error, of_another_kind)
+        return -min(self.cap, penalty)
 
 
 def repetition(trajectory, example, *, n: int = 3):
     """From 0.0 down to -1.0: the share of the n-grams (of words and signs, in all that the model
     wrote between the calls) that it had written before, and the share of its calls that it had made
     before, with the same arguments."""
-    seen, grams = set(), 0
-    for message in trajectory.messages[len(example["messages"]) :]:
-        if message["role"] == "assistant" and isinstance(message.get("content"), str):
-            parts = _PARTS.findall(message["content"])
-            found = [tuple(parts[i : i + n]) for i in range(len(parts) - n + 1)]
-            grams += len(found)
-            seen.update(found)
+    grams = []
+    prompt_length = len(example["messages"])
+    for message in trajectory.messages[prompt_length:]:
+        text = message.get("content")
+        if message["role"] != "assistant" or not isinstance(text, str):
+            continue
+        parts = _PARTS.findall(text)
+        for start in range(len(parts) - n + 1):
+            gram = parts[start : start + n]
+            grams.append(tuple(gram))
     calls = [(call.name, repr(call.arguments)) for call in trajectory.calls]
-    again = 1 - len(seen) / grams if grams else 0.0
-    again += 1 - len(set(calls)) / len(calls) if calls else 0.0
-    return -min(1.0, again)
+    return -min(1.0, _share_repeated(grams) + _share_repeated(calls))
 
 
-_PARTS = re.compile(r"\w+|[^\w\s]")
+_PARTS = re.compile(r"\w+|[^\w\s]")  # words and signs
+
+
+def _share_repeated(items):
+    if not items:
+        return 0.0
+    return 1 - len(set(items)) / len(items)
 
 
 def length(trajectory, example, *, limit: int, buffer: int = 256):
     """Soft overlong punishment (DAPO, arXiv 2503.14476): 0.0 up to limit - buffer tokens that the
     model wrote, in all turns together; from there linearly down to -1.0 at limit and above."""
     over = trajectory.new_tokens - (limit - buffer)
-    return -min(1.0, max(0.0, over / buffer)) if buffer else -float(over >= 0)
+    if not buffer:
+        return -1.0 if over >= 0 else 0.0
+    return -min(1.0, max(0.0, over / buffer))
 
 
 def turn_calls(trajectory, example):
     """For turn_credit, a number for each turn: 1.0 if it made calls and all of them ran, -1.0 if
     one failed, 0.0 for a turn without calls. Give it a small weight, as with tool_use."""
-    errors = [[] for _ in trajectory.turn_starts]
+    values = [0.0 for _ in trajectory.turn_starts]
     for call in trajectory.calls:
-        if call.turn < len(errors):  # not so where the tools could not even be opened
-            errors[call.turn].append(call.error)
-    return [(-1.0 if any(each) else 1.0) if each else 0.0 for each in errors]
+        if call.turn >= len(values):  # the tools could not even be opened
+            continue
+        if call.error:
+            values[call.turn] = -1.0
+        elif values[call.turn] == 0.0:
+            values[call.turn] = 1.0
+    return values
 
 
 BUILT_IN = [
@@ -183,41 +217,39 @@ BUILT_IN = [
     tool_errors, repetition, length, turn_calls,
 ]  # fmt: skip
 # They take microseconds and never wait, so they do without a thread, which takes 80.
-INSTANT = [exact_match, f1, format, tool_use, tool_bonus, tool_errors, repetition, length]
-INSTANT += [turn_calls]
+INSTANT = [
+    exact_match, f1, format, tool_use, tool_bonus, tool_errors, repetition, length, turn_calls,
+]  # fmt: skip
 
 # ---- names, weights and options
 
 
 @dataclass
 class Reward:
-    """A reward with its options, ready to be called."""
+    """A reward with its options, ready to be called. It belongs to one event loop for its life."""
 
     function: Callable  # (trajectory, example) -> value
     instant: bool = False  # it never waits
     timeout: float = 60.0  # seconds of one call
     concurrency: int = 16  # calls at once
-    _slots: dict = field(default_factory=dict)  # event loop -> semaphore: it belongs to one
+    abandoned: list = field(default_factory=list)  # threads and tasks past their deadline
+
+    def __post_init__(self):
+        self.slots = asyncio.Semaphore(self.concurrency)
 
     def __call__(self, trajectory, example):
         return self.function(trajectory, example)
 
-    def slot(self) -> asyncio.Semaphore:
-        loop = asyncio.get_running_loop()
-        if loop not in self._slots:
-            self._slots = {loop: asyncio.Semaphore(self.concurrency)}
-        return self._slots[loop]
 
-
-def common(timeout: float = 60.0, concurrency: int = 16) -> dict:
+@dataclass
+class CommonOptions:
     """The options that every reward has."""
-    if timeout <= 0 or concurrency < 1:
-        given = f"timeout {timeout}, concurrency {concurrency}"
-        raise UserError(f"{OPTIONS}: {given}: expected > 0 seconds, and >= 1")
-    return {"timeout": timeout, "concurrency": concurrency}
+
+    timeout: float = 60.0
+    concurrency: int = 16
 
 
-COMMON = inspect.signature(common).parameters
+COMMON = [option.name for option in fields(CommonOptions)]
 
 
 def select(
@@ -229,81 +261,97 @@ def select(
     A file is looked for here and then beside this one. Raises UserError for a wrong name, weight or
     option, and what a reward that is a class raises when it is made.
     """
-    given, chosen = config.options(options, OPTIONS), {}
+    texts = plugins.parse_options(options, OPTIONS)  # {reward: {option: text}}
+    functions = {}
+    weights = {}
+    modules = {}
     for text in names:
-        name, *rest = text.split(":")
-        if name.endswith(".py"):
-            found, there = _functions(name), f"in {name} there are"
-            if not rest:
-                raise UserError(f"rewards: {text!r} names no function: {there} {', '.join(found)}")
-            name, *rest = rest
-        else:
-            found, there = {f.__name__: f for f in BUILT_IN}, "there are"
-        if name not in found:
-            hint = near(name, found) or f": {there} {', '.join(found)}, or write file.py:function"
-            raise UserError(f"unknown reward {name!r} in {text!r}{hint}")
-        if name in chosen:
+        name, function, weight = _find(text, modules)
+        if name in functions:
             raise UserError(f"rewards: {name} is given twice: keep one of them")
-        chosen[name] = found[name], _weight(text, rest)
-    if not chosen:
+        functions[name] = function
+        weights[name] = weight
+    if not functions:
         raise UserError("rewards is empty: expected at least one, such as correct")
-    for name in given:
-        if name not in chosen:
-            hint = near(name, chosen) or f" (rewards: {', '.join(chosen)})"
+    for name in texts:
+        if name not in functions:
+            hint = near(name, functions) or f" (rewards: {', '.join(functions)})"
             raise UserError(f"{OPTIONS}: {name!r} is not one of the rewards{hint}")
-    return {
-        name: (_made(name, function, given.get(name, {}), timeout), weight)
-        for name, (function, weight) in chosen.items()
-    }
+
+    selected = {}
+    for name, function in functions.items():
+        reward = _with_options(name, function, texts.get(name, {}), timeout)
+        selected[name] = (reward, weights[name])
+    return selected
 
 
-def _made(name, function, given, timeout):
-    """The Reward: options bound, a class instantiated. given: {option: text}."""
+def _find(text: str, modules: dict) -> tuple[str, Callable, float]:
+    """Reads "name", "name:weight" or "file.py:name:weight" -> name, function or class, weight."""
+    name, *parts = text.split(":")
+    file = None
+    if name.endswith(".py"):
+        file = name
+        path = plugins.find_file(file)
+        if path is None:
+            raise UserError(f"no reward file {file!r}")
+        known = plugins.names_in(path)
+        there = f"in {file} there are {', '.join(known)}"
+        if not parts:
+            raise UserError(f"rewards: {text!r} names no function: {there}")
+        name, *parts = parts
+    else:
+        known = [function.__name__ for function in BUILT_IN]
+        there = f"there are {', '.join(known)}"
+    if name not in known:
+        hint = near(name, known) or f": {there}, or write file.py:function"
+        raise UserError(f"unknown reward {name!r} in {text!r}{hint}")
+
+    weight = _weight(text, parts)
+    if file:
+        function = plugins.load(path, name, f"reward {text!r}", modules)
+    else:
+        function = BUILT_IN[known.index(name)]
+    return name, function, weight
+
+
+def _weight(text, parts):
+    """The weight in `parts`, what `text` has behind the name."""
+    if not parts:
+        return 1.0
+    try:
+        weight = float(parts[0])
+    except ValueError:
+        weight = math.nan
+    if len(parts) > 1 or not math.isfinite(weight):
+        raise UserError(f"rewards: cannot read the weight of {text!r}: expected a number")
+    return weight
+
+
+def _with_options(name: str, function: Callable, texts: dict, timeout: float) -> Reward:
+    """The Reward: its options {option: text} bound, a class instantiated."""
     where = f"{OPTIONS}: {name}"
-    own = {option: text for option, text in given.items() if option not in COMMON}
-    shared = {option: text for option, text in given.items() if option in COMMON}
-    limits = common(**({"timeout": timeout} | config.arguments(common, shared, where)))
-    if shared and function in INSTANT:
-        raise UserError(f"{where}.{next(iter(shared))} has no effect: it takes no time, so drop it")
-    is_class = isinstance(function, type)
-    positional = () if is_class else list(inspect.signature(function).parameters)[:2]
-    values = config.arguments(function, own, where, positional)
-    if is_class:
-        ready = function(**values)
+    common_texts = {option: text for option, text in texts.items() if option in COMMON}
+    own_texts = {option: text for option, text in texts.items() if option not in COMMON}
+
+    limits = CommonOptions(timeout=timeout)
+    limits = replace(limits, **plugins.bind(CommonOptions, common_texts, where))
+    if limits.timeout <= 0 or limits.concurrency < 1:
+        values = f"timeout {limits.timeout}, concurrency {limits.concurrency}"
+        raise UserError(f"{OPTIONS}: {values}: expected > 0 seconds, and >= 1")
+    if common_texts and function in INSTANT:
+        option = next(iter(common_texts))
+        raise UserError(f"{where}.{option} has no effect: it takes no time, so drop it")
+
+    if isinstance(function, type):
+        ready = function(**plugins.bind(function, own_texts, where))
         if not callable(ready):
             raise UserError(f"reward {name} is a class without __call__(trajectory, example)")
     else:
+        # whatever their names are, the first two are the trajectory and the example
+        positional = list(inspect.signature(function).parameters)[:2]
+        values = plugins.bind(function, own_texts, where, skip=positional)
         ready = functools.partial(function, **values) if values else function
-    return Reward(ready, function in INSTANT, **limits)
-
-
-def _functions(file):
-    """The public functions that a python file has, and the classes that it defines, by name."""
-    path = next((p for p in (Path(file), HERE / file) if p.is_file()), None)
-    if path is None:
-        raise UserError(f"no reward file {file!r}")
-    spec = importlib.util.spec_from_file_location(f"rewards in {path}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)  # what is wrong in it keeps its traceback
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if not name.startswith("_")
-        and (
-            isinstance(value, types.FunctionType)
-            or (isinstance(value, type) and value.__module__ == spec.name)
-        )
-    }
-
-
-def _weight(text, rest):
-    try:
-        weight = float(rest[0]) if rest else 1.0
-    except ValueError:
-        weight = math.nan
-    if len(rest) > 1 or not math.isfinite(weight):
-        raise UserError(f"rewards: cannot read the weight of {text!r}: expected a number")
-    return weight
+    return Reward(ready, function in INSTANT, limits.timeout, limits.concurrency)
 
 
 # ---- scores
@@ -317,72 +365,61 @@ async def score(trajectory, example, selected) -> dict:
     is None too, and its name is added to trajectory.reward_timeouts. A reward that raises stops the
     run: a 0 in its place would be trained on.
     """
-    ready = {name: r if isinstance(r, Reward) else Reward(r) for name, (r, _) in selected.items()}
-    values, tasks = dict.fromkeys(ready), {}
+    values = {}
+    tasks = {}
     try:
-        for name, reward in ready.items():
+        for name, (reward, _) in selected.items():
+            if not isinstance(reward, Reward):
+                reward = Reward(reward)
+            values[name] = None  # in the order of `selected`
             if reward.instant:
-                outcome = _outcome(reward, trajectory, example)
-                values[name] = _checked(name, *outcome, trajectory, example)
+                values[name] = _value_now(name, reward, trajectory, example)
             else:
-                work = _in_time(name, reward, trajectory, example)
-                tasks[name] = asyncio.ensure_future(work)
+                work = _value_in_time(name, reward, trajectory, example)
+                tasks[name] = asyncio.create_task(work)
         await asyncio.gather(*tasks.values())
     finally:
         for task in tasks.values():  # of those that go on beside one that raised
             task.cancel()
-    return values | {name: task.result() for name, task in tasks.items()}
+    for name, task in tasks.items():
+        values[name] = task.result()
+    return values
 
 
-async def _in_time(name, reward, trajectory, example):
-    """Its value, or None at the deadline. Not asyncio.timeout: it would wait for ever for one that
-    swallows its cancellation."""
-    target = reward.function
-    is_async = any(map(inspect.iscoroutinefunction, (target, type(target).__call__)))
-    async with reward.slot():
-        work = (_awaited if is_async else _in_thread)(target, trajectory, example)
-        task = asyncio.ensure_future(work)
-        try:
-            await asyncio.wait({task}, timeout=reward.timeout)
-        finally:
-            in_time = task.done()
-            task.cancel()
-    if not in_time:
-        trajectory.reward_timeouts.append(name)
-        return None
-    if task.cancelled():
-        return _checked(name, None, RuntimeError("it cancelled itself"), trajectory, example)
-    return _checked(name, *task.result(), trajectory, example)
-
-
-def _outcome(function, trajectory, example):
-    """(value, None) or (None, what it raised)."""
+def _value_now(name, reward, trajectory, example):
+    """The value of a reward that never waits."""
     try:
-        return function(trajectory, example), None
-    except BaseException as error:  # exit() too: it would end a thread, unseen
-        return None, error
+        value = reward.function(trajectory, example)
+        return _numbers(name, value, trajectory)
+    except Exception as error:
+        _end_run(name, error, example)
 
 
-async def _awaited(function, trajectory, example):
-    """The same of an async function."""
-    try:
-        return await function(trajectory, example), None
-    except (Exception, SystemExit) as error:  # exit() would end the loop
-        return None, error
-
-
-async def _in_thread(function, trajectory, example):
-    """The same, in a thread of its own: a pool would be full of those that hang."""
-    return await start_thread(lambda: function(trajectory, example))[1]
-
-
-def _checked(name, value, error, trajectory, example):
-    """What a reward gave as a number, a list of numbers, or None; UserError for all else."""
-    if error is None:
+async def _value_in_time(name, reward, trajectory, example):
+    """The value of a reward, or None at its deadline."""
+    call = functools.partial(reward.function, trajectory, example)
+    async with reward.slots:
         try:
-            return _numbers(name, value, trajectory)
-        except (TypeError, ValueError, OverflowError) as wrong:
-            error = wrong
+            work = call() if _is_async(reward.function) else in_thread(call, reward.abandoned)
+            is_done, value = await in_time(work, reward.timeout, reward.abandoned)
+            if is_done:
+                return _numbers(name, value, trajectory)
+        except Exited as exited:  # exit() would else end its thread or the loop, unseen
+            _end_run(name, exited.error, example)
+        except Exception as error:
+            _end_run(name, error, example)
+    trajectory.reward_timeouts.append(name)
+    return None
+
+
+def _is_async(function):
+    if inspect.iscoroutinefunction(function):
+        return True
+    return inspect.iscoroutinefunction(type(function).__call__)
+
+
+def _end_run(name, error, example):
+    """Raises a UserError that says where a reward raised `error`."""
     if isinstance(error, UserError):
         raise error
     frames = traceback.extract_tb(error.__traceback__)
@@ -394,31 +431,49 @@ def _checked(name, value, error, trajectory, example):
 
 
 def _numbers(name, value, trajectory):
+    """What a reward gave, as a number, a list of numbers, or None if one is none, NaN or infinite.
+
+    Raises TypeError, ValueError or OverflowError for what is no number."""
     values = value if isinstance(value, list) else [value]
     if isinstance(value, list) and len(value) != len(trajectory.turn_starts):
         turns = len(trajectory.turn_starts)
         raise UserError(f"reward {name} gave {len(value)} numbers for {turns} turns")
-    numbers = [float(v) for v in values if v is not None and math.isfinite(v)]
-    if len(numbers) < len(values):
-        return None
+    numbers = []
+    for number in values:
+        if number is None or not math.isfinite(number):
+            return None
+        numbers.append(float(number))
     return numbers if isinstance(value, list) else numbers[0]
 
 
-def summed(scores):
+def summed(scores: dict) -> dict:
     """The values of `score` as one number each: the sum over the turns."""
-    return {name: sum(v, 0.0) if isinstance(v, list) else v for name, v in scores.items()}
+    sums = {}
+    for name, value in scores.items():
+        sums[name] = sum(value, 0.0) if isinstance(value, list) else value
+    return sums
 
 
-def by_turn(scores, selected):
+def by_turn(scores: dict, selected: dict) -> list[float] | None:
     """The weighted sum of the rewards that are lists, turn by turn; None if none of them is."""
-    weighed = [[x * selected[n][1] for x in v] for n, v in scores.items() if isinstance(v, list)]
-    return [sum(turn) for turn in zip(*weighed, strict=True)] if weighed else None
-
-
-def total(rewards, selected):
-    """The weighted sum, or None if one that weighs something is None. Weight 0: only logged."""
-    weighed = [(rewards[name], weight) for name, (_, weight) in selected.items() if weight]
-    if any(value is None for value, _ in weighed):
+    weighted = []  # a list of turns for each of these rewards
+    for name, value in scores.items():
+        if isinstance(value, list):
+            weight = selected[name][1]
+            weighted.append([number * weight for number in value])
+    if not weighted:
         return None
+    return [sum(turn) for turn in zip(*weighted, strict=True)]
+
+
+def total(rewards: dict, selected: dict) -> float | None:
+    """The weighted sum, or None if one that weighs something is None. Weight 0: only logged."""
+    terms = []
+    for name, (_, weight) in selected.items():
+        if weight == 0:
+            continue
+        if rewards[name] is None:
+            return None
+        terms.append(rewards[name] * weight)
     # rounded: 0.1 + 0.2 is no more than 0.3, and where rewards are equal nothing is learnt
-    return float(round(math.fsum(value * weight for value, weight in weighed), 9))
+    return float(round(math.fsum(terms), 9))

@@ -6,7 +6,7 @@ Each engine has its own; one that the chosen engine does not have is refused.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from run import config
+from run import plugins
 from run.config import UserError
 
 
@@ -48,7 +48,7 @@ def read_options(
             raise UserError(f"engine_options: {name} is given twice: keep one of them")
         texts[name] = text
     kind = KINDS[engine]
-    read = kind(**config.arguments(kind, texts, f"engine_options: {engine}"))
+    read = kind(**plugins.bind(kind, texts, f"engine_options: {engine}"))
     for name in ("tensor_parallel_size", "timeout"):
         if getattr(read, name, 1) <= 0:
             value = getattr(read, name)

@@ -18,10 +18,8 @@ tuple, `none` None. What a script has beside its Config:
 import ast
 import dataclasses
 import errno
-import inspect
 import math
 import os
-import re
 import runpy
 import sys
 import types
@@ -40,7 +38,6 @@ ROLLOUT_KEYS = tuple(
     """.split()
 )
 LOCK = ".lock"  # in an out_dir, of the process that trains there: all that a killed one may leave
-GIVEN = {"example", "trajectory"}  # what a tool or a reward gets of a rollout: no options of a user
 
 
 class UserError(Exception):
@@ -59,12 +56,29 @@ def parse(cls, argv, check=None, keys=None, base=None):
     default = base or cls()
     for name, kind in kinds.items():
         try:  # a default that does not fit would be saved, then refused by the next --config
-            _cast(kind, getattr(default, name), typed=False)
+            cast(kind, getattr(default, name), typed=False)
         except ValueError:
-            raise AssertionError(f"the default of {name} is not {_say(kind)}") from None
-    keys = list(kinds if keys is None else keys)
+            raise AssertionError(f"the default of {name} is not {describe_type(kind)}") from None
 
-    texts, items = {}, list(argv)
+    keys = list(kinds if keys is None else keys)
+    texts = _read_command_line(argv, kinds, keys, default)
+    file = texts.pop("config", None)
+    values = {}
+    if file:
+        for key, value in _run_file(file, kinds).items():
+            values[key] = _fitted(key, kinds[key], value, f" in {file}", typed=False)
+    for key, text in texts.items():
+        values[key] = _fitted(key, kinds[key], text, "", typed=True)
+    cfg = dataclasses.replace(default, **values)
+    if check is not None:
+        check(cfg)
+    return cfg
+
+
+def _read_command_line(argv, kinds, keys, default):
+    """{key: text} of `--key=value` and `--config file.py`; the key of the latter is config."""
+    texts = {}
+    items = list(argv)
     while items:
         item = items.pop(0)
         key, equals, text = item.removeprefix("--").partition("=")
@@ -74,47 +88,46 @@ def parse(cls, argv, check=None, keys=None, base=None):
             raise UserError(f"cannot read {item!r}: write {_instead(item)}")
         if key in texts:
             raise UserError(f"--{key} is given twice: keep one of them")
-        if key != "config" and key not in kinds:
-            raise UserError(_unknown(key, keys))
-        if key != "config" and key not in keys:
-            script = Path(sys.argv[0]).name
-            raise UserError(f"{key} has no effect in {script}: drop it")
-        if key != "config" and not equals:
-            follows = items and not items[0].startswith("--") and "=" not in items[0]
-            value = items[0] if follows else _text(getattr(default, key))
-            raise UserError(f"cannot read {item!r}: write --{key}={value}")
+        if key != "config":
+            if key not in kinds:
+                raise UserError(_unknown(key, keys))
+            if key not in keys:
+                script = Path(sys.argv[0]).name
+                raise UserError(f"{key} has no effect in {script}: drop it")
+            if not equals:
+                value = _text(getattr(default, key))
+                if items and not items[0].startswith("--") and "=" not in items[0]:
+                    value = items[0]  # written behind a blank
+                raise UserError(f"cannot read {item!r}: write --{key}={value}")
         texts[key] = text
-
-    file, values = texts.pop("config", None), {}
-    for key, value in (_run_file(file, kinds) if file else {}).items():
-        values[key] = _checked(key, kinds[key], value, f" in {file}", typed=False)
-    for key, text in texts.items():
-        values[key] = _checked(key, kinds[key], text, "", typed=True)
-    cfg = dataclasses.replace(default, **values)
-    if check is not None:
-        check(cfg)
-    return cfg
+    return texts
 
 
 def split(argv, names):
-    """(mine, rest): `mine` are the `--key=value` (or bare `--key`) of argv whose key is in `names`.
+    """Splits argv: the `--key=value` (or bare `--key`) whose key is in `names`, and all else.
 
     For a script with keys of its own beside those of another's Config: give both lists to `parse`.
-    What is not understood (`k=4`, `--kk=4`) stays in the rest, where `parse` says what is wrong.
+    What is not understood (`k=4`, `--kk=4`) is in the second, where `parse` says what is wrong.
     """
-    flags = {f"--{name}" for name in names}
-    mine = [item for item in argv if item.partition("=")[0] in flags]
-    return mine, [item for item in argv if item.partition("=")[0] not in flags]
+    flags = [f"--{name}" for name in names]
+    mine = []
+    others = []
+    for item in argv:
+        if item.partition("=")[0] in flags:
+            mine.append(item)
+        else:
+            others.append(item)
+    return mine, others
 
 
 def take_flag(argv, name):
-    """Takes `--name=true` or `--name=false` out of argv: (its value, the rest). UserError for other
-    values."""
-    mine, rest = split(argv, (name,))
+    """Takes `--name=true` or `--name=false` out of argv: (whether it is true, all else). UserError
+    for other values."""
+    mine, others = split(argv, (name,))
     for item in mine:
         if item not in (f"--{name}=true", f"--{name}=false"):
             raise UserError(f"cannot read {item!r}: write --{name}=true")
-    return f"--{name}=true" in mine, rest
+    return f"--{name}=true" in mine, others
 
 
 def run_script(script, argv):
@@ -123,64 +136,8 @@ def run_script(script, argv):
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def options(texts, key):
-    """{name: {option: text}} of ("search.k=5", ...), the entries of the config key `key`. What does
-    not begin like an option goes on with the one before: a comma of its value, cut on the command
-    line."""
-    found, whole = {}, []
-    for text in texts:
-        if whole and not re.match(r"[\w-]+\.\w+=", text):
-            whole[-1] += f",{text}"
-        else:
-            whole.append(text)
-    for text in whole:
-        name, dot, rest = text.partition(".")
-        option, equals, value = rest.partition("=")
-        if not (dot and equals and name and option):
-            raise UserError(f"{key}: cannot read {text!r}: write name.option=value")
-        if option in found.setdefault(name, {}):
-            raise UserError(f"{key}: {name}.{option} is given twice: keep one of them")
-        found[name][option] = value
-    return found
-
-
-def arguments(function, given, where, skip=()):
-    """The texts of `given`, {option: text}, as keyword arguments of `function`, a function or a
-    class, each cast to the type of its parameter. Parameters without a type are no options, nor
-    are those in `skip` and in GIVEN. where: "tool_options: search", for messages. UserError for an
-    option that is unknown, of another type, or missing."""
-    made = function.__init__ if isinstance(function, type) else function
-    parameters = inspect.signature(function).parameters
-    names = [name for name in parameters if name not in skip]
-    try:
-        hints = typing.get_type_hints(made) if isinstance(made, types.FunctionType) else {}
-    except NameError as error:
-        raise UserError(f"{where}: a type of its parameters is not known ({error})") from None
-    named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    names = [name for name in names if name in hints and parameters[name].kind in named]
-    kinds = {name: hints[name] for name in names if name not in GIVEN}
-    for name in given:
-        if name not in kinds:
-            there = f" (options: {', '.join(kinds) or 'none'})"
-            raise UserError(f"{where} has no option {name!r}{near(name, kinds) or there}")
-    values = {}
-    for name, text in given.items():
-        try:
-            values[name] = _cast(kinds[name], text, typed=True)
-        except ValueError:
-            expected = _say(kinds[name])
-            raise UserError(f"{where}.{name} = {text!r}: expected {expected}") from None
-        except AssertionError as error:  # a dict, say
-            raise UserError(f"{where}.{name} cannot be given as an option: {error}") from None
-    for name in kinds:
-        if name not in values and parameters[name].default is inspect.Parameter.empty:
-            write = where.rpartition(" ")[2]
-            raise UserError(f"{where}.{name} is missing: write {write}.{name}=…")
-    return values
-
-
 def main(run):
-    """Call run(arguments of the script). A UserError is one line on stderr and exit code 2."""
+    """Calls run(arguments of the script). A UserError is one line on stderr and exit code 2."""
     try:
         run(sys.argv[1:])
     except UserError as error:
@@ -189,8 +146,10 @@ def main(run):
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        remedy = "make room, and go on with --resume=true"
-        print(f"error: no space left on the disk: {remedy}", file=sys.stderr)
+        print(
+            "error: no space left on the disk: make room, and go on with --resume=true",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -198,44 +157,73 @@ def main(run):
 
 
 def answer_help(file, other=None, keys=()):
-    """If sys.argv has -h or --help: print the file's docstring and the source of its `class Config`
-    and, of the other file's, those of `keys` that it has not itself, and exit 0. Nothing is
-    imported. Relative names are beside this file."""
-    if not {"-h", "--help"} & set(sys.argv[1:]):
+    """Answers -h and --help, if sys.argv has one of them, and exits with 0.
+
+    Prints the file's docstring and the source of its `class Config` and, of the other file's, those
+    of `keys` that it has not itself. Nothing is imported. Relative names are beside nanotool's
+    scripts.
+    """
+    if "-h" not in sys.argv[1:] and "--help" not in sys.argv[1:]:
         return
-    docstring, lines, fields = _source(file)
+    docstring, lines, fields = _read_source(file)
     print(docstring, end="\n\n")
     if lines:
         print("\n".join(lines), end="\n\n")
     if other:
-        _, lines, theirs = _source(other)
-        for name, first, end in theirs:
-            if name not in keys or name in {own for own, *_ in fields}:
-                lines[first:end] = [None] * (end - first)
-        lines = [line for line in lines[1:] if line is not None]
-        heads = [line.startswith("    #") for line in lines] + [True]  # one without keys goes too
-        kept = [line for i, line in enumerate(lines) if not (heads[i] and heads[i + 1])]
-        print(f"and these of {other}:", *kept, sep="\n", end="\n\n")
+        own = [name for name, _, _ in fields]
+        wanted = [key for key in keys if key not in own]
+        print(f"and these of {other}:")
+        for line in _lines_of_keys(other, wanted):
+            print(line)
+        print()
     sys.exit(0)
 
 
-def _source(file):
+def _lines_of_keys(file, keys):
+    """The lines of `class Config` that are of these keys, and the comments that head them."""
+    _, lines, fields = _read_source(file)
+    hidden = {0}  # "class Config:"
+    for name, first, end in fields:
+        if name not in keys:
+            hidden.update(range(first, end))
+    visible = [line for i, line in enumerate(lines) if i not in hidden]
+    with_keys = []
+    for i, line in enumerate(visible):
+        is_last = i + 1 == len(visible)
+        # a heading without keys goes too
+        if _is_heading(line) and (is_last or _is_heading(visible[i + 1])):
+            continue
+        with_keys.append(line)
+    return with_keys
+
+
+def _is_heading(line):
+    return line.startswith("    #")
+
+
+def _read_source(file):
     """-> docstring, lines of `class Config`, [(field, first line of it, line behind it)]."""
     source = (HERE / file).read_text(encoding="utf-8")
-    tree, lines = ast.parse(source), source.splitlines()
+    tree = ast.parse(source)
+    docstring = ast.get_docstring(tree)
+    lines = source.splitlines()
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == "Config":
-            start, end = node.lineno - 1, node.end_lineno
+            start = node.lineno - 1
+            end = node.end_lineno
             while end < len(lines) and lines[end].startswith(" "):
                 end += 1  # whole lines, and comments below: a segment has neither
-            found = [field for field in node.body if isinstance(field, ast.AnnAssign)]
-            fields = [(f.target.id, f.lineno - 1 - start, f.end_lineno - start) for f in found]
-            return ast.get_docstring(tree), lines[start:end], fields
-    return ast.get_docstring(tree), [], []
+            fields = []
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign):
+                    first = field.lineno - 1 - start
+                    fields.append((field.target.id, first, field.end_lineno - start))
+            return docstring, lines[start:end], fields
+    return docstring, [], []
 
 
 def save(cfg, path):
-    """Write all fields as a python file: parse(cls, ["--config", path]) gives an equal cfg."""
+    """Writes all fields as a python file: parse(cls, ["--config", path]) gives an equal cfg."""
     lines = [f"{f.name} = {getattr(cfg, f.name)!r}\n" for f in dataclasses.fields(cfg)]
     aside = Path(f"{path}.aside")  # whole or not at all: a run is gone on with by it
     aside.write_text("".join(lines), encoding="utf-8")
@@ -245,58 +233,70 @@ def save(cfg, path):
 def changed(cfg):
     """The names of the fields that differ from their default, for rules like "has no effect"."""
     default = type(cfg)()
-    names = [field.name for field in dataclasses.fields(cfg)]
-    return {name for name in names if getattr(cfg, name) != getattr(default, name)}
+    names = set()
+    for field in dataclasses.fields(cfg):
+        if getattr(cfg, field.name) != getattr(default, field.name):
+            names.add(field.name)
+    return names
 
 
 def refuse_unused_keys(cfg, rules):
-    """UserError for a key that was given but has no effect. rules: (condition, "key key", why)."""
-    given = changed(cfg)
+    """Raises UserError for a key that was changed but has no effect.
+
+    rules: (condition under which it has none, "key key", why).
+    """
+    set_by_user = changed(cfg)
     for condition, names, why in rules:
-        if condition and (found := sorted(given & set(names.split()))):
-            raise UserError(f"{found[0]} has no effect {why}")
+        unused = sorted(set_by_user & set(names.split()))
+        if condition and unused:
+            raise UserError(f"{unused[0]} has no effect {why}")
 
 
 def require_positive(cfg, names):
-    """UserError for a number that is not above 0; names: "key key"."""
+    """Raises UserError for a number that is not above 0; names: "key key"."""
     for name in names.split():
         if getattr(cfg, name) <= 0:
             raise UserError(f"{name} = {getattr(cfg, name)}: expected more than 0")
 
 
 def require_not_negative(cfg, names):
-    """UserError for a number below 0; names: "key key"."""
+    """Raises UserError for a number below 0; names: "key key"."""
     for name in names.split():
         if getattr(cfg, name) < 0:
             raise UserError(f"{name} = {getattr(cfg, name)}: expected 0 or more")
 
 
 def fresh_dir(path, way_out="remove it", key="out_dir"):
-    """Create the folder of a new run and return its Path; one that holds something is refused."""
-    path, other = Path(path), f"give another with --{key}=…"
+    """Creates the folder of a new run and returns its Path; one that holds something is refused."""
+    path = Path(path)
+    remedy = f"give another with --{key}=…"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        empty = all(found.name == LOCK for found in path.iterdir())
+        is_empty = all(entry.name == LOCK for entry in path.iterdir())
     except OSError as error:  # a file in its place, no permission, a read-only disk
-        raise UserError(f"cannot use {key} '{path}' ({error.strerror}): {other}") from None
-    if not empty:
-        raise UserError(f"{key} '{path}' is not empty: {other}, or {way_out}")
+        raise UserError(f"cannot use {key} '{path}' ({error.strerror}): {remedy}") from None
+    if not is_empty:
+        raise UserError(f"{key} '{path}' is not empty: {remedy}, or {way_out}")
     if not os.access(path, os.W_OK):
-        raise UserError(f"cannot write to {key} '{path}': {other}")
+        raise UserError(f"cannot write to {key} '{path}': {remedy}")
     return path
 
 
 def near(name, names):
     """': did you mean learning_rate?' for a misspelt name, '' where nothing is near."""
-    import difflib
+    import difflib  # here: only for messages
 
     close = difflib.get_close_matches(name, list(names), n=1)
     return f": did you mean {close[0]}?" if close else ""
 
 
 def _unknown(key, names, where=""):
-    own = ", and a name of your own starts with _" if where else ""
-    return f"unknown key {key!r}{where}{near(key, names) or ': --help lists the keys' + own}"
+    hint = near(key, names)
+    if not hint:
+        hint = ": --help lists the keys"
+        if where:  # a file
+            hint += ", and a name of your own starts with _"
+    return f"unknown key {key!r}{where}{hint}"
 
 
 def _instead(item):
@@ -306,24 +306,32 @@ def _instead(item):
         return "--config calc.py"
     if "=" in bare:
         return f"--{bare}"
-    return f"--config {item}" if item.endswith(".py") else "--key=value or --config file.py"
+    if item.endswith(".py"):
+        return f"--config {item}"
+    return "--key=value or --config file.py"
 
 
 def _text(value):
     """A default as one would type it, for messages: 2e-5, none, true, a,b."""
     if isinstance(value, tuple):
         return ",".join(_text(item) for item in value)
-    if value is None or isinstance(value, bool):  # who writes a bare --flag means true
-        return "none" if value is None else "true"
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true"  # who writes a bare --flag means that
     if isinstance(value, float):
         return repr(value).replace("e-0", "e-").replace("e+", "e")
-    return repr(value) if " " in str(value) else str(value) or "…"
+    if " " in str(value):
+        return repr(value)
+    return str(value) or "…"
 
 
 def _run_file(name, kinds):
-    """Execute the config file and return {key: value}, unchecked but for the names."""
-    path = next((p for p in (Path(name), HERE / "configs" / name) if p.is_file()), None)
-    if path is None:
+    """Executes the config file and returns {key: value}, unchecked but for the names."""
+    path = Path(name)
+    if not path.is_file():
+        path = HERE / "configs" / name
+    if not path.is_file():
         looked = "" if Path(name).is_absolute() else f"; looked for {name} and configs/{name}"
         raise UserError(f"no config file {name!r}{looked}")
     try:
@@ -332,82 +340,126 @@ def _run_file(name, kinds):
         raise UserError(f"{name}, line {error.lineno or 1}: {error.msg}") from None
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}") from None
-    found = {"__name__": "__config__", "__file__": str(path)}
+    space = {"__name__": "__config__", "__file__": str(path)}
     try:
-        exec(compile(tree, str(path), "exec"), found)
+        exec(compile(tree, str(path), "exec"), space)
     except Exception as error:
         line = error.__traceback__.tb_next.tb_lineno  # the first frame is ours, the next the file's
         raise UserError(f"{name}, line {line}: {type(error).__name__}: {error}") from error
 
-    aliases = [node for node in ast.walk(tree) if isinstance(node, ast.alias)]
-    imported = {(alias.asname or alias.name).split(".")[0] for alias in aliases}
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.alias):
+            imported.add((node.asname or node.name).split(".")[0])
     values = {}
-    for key, value in found.items():
+    for key, value in space.items():
         if key in kinds:
             values[key] = value
-        elif isinstance(value, (types.FunctionType, type)) and key not in imported:
+        elif key in imported:
+            continue
+        elif isinstance(value, (types.FunctionType, type)):
             raise UserError(f"{key} in {name} is code: a config file holds plain values")
-        elif not key.startswith("_") and key not in imported:
+        elif not key.startswith("_"):
             raise UserError(_unknown(key, kinds, f" in {name}"))
     return values
 
 
-def _checked(key, kind, value, where, typed):
+def _fitted(key, kind, value, where, typed):
+    """The value as a `kind`, or UserError. where: " in calc.py", for messages."""
     try:
-        return _cast(kind, value, typed)
+        return cast(kind, value, typed)
     except ValueError:
-        raise UserError(f"{key} = {value!r}{where}: expected {_say(kind)}") from None
+        raise UserError(f"{key} = {value!r}{where}: expected {describe_type(kind)}") from None
 
 
-def _say(kind):
+def describe_type(kind) -> str:
     """A type as it reads in a message."""
-    args = typing.get_args(kind)
+    arms = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
-        return f"one of {', '.join(map(str, args))}"
+        return f"one of {', '.join(map(str, arms))}"
     if typing.get_origin(kind) is tuple:
-        return f"a tuple of {args[0].__name__}"
-    if args:
-        return " or ".join(_say(arm) for arm in args)
-    return {bool: "true or false", types.NoneType: "none"}.get(kind) or kind.__name__
+        return f"a tuple of {arms[0].__name__}"
+    if arms:
+        return " or ".join(describe_type(arm) for arm in arms)
+    if kind is bool:
+        return "true or false"
+    if kind is types.NoneType:
+        return "none"
+    return kind.__name__
 
 
-def _cast(kind, value, typed):
-    """`value` as a `kind`, or ValueError. typed: text of the command line, else a python value."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+def cast(kind, value, typed: bool):
+    """`value` as a `kind`; typed: it is text of the command line, else a python value.
+
+    Raises ValueError if it does not fit, and AssertionError for a kind that no field may have.
+    """
+    origin = typing.get_origin(kind)
     if origin is typing.Literal:
-        for option in args:
-            if value == str(option) if typed else (type(value), value) == (type(option), option):
-                return option  # the type is compared because True == 1
-    elif origin in (typing.Union, types.UnionType):
-        for arm in sorted(args, key=lambda arm: arm is not types.NoneType):
-            try:  # None first: for `str | None`, none is not the text "none"
-                return _cast(arm, value, typed)
-            except ValueError:
-                pass
-    elif origin is tuple:
-        assert args[1:] == (...,), f"a field of type {kind}: write tuple[{args[0].__name__}, ...]"
-        if typed:
-            value = [item.strip() for item in value.split(",")] if value else []
-        if isinstance(value, (list, tuple)) and not (typed and "" in value):
-            return tuple(_cast(args[0], item, typed) for item in value)
-    elif kind is types.NoneType:
+        return _cast_to_literal(typing.get_args(kind), value, typed)
+    if origin in (typing.Union, types.UnionType):
+        return _cast_to_union(typing.get_args(kind), value, typed)
+    if origin is tuple:
+        return _cast_to_tuple(kind, value, typed)
+    if kind is types.NoneType:
         if value is None or (typed and value.lower() == "none"):
             return None
-    elif kind is bool:
-        if isinstance(value, bool) or (typed and value.lower() in ("true", "false")):
-            return value.lower() == "true" if typed else value
-    elif kind is str:
+        raise ValueError
+    if kind is bool:
+        return _cast_to_bool(value, typed)
+    if kind is str:
         if isinstance(value, str):
             return value
-    elif kind in (int, float):
-        if typed or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        raise ValueError
+    if kind in (int, float):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if typed or is_number:
             return _number(kind, value)
-    else:
-        raise AssertionError(f"config fields of type {kind} are not supported")
+        raise ValueError
+    raise AssertionError(f"config fields of type {kind} are not supported")
+
+
+def _cast_to_literal(options, value, typed):
+    for option in options:
+        if typed and value == str(option):
+            return option
+        # the type is compared because True == 1
+        if not typed and type(value) is type(option) and value == option:
+            return option
+    raise ValueError
+
+
+def _cast_to_union(arms, value, typed):
+    # None first: for `str | None`, none is not the text "none"
+    for arm in sorted(arms, key=lambda arm: arm is not types.NoneType):
+        try:
+            return cast(arm, value, typed)
+        except ValueError:
+            pass
+    raise ValueError
+
+
+def _cast_to_tuple(kind, value, typed):
+    item_kind, *others = typing.get_args(kind)
+    assert others == [...], f"a field of type {kind}: write tuple[{item_kind.__name__}, ...]"
+    if typed:
+        value = [item.strip() for item in value.split(",")] if value else []
+        if "" in value:
+            raise ValueError
+    if not isinstance(value, (list, tuple)):
+        raise ValueError
+    return tuple(cast(item_kind, item, typed) for item in value)
+
+
+def _cast_to_bool(value, typed):
+    if isinstance(value, bool):
+        return value
+    if typed and value.lower() in ("true", "false"):
+        return value.lower() == "true"
     raise ValueError
 
 
 def _number(kind, value):
+    """A finite int or float of a number or a text, or ValueError; 1e3 is a fine int."""
     try:
         if kind is int and not isinstance(value, float):
             return int(value)  # not by way of a float, which has 53 bits

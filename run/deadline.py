@@ -1,15 +1,80 @@
-"""Work under a deadline."""
+"""Work under a deadline: what hangs is left behind, and holds up neither the run nor its end.
+
+    abandoned = []
+    done, result = await in_time(fetch(url), 10.0, abandoned)
+    done, result = await in_time(in_thread(compute, abandoned), 10.0, abandoned)
+
+`abandoned` is the caller's list of the threads and tasks that are past their deadline and may still
+run: `is_alive(job)` says whether one does.
+"""
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
+
+GRACE = 0.1  # seconds that cancelled work has to clean up before it counts as left behind
+
+
+class Exited(Exception):
+    """Raised in place of an `error` that would end more than the work: SystemExit, or such."""
+
+    def __init__(self, error: BaseException):
+        super().__init__(shown(error))
+        self.error = error
+
+
+async def in_time(work: Coroutine, seconds: float, abandoned: list) -> tuple[bool, object]:
+    """(True, the result of `work`), or (False, None) if it does not come within `seconds`.
+
+    Late work is cancelled; what goes on all the same is added to `abandoned`. Raises what `work`
+    raises, and Exited if it exits or cancels itself.
+    """
+    # not asyncio.timeout: it would wait for ever for work that swallows its cancellation
+    task = asyncio.create_task(_without_exit(work))
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+        is_done = task.done()
+        if not is_done:
+            task.cancel()
+            await asyncio.wait({task}, timeout=GRACE)
+    finally:  # also if the caller itself is cancelled
+        if not task.done():
+            task.cancel()
+            _abandon(task, abandoned)
+            task.add_done_callback(_look_at_error)
+    if not is_done:
+        return False, None
+    if task.cancelled():
+        raise Exited(asyncio.CancelledError("it cancelled itself"))
+    return True, task.result()
+
+
+async def in_thread(function: Callable, abandoned: list, late: Callable | None = None):
+    """The result of function(), run in a daemon thread of its own.
+
+    If this is cancelled, the thread is added to `abandoned` and goes on; late(result) is called
+    with what it gives in the end. Raises what the function raises, Exited if it exits.
+    """
+    thread, outcome = start_thread(function, late)
+    try:
+        result, error = await outcome
+    except asyncio.CancelledError:
+        _abandon(thread, abandoned)
+        raise
+    if error is None:
+        return result
+    if isinstance(error, Exception):
+        raise error
+    raise Exited(error)
 
 
 def start_thread(function: Callable, late: Callable | None = None):
-    """(thread, future of (result, None) or (None, what it raised)) of function(), which runs in a
-    daemon thread of its own, not in a pool: a hung one costs no worker and does not block exit.
-    late: called with a result that nobody waits for any more."""
+    """Starts function() -> (thread, future of (result, None) or (None, what it raised)).
+
+    The thread is a daemon of its own, not one of a pool: a hung one costs no worker and does not
+    block the exit. late: called with a result that nobody waits for any more.
+    """
     loop = asyncio.get_running_loop()
     future = loop.create_future()
 
@@ -20,30 +85,48 @@ def start_thread(function: Callable, late: Callable | None = None):
             late(result)
 
     def work():
+        result = None
+        error = None
         try:
-            outcome = function(), None
-        except BaseException as error:  # SystemExit too: in a thread it would vanish unseen
-            outcome = None, error
+            result = function()
+        except BaseException as raised:  # SystemExit too: in a thread it would vanish unseen
+            error = raised
         with suppress(RuntimeError):  # the loop was closed while an abandoned thread went on
-            loop.call_soon_threadsafe(deliver, *outcome)
+            loop.call_soon_threadsafe(deliver, result, error)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread, future
 
 
-async def _no_exit(work):
+def is_alive(job: threading.Thread | asyncio.Task) -> bool:
+    """Whether a thread or a task still runs."""
+    if isinstance(job, threading.Thread):
+        return job.is_alive()
+    return not job.done()
+
+
+def shown(error: BaseException) -> str:
+    """An error as it reads in a message: its type, and its text if it has one."""
+    return f"{type(error).__name__}: {str(error)[:2000]}".removesuffix(": ")
+
+
+def _abandon(job, abandoned):
+    # those that have ended go: the list must not grow with the run
+    abandoned[:] = [job for job in abandoned if is_alive(job)]
+    abandoned.append(job)
+
+
+def _look_at_error(task):
+    """Nobody waits for the task any more, and asyncio would report an error that nobody saw."""
+    if not task.cancelled():
+        task.exception()
+
+
+async def _without_exit(work):
     try:
         return await work
     except (Exception, asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:  # SystemExit: asyncio would hand it to the loop, ending the run
-        raise RuntimeError(shown(error)) from error
-
-
-def _alive(job):
-    return job.is_alive() if isinstance(job, threading.Thread) else not job.done()
-
-
-def shown(error):
-    return f"{type(error).__name__}: {str(error)[:2000]}".removesuffix(": ")
+        raise Exited(error) from error

@@ -60,7 +60,7 @@ class Config:
     tool_options: tuple[str, ...] = ()  # as in train_grpo.py: search.k=5
     tool_timeout: float = 10.0  # seconds a call may take
     tool_concurrency: int = 16  # calls that run at once, in each worker
-    tool_cache: str = "memory"  # results of pure tools; none, or a file that is kept
+    tool_cache: str = "memory"  # memory or none: whether results of pure tools are kept
 
 
 def check(cfg: Config) -> None:

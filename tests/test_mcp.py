@@ -528,10 +528,8 @@ def test_a_token_is_sent_without_what_a_file_with_crlf_adds_and_is_in_no_message
 ):
     server = {"url": scripted.url, "headers": {"Authorization": "Bearer ${MY_TOKEN}"}}
     monkeypatch.setenv("MY_TOKEN", "my-secret\r\n")
-    first = toolbox(x=server).tools["do"].key
+    toolbox(x=server)
     assert {token for _, token in scripted.seen} == {"Bearer my-secret"}
-    monkeypatch.setenv("MY_TOKEN", "another")  # may be another user, who sees other things
-    assert toolbox(x=server).tools["do"].key != first and "secret" not in first
     monkeypatch.setenv("MY_TOKEN", "my-\nsecret")
     with pytest.raises(UserError, match="a value that cannot be sent .*: correct its head") as seen:
         toolbox(x=server)

@@ -13,12 +13,14 @@ tool_options=("search.k=5",), and `example`, the data row, if it asks for it; `c
 `async def` tools are awaited, sync ones run in a thread of their own. A tool returns text, a PIL
 image, or a list of both; all else becomes text. Marks, on the function or the class:
 
-    pure = True     the same arguments give the same result: it is kept for the run (cache.py). The
+    pure = True     the same arguments give the same result: it is kept for the run, in memory. The
                     instance of a trajectory also has a `key`: what else its results depend on
     network = True  a NetworkError that it raises is tried again, inside the deadline
     ends = True     a call without an error ends the episode, and its result is the answer
 
 Options of every tool: timeout, concurrency, cache (true, false), retries (of network tools).
+
+A Toolbox belongs to one event loop for its life: to that of run_blocking, in a run.
 
 Whatever the model or the tool does wrong becomes a short observation that says what would be
 right, is counted in `Toolbox.errors` under its own name, and never raises:

@@ -23,8 +23,9 @@ class NetworkError(ToolError):
 
 
 def shorten(text: str, limit: int) -> str:
-    """`text` with its middle taken out so that `limit` characters stay; the cut is marked."""
-    dropped, half = len(text) - limit, limit // 2
+    """Takes out the middle of `text` so that `limit` characters stay; the cut is marked."""
+    dropped = len(text) - limit
     if dropped <= 0:
         return text
+    half = limit // 2
     return f"{text[:half]}\n[... {dropped} characters cut ...]\n{text[len(text) - half :]}"

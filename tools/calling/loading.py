@@ -1,27 +1,24 @@
 """Names of tools -> Tool objects: finds the file, loads it, describes the tool to the model.
 
 `load(names, options)` takes "python" (tools/python.py), "my_tools.py:weather", "mcp:servers.json"
-(tools/mcp.py), python functions and classes, and Tool objects. Names are looked at first: a typo
+(calling/mcp.py), python functions and classes, and Tool objects. Names are looked at first: a typo
 must not wait for the seconds that importing transformers takes.
 """
 
-import hashlib
 import importlib
-import importlib.util
 import inspect
-import re
-import sys
 import typing
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from run import config
+from run import plugins
 from run.config import UserError, near
 
 OPTIONS = "tool_options"  # the config key, for messages
+MCP = "mcp:"  # begins the name of tools that MCP servers have
+RETRIES = 2  # after a NetworkError, where neither the tool nor the user says otherwise
 
 
 @dataclass
@@ -38,21 +35,28 @@ class Tool:
     ends: bool = False  # a call without an error ends the episode; its result is the answer
     timeout: float | None = None  # seconds; None: the Toolbox's
     concurrency: int | None = None  # calls at once; None: as many as the Toolbox lets
-    retries: int | None = None  # after a NetworkError; None: 2
-    key: str = ""  # what a result depends on beside the arguments: for the cache
+    retries: int | None = None  # after a NetworkError; None: RETRIES
 
 
-def common(
-    timeout: float | None = None,
-    concurrency: int | None = None,
-    cache: bool | None = None,
-    retries: int | None = None,
-) -> dict:
-    """The options that every tool has."""
-    return {"timeout": timeout, "concurrency": concurrency, "cache": cache, "retries": retries}
+@dataclass
+class CommonOptions:
+    """The options that every tool has. None: as the tool and the Toolbox say."""
+
+    timeout: float | None = None
+    concurrency: int | None = None
+    cache: bool | None = None
+    retries: int | None = None
 
 
-COMMON = inspect.signature(common).parameters
+COMMON = [field.name for field in fields(CommonOptions)]
+
+
+@dataclass
+class Place:
+    """Where the function or class of a tool is to be found."""
+
+    path: Path | None  # of a user's file; None: tools/<name>.py
+    name: str
 
 
 def load(
@@ -70,200 +74,153 @@ def load(
     calls at once, of all tools together. cached: the run keeps results.
     Raises UserError on a tool that does not exist, cannot be described or made, or lacks an option.
     """
-    given = config.options(options, OPTIONS)
-    places = [_find(item) if isinstance(item, str) else item for item in items]
-    tools, described, states, modules = [], [], {}, {}
-    for place in places:
-        if isinstance(place, Tool):
-            tools.append(_without_options(replace(place), given))
-        elif isinstance(place, tuple) and place[0] == "mcp":
-            from tools.calling import mcp
+    texts = plugins.parse_options(options, OPTIONS)  # {tool: {option: text}}
+    places = {}  # of what is given by name; an MCP server says itself what it has
+    for item in items:
+        if isinstance(item, str) and not item.startswith(MCP):
+            places[item] = _find(item)
 
-            tools += [_without_options(tool, given) for tool in mcp.load(*place[1:], timeout)]
+    tools = []
+    made_here = []  # those of `tools` whose one state is made here
+    modules = {}
+    for item in items:
+        if isinstance(item, Tool):
+            tool = replace(item)  # the caller's object stays as it is
+            _refuse_own_options(tool.name, texts)
+            tools.append(tool)
+        elif isinstance(item, str) and item.startswith(MCP):
+            for tool in _tools_of_servers(item, timeout):
+                _refuse_own_options(tool.name, texts)
+                tools.append(tool)
         else:
-            target = _load(*place, modules) if isinstance(place, tuple) else place
-            described.append(_describe(target, given, describe_only))
-            tools.append(described[-1])
-    names = [tool.name for tool in tools]
-    if len(set(names)) < len(names):
-        twice = Counter(names).most_common(1)[0][0]
-        raise UserError(f"two tools are named {twice!r}: rename one, or leave it out")
-    for name in given:
-        if name not in names:
-            there = f" (tools: {', '.join(names) or 'none'})"
-            raise UserError(f"{OPTIONS}: {name} is none of the tools{near(name, names) or there}")
-    now = [tool for tool in described if tool.shared and tool.make]
+            target = _import(places[item], modules) if isinstance(item, str) else item
+            tool = _describe(target, texts, describe_only)
+            tools.append(tool)
+            if tool.shared and tool.make:
+                made_here.append(tool)
+    _check_names(tools, texts)
+
     for tool in tools:
-        if tool not in now:
-            _set_common(tool, given.get(tool.name, {}), concurrency, cached)
-    for tool in now:  # last: a mistake elsewhere must not leave one behind that nobody closes
-        try:
-            states[tool.make] = tool.make({})
-        except UserError:
-            raise
-        except Exception as error:
-            why = f"{type(error).__name__}: {error}".removesuffix(": ")
-            raise UserError(f"tool {tool.name!r} cannot be made: {why}") from error
-        tool.network = getattr(states[tool.make], "network", tool.network)  # its options decide
-        _set_common(tool, given.get(tool.name, {}), concurrency, cached)
+        if tool not in made_here:
+            _set_common_options(tool, texts, concurrency, cached)
+    # last: a mistake elsewhere must not leave a state behind that nobody closes
+    states = {}
+    for tool in made_here:
+        state = _make(tool)
+        states[tool.make] = state
+        tool.network = getattr(state, "network", tool.network)  # its options decide
+        _set_common_options(tool, texts, concurrency, cached)
     return tools, states
 
 
-def _without_options(tool: Tool, given: dict) -> Tool:
-    """A tool that has no options but those of every tool: others are refused."""
-    own = {key: text for key, text in given.get(tool.name, {}).items() if key not in COMMON}
-    config.arguments(_no_options, own, f"{OPTIONS}: {tool.name}")
-    return tool
+def _check_names(tools, texts):
+    """Raises UserError for two tools of one name, and for options of no tool."""
+    counts = Counter(tool.name for tool in tools)
+    for name, count in counts.items():
+        if count > 1:
+            raise UserError(f"two tools are named {name!r}: rename one, or leave it out")
+    for name in texts:
+        if name not in counts:
+            there = f" (tools: {', '.join(counts) or 'none'})"
+            raise UserError(f"{OPTIONS}: {name} is none of the tools{near(name, counts) or there}")
 
 
-def _set_common(tool: Tool, given: dict, most: int, cached: bool) -> None:
-    where = f"{OPTIONS}: {tool.name}"
-    own = {name: text for name, text in given.items() if name in COMMON}
-    values = common(**config.arguments(common, own, where))
-    for name in ("timeout", "concurrency"):
-        if values[name] is not None and values[name] <= 0:
-            raise UserError(f"{where}.{name} = {values[name]}: expected more than 0")
-    if (values["concurrency"] or 0) > most:
-        why = f"all tools together run at most tool_concurrency = {most} calls at once"
-        raise UserError(f"{where}.concurrency = {values['concurrency']}: {why}: raise that")
-    asked = tool.retries if values["retries"] is None else values["retries"]
-    if asked is not None and asked < 0:  # it would not be asked at all
-        raise UserError(f"{where}.retries = {asked}: expected 0 or more")
-    if values["retries"] is not None and not tool.network:
-        raise UserError(f"{where}.retries has no effect: {tool.name} asks no network, so drop it")
-    if values["cache"] and tool.make and not tool.shared and not tool.pure:
-        why = "what it says depends on what it was asked before"
-        raise UserError(f"{where}.cache: {why}: drop it")
-    if values["cache"] and not cached:
-        raise UserError(f"{where}.cache has no effect with tool_cache=none: drop one of them")
-    tool.timeout = values["timeout"] or tool.timeout
-    tool.concurrency = values["concurrency"] or tool.concurrency
-    if values["cache"] is not None:
-        tool.pure = values["cache"]
-    tool.retries = (2 if asked is None else asked) if tool.network else 0
+# -- finding and importing
 
 
-# -- finding and loading
-
-
-def _find(name: str):
-    """'python' or 'path.py:function' -> (file or None, function name), without running any code;
-    'mcp:path' or 'mcp:path:server' -> ("mcp", path, server or None)."""
-    if name.startswith("mcp:"):
-        path, _, server = name.removeprefix("mcp:").partition(".json:")
-        return "mcp", path + ".json" * bool(server), server or None
-    path, colon, function = name.rpartition(":")
+def _find(name: str) -> Place:
+    """Finds a tool of this name, without running any code. Raises UserError if there is none."""
+    file, colon, function = name.rpartition(":")
     if not colon:
-        files = sorted(Path(__file__).parent.parent.glob("*.py"))
-        known = [path.stem for path in files if path.stem in _defined(path)]
+        known = _our_tools()
         if name not in known:
             raise UserError(
                 f"unknown tool {name!r}{near(name, known)} "
                 f"(tools: {', '.join(known)}; or give file.py:function or mcp:file.json)"
             )
-        return None, name
-    path = Path(path).expanduser().resolve()
-    if not path.is_file():
-        raise UserError(f"no file {path} for the tool {name!r}: give an existing file.py:function")
-    known = _defined(path)
-    if function not in known:
-        raise UserError(
-            f"no function {function!r} in {path}{near(function, known)} (has: {', '.join(known)})"
-        )
-    return path, function
-
-
-def _defined(path: Path) -> list[str]:
-    text = path.read_text(encoding="utf-8")
-    return re.findall(r"^(?:async def|def|class) +([A-Za-z]\w*)", text, re.MULTILINE)
-
-
-def _load(path: Path | None, name: str, modules: dict) -> Callable:
+        return Place(None, name)
+    path = plugins.find_file(file)
     if path is None:
-        return getattr(importlib.import_module(f"tools.{name}"), name)
-    module = modules.get(path)  # two tools of one file share the module
-    if module is None:  # run again for each Toolbox: in a notebook the file may have changed
-        spec = importlib.util.spec_from_file_location(str(path), path)
-        module = modules[path] = importlib.util.module_from_spec(spec)
-        sys.modules[str(path)] = module
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[str(path)]
-            why = f"{type(error).__name__}: {error}".removesuffix(": ")
-            raise UserError(f"importing {path} for the tool {name!r} failed: {why}") from error
-    return getattr(module, name)
+        looked = Path(file).expanduser().resolve()
+        raise UserError(
+            f"no file {looked} for the tool {name!r}: give an existing file.py:function"
+        )
+    known = plugins.names_in(path)
+    if function not in known:
+        hint = f"{near(function, known)} (has: {', '.join(known)})"
+        raise UserError(f"no function {function!r} in {path}{hint}")
+    return Place(path, function)
+
+
+def _our_tools() -> list[str]:
+    """The names of the files in tools/ that define a tool, which has the file's name."""
+    folder = Path(__file__).parent.parent
+    files = sorted(folder.glob("*.py"))
+    return [file.stem for file in files if file.stem in plugins.names_in(file)]
+
+
+def _tools_of_servers(name: str, timeout: float) -> list[Tool]:
+    """'mcp:servers.json' is the tools of all servers in the file, 'mcp:servers.json:time' those of
+    the one named time."""
+    from tools.calling import mcp
+
+    path = name.removeprefix(MCP)
+    server = None
+    if ".json:" in path:
+        path, _, server = path.partition(".json:")
+        path += ".json"
+    return mcp.load(path, server or None, timeout)
+
+
+def _import(place, modules):
+    if place.path is None:
+        return getattr(importlib.import_module(f"tools.{place.name}"), place.name)
+    return plugins.load(place.path, place.name, f"tool {place.name!r}", modules)
 
 
 # -- describing
 
 
-def _describe(target: Callable, given: dict, describe_only: bool) -> Tool:
+def _describe(target: Callable, texts: dict, describe_only: bool) -> Tool:
+    """The Tool of a function or a class; its own options are bound, the common ones are not."""
     is_class = inspect.isclass(target)
     function = target.__call__ if is_class else target
     if not (inspect.isfunction(function) or inspect.ismethod(function)):
-        what = f"class {target.__name__} without __call__" if is_class else repr(target)
-        raise UserError(f"{what} is no tool: give a function, or a class with a __call__ method")
+        shown = f"class {target.__name__} without __call__" if is_class else repr(target)
+        raise UserError(f"{shown} is no tool: give a function, or a class with a __call__ method")
     name = target.__name__
-    own = {key: text for key, text in given.get(name, {}).items() if key not in COMMON}
-    tool = Tool(name, _schema(function, name), function, inspect.iscoroutinefunction(function))
-    tool.pure, tool.network, tool.ends, tool.shared = (
-        bool(getattr(target, mark, False)) for mark in ("pure", "network", "ends", "shared")
+    tool = Tool(
+        name=name,
+        schema=_schema(function, name),
+        function=function,
+        is_async=inspect.iscoroutinefunction(function),
+        shared=bool(getattr(target, "shared", False)),
+        pure=bool(getattr(target, "pure", False)),
+        network=bool(getattr(target, "network", False)),
+        ends=bool(getattr(target, "ends", False)),
     )
-    tool.key = _key(function, own)
-    if own and not is_class:
-        config.arguments(_no_options, own, f"{OPTIONS}: {name}")  # raises: there are none
-    parameters = inspect.signature(target).parameters if is_class else {}
+    if not is_class:
+        _refuse_own_options(name, texts)
+        return tool
+
+    parameters = inspect.signature(target).parameters
     for option in COMMON:
         if option in parameters:
             raise UserError(f"tool {name!r} has {option!r}, as every tool has: rename that option")
-    if not is_class or describe_only:
+    if describe_only:
         return tool
-    wants = config.arguments(target, own, f"{OPTIONS}: {name}")
     takes_example = "example" in parameters
+    options = plugins.bind(target, _own_options(name, texts), f"{OPTIONS}: {name}")
 
     def make(example: dict):
-        return target(example=example, **wants) if takes_example else target(**wants)
+        if takes_example:
+            return target(example=example, **options)
+        return target(**options)
 
     tool.make = make
     if tool.shared and takes_example:
         raise UserError(f"tool {name!r} is shared by all trajectories: it gets no example")
     return tool
-
-
-def _no_options() -> None:
-    """What a function has: its arguments are the model's."""
-
-
-def _key(function: Callable, given: dict) -> str:
-    """Changes with the file of the tool, the values bound in it and its options: what a kept result
-    depends on."""
-    file, here = inspect.getsourcefile(function), Path(__file__).parent.parent
-    files = [Path(file)] if file and Path(file).is_file() else []
-    if files and files[0].parent == here:  # ours use each other
-        files = sorted(here.glob("*.py"))
-    text = [path.read_text(encoding="utf-8") for path in files] or _source(function)
-    bound = [function.__defaults__, function.__kwdefaults__]
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # it has no value yet
-            value = cell.cell_contents
-            bound.append(_source(value) if inspect.isfunction(value) else value)
-    bound = re.sub(r" at 0x[0-9a-f]+", "", repr(bound))  # which another process has elsewhere
-    parts = text, bound, sorted(given.items())
-    return hashlib.blake2b(repr(parts).encode("utf-8", "replace"), digest_size=12).hexdigest()
-
-
-def _source(function):
-    """Where there is no file, as in a notebook."""
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):
-        return _instructions(function.__code__)
-
-
-def _instructions(code):
-    inner = [_instructions(const) if inspect.iscode(const) else const for const in code.co_consts]
-    return code.co_code, inner, code.co_names
 
 
 def _schema(function: Callable, name: str) -> dict:
@@ -273,23 +230,104 @@ def _schema(function: Callable, name: str) -> dict:
     )
     from transformers.utils import get_json_schema  # here: with torch it costs two seconds
 
-    # get_json_schema lets other types pass, and the model could never call such a tool
-    plain = {str, int, float, bool, list, tuple, dict, type(None), typing.Any}
     try:
-        hints = typing.get_type_hints(function)
-        for argument, kind in inspect.signature(function).parameters.items():
-            hint = hints.get(argument)
-            if kind.kind not in (kind.POSITIONAL_OR_KEYWORD, kind.KEYWORD_ONLY):
-                raise ValueError(f"argument {kind} cannot be given by name")
-            if isinstance(hint, type) and typing.get_origin(hint) is None and hint not in plain:
-                raise ValueError(f"argument {argument} has the type {hint.__name__}")
+        _check_arguments(function)
         schema = get_json_schema(function)
         schema["function"]["name"] = name
         if not schema["function"]["description"]:
             raise ValueError("its docstring does not say what it does")
-    except (
-        Exception
-    ) as error:  # its two own classes, NameError in a hint, bad JSON in (choices: ...)
+    # its two own classes, NameError in a hint, bad JSON in (choices: ...)
+    except Exception as error:
         why = str(error.args[0] if error.args else error).rstrip(".!")
         raise UserError(f"tool {name!r} cannot be described to a model, {why}: {remedy}") from error
     return schema
+
+
+def _check_arguments(function):
+    """Raises ValueError for an argument that get_json_schema lets pass, and no model could give."""
+    plain = (str, int, float, bool, list, tuple, dict, type(None), typing.Any)
+    hints = typing.get_type_hints(function)
+    for argument, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise ValueError(f"argument {parameter} cannot be given by name")
+        hint = hints.get(argument)
+        is_a_class = isinstance(hint, type) and typing.get_origin(hint) is None
+        if is_a_class and hint not in plain:
+            raise ValueError(f"argument {argument} has the type {hint.__name__}")
+
+
+def _make(tool):
+    """The one state of a tool that is shared by all trajectories."""
+    try:
+        return tool.make({})
+    except UserError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise UserError(f"tool {tool.name!r} cannot be made: {why}") from error
+
+
+# -- options
+
+
+def _own_options(name, texts):
+    """{option: text} of what the user gave a tool, without the options that every tool has."""
+    own_texts = {}
+    for option, text in texts.get(name, {}).items():
+        if option not in COMMON:
+            own_texts[option] = text
+    return own_texts
+
+
+def _refuse_own_options(name, texts):
+    """Raises UserError if a tool that has none but those of every tool is given another."""
+
+    def no_options():  # of a function: its arguments are the model's
+        pass
+
+    plugins.bind(no_options, _own_options(name, texts), f"{OPTIONS}: {name}")
+
+
+def _set_common_options(tool: Tool, texts: dict, most: int, cached: bool) -> None:
+    """Sets what the user says with the options that every tool has.
+
+    most: calls at once, of all tools together. cached: the run keeps results.
+    Raises UserError for a value that is out of range or would have no effect.
+    """
+    where = f"{OPTIONS}: {tool.name}"
+    common_texts = {}
+    for option, text in texts.get(tool.name, {}).items():
+        if option in COMMON:
+            common_texts[option] = text
+    options = CommonOptions(**plugins.bind(CommonOptions, common_texts, where))
+
+    if options.timeout is not None:
+        if options.timeout <= 0:
+            raise UserError(f"{where}.timeout = {options.timeout}: expected more than 0")
+        tool.timeout = options.timeout
+
+    if options.concurrency is not None:
+        if options.concurrency <= 0:
+            raise UserError(f"{where}.concurrency = {options.concurrency}: expected more than 0")
+        if options.concurrency > most:
+            why = f"all tools together run at most tool_concurrency = {most} calls at once"
+            raise UserError(f"{where}.concurrency = {options.concurrency}: {why}: raise that")
+        tool.concurrency = options.concurrency
+
+    retries = tool.retries if options.retries is None else options.retries
+    if retries is None:
+        retries = RETRIES
+    if retries < 0:  # it would not be asked at all
+        raise UserError(f"{where}.retries = {retries}: expected 0 or more")
+    if options.retries is not None and not tool.network:
+        raise UserError(f"{where}.retries has no effect: {tool.name} asks no network, so drop it")
+    tool.retries = retries if tool.network else 0
+
+    if options.cache:
+        if tool.make and not tool.shared and not tool.pure:
+            why = "what it says depends on what it was asked before"
+            raise UserError(f"{where}.cache: {why}: drop it")
+        if not cached:
+            raise UserError(f"{where}.cache has no effect with tool_cache=none: drop one of them")
+    if options.cache is not None:
+        tool.pure = options.cache

@@ -30,7 +30,6 @@ run that is killed closes its servers' stdin: one that does not end at that stay
 import asyncio
 import base64
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -114,7 +113,6 @@ def load(path: str, server: str | None, timeout: float) -> list[Tool]:
         make = partial(Connection, one)  # one object: the tools of a server share its connection
         shared = one.values.get("session", "run") == "run"
         patience = one.given.get("start_timeout", 0)
-        values = json.dumps(one.values, sort_keys=True)  # with secrets: only a digest is kept
         for tool in _kept(one, offered):
             schema = {"name": _safe(tool.name), "description": tool.description or tool.title or ""}
             schema["parameters"] = parameters(tool.input_schema)
@@ -129,7 +127,6 @@ def load(path: str, server: str | None, timeout: float) -> list[Tool]:
                     serial=False,  # MCP has many calls on one session
                     network=one.kind != "stdio",
                     timeout=patience if patience > timeout else None,
-                    key=hashlib.blake2b(values.encode(), digest_size=12).hexdigest(),
                 )
             )
     return _named_apart(tools)

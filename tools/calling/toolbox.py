@@ -6,12 +6,13 @@ import json
 import random
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
+from functools import partial
 
 from run.config import UserError
-from run.deadline import _alive, _no_exit, shown, start_thread
+from run.deadline import Exited, in_thread, in_time, is_alive, shown
 from tools.calling import loading
 from tools.calling.base import DEADLINE, NetworkError, ToolError, shorten
 from tools.calling.cache import Cache
@@ -19,25 +20,16 @@ from tools.calling.loading import Tool
 from tools.calling.schema import signature, wrong_arguments
 
 MAX_RESULT_CHARS = 1_000_000  # a longer text is cut here; the rollout cuts to tokens, much earlier
-
-
 NO_OUTPUT = "(no output)"
-
-
 CLOSING = 10.0  # seconds, at least, that close() has: a server ends in its own time
-
-
-GRACE = 0.1  # seconds that a cancelled async tool has to clean up before it counts as leaked
-
-
 PAUSE = 0.5  # seconds before the first retry of a network tool; doubled before each further one
 
 
 class Toolbox:
     """The tools of a run. At most `concurrency` calls run at once, each for at most `timeout`
-    seconds. The clock of a call starts when it gets its slot: a queue is no error. Several event
-    loops may use it, one after the other. options: "tool.option=value"; cache: see cache.py.
-    describe_only: for schemas alone; then no tool can be called.
+    seconds. The clock of a call starts when it gets its slot: a queue is no error. It belongs to
+    one event loop for its life. options: "tool.option=value"; cache: "memory" keeps the results of
+    pure tools, "none" does not. describe_only: for schemas alone; then no tool can be called.
     Raises UserError on a tool that does not exist, cannot be described to a model, or be made.
     """
 
@@ -54,42 +46,46 @@ class Toolbox:
             raise UserError(
                 f"tool concurrency {concurrency}, timeout {timeout}: expected >= 1, and > 0 seconds"
             )
-        more = timeout, describe_only, concurrency, cache != "none"
-        found, self._shared = loading.load(tools, options, *more)
-        self.tools = {tool.name: tool for tool in found}
-        self.schemas = [tool.schema for tool in found]
-        self.cache = Cache("none" if describe_only else cache)
-        self.errors = Counter()
+        if cache not in ("memory", "none"):
+            why = "results are kept for the run, not in a file"
+            raise UserError(f"tool_cache = {cache!r}: expected memory or none: {why}")
+        loaded, self._shared = loading.load(
+            tools,
+            options,
+            timeout=timeout,
+            describe_only=describe_only,
+            concurrency=concurrency,
+            cached=cache != "none",
+        )
+        self.tools = {tool.name: tool for tool in loaded}
+        self.schemas = [tool.schema for tool in loaded]
+        self.errors = Counter()  # error kind -> how often
         self.concurrency = concurrency
-        self.timeout = timeout
-        self._loop = None  # semaphores and locks belong to one event loop
-        self._slots, self._locks = {}, {}
+        self.timeout = timeout  # seconds of a call
+        self.cache = Cache()
+        self.keeps_results = cache == "memory"
         self._abandoned = []  # threads and tasks that a deadline left behind
+        self._making = defaultdict(asyncio.Lock)  # a shared tool's make -> held while it runs
+        self._slots = asyncio.Semaphore(concurrency)
+        self._slots_of_tool = {}  # of the tools with a limit of their own
+        for tool in loaded:
+            if tool.concurrency:
+                self._slots_of_tool[tool.name] = asyncio.Semaphore(tool.concurrency)
 
     @property
     def leaked(self) -> int:
         """Threads, and tasks that swallow their cancellation, past a deadline and still alive."""
-        self._abandoned = [job for job in self._abandoned if _alive(job)]
-        return len(self._abandoned)
+        return sum(is_alive(job) for job in self._abandoned)
 
     def open(self, example: dict | None = None) -> "Session":
+        """The tools of one trajectory. example: its data row."""
         return Session(self, example or {})
 
     async def close(self) -> None:
         """Closes what all trajectories share, as Session.close does."""
-        session = Session(self, {})
-        session._to_close = list(self._shared.values())
+        instances = list(self._shared.values())
         self._shared = {}
-        await session.close()
-        self.cache.close()
-
-    def _on_this_loop(self) -> None:
-        if self._loop is not asyncio.get_running_loop():
-            self._loop = asyncio.get_running_loop()
-            self._slots = {"": asyncio.Semaphore(self.concurrency)}
-            own = {tool.name: tool.concurrency for tool in self.tools.values() if tool.concurrency}
-            self._slots |= {name: asyncio.Semaphore(count) for name, count in own.items()}
-            self._locks = {}
+        await _close_all(self, instances)
 
 
 class Session:
@@ -97,215 +93,225 @@ class Session:
     call's deadline, belongs to this session alone, and runs one call at a time, in order."""
 
     def __init__(self, box: Toolbox, example: dict):
-        self.box, self.example = box, example
+        self.box = box
+        self.example = example
         self._states = {}  # a tool's make -> what it made
-        self._to_close = []
-        self._locks = {}
+        self._to_close = []  # all that was made, also what is used no more
+        self._making = defaultdict(asyncio.Lock)  # a tool's make -> held while it runs
+        self._turns = defaultdict(asyncio.Lock)  # a tool's make -> held during a call
 
     async def call(self, name: str, arguments: dict | None) -> tuple[str | list, str | None, float]:
         """-> content (text, or a list of texts and PIL images), error kind or None, seconds."""
         tool = self.box.tools.get(name) if isinstance(name, str) else None
         seconds = 0.0
         if tool is None:
-            every = self.box.tools.values()
-            known = ", ".join(signature(t.name, _parameters(t)) for t in every)
+            known = ", ".join(map(_signature, self.box.tools.values()))
             content = f"error: there is no tool {name!r}; the tools are: {known}"
             error = "unknown_tool"
         elif wrong := wrong_arguments(name, _parameters(tool), arguments):
-            content = f"error: {wrong}; call it as {signature(name, _parameters(tool))}"
+            content = f"error: {wrong}; call it as {_signature(tool)}"
             error = "bad_arguments"
         else:
-            content, error, seconds = await self._cached(tool, arguments)
-        if any(map(_is_too_long, content if isinstance(content, list) else [content])):
-            content, error = _cut(content), error or "oversized"
+            content, error, seconds = await self._known_or_called(tool, arguments)
+
+        if _is_too_long(content):
+            content = _cut(content)
+            error = error or "oversized"
         if error:
             self.box.errors[error] += 1
         return content, error, seconds
 
-    async def _cached(self, tool, arguments):
-        self.box._on_this_loop()
-        if not (tool.pure and self.box.cache.on):
-            return await self._timed(tool, arguments)
-        depends = ""
+    async def _known_or_called(self, tool, arguments):
+        """What this very call gave before, if that is kept, or what it gives now."""
+        if not (tool.pure and self.box.keeps_results):
+            return await self._call_in_turn(tool, arguments)
+        state_key = ""  # what the result depends on beside the arguments
         if tool.make:  # made also if the result is known: it must cost little
             start = time.perf_counter()
             try:
-                done, state = await self.make(tool)
+                is_made, state = await self.make(tool)
             except Exception:  # the call itself will say what is wrong
-                return await self._timed(tool, arguments)
-            if not done:
-                return self._late(tool), "timeout", time.perf_counter() - start
-            depends = str(getattr(state, "key", ""))
-            if not depends and not tool.shared:  # it does not say what its results depend on
-                return await self._timed(tool, arguments)
-        key = json.dumps([tool.name, tool.key, depends, arguments], sort_keys=True)
-        return await self.box.cache.run(key, lambda: self._timed(tool, arguments))
+                return await self._call_in_turn(tool, arguments)
+            if not is_made:
+                return self._too_late(tool), "timeout", time.perf_counter() - start
+            state_key = str(getattr(state, "key", ""))
+            if not state_key and not tool.shared:  # it does not say what its results depend on
+                return await self._call_in_turn(tool, arguments)
+        key = json.dumps([tool.name, state_key, arguments], sort_keys=True)
+        return await self.box.cache.run(key, lambda: self._call_in_turn(tool, arguments))
 
-    async def _timed(self, tool, arguments):
-        # its turn comes before its slot: who waits for a turn must not hold up the others
+    async def _call_in_turn(self, tool, arguments):
+        """Waits for its turn and its slot, and calls the tool -> content, error kind, seconds."""
         async with AsyncExitStack() as waits:
+            # its turn comes before its slot: who waits for a turn must not hold up the others
             if tool.make and tool.serial and not tool.shared:
-                await waits.enter_async_context(self._locks.setdefault(tool.make, asyncio.Lock()))
-            for name in (tool.name, ""):
-                if name in self.box._slots:
-                    await waits.enter_async_context(self.box._slots[name])
+                await waits.enter_async_context(self._turns[tool.make])
+            if tool.name in self.box._slots_of_tool:
+                await waits.enter_async_context(self.box._slots_of_tool[tool.name])
+            await waits.enter_async_context(self.box._slots)
             start = time.perf_counter()
-            content, error = await self._run(tool, arguments)
+            content, error = await self._call_in_time(tool, arguments)
             return content, error, time.perf_counter() - start
 
-    async def _run(self, tool, arguments):
+    async def _call_in_time(self, tool, arguments):
+        """-> content, error kind or None. Whatever is the model's or the tool's fault is both."""
+        work = self._call_with_retries(tool, arguments)
         try:
-            done, result = await self._in_time(self._tried(tool, arguments), self._limit(tool))
-            if done:
+            is_done, result = await in_time(work, self._limit(tool), self.box._abandoned)
+            if is_done:
                 return _content(result), None
-            text = self._late(tool)
-            if tool.make and not tool.shared and not tool.is_async:
-                # its thread may still be changing the instance: the next call gets a new one
-                self._states.pop(tool.make, None)
-                text += "; its state is lost"
-            return text, "timeout"
         except ToolError as error:
             return error.text, error.kind
         except UserError:  # of the run's configuration or data, not of the model: it ends the run
             raise
+        except Exited as exited:
+            return f"error: {tool.name} raised {shown(exited.error)}", "exception"
         except Exception as error:
             return f"error: {tool.name} raised {shown(error)}", "exception"
 
-    async def _tried(self, tool, arguments):
-        DEADLINE.set(self._limit(tool))  # here: in a task of its own, and so for this call alone
-        for attempt in range(tool.retries + 1):
-            if attempt:  # spread out, or all would come back at the same moment
-                await asyncio.sleep(PAUSE * 2 ** (attempt - 1) * (0.5 + random.random()))
-            try:
-                return await self._work(tool, arguments)
-            except NetworkError:
-                if attempt == tool.retries:
-                    raise
+        text = self._too_late(tool)
+        if tool.make and not tool.shared and not tool.is_async:
+            # its thread may still be changing the instance: the next call gets a new one
+            self._states.pop(tool.make, None)
+            text += "; its state is lost"
+        return text, "timeout"
 
-    async def _work(self, tool, arguments):
-        first = [await self._state(tool)] if tool.make else []
+    async def _call_with_retries(self, tool, arguments):
+        DEADLINE.set(self._limit(tool))  # here: in a task of its own, and so for this call alone
+        pause = PAUSE
+        for _ in range(tool.retries):
+            try:
+                return await self._call_once(tool, arguments)
+            except NetworkError:
+                # spread out, or all would come back at the same moment
+                await asyncio.sleep(pause * (0.5 + random.random()))
+                pause *= 2
+        return await self._call_once(tool, arguments)
+
+    async def _call_once(self, tool, arguments):
+        function = partial(tool.function, **arguments)
+        if tool.make:
+            state = await self._state(tool)
+            function = partial(tool.function, state, **arguments)
         if tool.is_async:
-            return await tool.function(*first, **arguments)
-        return await self._in_thread(lambda: tool.function(*first, **arguments))
+            return await function()
+        return await in_thread(function, self.box._abandoned)
 
     async def make(self, tool: Tool) -> tuple[bool, object]:
         """(True, its instance), or (False, None) at the deadline. Raises what making it raises."""
-        return await self._in_time(self._state(tool), self._limit(tool))
+        return await in_time(self._state(tool), self._limit(tool), self.box._abandoned)
 
     async def _state(self, tool):
         """What tool.make made for this trajectory, or for the run; made now if it is the first."""
+        owner = self.box if tool.shared else self
         states = self.box._shared if tool.shared else self._states
-        locks = self.box._locks if tool.shared else self._locks
-        async with locks.setdefault((tool.make, "make"), asyncio.Lock()):
-            if tool.make not in states:
-                if inspect.iscoroutinefunction(tool.make):
-                    state = await tool.make(self.example)
-                else:
-                    state = await self._in_thread(lambda: tool.make(self.example), self._too_late)
-                states[tool.make] = state
-                if not tool.shared:
-                    self._to_close.append(state)
-            return states[tool.make]
+        async with owner._making[tool.make]:
+            if tool.make in states:
+                return states[tool.make]
+            if inspect.iscoroutinefunction(tool.make):
+                state = await tool.make(self.example)
+            else:
+                make = partial(tool.make, self.example)
+                state = await in_thread(make, self.box._abandoned, late=self._close_late)
+            states[tool.make] = state
+            if not tool.shared:
+                self._to_close.append(state)
+            return state
+
+    def _close_late(self, state):
+        """Closes what was made behind its deadline."""
+        closing = asyncio.ensure_future(_close_all(self.box, [state]))
+        self.box._abandoned.append(closing)
 
     def _limit(self, tool):
+        """Seconds that a call of the tool has."""
         return tool.timeout or self.box.timeout
 
-    def _late(self, tool):
+    def _too_late(self, tool):
         return f"error: {tool.name} took longer than {self._limit(tool):g} s and was stopped"
-
-    async def _in_time(self, work, seconds):
-        """(True, result), or (False, None) at the deadline. Not asyncio.timeout: it would wait for
-        ever for a tool that swallows its cancellation."""
-        task = asyncio.ensure_future(_no_exit(work))
-        try:
-            done, _ = await asyncio.wait({task}, timeout=seconds)
-            if not done:
-                task.cancel()
-                await asyncio.wait({task}, timeout=GRACE)
-                return False, None
-        finally:
-            if not task.done():
-                task.cancel()
-                self.box._abandoned.append(task)
-        if task.cancelled():
-            raise RuntimeError("the tool cancelled itself")
-        return True, task.result()
-
-    def _too_late(self, state):
-        """What was made behind its deadline is closed."""
-        session = Session(self.box, {})
-        session._to_close = [state]
-        self.box._abandoned.append(asyncio.ensure_future(session.close()))
-
-    async def _in_thread(self, function, late=None):
-        thread, future = start_thread(function, late)
-        try:
-            result, error = await future
-        except asyncio.CancelledError:
-            self.box._abandoned.append(thread)
-            raise
-        if isinstance(error, Exception):
-            raise error
-        if error is not None:
-            raise RuntimeError(shown(error))
-        return result
 
     async def close(self) -> None:
         """Closes every instance, under the deadline; a failure is counted, and the rest go on. Who
         is cancelled waits for the end of it too."""
-        closing = asyncio.ensure_future(self._close())
-        try:
-            await asyncio.shield(closing)
-        except asyncio.CancelledError:
-            await asyncio.wait({closing})
-            raise
-
-    async def _close(self):
         self._states.clear()
-        while self._to_close:
-            instance = self._to_close.pop()
-            close = getattr(instance, "close", None)
-            if close is None:
-                continue
-            try:
-                is_async = inspect.iscoroutinefunction(close)
-                work = close() if is_async else self._in_thread(close)
-                closed, _ = await self._in_time(work, max(self.box.timeout, CLOSING))
-            except Exception:
-                closed = False
-            if not closed:
-                self.box.errors["close"] += 1
+        await _close_all(self.box, self._to_close)
 
 
-def _is_too_long(part):
-    return isinstance(part, str) and len(part) > MAX_RESULT_CHARS
+async def _close_all(box: Toolbox, instances: list) -> None:
+    """Closes the instances, the last one first, and takes them out of the list."""
+    closing = asyncio.ensure_future(_close_one_by_one(box, instances))
+    try:
+        await asyncio.shield(closing)
+    except asyncio.CancelledError:  # a second Ctrl-C must not leave the rest behind
+        await asyncio.wait({closing})
+        raise
 
 
-def _cut(content):
-    if isinstance(content, list):
-        return [_cut(part) for part in content]
-    return shorten(content, MAX_RESULT_CHARS) if isinstance(content, str) else content
+async def _close_one_by_one(box, instances):
+    while instances:
+        close = getattr(instances.pop(), "close", None)
+        if close is None:
+            continue
+        try:
+            is_async = inspect.iscoroutinefunction(close)
+            work = close() if is_async else in_thread(close, box._abandoned)
+            is_closed, _ = await in_time(work, max(box.timeout, CLOSING), box._abandoned)
+        except Exception:
+            is_closed = False
+        if not is_closed:
+            box.errors["close"] += 1
 
 
 def _parameters(tool):
     return tool.schema["function"]["parameters"]
 
 
+def _signature(tool):
+    return signature(tool.name, _parameters(tool))
+
+
+# -- what a tool gives, as content
+
+
 def _content(result):
-    image = sys.modules["PIL.Image"].Image if "PIL.Image" in sys.modules else ()
-    if isinstance(result, image):
+    """Text, or a list of texts and images."""
+    if _is_image(result):
         return [result]
-    if isinstance(result, list | tuple) and any(isinstance(part, image) for part in result):
-        return [part if isinstance(part, image) else _text(part) for part in result]
+    if isinstance(result, list | tuple) and any(map(_is_image, result)):
+        return [part if _is_image(part) else _text(part) for part in result]
     return _text(result)
+
+
+def _is_image(value):
+    # without PIL there can be no image, and importing it takes a moment
+    return "PIL.Image" in sys.modules and isinstance(value, sys.modules["PIL.Image"].Image)
 
 
 def _text(value):
     if value is None:
         return NO_OUTPUT
-    text = value if isinstance(value, str) else None
-    if isinstance(value, dict | list | tuple):
-        with suppress(TypeError, ValueError, RecursionError):  # not plain JSON: str() below
+    text = None
+    if isinstance(value, str):
+        text = value
+    elif isinstance(value, dict | list | tuple):
+        try:
             text = json.dumps(value, ensure_ascii=False)
-    text = str(value) if text is None else text
+        except (TypeError, ValueError, RecursionError):
+            pass  # not plain JSON
+    if text is None:
+        text = str(value)
     return text.encode("utf-8", "replace").decode()  # a lone surrogate would crash a tokenizer
+
+
+def _is_too_long(content):
+    parts = content if isinstance(content, list) else [content]
+    return any(isinstance(part, str) and len(part) > MAX_RESULT_CHARS for part in parts)
+
+
+def _cut(content):
+    """The content with every text cut to MAX_RESULT_CHARS."""
+    if isinstance(content, list):
+        return [_cut(part) for part in content]
+    if isinstance(content, str):
+        return shorten(content, MAX_RESULT_CHARS)
+    return content
