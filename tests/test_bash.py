@@ -81,7 +81,7 @@ def test_calls_share_nothing_and_see_nothing_of_ours(tool, monkeypatch, tmp_path
 def test_a_time_out_ends_everything(tool):
     text, error = run(tool, "sleep 60 & sleep 60", timeout=0.5)
     assert (text, error) == ("error: bash took longer than 0.5 s and was stopped", "timeout")
-    server = sandbox._servers["shell"][0].pid
+    server = sandbox._servers["shell"].process.pid
     for _ in range(300):
         files = Path(f"/proc/{server}/task").glob("*/children")
         if not any(file.read_text() for file in files):

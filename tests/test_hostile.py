@@ -698,7 +698,7 @@ def before():
         warm.append(("bash", "true"))
     for tool, code in warm:
         asyncio.run(calls(tool, [code], 60.0))
-    pids = {name: process.pid for name, (process, _) in sandbox._servers.items()}
+    pids = {name: server.process.pid for name, server in sandbox._servers.items()}
     wait_until_idle(pids)
     counts = {name: descriptors(pid) for name, pid in pids.items()}
     return pids, counts, descriptors(os.getpid())
@@ -735,7 +735,7 @@ def test_nothing_of_them_is_left(world, before):
     """No process, file, descriptor; the servers are the same as before."""
     pids, counts, ours = before
     wait_until_idle(pids)
-    now = {name: process.pid for name, (process, _) in sandbox._servers.items()}
+    now = {name: server.process.pid for name, server in sandbox._servers.items()}
     assert now == pids, "a server has died"
     assert not any(children(pid) for pid in pids.values())
     for name, pid in pids.items():

@@ -68,7 +68,7 @@ def children(pid):
 def rests():
     if not sandbox.has_fork_server():
         return glob.glob(f"{tempfile.gettempdir()}/nanotool-{os.getpid()}-*")
-    pid = sandbox._servers["heavy"][0].pid
+    pid = sandbox._servers["heavy"].process.pid
     return children(pid) + glob.glob(f"{tempfile.gettempdir()}/nanotool-{pid}-*")
 
 
@@ -238,7 +238,7 @@ def test_a_dead_server_loses_the_session_and_the_next_call_says_so():
     async def scene():
         session = python_session()
         await session("x = 1")
-        os.kill(sandbox._servers["heavy"][0].pid, signal.SIGKILL)
+        os.kill(sandbox._servers["heavy"].process.pid, signal.SIGKILL)
         await asyncio.sleep(0.2)
         again = await session("'x' in globals()")
         await session.close()
@@ -249,7 +249,7 @@ def test_a_dead_server_loses_the_session_and_the_next_call_says_so():
 
 CHILD = """
 import asyncio, sys
-from tools import sandbox
+from tools.sandbox import caller as sandbox
 from tools.python_session import python_session
 if sys.argv[1] == "one_process":
     sandbox.has_fork_server = lambda: False

@@ -51,7 +51,7 @@ def run(code, timeout=10.0):
 
 
 def server(name="light"):
-    return sandbox._servers[name][0].pid
+    return sandbox._servers[name].process.pid
 
 
 def children(pid):
@@ -164,7 +164,7 @@ def test_the_same_code_gives_the_same_result_in_every_server_and_way(monkeypatch
         portable.setattr(sandbox, "has_fork_server", lambda: False)
         assert run(code) == first
     os.kill(server(), signal.SIGKILL)
-    sandbox._servers["light"][0].wait()
+    sandbox._servers["light"].process.wait()
     assert run(code) == first
 
 
@@ -472,7 +472,7 @@ def test_a_fork_of_ours_gets_its_own_server():
 
 CHILD = """
 import asyncio, sys
-from tools import sandbox
+from tools.sandbox import caller as sandbox
 from tools.python import python
 if sys.argv[1] == "one_process":
     sandbox.has_fork_server = lambda: False
@@ -517,7 +517,7 @@ def test_server_and_calls_end_with_the_trainer_however_it_dies(way):
 # next program runs without them.
 BARE = """
 import os, sys
-from tools import confine
+from tools.sandbox import confine
 if os.geteuid() == 0:
     confine.libc("prctl", 24, 21, 0, 0, 0)
 del confine.REFUSED["socket"]  # that one is the sandbox's own to refuse, and so is this:

@@ -99,6 +99,8 @@ def test_hostile_queries_are_observations_and_the_file_stays_as_it_is(tmp_path):
     shutil.copy(CHINOOK, copy)  # writable: nothing but the tool is in the way
     copy.chmod(0o666)
     before, around = digest(copy), sorted(os.listdir(tmp_path))
+    stop_workers()
+    begun = cpu_seconds()
     box = Toolbox([sql], options=("sql.seconds=0.5",))
     expected = {
         "INSERT INTO Artist VALUES (999, 'x')": ("exception", "can only be read"),
@@ -125,7 +127,6 @@ def test_hostile_queries_are_observations_and_the_file_stays_as_it_is(tmp_path):
         session = box.open({"database": str(copy)})
         return {query: await session.call("sql", {"query": query}) for query in expected}
 
-    begun = cpu_seconds()
     for query, (content, error, _) in asyncio.run(calls()).items():
         kind, text = expected[query]
         assert error == kind and text in content, query
@@ -192,6 +193,7 @@ def test_a_result_that_is_too_large_for_a_reward_is_an_error(shop):
 
 
 def test_a_long_function_inside_of_sqlite_is_stopped_and_the_next_query_runs(shop):
+    stop_workers()
     begun = cpu_seconds()
     assert refused(shop, INSIDE, 0.3) == (
         "timeout",
