@@ -18,11 +18,11 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from until import until
 
 from run.config import UserError
 from tools import Toolbox, ToolError
@@ -455,11 +455,7 @@ os.kill(os.getpid(), 9)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     pids = [int(word) for word in done.stdout.split()]
     assert len(pids) == 2 and done.returncode == -signal.SIGKILL, done.stderr
-    for _ in range(100):
-        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
-            break
-        time.sleep(0.05)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in pids))
 
 
 def test_no_file_stays_open_over_many_calls(shop):

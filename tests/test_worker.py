@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from until import until
 
 from run.worker import Worker, WorkerDied
 
@@ -167,8 +168,4 @@ os.kill(os.getpid(), 9)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     pids = {int(word) for word in done.stdout.split()}
     assert len(pids) == 2 and done.returncode == -signal.SIGKILL, done.stderr
-    for _ in range(1200):
-        if not any(Path(f"/proc/{pid}/exe").exists() for pid in pids):
-            break
-        time.sleep(0.05)
-    assert not any(Path(f"/proc/{pid}/exe").exists() for pid in pids)
+    assert until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in pids))
