@@ -98,7 +98,7 @@ def test_numpy_and_sympy_are_loaded(way):
 def test_an_exception_keeps_the_state_and_names_the_call(way):
     results = run("x = 1\ndef f(): return 1 / 0", "x = 2\nf()", "x", "exit(3)", "x")
     text, error = results[1]
-    assert error == "exception" and "ZeroDivisionError" in text and "sandbox.py" not in text
+    assert error == "exception" and "ZeroDivisionError" in text and "child.py" not in text
     assert 'File "<call 2>", line 2' in text and 'File "<call 1>", line 2, in f' in text
     assert results[2:] == [("2", None), ("(exit code 3)", None), ("2", None)]
 
