@@ -216,11 +216,10 @@ def _take_idle():
 
 
 def _keep(worker):
-    _idle.append(worker)
-    if len(_idle) > IDLE:
-        surplus = _take_idle()
-        if surplus:
-            surplus.stop()
+    if len(_idle) < IDLE:
+        _idle.append(worker)
+    else:
+        worker.stop()
 
 
 def _late(seconds):

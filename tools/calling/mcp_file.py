@@ -108,9 +108,13 @@ def _checked_kind(where, given):
     if ("command" in given) == ("url" in given):
         raise UserError(f"{where}: expected one of command and url")
     if "command" in given:
-        way, expected, useless = "command", ("stdio",), ("url", "headers")
+        way = "command"
+        expected = ["stdio"]
+        useless = ["url", "headers"]
     else:
-        way, expected, useless = "url", ("http", "sse"), ("args", "env", "cwd")
+        way = "url"
+        expected = ["http", "sse"]
+        useless = ["args", "env", "cwd"]
     written = given.get("type", given.get("transport", expected[0]))
     kind = KINDS.get(written)
     if kind not in expected:
