@@ -10,15 +10,13 @@ In a turn that did not end by its own choice only the first two count, because a
 
 import functools
 import json
-import logging
 import re
-import signal
 import string
-import subprocess
-import sys
-import threading
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
+
+from run.worker import Worker, WorkerDied
 
 LONGEST = 300  # characters of an answer: nobody's answer is longer, and comparing takes time
 DEADLINE = 2  # seconds that math-verify has for one comparison
@@ -269,81 +267,15 @@ def f1(said, gold):
 # ---- math-verify
 
 
-class _MathVerify:
-    """math-verify in a process of its own: it has no deadline in a thread, and nothing but the end
-    of its process stops the 9**9**9**9 that a model may write."""
-
-    def __init__(self):
-        self.lock, self.process = threading.Lock(), None
-
-    def same(self, said, gold):
-        with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self.start()
-            try:
-                print(json.dumps([said, gold]), file=self.process.stdin, flush=True)
-                reply = self.process.stdout.readline()
-            except BrokenPipeError:  # out of memory, say
-                reply = ""
-            except BaseException:  # Ctrl-C: the reply would be taken for the next one's
-                self.stop()
-                raise
-            if not reply:  # its alarm ended it
-                self.stop()
-            return reply == "True\n"
-
-    def start(self):
-        self.process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,  # whose end, when this process ends, ends that one
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # Ctrl-C is not for it
-        )
-        if self.process.stdout.readline() != "ready\n":
-            self.stop()
-            raise RuntimeError("math-verify does not start: pip install math-verify")
-
-    def stop(self):
-        process, self.process = self.process, None
-        process.kill()
-        process.communicate()
-
-
-_math_verify = _MathVerify()
+_math_worker = Worker(Path(__file__).with_name("math_worker.py"), packages=True)
 
 
 @functools.lru_cache(maxsize=10_000)
 def _same_math(said, gold):
-    return _math_verify.same(said, gold)
-
-
-def _serve():
-    """The other side of _MathVerify: two answers per line of stdin, True or False on stdout."""
-    import resource
-
-    from math_verify import parse, verify
-    from sympy import Expr
-
-    def _is_near(said, gold):
-        """Whether two numbers are so: math-verify rounds to 6 decimals, and 10^{-7} to 0."""
-        if not all(isinstance(one[0], Expr) and one[0].is_number for one in (said, gold)):
-            return True
-        return said[0] == gold[0] or abs((said[0] - gold[0]).n()) <= 1e-6 * abs(gold[0].n())
-
-    logging.disable()  # it warns that it has no timeout: it has one
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, even inside a C function
-    if sys.platform == "linux":  # a MemoryError, which math-verify takes for "not equal"
-        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-    print("ready", flush=True)
-    for line in sys.stdin:
-        said, gold = (f"\\boxed{{{text}}}" for text in json.loads(line))
-        signal.alarm(DEADLINE)
-        said, gold = parse(said, parsing_timeout=None), parse(gold, parsing_timeout=None)
-        same = verify(gold, said, timeout_seconds=None) and _is_near(said, gold)
-        signal.alarm(0)
-        print(same, flush=True)
-
-
-if __name__ == "__main__":
-    _serve()
+    """Whether math-verify finds two expressions equal; False where it does not end in time."""
+    try:
+        return _math_worker.ask({"said": said, "gold": gold}, DEADLINE)["same"]
+    except (TimeoutError, WorkerDied):
+        return False
+    except RuntimeError:
+        raise RuntimeError("math-verify does not start: pip install math-verify") from None

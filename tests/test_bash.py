@@ -5,10 +5,10 @@ pytest tests/test_bash.py
 
 import asyncio
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from until import PATIENCE, until
 
 from run.config import UserError
 from tools import Tool, Toolbox
@@ -23,7 +23,7 @@ def tool():
     return bash()
 
 
-def run(tool, command, timeout=20.0):
+def run(tool, command, timeout=PATIENCE):
     async def call():
         schema = {"function": {"parameters": {"properties": {"command": {"type": "string"}}}}}
         box = Toolbox([Tool("bash", schema, tool.__call__, True)], 8, timeout, cache="none")
@@ -81,13 +81,9 @@ def test_calls_share_nothing_and_see_nothing_of_ours(tool, monkeypatch, tmp_path
 def test_a_time_out_ends_everything(tool):
     text, error = run(tool, "sleep 60 & sleep 60", timeout=0.5)
     assert (text, error) == ("error: bash took longer than 0.5 s and was stopped", "timeout")
-    server = sandbox._servers["shell"][0].pid
-    for _ in range(300):
-        files = Path(f"/proc/{server}/task").glob("*/children")
-        if not any(file.read_text() for file in files):
-            return
-        time.sleep(0.01)
-    raise AssertionError("something of it still runs")
+    server = sandbox._servers["shell"].process.pid
+    tasks = Path(f"/proc/{server}/task")
+    assert until(lambda: not any(file.read_text() for file in tasks.glob("*/children")))
 
 
 def test_where_nothing_confines_it_the_run_does_not_start(monkeypatch):

@@ -1,4 +1,4 @@
-"""tools/mcp.py: other people's MCP servers, over stdio, streamable HTTP and SSE, as tools.
+"""tools/calling/mcp.py: other people's MCP servers, over stdio, streamable HTTP and SSE, as tools.
 
     pytest tests/test_mcp.py
 
@@ -17,7 +17,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -27,6 +26,7 @@ pytest.importorskip("mcp", reason='no MCP here: pip install -e ".[mcp]"')
 
 from mcp import types
 from PIL import Image
+from until import until
 
 from run.config import UserError
 from tools import Toolbox, ToolError
@@ -92,11 +92,8 @@ def alive(pids):
     return found
 
 
-def gone(pids, seconds=5.0):
-    end = time.monotonic() + seconds
-    while alive(pids) and time.monotonic() < end:
-        time.sleep(0.02)
-    return not alive(pids)
+def gone(pids):
+    return until(lambda: not alive(pids))
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
@@ -117,7 +114,7 @@ def test_two_servers_from_pypi_and_two_from_npm_over_stdio(toolbox, tmp_path):
         everything=everything(),
         files={"command": program(NPM, "mcp-server-filesystem"), "args": [str(tmp_path)]},
     )
-    assert children() == before  # listed and stopped
+    assert until(lambda: children() == before)  # listed and stopped
     assert {"get_current_time", "git_status", "get-tiny-image", "read_text_file"} < set(box.tools)
     for tool in box.tools.values():
         assert tool.schema["function"]["parameters"]["type"] == "object"
@@ -148,11 +145,9 @@ def test_two_servers_from_pypi_and_two_from_npm_over_stdio(toolbox, tmp_path):
             text, _ = await call("get-resource-links", count=1)
             assert "(a resource demo://" in text and ": not shown)" in text
 
-            start = time.perf_counter()
             calls = [session.call("get-sum", {"a": i, "b": 1}) for i in range(100)]
             texts = [text for text, _, _ in await asyncio.gather(*calls)]
             assert texts == [f"The sum of {i} and 1 is {i + 1}." for i in range(100)]
-            assert time.perf_counter() - start < 10
             servers = children() - before
             assert len(servers) == 4
         assert gone(servers)
@@ -170,15 +165,18 @@ def served(transport, port):
         command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        for _ in range(500):
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            time.sleep(0.02)
+        assert until(lambda: listens(port))
         yield process
     finally:
         process.kill()
         process.wait()
+
+
+def listens(port):
+    with contextlib.suppress(OSError):
+        socket.create_connection(("127.0.0.1", port)).close()
+        return True
+    return False
 
 
 def free_port():
@@ -212,9 +210,8 @@ def test_a_server_over_http_is_called_lost_and_found_again(toolbox, transport):
             calls = [asyncio.ensure_future(call) for call in calls]
             await asyncio.sleep(0.3)
             process.kill()
-            for text, error, seconds in await asyncio.gather(*calls):
+            for text, error, _ in await asyncio.gather(*calls):
                 assert error == "server" and "'remote' ended during the call" in text
-                assert seconds < 15
         text, error, _ = await session.call("echo", {"message": "away"})
         assert error == "network" and "'remote' does not answer" in text
         with served(transport, port):
@@ -239,14 +236,13 @@ def test_a_killed_server_is_an_observation_and_is_started_again(toolbox, caplog)
             await asyncio.sleep(0.3)
             for pid in children() - before:
                 os.kill(pid, signal.SIGKILL)
-            for text, error, seconds in await asyncio.gather(*calls):
+            for text, error, _ in await asyncio.gather(*calls):
                 assert error == "server" and "starts it again, without its state" in text
-                assert seconds < 10
             assert (await session.call("echo", {"message": "2"}))[:2] == ("Echo: 2", None)
-            assert len(children() - before) == 1
+            assert await asyncio.to_thread(until, lambda: len(children() - before) == 1)
 
     asyncio.run(scene())
-    assert children() == before and box.errors == {"server": 3}
+    assert until(lambda: children() == before) and box.errors == {"server": 3}
     assert caplog.text.count("the MCP server 'everything' ended") == 1  # the user reads it once
 
 
@@ -354,8 +350,8 @@ def test_a_call_past_its_deadline_leaves_the_session_usable(toolbox):
         async with opened(box) as session:
             await session.call("echo", {"message": "start"})
             long = {"duration": 30, "steps": 2}
-            text, error, seconds = await session.call("trigger-long-running-operation", long)
-            assert error == "timeout" and seconds < 5
+            _, error, _ = await session.call("trigger-long-running-operation", long)
+            assert error == "timeout"
             assert (await session.call("echo", {"message": "x"}))[:2] == ("Echo: x", None)
 
     asyncio.run(scene())
@@ -606,11 +602,11 @@ STARTS = {
 @pytest.mark.parametrize("name", STARTS)
 def test_a_server_that_does_not_start_is_an_error_of_one_sentence(toolbox, name, capfd):
     server, message = STARTS[name]
-    before, start = children(), time.perf_counter()
+    before = children()
     with pytest.raises(UserError, match=message) as caught:
         toolbox(x=server)
     assert str(caught.value).startswith("MCP server 'x' of ") and "\n" not in str(caught.value)
-    assert time.perf_counter() - start < 15 and gone(children() - before)
+    assert gone(children() - before)
     assert capfd.readouterr() == ("", "")  # neither the server's stderr nor the SDK's tracebacks
 
 
@@ -622,11 +618,7 @@ def test_the_page_of_another_program_at_the_url_is_an_error(toolbox, tmp_path):
         command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        for _ in range(500):
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            time.sleep(0.02)
+        assert until(lambda: listens(port))
         with pytest.raises(UserError, match=r"HTTP 501 from http://127.*: correct its url"):
             toolbox(x={"url": f"http://127.0.0.1:{port}/mcp"})
     finally:

@@ -2,12 +2,12 @@
 
 The machine's programs (fork_server.PROGRAMS) and python are there, read-only, and an empty scratch
 directory. There is no /proc, no /home and next to no /etc, so `ps` and `<(...)` do not work.
-Without bash on the machine it is sh. What is covered, and what not: see sandbox.py.
+Without bash on the machine it is sh. What is covered, and what not: see sandbox/caller.py.
 """
 
 from run.config import UserError
 from tools import ToolError
-from tools.sandbox import caller as sandbox
+from tools.sandbox import caller
 
 
 class bash:
@@ -15,7 +15,7 @@ class bash:
 
     def __init__(self):
         # without one, either it could start no program, or what it starts would live on
-        if not sandbox.layers("shell")["pid_namespace"]:
+        if not caller.layers("shell")["pid_namespace"]:
             raise UserError(
                 "the bash tool cannot confine a command here, as there are no PID namespaces: use "
                 "Linux with user namespaces; in Docker add --security-opt seccomp=unconfined"
@@ -29,5 +29,5 @@ class bash:
         """
         if "\0" in command:
             raise ToolError("bad_arguments", "error: a command cannot contain a null byte")
-        output, reply = await sandbox.call("shell", command)
-        return sandbox.observation(output, reply, raised=None) or "(no output)"
+        result = await caller.call("shell", command)
+        return caller.observation(result, raised=None) or "(no output)"

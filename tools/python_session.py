@@ -1,12 +1,12 @@
 """The python_session tool: python whose variables and files live as long as the trajectory.
 
-One confined process from the first call to close(), with the layers of sandbox.py around it. Every
-call is under the caller's deadline; a call that does not end in time, is cancelled, crashes or
-writes too much takes the session with it. The next call gets a new one, and says so.
+One confined process from the first call to close(), with the layers of sandbox/caller.py around it.
+Every call is under the caller's deadline; a call that does not end in time, is cancelled, crashes
+or writes too much takes the session with it. The next call gets a new one, and says so.
 
 What is covered beyond the python tool: each call has sockets of its own, so a process that a call
 leaves cannot speak in a later one. What is not: a thread can, and can keep it waiting until its
-deadline; it harms its own trajectory alone. See also what sandbox.py says on sessions.
+deadline; it harms its own trajectory alone. See also what sandbox/caller.py says on sessions.
 """
 
 import asyncio
@@ -14,18 +14,18 @@ import contextlib
 import socket
 
 from tools import ToolError
-from tools.calling.base import DEADLINE
 from tools.python import NO_OUTPUT
-from tools.sandbox import caller as sandbox
+from tools.sandbox import caller
 
 LOST = "(a new session: what was defined before is lost)"
+ENDED = "(the session ended: what was defined is lost)"
 
 
 class python_session:
     def __init__(self):
         self._ctl = None  # the server tells the session's end here; closing it ends the session
-        self._requests = None
-        self._lost = False
+        self._requests = None  # each call's sockets go to the session over it
+        self._was_lost = False  # the next call has to say so
 
     async def __call__(self, code: str) -> str:
         """Run Python code and return what it prints. Variables and files stay for the next calls.
@@ -33,33 +33,42 @@ class python_session:
         Args:
             code: Python 3 code with numpy and sympy, no network. Use print to see a value.
         """
-        data = sandbox.encoded(code)
+        data = caller.encode(code)
         if self._ctl and self._has_ended():
             self._end()
-        note, self._lost = LOST if self._lost else "", False
-        going_on = False
+        note = LOST if self._was_lost else ""
+        self._was_lost = False
         try:
-            async with asyncio.timeout(None if DEADLINE.get() else sandbox.WALL_SECONDS):
-                if not self._ctl:
-                    await self._start()
-                output, reply, ended = await sandbox.exchange(self._hand_over, data, self._ctl)
-            if not ended:
-                reply = {"status": _exit_status(reply) << 8}
-            going_on = not ended
-        except TimeoutError:
-            text = f"error: stopped after {sandbox.WALL_SECONDS:g} s; the session is lost"
-            raise ToolError("timeout", _joined(note, text)) from None
-        except (ConnectionError, ValueError, RecursionError):  # its code, or the server was killed
-            raise ToolError("exception", _joined(note, "error: the session is lost")) from None
-        finally:
-            if not going_on:
-                self._end()
-        lost = "" if going_on else "(the session ended: what was defined is lost)"
+            result = await self._run(data)
+        except ToolError as error:
+            raise ToolError(error.kind, _joined(note, error.text)) from None
+        lost = ENDED if result.session_ended else ""
         try:
-            text = sandbox.observation(output, reply)
+            text = caller.observation(result)
         except ToolError as error:
             raise ToolError(error.kind, _joined(note, error.text, lost)) from None
         return _joined(note, text or NO_OUTPUT, lost)
+
+    async def _run(self, data):
+        """One call. Whatever it does not survive, if only a cancellation, ends the session."""
+        goes_on = False
+        try:
+            async with caller.wall_clock():
+                if not self._ctl:
+                    await self._start()
+                result = await caller.exchange(self._hand_over, data, self._ctl)
+            if not result.session_ended:
+                result.reply = {"status": _exit_status(result.reply) << 8}
+            goes_on = not result.session_ended
+            return result
+        except TimeoutError:
+            text = f"error: stopped after {caller.WALL_SECONDS:g} s; the session is lost"
+            raise ToolError("timeout", text) from None
+        except (ConnectionError, ValueError, RecursionError):  # its code, or the server was killed
+            raise ToolError("exception", "error: the session is lost") from None
+        finally:
+            if not goes_on:
+                self._end()
 
     async def _start(self):
         ctl, far_ctl = socket.socketpair()
@@ -69,15 +78,15 @@ class python_session:
             ctl.close()
             far_ctl.close()
             raise
-        self._ctl, self._requests = ctl, requests
+        self._ctl = ctl
+        self._requests = requests
         ctl.setblocking(False)
         requests.setblocking(False)
         with far_ctl, far_requests:
-            await sandbox.send_session(far_ctl, far_requests)
+            await caller.send_session(far_ctl, far_requests)
 
-    async def _hand_over(self, *sockets):
-        fds = [each.fileno() for each in sockets]
-        socket.send_fds(self._requests, [b"c"], fds)
+    async def _hand_over(self, ctl, out):
+        socket.send_fds(self._requests, [b"c"], [ctl.fileno(), out.fileno()])
 
     def _has_ended(self):
         with contextlib.suppress(BlockingIOError):
@@ -86,11 +95,12 @@ class python_session:
         return False
 
     def _end(self):
-        self._lost = True
+        self._was_lost = True
         if self._ctl:
             self._ctl.close()
             self._requests.close()
-        self._ctl = self._requests = None
+        self._ctl = None
+        self._requests = None
 
     async def close(self) -> None:
         """Ends the session; returns when its processes and files are gone."""
@@ -101,13 +111,13 @@ class python_session:
                     await asyncio.get_running_loop().sock_recv(self._ctl, 4096)
         finally:
             self._end()
-            self._lost = False
+            self._was_lost = False
 
 
 def _exit_status(reply):
     status = reply.get("exit") if isinstance(reply, dict) else None
     if not isinstance(status, int) or not 0 <= status <= 255:
-        raise ValueError("not what _run_session() sends")
+        raise ValueError("not what a session sends")
     return status
 
 

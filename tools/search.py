@@ -8,9 +8,10 @@
 {"id": "7", "contents": "\\"title\\"\\ntext"}, or {"title": ..., "text": ...}; or `task:facts`, the
 corpus of a generated task, kept in memory. It is indexed once, by tantivy (BM25 with k1 1.2, b
 0.75; words lower-cased, without accents, stemmed as English), into the folder `index`, which holds
-the passages too and is mapped, not loaded: a million passages take no memory of note. The folder
-is made anew when size or time of the corpus have changed. Equal scores come in the order of the
-corpus, so a query has the same result in every run.
+the passages too and is mapped, not loaded: a million passages take no memory of note. It lies
+beside the corpus, or in the user's cache where nothing can be written there, and is made anew when
+size or time of the corpus have changed. Equal scores come in the order of the corpus, so a query
+has the same result in every run.
 
 What is not covered: languages without spaces (a run of letters is one word); phrases and operators
 in the query, which is a bag of words, and in a large corpus those that most passages have do not
@@ -18,6 +19,7 @@ count; a web search changes from day to day, so a run with `web` cannot be repea
 """
 
 import asyncio
+import fcntl
 import gzip
 import hashlib
 import importlib
@@ -27,7 +29,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -68,9 +70,10 @@ class search:
         /retrieve server. web: which search API, its key in SERPER_API_KEY, BRAVE_API_KEY or
         TAVILY_API_KEY. web_url: in place of the API's own. k: passages in a result. chars: at most,
         of a passage. UserError, also if the corpus cannot be indexed."""
-        given = [name for name, value in (("corpus", corpus), ("url", url), ("web", web)) if value]
-        if len(given) != 1:
-            got = " and ".join(given) or "none"
+        sources = {"corpus": corpus, "url": url, "web": web}
+        named = [name for name, value in sources.items() if value]
+        if len(named) != 1:
+            got = " and ".join(named) or "none"
             raise UserError(f"the search tool takes one of corpus, url and web, not {got}")
         if k < 1 or chars < 1:
             raise UserError(f"search.k = {k}, search.chars = {chars}: expected 1 or more")
@@ -78,17 +81,23 @@ class search:
             raise UserError(f"search.index = {index!r} has no effect without search.corpus")
         if web_url and not web:
             raise UserError(f"search.web_url = {web_url!r} has no effect without search.web")
-        self.k, self.chars, self.url, self.web = k, chars, url, web
-        self.key, self.network = "", not corpus
+        self.k = k
+        self.chars = chars
+        self.web = web
+        self.network = not corpus
         if corpus:
             self.index = Index(corpus, index)
             self.key = self.index.made_from
             return
+        self.index = None
+        self.key = ""
+        self.url = url
         if web:
-            where, name = WEB[web]
-            self.url, self.secret = web_url or where, os.environ.get(name, "").strip()
+            api_url, key_name = WEB[web]
+            self.url = web_url or api_url
+            self.secret = os.environ.get(key_name, "").strip()
             if not self.secret:
-                raise UserError(f"search.web = {web!r} needs a key: export {name}=...")
+                raise UserError(f"search.web = {web!r} needs a key: export {key_name}=...")
         self.tls = secure(self.url)
 
     async def __call__(self, query: str) -> str:
@@ -100,14 +109,17 @@ class search:
         query = plain(query)
         if not query.strip():
             raise ToolError("bad_arguments", "error: the query is empty: say what to look for")
-        if self.web:
-            found = _web_passages(await self._ask(*_web_request(self, query)), self.web)
-        elif self.url:
+        if self.index:  # in a thread: with a large corpus it takes many milliseconds
+            passages = await asyncio.to_thread(self.index.search, query, self.k)
+        elif self.web:
+            method, request = _web_request(self.web, self.secret, query, self.k)
+            passages = _web_passages(self.web, await self._ask(method, request))
+        else:
             body = {"queries": [query], "topk": self.k, "return_scores": True}
-            found = _retrieved(await self._ask("POST", {"json": body}))
-        else:  # in a thread: with a large corpus it takes many milliseconds
-            found = await asyncio.to_thread(self.index.search, query, self.k)
-        lines = [_shown(i, text, self.chars) for i, text in enumerate(found[: self.k], 1)]
+            passages = _retrieved(await self._ask("POST", {"json": body}))
+        lines = []
+        for number, passage in enumerate(passages[: self.k], 1):
+            lines.append(_shown(number, passage, self.chars))
         return "\n".join(lines) or f"(nothing found for {query.strip()[:100]!r})"
 
     async def _ask(self, method, request):
@@ -132,21 +144,23 @@ class Index:
         if corpus.startswith("task:"):
             if folder:
                 raise UserError(f"search.index has no effect on {corpus}, kept in memory")
-            rows = enumerate(_of_task(corpus.removeprefix("task:")), 1)
-            passages = [_contents(row, f"{corpus}, row {n}") for n, row in rows]
+            passages = _passages_of_task(corpus)
             self.made_from = hashlib.blake2b(repr(passages).encode(), digest_size=12).hexdigest()
             index = _open(tantivy)
             _fill(tantivy, index, passages)
         else:
-            path = _on_disk(tantivy, corpus, folder)
+            path = _on_disk(tantivy, Path(corpus), folder)
             self.made_from = str(_stamp(path))  # kept results are those of this very corpus
-            self.links = None if os.access(path, os.W_OK) else _linked(path)
             try:
-                index = _open(tantivy, self.links.name if self.links else path)
+                index = _open(tantivy, path)
             except ValueError as error:
-                raise UserError(f"the index '{path}' is broken ({error}): remove it") from None
+                remedy = "remove it"
+                if not os.access(path, os.W_OK):
+                    remedy = "tantivy makes a lock in it, so give one that can be written"
+                raise UserError(f"the index '{path}' is broken ({error}): {remedy}") from None
         self.tantivy = tantivy
-        self.schema, self.analyzer = _schema(tantivy), _analyzer(tantivy)
+        self.schema = _schema(tantivy)
+        self.analyzer = _analyzer(tantivy)
         index.config_reader("manual", 0)  # the folder does not change: no thread that watches it
         index.reload()
         self.searcher = index.searcher()
@@ -156,15 +170,17 @@ class Index:
 
     def search(self, query: str, k: int) -> list[str]:
         """The k best passages, each "title\\ntext", the best first."""
-        term, should = self.tantivy.Query.term_query, self.tantivy.Occur.Should
-        words = self._telling(list(dict.fromkeys(self.analyzer.analyze(query)))[:TERMS])
+        different_words = list(dict.fromkeys(self.analyzer.analyze(query)))
+        words = self._telling(different_words[:TERMS])
         if not words:
             return []
-        parts = [(should, term(self.schema, "contents", word, "freq")) for word in words]
-        asked = self.tantivy.Query.boolean_query(parts)
+        query_of = self.tantivy.Query
+        should = self.tantivy.Occur.Should
+        terms = [query_of.term_query(self.schema, "contents", word, "freq") for word in words]
+        any_of_them = query_of.boolean_query([(should, term) for term in terms])
         limit = k + 8
         while True:  # until nothing beyond the limit ties with what is within k
-            hits = self.searcher.search(asked, limit, count=False).hits
+            hits = self.searcher.search(any_of_them, limit, count=False).hits
             # rounded: the same words, added up in another order, differ in the last bits
             scores = [float(f"{score:.5g}") for score, _ in hits]
             if len(hits) < limit or scores[-1] < scores[k - 1] or limit > TIES:
@@ -203,9 +219,11 @@ def _schema(tantivy):
 def _analyzer(tantivy):
     filters = tantivy.Filter
     builder = tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.simple())
-    for one in filters.remove_long(40), filters.lowercase(), filters.ascii_fold():
-        builder = builder.filter(one)
-    return builder.filter(filters.stemmer("english")).build()
+    builder = builder.filter(filters.remove_long(40))
+    builder = builder.filter(filters.lowercase())
+    builder = builder.filter(filters.ascii_fold())
+    builder = builder.filter(filters.stemmer("english"))
+    return builder.build()
 
 
 def _open(tantivy, path=None):
@@ -215,19 +233,10 @@ def _open(tantivy, path=None):
     return index
 
 
-def _linked(path):
-    """A folder of links to an index that is read-only: tantivy makes a lock beside what it opens.
-    It goes when the Index goes."""
-    links = tempfile.TemporaryDirectory(prefix="nanotool-bm25-")
-    for file in path.resolve().iterdir():
-        if file.suffix != ".lock":
-            Path(links.name, file.name).symlink_to(file)
-    return links
-
-
 def _fill(tantivy, index, passages):
     """Adds all passages (texts); returns how many. One thread: the same parts in every run."""
-    writer, count = index.writer(HEAP, 1), 0
+    writer = index.writer(HEAP, 1)
+    count = 0
     try:
         for count, text in enumerate(passages, 1):
             writer.add_document(tantivy.Document(contents=text, number=count))
@@ -241,89 +250,97 @@ def _fill(tantivy, index, passages):
     return count
 
 
-def _of_task(name):
+def _passages_of_task(corpus):
+    name = corpus.removeprefix("task:")
     try:
-        return importlib.import_module(f"tasks.{name}").corpus()
+        rows = importlib.import_module(f"tasks.{name}").corpus()
     except ModuleNotFoundError as error:
         if error.name != f"tasks.{name}":
             raise
-        raise UserError(f"search.corpus = 'task:{name}': there is no tasks/{name}.py") from None
+        raise UserError(f"search.corpus = '{corpus}': there is no tasks/{name}.py") from None
+    return [_contents(row, f"{corpus}, row {number}") for number, row in enumerate(rows, 1)]
+
+
+# -- the index on disk
 
 
 def _on_disk(tantivy, corpus, folder):
     """The folder of an index that fits the corpus, made if there is none."""
-    corpus = Path(corpus)
     try:
         facts = corpus.stat()
     except OSError as error:
         raise UserError(f"cannot read search.corpus '{corpus}' ({error.strerror})") from None
     stamp = {"version": VERSION, "size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
-    path = Path(folder) if folder else _place(corpus, stamp)
+    path = Path(folder) if folder else _place(corpus)
     if _fits(path, stamp):
         return path
     try:
         if path.exists() and _stamp(path) is None and any(path.iterdir()):
             raise UserError(f"search.index '{path}' holds something else: give a folder of its own")
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f"{path.name}.aside-", dir=path.parent))
-        aside.chmod(0o755)  # mkdtemp's is for its user alone; others may share the corpus
+        with _locked(path.parent):
+            if not _fits(path, stamp):  # another run may just have made it
+                _make(tantivy, corpus, path, stamp)
     except OSError as error:
-        raise UserError(f"cannot make search.index '{path}' ({error.strerror})") from None
-    if facts.st_size > NOTABLE:
-        print(f"search: indexing {corpus} into {path}, once", file=sys.stderr, flush=True)
-    try:  # aside: it is whole or not there, and two runs may make it at the same time
-        try:
-            passages = _fill(tantivy, _open(tantivy, aside), _passages(corpus))
-        except ValueError as error:  # how tantivy says that a disk is full
-            raise UserError(f"cannot make search.index '{path}' ({error})") from None
-        if not passages:
-            raise UserError(f"search.corpus '{corpus}' is empty")
-        (aside / STAMP).write_text(json.dumps(stamp | {"passages": passages}))
-        for file in aside.iterdir():
-            file.chmod(0o644)  # tantivy's meta.json is for its user alone
-        _put(aside, path, stamp)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(f"cannot make search.index '{path}' ({error.strerror or error})") from None
     return path
 
 
-def _put(aside, path, stamp):
-    """Renames the new index to `path`, unless another run has put one there meanwhile."""
-    for _ in range(10):
-        if _fits(path, stamp):
-            return
-        with suppress(OSError):  # there is one of the corpus as it was before
-            aside.rename(path)
-            return
-        old = tempfile.mkdtemp(prefix=f"{path.name}.aside-", dir=path.parent)
-        with suppress(OSError):  # another run has just done it
-            path.rename(old)
-        shutil.rmtree(old, ignore_errors=True)
-    raise UserError(f"cannot put the new index at '{path}': remove what is there")
-
-
-def _place(corpus, stamp):
-    """Beside the corpus; in the user's cache if nothing is there that fits, or can be written."""
+def _place(corpus):
+    """Beside the corpus; in the user's cache if nothing can be written there."""
     beside = corpus.with_name(f"{corpus.name}.bm25")
-    if _fits(beside, stamp) or os.access(corpus.parent, os.W_OK):
+    # tantivy makes a lock in what it opens: the index itself has to be writable too
+    if os.access(beside if beside.exists() else corpus.parent, os.W_OK):
         return beside
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     digest = hashlib.blake2b(str(corpus.resolve()).encode(), digest_size=6).hexdigest()
     return cache / "nanotool" / f"{corpus.name}-{digest}.bm25"
 
 
+@contextmanager
+def _locked(folder):
+    """Of several runs that begin at the same time one makes the index, and the others wait."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _make(tantivy, corpus, path, stamp):
+    """Indexes the corpus into `path`: aside first, so that it is whole or not there."""
+    if stamp["size"] > NOTABLE:
+        print(f"search: indexing {corpus} into {path}, once", file=sys.stderr, flush=True)
+    aside = Path(tempfile.mkdtemp(prefix=f"{path.name}.aside-", dir=path.parent))
+    try:
+        try:
+            count = _fill(tantivy, _open(tantivy, aside), _passages(corpus))
+        except ValueError as error:  # how tantivy says that a disk is full
+            raise UserError(f"cannot make search.index '{path}' ({error})") from None
+        if not count:
+            raise UserError(f"search.corpus '{corpus}' is empty")
+        (aside / STAMP).write_text(json.dumps(stamp | {"passages": count}))
+        if path.exists():  # one of the corpus as it was before
+            shutil.rmtree(path)
+        aside.rename(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def _fits(path, stamp):
-    found = _stamp(path) or {}
-    return {key: found.get(key) for key in stamp} == stamp
+    made_from = _stamp(path) or {}
+    return all(made_from.get(key) == value for key, value in stamp.items())
 
 
 def _stamp(path):
     """What the index in a folder was made from; None if there is none."""
     try:
-        found = json.loads((path / STAMP).read_text())
+        made_from = json.loads((path / STAMP).read_text())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return made_from if isinstance(made_from, dict) else None
 
 
 def _passages(path):
@@ -359,33 +376,43 @@ def _contents(row, where):
 def _retrieved(answer):
     """The passages in the answer of a /retrieve server."""
     try:
-        found = [one.get("document", one) for one in answer["result"][0]]
-        return [_contents(one, "a passage of the server") for one in found]
+        rows = [hit.get("document", hit) for hit in answer["result"][0]]
+        return [_contents(row, "a passage of the server") for row in rows]
     except (KeyError, IndexError, TypeError, AttributeError, UserError):
         raise not_understood("the search server", json.dumps(answer)) from None
 
 
-def _web_request(tool, query):
-    """-> method, arguments of the request to the API that `tool` uses."""
-    if tool.web == "serper":
-        return "POST", {"json": {"q": query, "num": tool.k}, "headers": {"X-API-KEY": tool.secret}}
-    if tool.web == "brave":
-        headers = {"X-Subscription-Token": tool.secret, "Accept": "application/json"}
-        return "GET", {"params": {"q": query, "count": tool.k}, "headers": headers}
-    headers = {"Authorization": f"Bearer {tool.secret}"}
-    return "POST", {"json": {"query": query, "max_results": tool.k}, "headers": headers}
+def _web_request(web, secret, query, k):
+    """-> method, arguments of the request to that API."""
+    if web == "serper":
+        return "POST", {"json": {"q": query, "num": k}, "headers": {"X-API-KEY": secret}}
+    if web == "brave":
+        headers = {"X-Subscription-Token": secret, "Accept": "application/json"}
+        return "GET", {"params": {"q": query, "count": k}, "headers": headers}
+    headers = {"Authorization": f"Bearer {secret}"}
+    return "POST", {"json": {"query": query, "max_results": k}, "headers": headers}
 
 
-def _web_passages(answer, web):
-    """The results in the API's answer, each "title\\nsnippet (address)"."""
+def _web_passages(web, answer):
+    """The results in that API's answer, each "title\\nsnippet (address)"."""
     try:
         if web == "serper":
-            found, keys = answer.get("organic"), ("title", "snippet", "link")
+            hits = answer.get("organic")
+            keys = ("title", "snippet", "link")
         elif web == "brave":
-            found, keys = (answer.get("web") or {}).get("results"), ("title", "description", "url")
+            hits = (answer.get("web") or {}).get("results")
+            keys = ("title", "description", "url")
         else:
-            found, keys = answer.get("results"), ("title", "content", "url")
-        parts = [[" ".join(str(one.get(key) or "").split()) for key in keys] for one in found or []]
+            hits = answer.get("results")
+            keys = ("title", "content", "url")
+        passages = []
+        for hit in hits or []:
+            title, text, link = [_one_line(hit.get(key)) for key in keys]
+            passages.append(f"{title or link}\n{text} ({link})")
+        return passages
     except (AttributeError, TypeError):
         raise not_understood("the search server", json.dumps(answer)) from None
-    return [f"{title or link}\n{text} ({link})" for title, text, link in parts]
+
+
+def _one_line(value):
+    return " ".join(str(value or "").split())

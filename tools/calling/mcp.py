@@ -28,10 +28,7 @@ run that is killed closes its servers' stdin: one that does not end at that stay
 """
 
 import asyncio
-import base64
 import contextlib
-import io
-import json
 import logging
 import os
 import re
@@ -39,17 +36,15 @@ import shlex
 import threading
 from collections import Counter, deque
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 
 import httpx2
-from PIL import Image, UnidentifiedImageError
 
 from run.config import UserError, near
 from tools.calling.base import NetworkError, ToolError
 from tools.calling.http import AGAIN
 from tools.calling.loading import Tool
+from tools.calling.mcp_file import Server, read
 
 try:
     from mcp import Client, MCPError, StdioServerParameters, types
@@ -59,42 +54,13 @@ try:
 except ImportError as error:
     raise UserError(f'MCP needs a package ({error}): pip install -e ".[mcp]"') from None
 
+from tools.calling.mcp_forms import content, parameters
+
 log = logging.getLogger(__name__)
 NO_HANDSHAKE = {types.METHOD_NOT_FOUND, types.UNSUPPORTED_PROTOCOL_VERSION}
 MAYBE_LOST = {types.CONNECTION_CLOSED, types.INVALID_REQUEST, types.INTERNAL_ERROR}
-KINDS = {"stdio": "stdio", "http": "http", "streamable-http": "http", "sse": "sse"}
-KEYS = {  # what a server can have, and what a value has to be, in words
-    "command": "a text",
-    "args": "a list of texts",
-    "env": "texts by name",
-    "cwd": "a text",
-    "url": "a text",
-    "headers": "texts by name",
-    "type": "a text",
-    "transport": "a text",
-    "disabled": "true or false",
-    "tools": "a list of texts",
-    "session": "a text",
-    "start_timeout": "a number above 0",
-}
-FITS = {
-    "a text": lambda value: isinstance(value, str) and value != "",
-    "a list of texts": lambda value: isinstance(value, list) and all(map(_is_text, value)),
-    "texts by name": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
-    "true or false": lambda value: isinstance(value, bool),
-    "a number above 0": lambda value: type(value) in (int, float) and value > 0,
-}
-
-
-@dataclass
-class Server:
-    name: str
-    where: str  # for messages
-    given: dict  # as in the file, for messages: with ${TOKEN}, not with what it stands for
-    kind: str  # "stdio" "http" "sse"
-    values: dict  # the same with the environment's values
-    start_timeout: float  # seconds
-    newest: bool = False  # it was found to refuse the handshake of the older protocols
+TO_ANSWER = 5.0  # seconds, for a server that may be lost
+TO_END = 10.0  # seconds that the end of a connection is waited for; it may go on alone
 
 
 def load(path: str, server: str | None, timeout: float) -> list[Tool]:
@@ -102,34 +68,40 @@ def load(path: str, server: str | None, timeout: float) -> list[Tool]:
     to list them, for at most `timeout` seconds (its start_timeout; never under 10), and stopped.
     Raises UserError on a file that is wrong and on a server that does not start."""
     servers = read(path, server, timeout)
-    future = asyncio.run_coroutine_threadsafe(_list(servers), _loop())
+    future = asyncio.run_coroutine_threadsafe(_list_all(servers), _loop())
     try:
-        listed = future.result()
+        offers = future.result()
     except BaseException:  # Ctrl-C too: the servers end
         future.cancel()
         raise
     tools = []
-    for one, offered in zip(servers, listed, strict=True):
-        make = partial(Connection, one)  # one object: the tools of a server share its connection
-        shared = one.values.get("session", "run") == "run"
-        patience = one.given.get("start_timeout", 0)
-        for tool in _kept(one, offered):
-            schema = {"name": _safe(tool.name), "description": tool.description or tool.title or ""}
-            schema["parameters"] = parameters(tool.input_schema)
-            tools.append(
-                Tool(
-                    name=schema["name"],
-                    schema={"type": "function", "function": schema},
-                    function=_function(tool.name),
-                    is_async=True,
-                    make=make,
-                    shared=shared,
-                    serial=False,  # MCP has many calls on one session
-                    network=one.kind != "stdio",
-                    timeout=patience if patience > timeout else None,
-                )
-            )
+    for each, offered in zip(servers, offers, strict=True):
+        make = partial(Connection, each)  # one object: the tools of a server share its connection
+        for tool in _wanted(each, offered):
+            tools.append(_tool(each, tool, make, timeout))
     return _named_apart(tools)
+
+
+def _tool(server, offered, make, timeout):
+    """One tool that a server offers, as the Toolbox has it."""
+    name = _safe(offered.name)
+    function = {
+        "name": name,
+        "description": offered.description or offered.title or "",
+        "parameters": parameters(offered.input_schema),
+    }
+    start_timeout = server.given.get("start_timeout", 0)
+    return Tool(
+        name=name,
+        schema={"type": "function", "function": function},
+        function=_function(offered.name),
+        is_async=True,
+        make=make,
+        shared=server.values.get("session", "run") == "run",
+        serial=False,  # MCP has many calls on one session
+        network=server.kind != "stdio",
+        timeout=start_timeout if start_timeout > timeout else None,
+    )
 
 
 def _function(name):
@@ -149,237 +121,40 @@ def _named_apart(tools):
     count = Counter(tool.name for tool in tools)
     for tool in tools:
         if count[tool.name] > 1:
-            tool.name = _safe(f"{tool.make.args[0].name}_{tool.name}")
+            server = tool.make.args[0]
+            tool.name = _safe(f"{server.name}_{tool.name}")
             tool.schema["function"]["name"] = tool.name
     return tools
 
 
-def _kept(server, offered):
+def _wanted(server, offered):
+    """Those of its tools that the file asks for."""
     names = [tool.name for tool in offered]
-    keep = server.values.get("tools", names)
-    for name in keep:
+    wanted = server.values.get("tools", names)
+    for name in wanted:
         if name not in names:
-            there = f" (it has: {', '.join(names)})"
-            raise UserError(f"{server.where} has no tool {name!r}{near(name, names) or there}")
-    return [tool for tool in offered if tool.name in keep]
+            hint = near(name, names) or f" (it has: {', '.join(names)})"
+            raise UserError(f"{server.where} has no tool {name!r}{hint}")
+    return [tool for tool in offered if tool.name in wanted]
 
 
-async def _list(servers):
-    async def one(server):
-        link = _Link(server)
-        try:
-            if await link.ready():
-                return link.tools
-            raise UserError(f"{server.where} did not start: {link.why}")
-        finally:
-            await link.close()
-
-    found = await asyncio.gather(*map(one, servers), return_exceptions=True)
-    for error in found:
-        if isinstance(error, BaseException):
-            raise error
-    return found
+async def _list_all(servers):
+    """What each server offers. All are started at the same time, and all have ended after it."""
+    results = await asyncio.gather(*map(_list, servers), return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
 
 
-# -- the file
-
-
-def read(path: str, server: str | None, timeout: float) -> list[Server]:
-    """The servers of an mcpServers file, checked; nothing is started. Raises UserError."""
+async def _list(server):
+    link = _Link(server)
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-        found = json.loads(text)
-    except OSError as error:
-        raise UserError(f"cannot read the MCP servers of {path!r}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}): expected an mcpServers file") from None
-    servers = found.get("mcpServers") if isinstance(found, dict) else None
-    if not isinstance(servers, dict) or not servers or len(found) > 1:
-        others = [key for key in found if key != "mcpServers"] if isinstance(found, dict) else []
-        has = f"unknown key {others[0]!r} in {path}" if others else f"no server in {path}"
-        raise UserError(f'{has}: expected {{"mcpServers": {{"a_name": {{"command": …}}}}}}')
-    if server is not None and server not in servers:
-        there = f" (it has: {', '.join(servers)})"
-        raise UserError(f"{path} has no server {server!r}{near(server, servers) or there}")
-    checked = [
-        _server(name, f"MCP server {name!r} of {path}", given, timeout)
-        for name, given in servers.items()
-        if server in (None, name)
-    ]
-    if not (enabled := [one for one in checked if not one.values.get("disabled")]):
-        raise UserError(f"{path}: every server that is asked for is disabled: remove `disabled`")
-    return enabled
-
-
-def _server(name, where, given, timeout):
-    if not isinstance(given, dict):
-        raise UserError(f'{where}: expected {{"command": …}} or {{"url": …}}')
-    for key, value in given.items():
-        if key not in KEYS:
-            there = f" (keys: {', '.join(KEYS)})"
-            raise UserError(f"{where}: unknown key {key!r}{near(key, KEYS) or there}")
-        if not FITS[KEYS[key]](value):
-            raise UserError(f"{where}: {key} = {json.dumps(value)}: expected {KEYS[key]}")
-    if ("command" in given) == ("url" in given):
-        raise UserError(f"{where}: expected one of command and url")
-    kind = given.get("type", given.get("transport", "stdio" if "command" in given else "http"))
-    if KINDS.get(kind) is None or (KINDS[kind] == "stdio") != ("command" in given):
-        fits = "stdio" if "command" in given else "http or sse"
-        raise UserError(f"{where}: type = {kind!r}: expected {fits}")
-    if given.get("session", "run") not in ("run", "trajectory"):
-        raise UserError(f"{where}: session = {given['session']!r}: expected run or trajectory")
-    for key in ("url", "headers") if "command" in given else ("args", "env", "cwd"):
-        if key in given:
-            other = "command" if "command" in given else "url"
-            raise UserError(f"{where}: {key} has no effect beside {other}: drop it")
-    start = given.get("start_timeout", max(timeout, 10.0))
-    if given.get("disabled"):  # its variables need not be there
-        return Server(name, where, given, KINDS[kind], given, start)
-    values = _expanded(given, where)
-    if "headers" in values:  # a variable of a file with CRLF ends in a CR
-        values["headers"] = {key: text.strip() for key, text in values["headers"].items()}
-    if "cwd" in values and not Path(values["cwd"]).is_dir():
-        raise UserError(f"{where}: cwd = {given['cwd']!r} is no folder: give one that exists")
-    if "url" in values and not values["url"].startswith(("http://", "https://")):
-        raise UserError(f"{where}: url = {given['url']!r}: expected http:// or https://")
-    return Server(name, where, given, KINDS[kind], values, start)
-
-
-def _is_text(value):
-    return isinstance(value, str)
-
-
-def _expanded(value, where):
-    if isinstance(value, list):
-        return [_expanded(item, where) for item in value]
-    if isinstance(value, dict):
-        return {key: _expanded(item, where) for key, item in value.items()}
-    if not isinstance(value, str):
-        return value
-
-    def variable(match):
-        found = os.environ.get(match[1], match[2])
-        if found is None:
-            raise UserError(f"{where}: the environment has no variable {match[1]!r}: set it")
-        return found
-
-    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", variable, value)
-
-
-# -- the schema of a tool, as the model and its chat template get it
-
-
-def parameters(schema: dict) -> dict:
-    """An inputSchema with an object's type and properties, as get_json_schema writes them: $ref is
-    replaced by what it stands for, `X or null` is X with nullable, and titles and $schema, which
-    say nothing to a model, are left out. Other keywords stay: the server checks them."""
-    plain = _plain(schema, schema, ())
-    open_ended = {"anyOf", "oneOf", "allOf", "patternProperties"} & plain.keys()
-    if "properties" not in plain and open_ended:
-        plain.setdefault("additionalProperties", True)
-    return {**plain, "type": "object", "properties": plain.get("properties", {})}
-
-
-DROPPED = {"$schema", "$id", "$comment", "$ref", "$defs", "definitions", "title"}
-AS_IT_IS = {"enum", "const", "default", "examples", "required"}  # values: no schemas
-
-
-def _plain(schema, root, inside):
-    if isinstance(schema, list):
-        return [_plain(item, root, inside) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    while isinstance(reference := schema.get("$ref"), str):  # which may stand for another one
-        rest = {key: value for key, value in schema.items() if key != "$ref"}
-        known = reference not in inside  # a schema within itself ends in "any value"
-        schema = {**(_target(root, reference) if known else {}), **rest}
-        inside = (*inside, reference)
-    made = {}
-    for key, value in schema.items():
-        if key == "properties" and isinstance(value, dict):  # its keys are names of arguments
-            made[key] = {name: _plain(item, root, inside) for name, item in value.items()}
-        elif key in AS_IT_IS:
-            made[key] = value
-        elif key not in DROPPED:
-            made[key] = _plain(value, root, inside)
-    return _nullable(made)
-
-
-def _target(root, reference):
-    """What "#/$defs/Point" stands for, {} where it is not in the schema."""
-    found = root
-    for part in reference.removeprefix("#").strip("/").split("/"):
-        part = part.replace("~1", "/").replace("~0", "~")
-        found = found.get(part) if isinstance(found, dict) and part else found
-    return found if isinstance(found, dict) and reference.startswith("#") else {}
-
-
-def _nullable(schema):
-    kinds, options = schema.get("type"), schema.get("anyOf")
-    if isinstance(options, list) and {"type": "null"} in options:
-        rest = [option for option in options if option != {"type": "null"}]
-        schema = {key: value for key, value in schema.items() if key != "anyOf"}
-        inner = rest[0] if len(rest) == 1 and isinstance(rest[0], dict) else {"anyOf": rest}
-        return {**inner, **schema, "nullable": True}
-    if isinstance(kinds, list) and "null" in kinds and len(kinds) == 2:
-        return {**schema, "type": [kind for kind in kinds if kind != "null"][0], "nullable": True}
-    return schema
-
-
-# -- what a call returned
-
-
-def content(result: types.CallToolResult) -> str | list | None:
-    """Text, a list of texts and PIL images, or None for nothing. Raises ToolError for an error."""
-    parts = [_part(block) for block in result.content]
-    texts = [part for part in parts if isinstance(part, str)]
-    if result.structured_content is not None and not parts:
-        texts = parts = [json.dumps(result.structured_content, ensure_ascii=False)]
-    text = "\n".join(texts)
-    if result.is_error:
-        raise ToolError("exception", text or "error: the tool failed and does not say why")
-    return (text or None) if len(texts) == len(parts) else parts
-
-
-def _part(block):
-    if block.type == "text":
-        return block.text
-    if block.type == "resource_link":
-        return f"(a resource {block.uri}: not shown)"
-    if block.type == "resource" and isinstance(block.resource, types.TextResourceContents):
-        return block.resource.text
-    if block.type == "resource":
-        data, kind, name = block.resource.blob, block.resource.mime_type, block.resource.uri
-    else:
-        data, kind, name = block.data, block.mime_type, ""
-    if not str(kind).startswith("image/"):
-        return f"(a resource {name} of type {kind}: not shown)".replace("  ", " ")
-    try:
-        data = base64.b64decode(data)
-        try:
-            return _image(data)
-        except (SyntaxError, UnidentifiedImageError):  # Pillow's words for a broken one
-            return _image(_essential(data))
-    except Exception as error:  # Pillow has many: what is sent is another program's
-        return f"(an image that cannot be read, {type(error).__name__}: not shown)"
-
-
-def _image(data):
-    image = Image.open(io.BytesIO(data))
-    image.load()
-    return image
-
-
-def _essential(png):
-    """A PNG without its optional chunks: a wrong checksum in a colour profile, as the reference
-    server "everything" sends it, is nothing to a browser, and Pillow would refuse the image."""
-    kept, at = png[:8], 8
-    while at + 8 <= len(png):
-        end = at + 12 + int.from_bytes(png[at : at + 4])
-        if png[at + 4 : at + 5].isupper() or png[at + 4 : at + 8] == b"tRNS":
-            kept += png[at:end]
-        at = end
-    return kept
+        if await link.ready():
+            return link.tools
+        raise UserError(f"{server.where} did not start: {link.why}")
+    finally:
+        await link.close()
 
 
 # -- connections
@@ -388,17 +163,18 @@ def _essential(png):
 @cache
 def _loop():
     """All connections are on one event loop, in a thread of its own: they outlive the loops of
-    their callers, and no asyncio.run that ends can cut off the end of a server."""
+    their callers, and no asyncio.run that ends can cut off the end of a server. It is not the loop
+    of run/loop.py: load() waits for it, also when what runs on that one makes a Toolbox."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="mcp", daemon=True).start()
     return loop
 
 
-async def _there(coroutine):
+async def _on_its_loop(coroutine):
     return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, _loop()))
 
 
-_errors = ContextVar("errors")  # a list: HTTP status codes >= 400 of a call's own requests
+_http_errors = ContextVar("http_errors")  # a list: status codes >= 400 of a call's own requests
 
 
 class Connection:
@@ -411,60 +187,73 @@ class Connection:
 
     async def call(self, name: str, arguments: dict) -> str | list | None:
         """What the tool returns: see content(). Raises ToolError, NetworkError."""
-        return await _there(self._call(name, arguments))
+        return await _on_its_loop(self._call(name, arguments))
 
     async def close(self) -> None:
         """Ends the connection, and the process of a command with all its children."""
-        await _there(self._close())
+        await _on_its_loop(self._close())
 
     async def _call(self, name, arguments):
+        link = await self._connected()
+        http_errors = []
+        _http_errors.set(http_errors)
+        request = asyncio.ensure_future(link.client.call_tool(name, arguments))
+        try:  # who ends a connection ends its task, and may leave those waiting who are in a call
+            await asyncio.wait({request, link.task}, return_when=asyncio.FIRST_COMPLETED)
+            if request.done():
+                return content(request.result())
+        except MCPError as error:
+            is_busy = http_errors and http_errors[-1] in AGAIN
+            if error.code == types.INTERNAL_ERROR and is_busy:
+                why = f"is busy (HTTP {http_errors[-1]}: {error.message})"
+                raise NetworkError(f"error: the MCP server {self.server.name!r} {why}") from None
+            if error.code not in MAYBE_LOST or await _answers(link.client):
+                # its own answer: it is well
+                raise ToolError("exception", f"error: {error.message}") from None
+        finally:
+            request.cancel()
+        await self._lose(link)
+        text = f"error: the MCP server {self.server.name!r} ended during the call; the next call"
+        raise ToolError("server", f"{text} starts it again, without its state")
+
+    async def _connected(self):
+        """The link, which is there. Raises ToolError, NetworkError if it cannot be."""
         if self._link is None:
             self._link = _Link(self.server)
         link = self._link
-        if not await link.ready():
-            self._forget(link)
-            error = NetworkError if self.server.kind != "stdio" else partial(ToolError, "server")
-            raise error(f"error: the MCP server {self.server.name!r} does not answer: {link.short}")
-        client, errors = link.client, []
-        _errors.set(errors)
-        asked = asyncio.ensure_future(client.call_tool(name, arguments))
-        try:  # who ends a connection ends its task, and may leave those waiting who are in a call
-            await asyncio.wait({asked, link.task}, return_when=asyncio.FIRST_COMPLETED)
-            if asked.done():
-                return content(asked.result())
-        except MCPError as error:
-            if error.code == types.INTERNAL_ERROR and errors and errors[-1] in AGAIN:
-                why = f"is busy (HTTP {errors[-1]}: {error.message})"
-                raise NetworkError(f"error: the MCP server {self.server.name!r} {why}") from None
-            if error.code not in MAYBE_LOST or await _answers(client):  # its own answer: it is well
-                raise ToolError("exception", f"error: {error.message}") from None
-        finally:
-            asked.cancel()
-        first = self._forget(link)
+        if await link.ready():
+            return link
+        self._forget(link)
+        text = f"error: the MCP server {self.server.name!r} does not answer: {link.short}"
+        if self.server.kind == "stdio":
+            raise ToolError("server", text)
+        raise NetworkError(text)
+
+    async def _lose(self, link):
+        is_first = self._forget(link)
         await link.close(wait=1.0)
-        if first:  # for the user; to the model its stderr says nothing
-            said = link.short or link.last_words(300) or "without a word"
-            log.warning("the MCP server %r ended: %s", self.server.name, said)
-        text = f"error: the MCP server {self.server.name!r} ended during the call; the next call"
-        raise ToolError("server", f"{text} starts it again, without its state")
+        if is_first:  # for the user; to the model its stderr says nothing
+            words = link.short or link.last_words(300) or "without a word"
+            log.warning("the MCP server %r ended: %s", self.server.name, words)
 
     def _forget(self, link):
         """Whether it was there still: of the calls that lose a connection, one is the first, and
         another may have connected again."""
-        first = self._link is link
-        if first:
+        is_first = self._link is link
+        if is_first:
             self._link = None
-        return first
+        return is_first
 
     async def _close(self):
-        link, self._link = self._link, None
+        link = self._link
+        self._link = None
         if link is not None:
             await link.close()
 
 
 async def _answers(client):
     try:
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(TO_ANSWER):
             await client.list_tools()
         return True
     except Exception:  # whatever it is, the connection is of no use
@@ -482,21 +271,25 @@ class _Link:
         self.short = ""  # the same for a model
         self.status = None  # of the last HTTP answer that was an error
         self.stderr = deque(maxlen=8)  # the last lines
-        self._settled, self._stop, self._limit = asyncio.Event(), asyncio.Event(), None
+        self._is_settled = asyncio.Event()  # it is there, or cannot be
+        self._has_to_stop = asyncio.Event()
+        self._start_limit = None
         self.task = asyncio.create_task(self._live())
 
     async def ready(self) -> bool:
+        """Whether the connection is there; waits while it starts."""
         limit = self.server.start_timeout + 1  # an unwilling server takes seconds to kill
         try:
-            await asyncio.wait_for(self._settled.wait(), limit)
+            await asyncio.wait_for(self._is_settled.wait(), limit)
         except TimeoutError:
             self._explain(TimeoutError())
         return self.client is not None
 
-    async def close(self, wait: float = 10.0) -> None:
+    async def close(self, wait: float = TO_END) -> None:
         """Ends it; the task goes on alone where that takes more than `wait` seconds."""
-        self._stop.set()
-        if not self._settled.is_set() and not (self._limit and self._limit.expired()):
+        self._has_to_stop.set()
+        is_ending = self._start_limit and self._start_limit.expired()
+        if not self._is_settled.is_set() and not is_ending:
             self.task.cancel()  # it is starting; a cancel while it ends would leave a process
         await asyncio.wait({self.task}, timeout=wait)
 
@@ -504,28 +297,30 @@ class _Link:
         logging.getLogger("mcp").setLevel(logging.CRITICAL)  # tracebacks of what is reported here
         try:
             async with contextlib.AsyncExitStack() as stack:
-                async with asyncio.timeout(self.server.start_timeout) as self._limit:
+                async with asyncio.timeout(self.server.start_timeout) as self._start_limit:
                     client = await self._connect(stack)
                     self.tools = await _all_tools(client)
                 self.client = client
-                self._settled.set()
-                await self._stop.wait()
+                self._is_settled.set()
+                await self._has_to_stop.wait()
         except (Exception, BaseExceptionGroup) as error:
             self._explain(_leaf(error))
         finally:
             self.client = None
-            self._settled.set()
+            self._is_settled.set()
 
     async def _connect(self, stack):
         """The handshake that all servers know comes first: some end at any other message."""
-        stderr = stack.enter_context(_last_lines(self.stderr)) if self._is_stdio() else None
+        stderr = None
+        if self._is_stdio():
+            stderr = stack.enter_context(_last_lines(self.stderr))
         if not self.server.newest:
             try:
                 client = Client(self._transport(stderr), mode="legacy", cache=None)
                 return await stack.enter_async_context(client)
             except (Exception, BaseExceptionGroup) as error:
-                code = leaf.code if isinstance(leaf := _leaf(error), MCPError) else None
-                if code not in NO_HANDSHAKE:
+                cause = _leaf(error)
+                if not isinstance(cause, MCPError) or cause.code not in NO_HANDSHAKE:
                     raise
         client = await stack.enter_async_context(Client(self._transport(stderr), cache=None))
         self.server.newest = True
@@ -537,8 +332,9 @@ class _Link:
     def _transport(self, stderr):
         values = self.server.values
         if self._is_stdio():
-            given = {key: values[key] for key in ("command", "args", "env", "cwd") if key in values}
-            return stdio_client(StdioServerParameters(**given), stderr)
+            keys = ("command", "args", "env", "cwd")
+            parameters = {key: values[key] for key in keys if key in values}
+            return stdio_client(StdioServerParameters(**parameters), stderr)
         if self.server.kind == "sse":
             return sse_client(values["url"], httpx_client_factory=self._http, timeout=30.0)
         return self._streamable(values["url"])
@@ -552,46 +348,58 @@ class _Link:
             yield streams
 
     def _http(self, headers=None, timeout=None, auth=None):
-        async def saw(response):
+        async def note_errors(response):
             if response.status_code >= 400:
                 self.status = response.status_code
-                _errors.get([]).append(response.status_code)
+                _http_errors.get([]).append(response.status_code)
 
         return httpx2.AsyncClient(
             headers=self.server.values.get("headers", {}),
             timeout=httpx2.Timeout(30.0, read=None),  # a call's deadline is the Toolbox's
             limits=httpx2.Limits(max_connections=None),  # so is how many there are
-            event_hooks={"response": [saw]},
+            event_hooks={"response": [note_errors]},
         )
 
     def _explain(self, error):
         """Sets `why` and `short`, of an error at the start or later."""
-        given = self.server.given
         if isinstance(error, TimeoutError):
             self.short = f"no answer in {self.server.start_timeout:g} s"
             self.why = f'{self.short}: give it more with "start_timeout", or run it by hand'
-        elif isinstance(error, OSError) and self._is_stdio():
+        elif self._is_stdio():
+            self._explain_command(error)
+        else:
+            self._explain_url(error)
+
+    def _explain_command(self, error):
+        given = self.server.given
+        if isinstance(error, OSError):
             self.short = f"cannot run {given['command']!r}: {error.strerror}"
             self.why = f"{self.short}: install it, or correct its command"
-        elif self._is_stdio():
-            self.short = "it ended at once"
-            by_hand = shlex.join([given["command"], *given.get("args", [])])
-            said = f"saying {self.last_words(800)!r}" if self.stderr else "saying nothing"
-            self.why = f"it ended at once, {said}: try `{by_hand}`"
-        elif isinstance(error, httpx2.LocalProtocolError):  # its text quotes the token
+            return
+        self.short = "it ended at once"
+        by_hand = shlex.join([given["command"], *given.get("args", [])])
+        words = f"saying {self.last_words(800)!r}" if self.stderr else "saying nothing"
+        self.why = f"it ended at once, {words}: try `{by_hand}`"
+
+    def _explain_url(self, error):
+        url = self.server.given["url"]
+        if isinstance(error, httpx2.LocalProtocolError):  # its text quotes the token
             self.short = "a header has a value that cannot be sent"
-            self.why = f"{self.short} to {given['url']}: correct its headers"
+            self.why = f"{self.short} to {url}: correct its headers"
+        elif self.status in (401, 403):
+            self.short = f"HTTP {self.status}"
+            self.why = f"{self.short} from {url}: give its token in headers"
         elif self.status is not None:
             self.short = f"HTTP {self.status}"
-            remedy = "give its token in headers" if self.status in (401, 403) else "correct its url"
-            self.why = f"{self.short} from {given['url']}: {remedy}"
+            self.why = f"{self.short} from {url}: correct its url"
         else:
             self.short = f"{type(error).__name__}: {error}".removesuffix(": ")
-            self.why = f"{self.short}, from {given['url']}: start it, or correct its url"
+            self.why = f"{self.short}, from {url}: start it, or correct its url"
 
     def last_words(self, size):
         """The end of what it wrote to stderr."""
-        return " | ".join(line.strip() for line in tuple(self.stderr) if line.strip())[-size:]
+        lines = [line.strip() for line in tuple(self.stderr)]
+        return " | ".join(line for line in lines if line)[-size:]
 
 
 def _leaf(error):

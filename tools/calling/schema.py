@@ -1,10 +1,11 @@
 """A call's arguments against its tool's JSON schema: what is wrong, in words for a model.
 
-    wrong = wrong_arguments("add", parameters, {"a": "2"})  # "a must be integer, not "2""
+    wrong = wrong_arguments("add", parameters, {"a": "2"})  # 'a must be integer, not "2"'
 
 A small checker of our own: the sentence is what the model learns from. Nothing is converted, '3' is
-not an integer. What it does not know in a schema (`pattern`, `$ref`, a type of its own) passes: the
-tool, or the server behind it, has the last word.
+not an integer. What it does not know in a schema (`pattern`, `$ref`, a type of its own), or what is
+broken there, passes: the tool, or the server behind it, has the last word. `pattern` on purpose: a
+server could give one that takes for ever on what a model writes.
 """
 
 import json
@@ -18,90 +19,133 @@ JSON_TYPES = {
     "object": dict,
     "null": type(None),
 }
+VALUE_SHOWN = 80  # characters of a wrong value
 
 
 def wrong_arguments(name: str, parameters: dict, arguments) -> str | None:
     """What is wrong, as half a sentence, or None."""
     if not isinstance(arguments, dict):
         return f"the arguments of {name} must be a JSON object"
-    properties = parameters.get("properties", {})
-    for argument in arguments:
-        if argument not in properties and parameters.get("additionalProperties", False) is False:
-            return f"{name} has no argument {argument!r}"
-    for argument in parameters.get("required", []):
+    properties = _part(parameters, "properties", dict)
+    if parameters.get("additionalProperties", False) is False:
+        for argument in arguments:
+            if argument not in properties:
+                return f"{name} has no argument {argument!r}"
+    for argument in _required(parameters):
         if argument not in arguments:
-            return f"{name} got no argument {argument!r} ({kind(properties.get(argument, {}))})"
+            return f"{name} got no argument {argument!r} ({kind(properties.get(argument))})"
     for argument, value in arguments.items():
-        if wrong := _mismatch(value, properties.get(argument, {}), argument):
+        wrong = _wrong_value(value, properties.get(argument), argument)
+        if wrong:
             return wrong
     return None
 
 
 def signature(name: str, parameters: dict) -> str:
     """add(a: integer, b?: integer): how the tool is called."""
-    required = parameters.get("required", [])
-    shown = (
-        f"{argument}{'' if argument in required else '?'}: {kind(schema)}"
-        for argument, schema in parameters.get("properties", {}).items()
-    )
+    required = _required(parameters)
+    shown = []
+    for argument, schema in _part(parameters, "properties", dict).items():
+        mark = "" if argument in required else "?"
+        shown.append(f"{argument}{mark}: {kind(schema)}")
     return f"{name}({', '.join(shown)})"
 
 
-def kind(schema: dict) -> str:
+def kind(schema) -> str:
     """What a value has to be, in words."""
     if not isinstance(schema, dict):
-        said = "any value"
-    elif "enum" in schema:
-        said = "one of " + ", ".join(_json(value) for value in schema["enum"])
+        return "any value"
+    if "enum" in schema:
+        words = "one of " + ", ".join(_json(value) for value in _part(schema, "enum", list))
     elif "anyOf" in schema:
-        said = " or ".join(kind(option) for option in schema["anyOf"])
-    elif isinstance(schema.get("items"), dict) and schema["items"]:
-        said = f"array of {kind(schema['items'])}"
+        words = " or ".join(kind(option) for option in _part(schema, "anyOf", list))
+    elif _part(schema, "items", dict):
+        words = f"array of {kind(schema['items'])}"
     else:
-        said = schema.get("type", "any value")
-        said = said if isinstance(said, str) else " or ".join(said)
-    return f"{said} or null" if isinstance(schema, dict) and schema.get("nullable") else said
+        words = " or ".join(_types(schema)) or "any value"
+    return f"{words} or null" if schema.get("nullable") else words
 
 
-def _json(value) -> str:
+def _json(value):
     return json.dumps(value, ensure_ascii=False)
 
 
-def _mismatch(value, schema, where: str) -> str | None:
-    if not isinstance(schema, dict) or (value is None and schema.get("nullable")):
+def _part(schema, key, expected):
+    """The part of a schema, empty if it is not there, or is broken."""
+    part = schema.get(key)
+    return part if isinstance(part, expected) else expected()
+
+
+def _required(schema):
+    return [name for name in _part(schema, "required", list) if isinstance(name, str)]
+
+
+def _types(schema):
+    types = schema.get("type")
+    if isinstance(types, str):
+        return [types]
+    return [name for name in _part(schema, "type", list) if isinstance(name, str)]
+
+
+def _wrong_value(value, schema, where):
+    """What is wrong with a value, or with what is inside of it; None if nothing is. `where`: its
+    name in words, such as table['k'][1]."""
+    if not isinstance(schema, dict):
         return None
-    if not _fits(value, schema, where):
-        return f"{where} must be {kind(schema)}, not {_json(value)[:80]}"
-    inner = []
-    if isinstance(value, list) and "prefixItems" in schema:
-        if len(value) != len(schema["prefixItems"]):
-            return f"{where} must have {len(schema['prefixItems'])} items, not {len(value)}"
-        parts = zip(value, schema["prefixItems"], strict=True)
-        inner = [(f"{where}[{i}]", item, part) for i, (item, part) in enumerate(parts)]
-    elif isinstance(value, list) and "items" in schema:
-        inner = [(f"{where}[{i}]", item, schema["items"]) for i, item in enumerate(value)]
-    elif isinstance(value, dict):
-        properties = schema.get("properties", {})
-        for name in schema.get("required", []):
-            if name not in value:
-                return f"{where} has no {name!r} ({kind(properties.get(name, {}))})"
-        rest = schema.get("additionalProperties", {})
-        inner = [(f"{where}[{key!r}]", v, properties.get(key, rest)) for key, v in value.items()]
-        if rest is False and (extra := [key for key in value if key not in properties]):
-            return f"{where} has no place for {extra[0]!r}"
-    return next((w for name, item, part in inner if (w := _mismatch(item, part, name))), None)
+    if value is None and schema.get("nullable"):
+        return None
+    if not _has_kind(value, schema, where):
+        return f"{where} must be {kind(schema)}, not {_json(value)[:VALUE_SHOWN]}"
+    if isinstance(value, list):
+        return _wrong_item(value, schema, where)
+    if isinstance(value, dict):
+        return _wrong_property(value, schema, where)
+    return None
 
 
-def _fits(value, schema: dict, where: str) -> bool:
-    if "anyOf" in schema:
-        return any(_mismatch(value, option, where) is None for option in schema["anyOf"])
-    kinds = schema.get("type", [])
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    known = [name for name in kinds if name in JSON_TYPES]
-    fits = len(known) < len(kinds) or not kinds
-    fits = fits or any(
-        # bool is an int to Python, not to JSON
-        isinstance(value, JSON_TYPES[name]) and (name == "boolean" or not isinstance(value, bool))
-        for name in known
-    )
-    return fits and ("enum" not in schema or value in schema["enum"])
+def _has_kind(value, schema, where):
+    """Whether the value itself is what kind() says."""
+    options = _part(schema, "anyOf", list)
+    if options:
+        return any(_wrong_value(value, option, where) is None for option in options)
+    enum = _part(schema, "enum", list)
+    if enum and value not in enum:
+        return False
+    types = _types(schema)
+    return not types or any(_has_type(value, name) for name in types)
+
+
+def _has_type(value, name):
+    if name not in JSON_TYPES:
+        return True  # not one that we know
+    if isinstance(value, bool):  # it is an int to Python, not to JSON
+        return name == "boolean"
+    return isinstance(value, JSON_TYPES[name])
+
+
+def _wrong_item(value, schema, where):
+    schemas = _part(schema, "prefixItems", list)  # of a tuple: one for each item
+    if schemas and len(value) != len(schemas):
+        return f"{where} must have {len(schemas)} items, not {len(value)}"
+    for i, item in enumerate(value):
+        wrong = _wrong_value(item, schemas[i] if schemas else schema.get("items"), f"{where}[{i}]")
+        if wrong:
+            return wrong
+    return None
+
+
+def _wrong_property(value, schema, where):
+    properties = _part(schema, "properties", dict)
+    for name in _required(schema):
+        if name not in value:
+            return f"{where} has no {name!r} ({kind(properties.get(name))})"
+    others = schema.get("additionalProperties")
+    if others is False:
+        for name in value:
+            if name not in properties:
+                return f"{where} has no place for {name!r}"
+    for name, item in value.items():
+        wrong = _wrong_value(item, properties.get(name, others), f"{where}[{name!r}]")
+        if wrong:
+            return wrong
+    return None

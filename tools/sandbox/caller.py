@@ -2,7 +2,8 @@
 
 This file is the caller's side, in the trainer: call() and exchange() hand code over and get output
 back, observation() makes of it what the model reads. The other side runs in processes of its own,
-which _popen() starts: fork_server.py, child.py's main(), and confine.py, which makes the layers.
+which _popen() starts at child.main(): fork_server.py starts, watches and ends those that run code,
+confine.py puts the layers around them, and child.py is what runs inside.
 On Linux these are fork servers, each started at its first call:
 
     light   standard library only (50 ms to start, a few ms of CPU for each call)
@@ -64,6 +65,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from tools.calling.base import DEADLINE, ToolError, shorten
 from tools.sandbox import confine, fork_server
@@ -74,23 +77,30 @@ OUTPUT_SIZE = 1_000_000  # bytes; code that writes more is killed
 SHOWN = 20_000  # characters of output that are returned: head and tail, the cut marked
 
 
-async def call(server: str, code: str) -> tuple[bytearray, dict | None]:
-    """Runs `code` in a fresh process, a child of that server. -> output; the reply, None if the
-    output was too long. Leaving, if only by a cancellation, kills the child: the server sees the
-    socket close."""
+@dataclass
+class Result:
+    """What came of a call."""
+
+    output: bytearray
+    reply: dict | None  # of fork_server.py or child.py; None: the output was too long
+    session_ended: bool = False
+
+
+async def call(server: str, code: str) -> Result:
+    """Runs `code` in a fresh process, a child of that server. Leaving, if only by a cancellation,
+    kills the child: the server sees the socket close."""
 
     async def hand_over(ctl, out):
         if has_fork_server():
-            await send(server, b"run %d" % cpu_seconds(), ctl, out)
+            await _send(server, f"run {cpu_seconds()}", ctl, out)
         else:
             _popen_alone(f"one {cpu_seconds()}", ctl, out)
 
-    data = encoded(code)
+    data = encode(code)
     for _ in range(3):  # a server that died left nothing of the call behind: run it again
         try:
-            async with asyncio.timeout(None if DEADLINE.get() else WALL_SECONDS):
-                output, reply, _ = await exchange(hand_over, data)
-            return output, reply
+            async with wall_clock():
+                return await exchange(hand_over, data)
         except TimeoutError:
             raise ToolError("timeout", f"error: stopped after {WALL_SECONDS:g} s") from None
         except ConnectionError:
@@ -98,119 +108,163 @@ async def call(server: str, code: str) -> tuple[bytearray, dict | None]:
     raise RuntimeError("the sandbox died three times during the call")
 
 
+def wall_clock() -> asyncio.Timeout:
+    """For a call that has no deadline of its caller's: TimeoutError after WALL_SECONDS."""
+    return asyncio.timeout(None if DEADLINE.get() else WALL_SECONDS)
+
+
 def cpu_seconds() -> int:
     """That each process of a call may take: no fewer than the call has, by the caller's clock."""
-    return max(confine.CPU_SECONDS, math.ceil(min(DEADLINE.get(), 1e9)))  # what setrlimit takes
+    seconds = min(DEADLINE.get(), 1e9)  # what setrlimit takes
+    return max(confine.CPU_SECONDS, math.ceil(seconds))
 
 
-def encoded(code: str) -> bytes:
+def encode(code: str) -> bytes:
+    """The code as it is sent. Raises ToolError if it is too long."""
     data = code.encode("utf-8", "surrogatepass")
     if len(data) > CODE_SIZE:
         raise ToolError("bad_arguments", f"error: the code is longer than {CODE_SIZE} bytes")
     return data
 
 
-async def exchange(hand_over, data, session=None):
-    """One call. -> output, reply, whether the session has ended. `hand_over` gives the far ends of
-    two sockets, made for this call alone, to who runs it: a session's code cannot speak in a later
-    call. `session`: the socket on which the server tells its end. Raises ConnectionError if the
-    sandbox died. The reply is None if the output was too long."""
-    loop = asyncio.get_running_loop()
-    done = loop.create_future()
-    output = bytearray()
-    ctl, far_ctl = socket.socketpair()
-    out, far_out = socket.socketpair()
-    watched = [out, ctl] + [session] * (session is not None)
-
-    def on_output():
-        while len(output) <= OUTPUT_SIZE:
-            try:
-                chunk = out.recv(1 << 16)
-            except BlockingIOError:
-                return
-            output.extend(chunk)
-            if not chunk:  # all its writers have closed it, but may run on
-                loop.remove_reader(out)
-                return
-        if not done.done():
-            done.set_result((b"", True))  # too long: no reply is waited for
-
-    def on_reply(side):
-        try:
-            reply = side.recv(4096)
-        except ConnectionResetError:  # closed before it had read all that we sent
-            reply = b""
-        loop.remove_reader(side)
-        ours = side is not ctl or session is None
-        if not done.done() and (reply or ours):  # else: the session's end is told on `session`
-            done.set_result((reply, side is session))
-
+async def exchange(
+    hand_over: Callable[[socket.socket, socket.socket], Awaitable[None]],
+    data: bytes,
+    session: socket.socket | None = None,
+) -> Result:
+    """One call. `hand_over` gives the far ends of two sockets, made for this call alone, to who
+    runs it: a session's code cannot speak in a later call. `session`: the socket on which the
+    server tells the session's end. Raises ConnectionError if the sandbox died."""
+    ctl, far_ctl = socket.socketpair()  # the code goes out here, and the reply comes in
+    out, far_out = socket.socketpair()  # what the code writes
+    listener = _Listener(ctl, out, session)
     try:
-        for side in watched:
-            side.setblocking(False)
         try:
             await hand_over(far_ctl, far_out)
         finally:
             far_ctl.close()
             far_out.close()
-        loop.add_reader(out, on_output)
-        for side in watched[1:]:
-            loop.add_reader(side, on_reply, side)
-        with contextlib.suppress(ConnectionError):  # it died: on_reply says so
-            await loop.sock_sendall(ctl, struct.pack("=I", len(data)) + data)
-        reply, ended = await done
-        on_output()  # what was written before the reply
-        if len(output) > OUTPUT_SIZE:
-            return output, None, True
-        return output, _parsed(reply), ended
+        listener.start()
+        with contextlib.suppress(ConnectionError):  # it died: the listener says so
+            await listener.loop.sock_sendall(ctl, struct.pack("=I", len(data)) + data)
+        return await listener.result()
     finally:
-        for side in watched:
-            loop.remove_reader(side)
+        listener.stop()
         ctl.close()
         out.close()
 
 
-def _parsed(reply):
+class _Listener:
+    """Collects what comes in over the sockets of one call, until it has ended."""
+
+    def __init__(self, ctl, out, session):
+        self.loop = asyncio.get_running_loop()
+        self.ctl = ctl
+        self.out = out
+        self.session = session
+        self.output = bytearray()
+        self.ended = self.loop.create_future()  # (reply as bytes, whether the session has ended)
+        for side in self._sides():
+            side.setblocking(False)
+
+    def _sides(self):
+        return [side for side in (self.out, self.ctl, self.session) if side is not None]
+
+    def start(self):
+        self.loop.add_reader(self.out, self._read_output)
+        self.loop.add_reader(self.ctl, self._read_reply)
+        if self.session is not None:
+            self.loop.add_reader(self.session, self._read_session_end)
+
+    def stop(self):
+        for side in self._sides():
+            self.loop.remove_reader(side)
+
+    async def result(self):
+        reply, session_ended = await self.ended
+        self._read_output()  # what was written before the reply
+        if self._is_too_long():
+            return Result(self.output, None, True)
+        return Result(self.output, _parse_reply(reply), session_ended)
+
+    def _is_too_long(self):
+        return len(self.output) > OUTPUT_SIZE
+
+    def _read_output(self):
+        while not self._is_too_long():
+            try:
+                chunk = self.out.recv(1 << 16)
+            except BlockingIOError:
+                return
+            if not chunk:  # all its writers have closed it, but may run on
+                self.loop.remove_reader(self.out)
+                return
+            self.output.extend(chunk)
+        self._end(b"", True)  # no reply is waited for
+
+    def _read_reply(self):
+        reply = self._receive(self.ctl)
+        if reply or self.session is None:  # else: the session's end is told on `session`
+            self._end(reply, False)
+
+    def _read_session_end(self):
+        self._end(self._receive(self.session), True)
+
+    def _receive(self, side):
+        """The one message that comes over it; b"" if it was closed instead."""
+        self.loop.remove_reader(side)
+        try:
+            return side.recv(4096)
+        except ConnectionResetError:  # closed before it had read all that we sent
+            return b""
+
+    def _end(self, reply, session_ended):
+        if not self.ended.done():
+            self.ended.set_result((reply, session_ended))
+
+
+def _parse_reply(reply):
     if not reply:
         raise ConnectionResetError("the sandbox died")
     return json.loads(reply)
 
 
-def observation(
-    output: bytearray, reply: dict | None, raised: int | None = fork_server.RAISED
-) -> str:
+def observation(result: Result, raised: int | None = fork_server.RAISED) -> str:
     """What the model reads. Raises ToolError if that is an error. `raised`: the exit status that
     tells of an exception, of which the output has the traceback."""
-    text = shorten(output.decode("utf-8", "replace").rstrip("\n"), SHOWN)
+    text = shorten(result.output.decode("utf-8", "replace").rstrip("\n"), SHOWN)
+    reply = result.reply
     if reply is None:
         raise ToolError("oversized", f"{text}\n(killed: more than {OUTPUT_SIZE} bytes of output)")
     if "broken" in reply:
         raise RuntimeError(f"the sandbox could not start a process: {reply['broken']}")
     status = os.waitstatus_to_exitcode(reply["status"])
+    if status == 0:
+        return text
     if status == raised:
         raise ToolError("exception", text or f"(exit code {raised})")
-    if status < 0:
-        # 0.7: the kernel holds to the limit by counting ticks, and reports what it measured
-        by_limit = -status in (signal.SIGKILL, signal.SIGXCPU)
-        if by_limit and reply["cpu"] > 0.7 * cpu_seconds():
-            limit = f"(killed: {cpu_seconds()} s of CPU time)"
-            raise ToolError("timeout", f"{text}\n{limit}".lstrip())
-        name = signal.Signals(-status).name
-        raise ToolError("exception", f"{text}\n(the process was killed by {name})".lstrip())
-    return f"{text}\n(exit code {status})".lstrip() if status else text
+    if status > 0:
+        return f"{text}\n(exit code {status})".lstrip()
+    # 0.7: the kernel holds to the limit by counting ticks, and reports what it measured
+    took_all = reply["cpu"] > 0.7 * cpu_seconds()
+    if -status in (signal.SIGKILL, signal.SIGXCPU) and took_all:
+        limit = f"(killed: {cpu_seconds()} s of CPU time)"
+        raise ToolError("timeout", f"{text}\n{limit}".lstrip())
+    name = signal.Signals(-status).name
+    raise ToolError("exception", f"{text}\n(the process was killed by {name})".lstrip())
 
 
 def layers(server: str = "light") -> dict[str, bool]:
-    """Which layers of sandbox.py's docstring are in force on this system. Starts the server."""
+    """Which layers of this file's docstring are in force on this system. Starts the server."""
     near, far = socket.socketpair()
     with near:
         with far:
             if has_fork_server():
-                while not _try_send(server, b"layers", [far.fileno()]):
+                while not _try_send(server, "layers", far):
                     time.sleep(0.005)
             else:
                 _popen("layers", far, far).wait()
-        return _parsed(near.recv(4096))
+        return _parse_reply(near.recv(4096))
 
 
 def has_fork_server() -> bool:
@@ -218,46 +272,60 @@ def has_fork_server() -> bool:
     return sys.platform == "linux"
 
 
-async def send(server, message, *sockets):
-    while not _try_send(server, message, [each.fileno() for each in sockets]):
-        await asyncio.sleep(0.005)  # hundreds of calls wait for the server already
-
-
-async def send_session(ctl, requests):
+async def send_session(ctl: socket.socket, requests: socket.socket) -> None:
     """Starts a session, whose calls come over `requests`; it ends when the other end of `ctl` is
     closed. The server tells its end on `ctl`."""
     if has_fork_server():
-        await send("heavy", b"session %d" % cpu_seconds(), ctl, requests)
+        await _send("heavy", f"session {cpu_seconds()}", ctl, requests)
     else:
         _popen_alone(f"session {cpu_seconds()}", ctl, requests)
 
 
-# name -> (process, our end of its control socket); one of each name per process of ours
-_servers = {}
-_lock = [threading.Lock()]
+# -- the servers
 
 
-def _try_send(server, message, fds):
+@dataclass
+class _Server:
+    process: subprocess.Popen
+    control: socket.socket  # our end; requests go over it
+
+
+_servers = {}  # name -> _Server; one of each name per process of ours
+_locks = [threading.Lock()]  # one, in a list: a fork gets another
+
+
+async def _send(server, message, *sockets):
+    while not _try_send(server, message, *sockets):
+        await asyncio.sleep(0.005)  # hundreds of calls wait for the server already
+
+
+def _try_send(name, message, *sockets):
     """Hands a request and its sockets to the server, which is started if there is none that lives.
     False if its queue is full."""
-    with _lock[0]:
+    fds = [each.fileno() for each in sockets]
+    with _locks[0]:
         for _ in range(2):
-            if server in _servers and _servers[server][0].poll() is not None:
-                _forget(server)
-            if server not in _servers:
-                near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                near.setblocking(False)
-                with far:
-                    _servers[server] = _popen(server, far, None), near
-            process, control = _servers[server]
+            server = _running_server(name)
             try:
-                socket.send_fds(control, [message], fds)
+                socket.send_fds(server.control, [message.encode()], fds)
                 return True
             except BlockingIOError:
                 return False
-            except ConnectionError:  # it died since poll()
-                process.wait()
+            except ConnectionError:  # it died since it was looked at
+                server.process.wait()
     raise ConnectionResetError("the sandbox died")
+
+
+def _running_server(name):
+    """The server of that name; started if there is none, or it has died."""
+    if name in _servers and _servers[name].process.poll() is not None:
+        _forget(name)
+    if name not in _servers:
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        near.setblocking(False)
+        with far:
+            _servers[name] = _Server(_popen(name, far, subprocess.DEVNULL), near)
+    return _servers[name]
 
 
 def _popen_alone(what, first, second):
@@ -267,36 +335,38 @@ def _popen_alone(what, first, second):
 
 
 def _popen(what, stdin, stdout):
-    """Runs child.py's main() in a process of its own. Blocks for the milliseconds that takes."""
+    """Runs child.main() in a process of its own. Blocks for the milliseconds that takes."""
     # Not as a script: that would be compiled each time. The folder comes last, and goes again: a
     # tool named as a module of python's library must not replace it.
     code = "import sys; sys.path.append(sys.argv[1]); import child; sys.path.pop(); child.main()"
-    # -s -S -P and an empty environment: what -I does, but a fixed hash seed. LD_LIBRARY_PATH: some
-    # pythons do not start without it.
-    keep = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}
+    # -s -S -P and an empty environment: what -I does, but a fixed hash seed.
+    flags = ["-s", "-S", "-P"]
+    environment = fork_server.ONE_THREAD | {"PYTHONHASHSEED": "0"}
+    if "LD_LIBRARY_PATH" in os.environ:  # some pythons do not start without it
+        environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
     packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     arguments = [os.path.dirname(__file__), what, str(os.getpid()), *packages]
     return subprocess.Popen(
-        [sys.executable, "-s", "-S", "-P", "-c", code, *arguments],
+        [sys.executable, *flags, "-c", code, *arguments],
         stdin=stdin,
-        stdout=stdout or subprocess.DEVNULL,
-        env=keep | fork_server.ONE_THREAD | {"PYTHONHASHSEED": "0"},
+        stdout=stdout,
+        env=environment,
         cwd="/",
         start_new_session=True,  # Ctrl-C is for the trainer alone
     )
 
 
-def _forget(server):
+def _forget(name):
     """Also in the child of a fork of ours: it shares the server's socket but must not use it."""
-    process, control = _servers.pop(server)
-    control.close()
-    process.returncode = 0  # nothing to wait for
+    server = _servers.pop(name)
+    server.control.close()
+    server.process.returncode = 0  # nothing to wait for
 
 
 def _forget_all():
-    _lock[0] = threading.Lock()  # after a fork: the old one may have been held
-    for server in list(_servers):
-        _forget(server)
+    _locks[0] = threading.Lock()  # after a fork: the old one may have been held
+    for name in list(_servers):
+        _forget(name)
 
 
 os.register_at_fork(after_in_child=_forget_all)

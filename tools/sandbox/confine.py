@@ -1,10 +1,10 @@
-"""What is put around a process that runs code which a model wrote: the layers of sandbox.py.
+"""What is put around a process that runs code which a model wrote: how each layer is made.
 
-Here is how each layer is made; sandbox.py says what they cover, what they do not, and uses them.
-But for the constants it is used in the sandbox's own processes, never in the trainer.
+caller.py says what the layers cover, and what they do not; fork_server.py puts them around. But for
+the constants this is used in the sandbox's own processes, never in the trainer.
 
 seccomp: a filter of our own, as a library gives none here: pyseccomp is a wrapper from 2021 around
-the system's libseccomp, which is not everywhere, for the dozen lines of seccomp_filter().
+the system's libseccomp, which is not everywhere, for the few lines of seccomp_filter().
 """
 
 import sys
@@ -34,38 +34,92 @@ OPEN_FILES = 64  # per process
 FIRST_UID = 61184  # with own_user; 61184..65519 is the range that systemd keeps for such users
 UIDS = 1445  # for each of three servers; more than the calls that one can have at once
 
-LAYERS = (
-    "network_namespace private_root pid_namespace own_user user_namespace no_capabilities "
-    "no_new_privileges seccomp"
-).split()
+LAYERS = (  # but for limit_..., which exist also elsewhere
+    "network_namespace",
+    "private_root",
+    "pid_namespace",
+    "own_user",
+    "user_namespace",
+    "no_capabilities",
+    "no_new_privileges",
+    "seccomp",
+)
 
 # System calls by number, (x86_64, aarch64); None: that machine has no such call.
 NUMBERS = {
-    "clone": (56, 220), "capset": (126, 91), "pivot_root": (155, 41), "mount_setattr": (442, 442),
-    "prlimit64": (302, 261), "prctl": (157, 167),
-}  # fmt: skip
+    "clone": (56, 220),
+    "capset": (126, 91),
+    "pivot_root": (155, 41),
+    "mount_setattr": (442, 442),
+    "prlimit64": (302, 261),
+    "prctl": (157, 167),
+    "clone3": (435, 435),
+}
 REFUSED_FIRST = {"prctl": 1}  # by first argument: PR_SET_PDEATHSIG, which ends what we started
 REFUSED = {
-    "socket": (41, 198), "io_uring_setup": (425, 425), "ptrace": (101, 117), "bpf": (321, 280),
-    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "unshare": (272, 97),
-    "setns": (308, 268), "mount": (165, 40), "add_key": (248, 217), "request_key": (249, 218),
-    "keyctl": (250, 219), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
+    "socket": (41, 198),
+    "io_uring_setup": (425, 425),
+    "ptrace": (101, 117),
+    "bpf": (321, 280),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "mount": (165, 40),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
     # what these make outlives its maker, or is memory that no limit counts
-    "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
-    "memfd_create": (319, 279), "memfd_secret": (447, 447),
-}  # fmt: skip
+    "shmget": (29, 194),
+    "semget": (64, 190),
+    "msgget": (68, 186),
+    "mq_open": (240, 180),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+}
 REFUSED_WITHOUT_PID_NAMESPACE = {
-    "fork": (57, None), "vfork": (58, None), "kill": (62, 129), "tkill": (200, 130),
-    "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
+    "fork": (57, None),
+    "vfork": (58, None),
+    "kill": (62, 129),
+    "tkill": (200, 130),
+    "tgkill": (234, 131),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
     "pidfd_send_signal": (424, 424),
-}  # fmt: skip
+}
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH_*
-NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+
+# Constants of the kernel, by their names there.
+CLONE_NEWNS = 0x20000
+CLONE_NEWIPC = 0x8000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+CLONE_THREAD = 0x10000
+MS_NOSUID_NODEV = 0x2 | 0x4
+MS_BIND_REC = 0x1000 | 0x4000
+MS_REC_PRIVATE = 0x4000 | 0x40000
+MNT_DETACH = 2
+MOUNT_ATTR_RDONLY_NOSUID = 0x1 | 0x2
+AT_RECURSIVE = 0x8000
+MADV_COLLAPSE = 25
+PR_SET_PDEATHSIG = 1
+PR_SET_SECCOMP = 22
+PR_SET_NO_NEW_PRIVS = 38
+SECCOMP_MODE_FILTER = 2
+HUGE_PAGE = 2**21  # bytes
+
 # PyDLL, not CDLL: it keeps the GIL, which nobody could hand back in the child of clone()
 LIBC = ctypes.PyDLL(None, use_errno=True)
 
 
-def libc(name, *args):
+# -- calls of the system
+
+
+def libc(name: str, *args) -> int:
+    """Calls a function of the C library; OSError where that says so."""
     args = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
     result = getattr(LIBC, name)(*args)
     if result < 0:
@@ -75,12 +129,15 @@ def libc(name, *args):
 
 
 def _syscall(name, *args):
-    if os.uname().machine not in MACHINES:
-        raise OSError(f"{name}: its number on {os.uname().machine} is not known here")
-    return libc("syscall", NUMBERS[name][MACHINES[os.uname().machine][0]], *args)
+    machine = os.uname().machine
+    if machine not in MACHINES:
+        raise OSError(f"{name}: its number on {machine} is not known here")
+    column, _ = MACHINES[machine]
+    return libc("syscall", NUMBERS[name][column], *args)
 
 
-def works(step):
+def works(step) -> bool:
+    """Whether step(), which is run, is allowed here."""
     try:
         step()
     except (OSError, ValueError):  # ValueError: setrlimit(), of a limit that macOS refuses
@@ -88,18 +145,26 @@ def works(step):
     return True
 
 
+# -- limits
+
+
 def limit(kind, soft, hard=None):
+    """Sets a limit of this process; never above what it has. hard: the same as soft if None."""
     most = resource.getrlimit(kind)[1]
+    if not hard:
+        hard = soft
     if most != resource.RLIM_INFINITY:
-        soft, hard = min(soft, most), min(hard or soft, most)
-    resource.setrlimit(kind, (soft, hard or soft))
+        soft = min(soft, most)
+        hard = min(hard, most)
+    resource.setrlimit(kind, (soft, hard))
 
 
-def limits_of(loaded, session, cpu):
+def limits_of(loaded: int, is_session: bool, cpu: int) -> dict[str, tuple]:
     """name -> arguments of limit(). `loaded`: the bytes that the server has mapped already. `cpu`:
     seconds."""
+    cpu_of_life = max(cpu, SESSION_CPU_SECONDS) if is_session else cpu
     return {
-        "limit_cpu": (resource.RLIMIT_CPU, cpu, session and max(cpu, SESSION_CPU_SECONDS)),
+        "limit_cpu": (resource.RLIMIT_CPU, cpu, cpu_of_life),
         "limit_memory": (resource.RLIMIT_AS, loaded + MEMORY),
         "limit_file_size": (resource.RLIMIT_FSIZE, FILE_SIZE),
         "limit_open_files": (resource.RLIMIT_NOFILE, OPEN_FILES),
@@ -107,110 +172,149 @@ def limits_of(loaded, session, cpu):
     }
 
 
-def renew_cpu_limit(cpu):
+def renew_cpu_limit(cpu: int) -> None:
     """So many seconds more for this process, up to the hard limit of a session."""
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + cpu, hard)
 
 
-def use_huge_pages(maps):
-    """Half of what a fork costs is to copy, and then to drop, the list of the pages: of 4 KB, or of
-    2 MB where the kernel can (Linux 6.1). maps: /proc/self/maps. -> bytes of address space"""
-    huge, collapse = 2**21, 25
-    mapped = 0
-    for line in maps.splitlines():
-        where, rights, _, _, _, *name = line.split()
-        start, end = (int(address, 16) for address in where.split("-"))
-        mapped += end - start
-        start, end = -(-start // huge) * huge, end // huge * huge
-        if "w" in rights and name in ([], ["[heap]"]) and start < end:
-            works(lambda start=start, end=end: libc("madvise", start, end - start, collapse))
-    return mapped
-
-
-def allow_open_files(count):
+def allow_open_files(count: int) -> None:
     """To this process, up to its hard limit."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     soft = count if hard == resource.RLIM_INFINITY else min(count, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def enter_namespaces(shown):
-    """Once, for the server and so for all calls: a network namespace costs too much for each.
-    `shown`: path on the machine -> path in the private root, beside what python itself needs."""
-    flags = NEWNS | NEWNET | NEWIPC
-    uid, gid = os.geteuid(), os.getegid()
+def use_huge_pages(maps: str) -> int:
+    """Half of what a fork costs is to copy, and then to drop, the list of the pages: of 4 KB, or of
+    2 MB where the kernel can (Linux 6.1). maps: /proc/self/maps. -> bytes of address space"""
+    mapped = 0
+    for line in maps.splitlines():
+        addresses, rights, _, _, _, *name = line.split()
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        mapped += end - start
+        if "w" in rights and name in ([], ["[heap]"]):
+            works(functools.partial(_collapse, start, end))
+    return mapped
 
-    def as_user():
-        libc("unshare", NEWUSER | flags)
-        maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
-        for name, text in maps.items():
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(text)
 
-    inside = works(lambda: libc("unshare", flags)) or works(as_user)
+def _collapse(start, end):
+    """The whole huge pages between two addresses."""
+    start = -(-start // HUGE_PAGE) * HUGE_PAGE
+    end = end // HUGE_PAGE * HUGE_PAGE
+    if start < end:
+        libc("madvise", start, end - start, MADV_COLLAPSE)
+
+
+# -- namespaces and the private root: once, for a server and so for all of its calls
+
+
+def enter_namespaces(shown: dict[str, str]) -> dict[str, bool]:
+    """Enters them once for all calls: a network namespace costs too much for each. `shown`: path on
+    the machine -> path in the private root, beside what python itself needs. -> two of the layers,
+    and whether they are there"""
+    inside = works(_unshare) or works(_unshare_as_user)
     return {
         "network_namespace": inside,
-        "private_root": inside and works(lambda: _enter_private_root(shown)),
+        "private_root": inside and works(functools.partial(_enter_private_root, shown)),
     }
+
+
+def _unshare():
+    libc("unshare", CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC)
+
+
+def _unshare_as_user():
+    """Without root: in a user namespace of our own, in which we are who we are."""
+    uid = os.geteuid()
+    gid = os.getegid()
+    libc("unshare", CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC)
+    _write("/proc/self/setgroups", "deny")
+    _write("/proc/self/uid_map", f"{uid} {uid} 1")
+    _write("/proc/self/gid_map", f"{gid} {gid} 1")
+
+
+def _write(path, text):
+    with open(path, "w") as file:
+        file.write(text)
 
 
 def _enter_private_root(shown):
     """A root of only what is needed, read-only. Built over /proc, which surely exists."""
     if sys.base_prefix.startswith("/tmp/"):
         raise OSError("python itself lies where the scratch directories will be mounted")
-    # MS_REC | MS_PRIVATE: what follows is ours alone
-    libc("mount", None, b"/", None, 0x44000, None)
+    libc("mount", None, b"/", None, MS_REC_PRIVATE, None)  # what follows is ours alone
     libc("mount", b"none", b"/proc", b"tmpfs", 0, b"size=1m,mode=755")
     try:
-        libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]
-        # Debian's numpy finds its BLAS by way of alternatives
-        files = ["/etc/ld.so.cache", "/etc/alternatives", "/dev/null", "/dev/zero", "/dev/urandom"]
-        here = [*libraries, *files, f"{sys.base_prefix}/lib", *sys.path]
-        places = dict(zip(here, here, strict=True)) | shown
-        for path, inside in sorted(places.items(), key=lambda place: place[1]):  # parents first
-            inside = f"/proc{inside}"
-            if not os.path.exists(path) or os.path.exists(inside):
-                continue
-            os.makedirs(inside if os.path.isdir(path) else os.path.dirname(inside), exist_ok=True)
-            if not os.path.isdir(path):
-                open(inside, "w").close()
-            libc("mount", path.encode(), inside.encode(), None, 0x5000, None)  # MS_BIND | MS_REC
-        # below python's library lie the packages of its own environment, if it is no venv
-        for name in ("site-packages", "dist-packages"):
-            for path in glob.glob(f"/proc{sys.base_prefix}/lib/python3*/{name}"):
-                libc("mount", b"none", path.encode(), b"tmpfs", 0, b"size=4k")
-        os.mkdir("/proc/tmp")
-        read_only = struct.pack("=4Q", 0x1 | 0x2, 0, 0, 0)  # MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID
-        _syscall("mount_setattr", -1, b"/proc", 0x8000, read_only, len(read_only))  # AT_RECURSIVE
+        _fill_private_root(shown)
+        read_only = struct.pack("=4Q", MOUNT_ATTR_RDONLY_NOSUID, 0, 0, 0)
+        _syscall("mount_setattr", -1, b"/proc", AT_RECURSIVE, read_only, len(read_only))
         os.chdir("/proc")
         _syscall("pivot_root", b".", b".")  # the old root now lies over the new one
     except OSError:
-        libc("umount2", b"/proc", 2)
+        libc("umount2", b"/proc", MNT_DETACH)
         raise
-    libc("umount2", b".", 2)  # MNT_DETACH
+    libc("umount2", b".", MNT_DETACH)
     os.chdir("/")
 
 
-def clone(active):
+def _fill_private_root(shown):
+    libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]
+    # Debian's numpy finds its BLAS by way of alternatives
+    files = ["/etc/ld.so.cache", "/etc/alternatives", "/dev/null", "/dev/zero", "/dev/urandom"]
+    places = {}
+    for path in (*libraries, *files, f"{sys.base_prefix}/lib", *sys.path):
+        places[path] = path
+    places.update(shown)
+    for path, inside in sorted(places.items(), key=lambda place: place[1]):  # parents first
+        _bind(path, f"/proc{inside}")
+    # below python's library lie the packages of its own environment, if it is no venv
+    for name in ("site-packages", "dist-packages"):
+        for path in glob.glob(f"/proc{sys.base_prefix}/lib/python3*/{name}"):
+            libc("mount", b"none", path.encode(), b"tmpfs", 0, b"size=4k")
+    os.mkdir("/proc/tmp")
+
+
+def _bind(path, inside):
+    """Shows what lies at a path at another one."""
+    if not os.path.exists(path) or os.path.exists(inside):
+        return
+    if os.path.isdir(path):
+        os.makedirs(inside, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(inside), exist_ok=True)
+        open(inside, "w").close()
+    libc("mount", path.encode(), inside.encode(), None, MS_BIND_REC, None)
+
+
+# -- layers of each call
+
+
+def clone(active: dict[str, bool]) -> int:
     """os.fork(), into new namespaces: with a PID namespace the child is its init."""
     if not active["pid_namespace"]:
         return os.fork()
-    flags = NEWPID | (NEWNS if active["private_root"] else 0)
+    flags = CLONE_NEWPID | signal.SIGCHLD
+    if active["private_root"]:
+        flags |= CLONE_NEWNS
     pid = -1
     ctypes.pythonapi.PyOS_BeforeFork()
     try:
-        pid = _syscall("clone", flags | signal.SIGCHLD, 0, 0, 0, 0)
+        pid = _syscall("clone", flags, 0, 0, 0, 0)
     finally:
-        (ctypes.pythonapi.PyOS_AfterFork_Parent if pid else ctypes.pythonapi.PyOS_AfterFork_Child)()
+        if pid == 0:
+            ctypes.pythonapi.PyOS_AfterFork_Child()
+        else:
+            ctypes.pythonapi.PyOS_AfterFork_Parent()
     return pid
 
 
-def probe(active, limits):
-    """Which layers a child can put around itself, tried in a child."""
+def probe(active: dict[str, bool], limits: dict[str, tuple]) -> dict[str, bool]:
+    """Which layers a child can put around itself, tried in a child. `active`: of the server."""
     for pid_namespace in (True, False):
         trial = active | {"pid_namespace": pid_namespace}
-        trial["private_root"] &= pid_namespace
+        if not pid_namespace:
+            trial["private_root"] = False  # it takes a child in namespaces of its own
         reader, writer = os.pipe()
         try:
             pid = clone(trial)
@@ -226,17 +330,32 @@ def probe(active, limits):
                 os._exit(0)
         os.close(writer)
         os.waitpid(pid, 0)
-        with open(reader, "rb") as found:
-            return json.loads(found.read())
+        with open(reader, "rb") as result:
+            return json.loads(result.read())
 
 
-def apply_layers(active, uid, scratch, limits, probing=False):
+def apply_layers(
+    active: dict[str, bool], uid: int, scratch: str, limits: dict[str, tuple], probing: bool = False
+) -> None:
     """Puts the layers in `active` around this process; with `probing`, finds out which."""
     os.setsid()
     if active["private_root"]:
         options = f"size={SCRATCH_SIZE},nr_inodes=4096,mode=777".encode()
-        libc("mount", b"none", b"/tmp", b"tmpfs", 0x6, options)  # MS_NOSUID | MS_NODEV
+        libc("mount", b"none", b"/tmp", b"tmpfs", MS_NOSUID_NODEV, options)
     os.chdir(scratch)
+    for name, step in _steps(active, uid, limits, probing).items():
+        if name == "seccomp":
+            # Die with the server. own_user would undo it, and seccomp refuses it.
+            libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if probing:
+            active[name] = works(step)
+        elif active[name]:
+            step()
+
+
+def _steps(active, uid, limits, probing):
+    """layer -> what puts it around this process, in order: what comes later could not be done
+    before, or would keep what comes before from being done."""
 
     def own_user():
         os.setgroups([])
@@ -245,6 +364,12 @@ def apply_layers(active, uid, scratch, limits, probing=False):
         if probing:
             open(os.__file__).close()  # python's library may lie where only root can read
 
+    def user_namespace():
+        libc("unshare", CLONE_NEWUSER)  # without a uid map, and so no way to nest another one
+
+    def no_capabilities():
+        _syscall("capset", struct.pack("=Ii", 0x20080522, 0), bytes(24))
+
     def limit_processes():
         # Counted per user: as the trainer's own user the trainer's threads would count, and root's
         # are never counted.
@@ -252,63 +377,124 @@ def apply_layers(active, uid, scratch, limits, probing=False):
             raise OSError("only for a user of its own")
         limit(resource.RLIMIT_NPROC, PROCESSES)
 
+    def no_new_privileges():
+        libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+    def seccomp():
+        refuse_calls(active["pid_namespace"])
+
     steps = {
         "own_user": own_user,
-        # Without a uid map, and so with no way to make another one inside.
-        "user_namespace": lambda: libc("unshare", NEWUSER),
-        "no_capabilities": lambda: _syscall("capset", struct.pack("=Ii", 0x20080522, 0), bytes(24)),
-        **{name: functools.partial(limit, *args) for name, args in limits.items()},
-        "limit_processes": limit_processes,
-        "no_new_privileges": lambda: libc("prctl", 38, 1, 0, 0, 0),
-        "seccomp": lambda: refuse_calls(active["pid_namespace"]),
+        "user_namespace": user_namespace,
+        "no_capabilities": no_capabilities,
     }
-    for name, step in steps.items():
-        if name == "seccomp":  # PR_SET_PDEATHSIG: die with the server. own_user would undo it,
-            libc("prctl", 1, signal.SIGKILL, 0, 0, 0)  # and seccomp refuses it
-        if probing:
-            active[name] = works(step)
-        elif active[name]:
-            step()
+    for name, arguments in limits.items():
+        steps[name] = functools.partial(limit, *arguments)
+    steps["limit_processes"] = limit_processes
+    steps["no_new_privileges"] = no_new_privileges
+    steps["seccomp"] = seccomp
+    return steps
+
+
+# -- seccomp: a program for the kernel's BPF machine, which looks at each call of the system
+
+# (operation, jump if true, jump if false, value): the operations
+LOAD = 0x20  # the 4 bytes at that place of the call's data
+IS = 0x15  # goes on by how many instructions if what is loaded is that; else by how many
+AT_LEAST = 0x35
+HAS_BIT = 0x45
+ANSWER = 0x06
+# places of the call's data
+CALL_NUMBER = 0
+MACHINE = 4
+FIRST_ARGUMENT = 16
+# answers
+ALLOW = 0x7FFF0000
+FAIL_EPERM = 0x50001
+FAIL_ENOSYS = 0x50026
+KILL = 0x80000000
+X32 = 0x40000000  # the same calls, renumbered
 
 
 @functools.cache  # made once, in the server
-def seccomp_filter(pid_namespace):
+def seccomp_filter(pid_namespace: bool) -> tuple:
     """The calls in REFUSED fail with EPERM. -> BPF program in its two C structures."""
-    column, arch = MACHINES[os.uname().machine]
-    load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, eperm, enosys, kill = 0x7FFF0000, 0x50001, 0x50026, 0x80000000
-    refused = REFUSED if pid_namespace else REFUSED | REFUSED_WITHOUT_PID_NAMESPACE
-    program = [(load, 0, 0, 4), (equal, 1, 0, arch), (answer, 0, 0, kill), (load, 0, 0, 0)]
-    program += [(at_least, 0, 1, 0x40000000), (answer, 0, 0, eperm)]  # x32: the same, renumbered
-    for number in (numbers[column] for numbers in refused.values() if numbers[column] is not None):
-        program += [(equal, 0, 1, number), (answer, 0, 0, eperm)]
-    if not pid_namespace:  # threads may start, processes not; clone3 hides its flags, so: use clone
-        program += [(equal, 0, 1, 435), (answer, 0, 0, enosys)]
-        program += [(equal, 0, 3, NUMBERS["clone"][column]), (load, 0, 0, 16)]
-        program += [(any_bit, 1, 0, 0x10000), (answer, 0, 0, eperm)]  # CLONE_THREAD
-        # its own limits (pid 0), not those of others; `load` again: clone's lines load its flags
-        program += [(load, 0, 0, 0), (equal, 0, 3, NUMBERS["prlimit64"][column]), (load, 0, 0, 16)]
-        program += [(equal, 1, 0, 0), (answer, 0, 0, eperm)]
+    column, machine = MACHINES[os.uname().machine]
+    program = [
+        (LOAD, 0, 0, MACHINE),
+        (IS, 1, 0, machine),
+        (ANSWER, 0, 0, KILL),
+        (LOAD, 0, 0, CALL_NUMBER),
+        (AT_LEAST, 0, 1, X32),
+        (ANSWER, 0, 0, FAIL_EPERM),
+    ]
+    for numbers in REFUSED.values():
+        program += _refuse(numbers[column], FAIL_EPERM)
+    if not pid_namespace:
+        for numbers in REFUSED_WITHOUT_PID_NAMESPACE.values():
+            program += _refuse(numbers[column], FAIL_EPERM)
+        program += _refuse_new_processes(column)
+        program += _refuse_limits_of_others(column)
     for name, first in REFUSED_FIRST.items():
-        program += [(load, 0, 0, 0), (equal, 0, 3, NUMBERS[name][column]), (load, 0, 0, 16)]
-        program += [(equal, 0, 1, first), (answer, 0, 0, eperm)]
-    program += [(answer, 0, 0, allow)]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
+        program += [
+            (LOAD, 0, 0, CALL_NUMBER),
+            (IS, 0, 3, NUMBERS[name][column]),
+            (LOAD, 0, 0, FIRST_ARGUMENT),
+            (IS, 0, 1, first),
+            (ANSWER, 0, 0, FAIL_EPERM),
+        ]
+    program.append((ANSWER, 0, 0, ALLOW))
+    instructions = [struct.pack("=HBBI", *instruction) for instruction in program]
+    code = ctypes.create_string_buffer(b"".join(instructions))
     return struct.pack("@HP", len(program), ctypes.addressof(code)), code
 
 
-def refuse_calls(pid_namespace):
+def _refuse(number, answer):
+    if number is None:
+        return []
+    return [(IS, 0, 1, number), (ANSWER, 0, 0, answer)]
+
+
+def _refuse_new_processes(column):
+    """Threads may start, processes not; clone3 hides its flags, so: use clone."""
+    return [
+        *_refuse(NUMBERS["clone3"][column], FAIL_ENOSYS),
+        (IS, 0, 3, NUMBERS["clone"][column]),
+        (LOAD, 0, 0, FIRST_ARGUMENT),
+        (HAS_BIT, 1, 0, CLONE_THREAD),
+        (ANSWER, 0, 0, FAIL_EPERM),
+    ]
+
+
+def _refuse_limits_of_others(column):
+    """A process sets its own limits (pid 0), not those of others."""
+    return [
+        (LOAD, 0, 0, CALL_NUMBER),  # again: the lines for clone have loaded its flags
+        (IS, 0, 3, NUMBERS["prlimit64"][column]),
+        (LOAD, 0, 0, FIRST_ARGUMENT),
+        (IS, 1, 0, 0),
+        (ANSWER, 0, 0, FAIL_EPERM),
+    ]
+
+
+def refuse_calls(pid_namespace: bool) -> None:
     if os.uname().machine not in MACHINES:
         raise OSError("no seccomp filter for this machine")
-    libc("prctl", 22, 2, seccomp_filter(pid_namespace)[0], 0, 0)  # PR_SET_SECCOMP, ..._FILTER
+    structure, _ = seccomp_filter(pid_namespace)
+    libc("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, structure, 0, 0)
 
 
-def confine_portably(scratch, session=False, cpu=CPU_SECONDS):
+# -- elsewhere
+
+
+def confine_portably(
+    scratch: str, is_session: bool = False, cpu: int = CPU_SECONDS
+) -> dict[str, bool]:
     """What every Unix has. -> the layers, as layers() gives them."""
     os.chdir(scratch)
     active = dict.fromkeys(LAYERS, False)
-    for name, args in limits_of(0, session, cpu).items():
-        active[name] = works(functools.partial(limit, *args))  # macOS refuses some
+    for name, arguments in limits_of(0, is_session, cpu).items():
+        active[name] = works(functools.partial(limit, *arguments))  # macOS refuses some
 
     def no_new_process():  # the user's own processes count too, so only zero makes sense
         limit(resource.RLIMIT_NPROC, 0)

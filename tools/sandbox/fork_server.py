@@ -1,8 +1,9 @@
-"""The other side of sandbox.py: the processes that start, watch and end those that run code.
+"""The processes that start, watch and end those that run code.
 
 serve() is a fork server, serve_one() a process for one call or session, where there is none.
-python.py's main() calls them, in the process that sandbox._popen() starts. confine.py has what is
-put around the code. No import here that a server does not need: it starts in 50 ms.
+child.main() calls them, in the process that caller._popen() starts; caller.py says what all of this
+covers. confine.py has what is put around the code. No import here that a server does not need: it
+starts in 50 ms.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import socket
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 
 if __package__:
     from tools.sandbox import confine
@@ -31,124 +33,187 @@ MAX_FD = 4096  # descriptors of a fork server: above 1000 calls at once
 RAISED = 101  # exit status of a child whose code raised; its other statuses are the code's own
 # numpy's threads would count as processes, and a process that has some cannot be forked safely
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+SHARED_SCRATCH = "/tmp"  # with private_root: each call's own file system is mounted there
+
+
+class Call:
+    """A call or session that runs, or has just ended."""
+
+    def __init__(self, pid, ctl, scratch, number):
+        self.pid = pid  # of the child that runs it
+        self.pidfd = os.pidfd_open(pid)  # can be read when the child has ended
+        self.ctl = ctl  # to its caller, who closes it to end it, and gets the reply
+        self.scratch = scratch  # its directory
+        self.number = number  # no other call that runs has it: its user is made of it
+        self.reply = None  # what its caller is told in the end
+
 
 # -- a fork server
 
 
-def serve(kind, parent, folders, prepare, run, run_session):
+def serve(
+    kind: str,
+    parent: int,
+    folders: list[str],
+    prepare: Callable[[list[str]], None],
+    run: Callable[[bytes], None],
+    run_session: Callable[[socket.socket], None],
+) -> None:
     """Serves until the parent's end of the control socket is closed, or the parent is gone.
-    `prepare(folders)` imports what calls will need; `run(code)` and `run_session(requests)` do not
-    return."""
+    `parent`: its process id. `folders`: where PACKAGES may lie. `prepare(folders)` imports what
+    calls will need; `run(code)` and `run_session(requests)` do not return."""
     control = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)  # the stdin of every child
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # if memory runs out, a child or this server goes, not the trainer
-    shown = {f"{path}/{name}": f"/packages/{name}" for path in folders for name in PACKAGES}
-    if kind == "shell":
-        shown |= {path: path for path in PROGRAMS}
     with open("/proc/self/maps") as maps:  # here: a private root has no /proc
-        active = confine.enter_namespaces(shown)
+        active = confine.enter_namespaces(_shown_inside(kind, folders))
         prepare(["/packages"] if active["private_root"] else folders)
         loaded = confine.use_huge_pages(maps.read())
     confine.allow_open_files(MAX_FD)  # three per call
     active = confine.probe(active, confine.limits_of(loaded, False, confine.CPU_SECONDS))
     if active["seccomp"]:
-        confine.seccomp_filter(active["pid_namespace"])
+        confine.seccomp_filter(active["pid_namespace"])  # made once, before any fork
 
-    def start(message, ctl, fd, number):
+    def start(message, ctl, second, number):
         what, cpu = message.split()
-        session = what == b"session"
+        is_session = what == b"session"
         uid = confine.FIRST_UID + SERVERS.index(kind) * confine.UIDS + number
-        limits = confine.limits_of(loaded, session, int(cpu))
-        function = run_session if session else run
-        return _start_call(ctl, fd, uid, active, limits, function, session)
+        limits = confine.limits_of(loaded, is_session, int(cpu))
+        function = run_session if is_session else run
+        pid, scratch = _start_child(ctl, second, uid, active, limits, function, is_session)
+        return Call(pid, ctl, scratch, number)
 
-    _serve_calls(control, parent, active, start)
-
-
-def _serve_calls(control, parent, active, start):
-    calls = {}  # pidfd -> call
+    server = _ForkServer(control, parent, active, start)
     try:
-        _serve_until_the_end(control, parent, active, start, calls)
+        server.run()
     finally:  # the trainer has gone, or we fail
-        for call in calls.values():
-            _kill(call)
-            _reap(call)
-            if call["scratch"] != "/tmp":
-                _remove(call["scratch"])
+        server.end_all()
 
 
-def _serve_until_the_end(control, parent, active, start, calls):
-    poller = select.epoll()
-    poller.register(control, select.EPOLLIN)
-    callers, cleaners = {}, {}  # the caller's socket -> pidfd; pidfd -> process id, call, reply
-    number = 0
-    # Not PR_SET_PDEATHSIG for ourselves: that tells the death of the *thread* which started us.
-    while os.getppid() == parent:
-        # New requests last: they may get the numbers of descriptors that this round closes.
-        for fd, _ in sorted(poller.poll(0.5), key=lambda event: event[0] == control.fileno()):
-            if fd == control.fileno():
-                message, fds, _, _ = socket.recv_fds(control, 64, 2)
-                if not message:
-                    return
-                ctl = socket.socket(fileno=fds[0])
-                if message == b"layers":
-                    ctl.send(json.dumps(active).encode())
-                    ctl.close()
-                    continue
-                taken = {call["number"] for call in calls.values()}
-                try:
-                    if len(taken) == confine.UIDS:
-                        raise OSError("too many calls and sessions at once")
-                    while number in taken:  # a session's: it may live for long
-                        number = (number + 1) % confine.UIDS
-                    call = start(message, ctl, fds[1], number)
-                except OSError as error:  # no process or memory left, say
-                    _answer({"ctl": ctl}, {"broken": str(error)})
-                    continue
-                finally:
-                    os.close(fds[1])
-                calls[call["pidfd"]] = call | {"number": number}
-                number = (number + 1) % confine.UIDS
-                callers[ctl.fileno()] = call["pidfd"]
-                poller.register(call["pidfd"], select.EPOLLIN)
-                poller.register(ctl, select.EPOLLRDHUP)
-            elif fd in callers:  # the caller has gone
-                poller.unregister(fd)
-                _kill(calls[callers.pop(fd)])
-            elif fd in calls:  # the child is dead, and with it its PID namespace
-                call = calls.pop(fd)
-                if callers.pop(call["ctl"].fileno(), None) is not None:
-                    poller.unregister(call["ctl"])
-                poller.unregister(fd)
-                os.close(fd)
-                reply = _reap(call)
-                if call["scratch"] == "/tmp":
-                    _answer(call, reply)
-                    continue
-                pid, pidfd = _start_cleaner(call["scratch"])
-                cleaners[pidfd] = pid, call, reply
-                poller.register(pidfd, select.EPOLLIN)
-            elif fd in cleaners:  # its files are gone
-                poller.unregister(fd)
-                os.close(fd)
-                pid, call, reply = cleaners.pop(fd)
-                os.waitpid(pid, 0)
-                _answer(call, reply)
+def _shown_inside(kind, folders):
+    """Path on the machine -> path in the private root, beside what python itself needs."""
+    shown = {}
+    for folder in folders:
+        for name in PACKAGES:
+            shown[f"{folder}/{name}"] = f"/packages/{name}"
+    if kind == "shell":
+        for path in PROGRAMS:
+            shown[path] = path
+    return shown
 
 
-def _start_call(ctl, second, uid, active, limits, run, session):
-    """`second`: where the output of a call goes; where a session's calls come from."""
+class _ForkServer:
+    """Starts a child for each request, watches it, and tells its caller what came of it."""
+
+    def __init__(self, control, parent, active, start):
+        self.control = control  # requests come over it
+        self.parent = parent
+        self.active = active  # the layers
+        self.start = start
+        self.poller = select.epoll()
+        self.running = {}  # pidfd -> its call
+        self.callers = {}  # descriptor of the caller's socket -> the call, while that runs
+        self.cleaning = {}  # pidfd of the cleaner -> (its pid, the call that has ended)
+        self.next_number = 0
+
+    def run(self):
+        self.poller.register(self.control, select.EPOLLIN)
+        # Not PR_SET_PDEATHSIG for ourselves: that tells the death of the *thread* which started us.
+        while os.getppid() == self.parent:
+            ready = [fd for fd, _ in self.poller.poll(0.5)]
+            # New requests last: they may get the numbers of descriptors that this round closes.
+            has_request = self.control.fileno() in ready
+            for fd in ready:
+                if fd in self.callers:
+                    self._caller_has_gone(fd)
+                elif fd in self.running:
+                    self._child_has_ended(fd)
+                elif fd in self.cleaning:
+                    self._files_are_gone(fd)
+            if has_request and not self._take_request():
+                return
+
+    def _take_request(self):
+        """False if there is none any more: the trainer's end is closed."""
+        message, fds, _, _ = socket.recv_fds(self.control, 64, 2)
+        if not message:
+            return False
+        ctl = socket.socket(fileno=fds[0])
+        if message == b"layers":
+            ctl.send(json.dumps(self.active).encode())
+            ctl.close()
+            return True
+        try:
+            call = self.start(message, ctl, fds[1], self._free_number())
+        except OSError as error:  # no process or memory left, say
+            _answer(ctl, {"broken": str(error)})
+            return True
+        finally:
+            os.close(fds[1])
+        self.running[call.pidfd] = call
+        self.callers[ctl.fileno()] = call
+        self.poller.register(call.pidfd, select.EPOLLIN)
+        self.poller.register(ctl, select.EPOLLRDHUP)
+        return True
+
+    def _free_number(self):
+        taken = {call.number for call in self.running.values()}
+        if len(taken) == confine.UIDS:
+            raise OSError("too many calls and sessions at once")
+        number = self.next_number
+        while number in taken:  # a session's: it may live for long
+            number = (number + 1) % confine.UIDS
+        self.next_number = (number + 1) % confine.UIDS
+        return number
+
+    def _caller_has_gone(self, fd):
+        self.poller.unregister(fd)
+        _kill(self.callers.pop(fd).pid)
+
+    def _child_has_ended(self, fd):
+        """The child is dead, and with it its PID namespace."""
+        call = self.running.pop(fd)
+        if self.callers.pop(call.ctl.fileno(), None) is not None:
+            self.poller.unregister(call.ctl)
+        self.poller.unregister(fd)
+        os.close(fd)
+        call.reply = _reap(call.pid)
+        if call.scratch == SHARED_SCRATCH:
+            _answer(call.ctl, call.reply)
+            return
+        pid, pidfd = _start_cleaner(call.scratch)
+        self.cleaning[pidfd] = pid, call
+        self.poller.register(pidfd, select.EPOLLIN)
+
+    def _files_are_gone(self, fd):
+        self.poller.unregister(fd)
+        os.close(fd)
+        pid, call = self.cleaning.pop(fd)
+        os.waitpid(pid, 0)
+        _answer(call.ctl, call.reply)
+
+    def end_all(self):
+        for call in self.running.values():
+            _kill(call.pid)
+            _reap(call.pid)
+            if call.scratch != SHARED_SCRATCH:
+                _remove(call.scratch)
+
+
+def _start_child(ctl, second, uid, active, limits, run, is_session):
+    """-> its process id and scratch directory. `second`: where the output of a call goes; where a
+    session's calls come from."""
     if not active["own_user"]:
         uid = os.geteuid()
-    scratch = "/tmp"
+    scratch = SHARED_SCRATCH
     if not active["private_root"]:
         scratch = tempfile.mkdtemp(prefix=f"nanotool-{os.getpid()}-")
         os.chown(scratch, uid, -1)
     pid = confine.clone(active)
     if pid == 0:
 
-        def confined():
+        def put_layers():
             confine.apply_layers(active, uid, scratch, limits)
 
         def one_call():
@@ -156,20 +221,20 @@ def _start_call(ctl, second, uid, active, limits, run, session):
             ctl.close()
             run(code)
 
-        if session:  # its output goes nowhere between calls
-            _child(0, second, confined, lambda: run(socket.socket(fileno=second)))
-        _child(second, ctl.fileno(), confined, one_call)
-    return {"pid": pid, "pidfd": os.pidfd_open(pid), "ctl": ctl, "scratch": scratch}
+        if is_session:  # its output goes nowhere between calls
+            _run_child(0, second, put_layers, lambda: run(socket.socket(fileno=second)))
+        _run_child(second, ctl.fileno(), put_layers, one_call)
+    return pid, scratch
 
 
-def _child(out, kept, confined, work):
-    """Does not return, and neither does work(). `kept`: the one descriptor that it needs."""
+def _run_child(out, needed, put_layers, work):
+    """Does not return, and neither does work(). `needed`: the one descriptor that stays open."""
     try:
         os.dup2(out, 1)
         os.dup2(out, 2)
-        os.closerange(3, kept)
-        os.closerange(kept + 1, MAX_FD)
-        confined()
+        os.closerange(3, needed)
+        os.closerange(needed + 1, MAX_FD)
+        put_layers()
         work()
     except BaseException as error:  # of ours
         os.write(2, f"sandbox: {type(error).__name__}: {error}".encode())
@@ -178,30 +243,32 @@ def _child(out, kept, confined, work):
 
 
 def read_code(ctl: socket.socket) -> bytes:
+    """What the caller sends: the length in four bytes, then the code."""
     with ctl.makefile("rb") as file:
-        return file.read(int.from_bytes(file.read(4), sys.byteorder))
+        length = int.from_bytes(file.read(4), sys.byteorder)
+        return file.read(length)
 
 
-def _kill(call):
+def _kill(pid):
     with contextlib.suppress(ProcessLookupError):
-        os.kill(call["pid"], signal.SIGKILL)
-    _kill_group(call)
+        os.kill(pid, signal.SIGKILL)
+    _kill_group(pid)
 
 
-def _kill_group(call):
+def _kill_group(pid):
     with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS, of a group of zombies
-        os.killpg(call["pid"], signal.SIGKILL)
+        os.killpg(pid, signal.SIGKILL)
 
 
-def _reap(call):
-    """-> the reply to its caller"""
-    _, status, usage = os.wait4(call["pid"], 0)
-    _kill_group(call)  # what it left behind, where there is no PID namespace
+def _reap(pid):
+    """Waits for the end of a call's child -> the reply to its caller."""
+    _, status, usage = os.wait4(pid, 0)
+    _kill_group(pid)  # what it left behind, where there is no PID namespace
     return {"status": status, "cpu": usage.ru_utime + usage.ru_stime}
 
 
-def _answer(call, reply):
-    with call["ctl"] as ctl, contextlib.suppress(ConnectionError):  # the caller may have gone
+def _answer(ctl, reply):
+    with ctl, contextlib.suppress(ConnectionError):  # the caller may have gone
         ctl.send(json.dumps(reply).encode())
 
 
@@ -223,9 +290,7 @@ def _remove(scratch):
         os.chmod(scratch, 0o700)
         folders = [scratch]
         while folders:
-            folder = folders[-1]
-            with os.scandir(folder) as entries:
-                inside = [(entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries]
+            inside = _entries(folders[-1])
             for path, is_folder in inside:
                 if is_folder:
                     os.chmod(path, 0o700)
@@ -238,15 +303,21 @@ def _remove(scratch):
                 os.rmdir(folders.pop())
 
 
+def _entries(folder):
+    with os.scandir(folder) as entries:
+        return [(entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries]
+
+
 # -- one process per call or session, where there is no fork server
 
 
-def serve_one(run, session, cpu):
+def serve_one(run: Callable, is_session: bool, cpu: int) -> None:
     """Serves the call or session whose sockets are stdin and stdout, in a child, and sees to the
     child's end. `cpu`: seconds."""
     ctl = socket.socket(fileno=os.dup(0))
     second = os.dup(1)
-    code = None if session else read_code(ctl)  # here: `watch` below must not find a byte of it
+    # here: `watch` below must not find a byte of it
+    code = None if is_session else read_code(ctl)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
@@ -254,23 +325,22 @@ def serve_one(run, session, cpu):
     pid = os.fork()
     if pid == 0:
 
-        def confined():
+        def put_layers():
             os.setsid()
-            confine.confine_portably(scratch, session, cpu)
+            confine.confine_portably(scratch, is_session, cpu)
 
-        if session:
-            _child(0, second, confined, lambda: run(socket.socket(fileno=second)))
-        _child(second, 2, confined, lambda: run(code))
+        if is_session:
+            _run_child(0, second, put_layers, lambda: run(socket.socket(fileno=second)))
+        _run_child(second, 2, put_layers, lambda: run(code))
     os.close(second)  # else the caller would wait for us to close its output
-    call = {"pid": pid, "ctl": ctl}
 
     def watch():
         with contextlib.suppress(ConnectionError):
             ctl.recv(1)  # returns when the caller has gone: it sends no more
-        _kill(call)
+        _kill(pid)
 
     threading.Thread(target=watch, daemon=True).start()
-    reply = _reap(call)
+    reply = _reap(pid)
     _remove(scratch)
-    _answer(call, reply)
+    _answer(ctl, reply)
     os._exit(0)  # at once: `watch` may still be waiting

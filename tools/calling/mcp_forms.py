@@ -1,0 +1,150 @@
+"""What an MCP server says of its tools, and what they return, in the forms that the model gets."""
+
+import base64
+import io
+import json
+
+from mcp import types
+from PIL import Image, UnidentifiedImageError
+
+from tools.calling.base import ToolError
+
+# -- the schema of a tool
+
+DROPPED = {"$schema", "$id", "$comment", "$ref", "$defs", "definitions", "title"}
+AS_IT_IS = {"enum", "const", "default", "examples", "required"}  # values: no schemas
+
+
+def parameters(schema: dict) -> dict:
+    """An inputSchema with an object's type and properties, as get_json_schema writes them: $ref is
+    replaced by what it stands for, `X or null` is X with nullable, and titles and $schema, which
+    say nothing to a model, are left out. Other keywords stay: the server checks them."""
+    made = _plain(schema, schema, ())
+    open_ended = {"anyOf", "oneOf", "allOf", "patternProperties"} & made.keys()
+    if "properties" not in made and open_ended:
+        made.setdefault("additionalProperties", True)
+    return {**made, "type": "object", "properties": made.get("properties", {})}
+
+
+def _plain(schema, root, inside):
+    """`root`: the whole schema, in which a $ref points. `inside`: the references around this."""
+    if isinstance(schema, list):
+        return [_plain(item, root, inside) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    schema, inside = _resolved(schema, root, inside)
+    made = {}
+    for key, value in schema.items():
+        if key == "properties" and isinstance(value, dict):  # its keys are names of arguments
+            made[key] = {name: _plain(item, root, inside) for name, item in value.items()}
+        elif key in AS_IT_IS:
+            made[key] = value
+        elif key not in DROPPED:
+            made[key] = _plain(value, root, inside)
+    return _nullable(made)
+
+
+def _resolved(schema, root, inside):
+    """With what its $ref stands for, which may stand for another one. -> also the references that
+    are around it now: a schema within itself ends in "any value"."""
+    while isinstance(schema.get("$ref"), str):
+        reference = schema["$ref"]
+        beside = {key: value for key, value in schema.items() if key != "$ref"}
+        target = {} if reference in inside else _target(root, reference)
+        schema = {**target, **beside}
+        inside = (*inside, reference)
+    return schema, inside
+
+
+def _target(root, reference):
+    """What "#/$defs/Point" stands for, {} where it is not in the schema."""
+    if not reference.startswith("#"):
+        return {}
+    target = root
+    for part in reference.removeprefix("#").strip("/").split("/"):
+        if not part:
+            continue
+        if not isinstance(target, dict):
+            return {}
+        target = target.get(part.replace("~1", "/").replace("~0", "~"))
+    return target if isinstance(target, dict) else {}
+
+
+def _nullable(schema):
+    """`X or null` becomes X with nullable."""
+    null = {"type": "null"}
+    options = schema.get("anyOf")
+    if isinstance(options, list) and null in options:
+        others = [option for option in options if option != null]
+        beside = {key: value for key, value in schema.items() if key != "anyOf"}
+        if len(others) == 1 and isinstance(others[0], dict):
+            return {**others[0], **beside, "nullable": True}
+        return {"anyOf": others, **beside, "nullable": True}
+    types_of_it = schema.get("type")
+    if isinstance(types_of_it, list) and len(types_of_it) == 2 and "null" in types_of_it:
+        (other,) = [name for name in types_of_it if name != "null"]
+        return {**schema, "type": other, "nullable": True}
+    return schema
+
+
+# -- what a call returned
+
+
+def content(result: types.CallToolResult) -> str | list | None:
+    """Text, a list of texts and PIL images, or None for nothing. Raises ToolError for an error."""
+    parts = [_part(block) for block in result.content]
+    if result.structured_content is not None and not parts:
+        parts = [json.dumps(result.structured_content, ensure_ascii=False)]
+    texts = [part for part in parts if isinstance(part, str)]
+    text = "\n".join(texts)
+    if result.is_error:
+        raise ToolError("exception", text or "error: the tool failed and does not say why")
+    if len(texts) < len(parts):
+        return parts
+    return text or None
+
+
+def _part(block):
+    """A text or a PIL image."""
+    if block.type == "text":
+        return block.text
+    if block.type == "resource_link":
+        return f"(a resource {block.uri}: not shown)"
+    if block.type == "resource":
+        if isinstance(block.resource, types.TextResourceContents):
+            return block.resource.text
+        return _media(block.resource.blob, block.resource.mime_type, f" {block.resource.uri}")
+    return _media(block.data, block.mime_type, "")
+
+
+def _media(data, mime_type, name):
+    if not str(mime_type).startswith("image/"):
+        return f"(a resource{name} of type {mime_type}: not shown)"
+    try:
+        data = base64.b64decode(data)
+        try:
+            return _image(data)
+        except (SyntaxError, UnidentifiedImageError):  # Pillow's words for a broken one
+            return _image(_essential(data))
+    except Exception as error:  # Pillow has many: what is sent is another program's
+        return f"(an image that cannot be read, {type(error).__name__}: not shown)"
+
+
+def _image(data):
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return image
+
+
+def _essential(png):
+    """A PNG without its optional chunks: a wrong checksum in a colour profile, as the reference
+    server "everything" sends it, is nothing to a browser, and Pillow would refuse the image."""
+    made = png[:8]  # the signature
+    start = 8
+    while start + 8 <= len(png):
+        end = start + 12 + int.from_bytes(png[start : start + 4])
+        name = png[start + 4 : start + 8]
+        if name[:1].isupper() or name == b"tRNS":  # a capital: not optional
+            made += png[start:end]
+        start = end
+    return made
