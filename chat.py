@@ -95,8 +95,9 @@ class Chat:
         # the template's own markers (</tool_response>), which are often not called special.
         added = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
         special = {token.content for token in added if token.special}
-        # The longest first: where one token begins another, the pattern finds the longer.
-        self.added_tokens = sorted({token.content for token in added}, key=len, reverse=True)
+        # The longest first: where one token begins another, the patterns find the longer.
+        texts = sorted({token.content for token in added})
+        self.added_tokens = sorted(texts, key=len, reverse=True)
         in_user = [token for token in self.added_tokens if token in special]
         in_tool = [token for token in self.added_tokens if token in special or token in template]
         self._guards = {"user": any_of(in_user), "tool": any_of(in_tool), "assistant": any_of([])}

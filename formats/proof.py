@@ -1,8 +1,8 @@
 """The proof of a chat template: what it takes and writes, and that a conversation is its pieces.
 
-    facts  = find_facts(chat)     what closes a turn, what the generation prompt opens, ...
-    find_format(chat)             in which of our formats it writes a call
-    check_conversations(chat)     its rendering of a whole is the concatenation, or UserError
+    find_facts(chat)             what closes a turn, what the generation prompt opens, ...
+    find_format(chat)            in which of our formats it writes a call
+    check_conversations(chat)    its rendering of a whole is the concatenation, or UserError
 
 Nothing is read out of the template's source: it is asked by rendering dummy messages, one question
 a function. `chat` is a chat.Chat, which renders; here is only what to render and what to conclude.

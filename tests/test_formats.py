@@ -179,7 +179,8 @@ def test_a_rollout_renders_again_as_it_was_sampled(name):
     think = "hm\n</think>\n\n" if chat.facts.opening else ""
     lead = "" if chat.facts.opening else chat.facts.lead
     for words in ("", "I add.") if WRITERS[name] != "llama3" else ("",):
-        said = think + (lead * bool(words)) + chat.format.write(words, calls)
+        before = think + lead if words else think
+        said = before + chat.format.write(words, calls)
         turns = [(closed(chat, said), ["5", "10"][: len(calls)])]
         turns.append((closed(chat, think + lead + "So."), []))
         ids, mask, messages = run(chat, turns)
@@ -264,7 +265,8 @@ def test_a_deep_value_is_a_malformed_call_and_never_a_crash(name, depth):
     chat = chat_of(name, [ANY])
     text = chat.format.write("", [Call("any", {"a": "@@"})])
     text = text.replace('"@@"', "@@").replace("@@", "[" * depth + "]" * depth)
-    text = "hm\n</think>\n\n" * bool(chat.facts.opening) + text
+    if chat.facts.opening:
+        text = "hm\n</think>\n\n" + text
     text, [call] = chat.parse(closed(chat, text))
     assert call.error == ("bad_json" if depth > 100 else "")
     ids, mask = chat.render([USER, chat.message(text, [call])])
