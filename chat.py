@@ -15,9 +15,10 @@ text, so nothing is cached, and whatever a template does to a result (trim, quot
 
 Is that concatenation what the model was trained to read? `Chat(...)` proves it on a few dummy
 conversations: the template's rendering of the whole is the concatenation, in text and in ids, or
-differs in ways that `differences` then lists. Otherwise a UserError says what was seen.
+differs in ways that `differences` then lists. Otherwise a UserError says what was seen. The proof
+is formats/proof.py; this file only renders.
 
-How a turn calls tools is a format: formats.py. format="auto" has the template write a call, and
+How a turn calls tools is a format: formats/. format="auto" has the template write a call, and
 takes the format that reads just like it. That needs no `response_template` of the tokenizer; nor is
 anything read by transformers' parse_response, which uses it: that one cuts blanks off values and
 passes on what the model has to be told is wrong (tests/test_formats.py shows both).
@@ -25,87 +26,39 @@ passes on what the model has to be told is wrong (tests/test_formats.py shows bo
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from datetime import datetime
 from itertools import groupby
-from os.path import commonprefix
 
 import jinja2
 
-from formats import FORMATS, THINK, Call, as_json, call_ids
+from formats import FORMATS, Call
+from formats.base import (
+    any_of,
+    as_json,
+    assistant_message,
+    call_ids,
+    tool_message,
+    user_message,
+)
+from formats.proof import (
+    SENTINEL,
+    TemplateFacts,
+    check_conversations,
+    check_tools,
+    find_facts,
+    find_format,
+)
 from run.config import UserError
 
-ARGUMENT = "zqARGUMENTqz"  # a name that no tool has for one of its own
-OTHERS = "use format=json_actions, fence or tags"
-BRIEF = {"role": "system", "content": "Be brief."}
-SENTINEL = "zqSENTINELqz"  # letters only: no template trims, quotes or escapes it
 # Stands for the n-th added token typed in somebody's text; code points for private use.
-MARK, MARKED = "\ue0f3{}\ue0f4", re.compile("\ue0f3([0-9]+)\ue0f4")
-# What every template is given.
-GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
+MARK = "\ue0f3{}\ue0f4"
+MARKED = re.compile("\ue0f3([0-9]+)\ue0f4")
+# What every template is given, and no option can set.
+TEMPLATE_INPUTS = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
 # Templates that write the date get this one: a run resumed tomorrow sees the same prompts.
 TODAY = datetime(2024, 7, 26)
-
-
-def _say(text, *calls: Call) -> dict:
-    written = []
-    for call in calls:
-        function = {"name": call.name, "arguments": call.arguments}
-        id = {"id": call.id} if call.id else {}
-        written.append(id | {"type": "function", "function": function})
-    return {"role": "assistant", "content": text} | ({"tool_calls": written} if calls else {})
-
-
-def _read(message) -> tuple[str, list[Call]]:
-    """An assistant message -> its text, with the thinking, and its calls."""
-    text, calls = _flat(message.get("content")), []
-    if message.get("reasoning_content"):
-        text = f"<think>\n{message['reasoning_content']}\n</think>\n\n{text}"
-    for call in message.get("tool_calls") or []:
-        id, call = call.get("id") or "", call.get("function", call)
-        arguments = call["arguments"]
-        try:
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        except ValueError as e:
-            what = f"arguments = {arguments!r} of a call of {call['name']}"
-            raise UserError(f"{what}: expected an object or its JSON") from e
-        calls.append(Call(call["name"], arguments, id=id))
-    return text, calls
-
-
-def _user(text) -> dict:
-    return {"role": "user", "content": text}
-
-
-def _result(name, content) -> dict:
-    return {"role": "tool", "name": name, "content": content}
-
-
-def _flat(content) -> str:
-    if isinstance(content, list):
-        return "".join(part.get("text", "") for part in content)
-    return content or ""
-
-
-def _options(given, template) -> dict:
-    """The variables of a template, from "name=value"; true, false and numbers are no texts."""
-    found = {}
-    for item in given:
-        name, equals, text = item.partition("=")
-        if not equals or not name.isidentifier():
-            raise UserError(f"template_options: cannot read {item!r}: write name=value")
-        if name in GIVEN or not re.search(rf"\b{name}\b", template):
-            raise UserError(f"template_options: {name} is no option of this chat template: drop it")
-        try:
-            found[name] = json.loads(text)
-        except ValueError:
-            found[name] = text
-    return found
-
-
-def _any_of(tokens) -> re.Pattern:
-    return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
 
 class Chat:
@@ -127,491 +80,459 @@ class Chat:
     ):
         if format not in (*FORMATS, "auto"):
             raise UserError(f"format = {format!r}: expected one of auto, {', '.join(FORMATS)}")
-        self.tokenizer, self.format_name, self.tools = tokenizer, format, list(tools)
+        self.tokenizer = tokenizer
+        self.tools = list(tools)
+        self.format_name = format
         self.format = FORMATS["hermes" if format == "auto" else format](self.tools)
-        self.differences: tuple[str, ...] = ()
         try:
             template = tokenizer.get_chat_template(tools=self.tools or None)
         except ValueError as e:
-            raise self._refusal("there is none; use an Instruct model") from e
-        self._given, self._options = options, _options(options, template)
-        added = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
-        self._added = sorted({t.content for t in added}, key=len, reverse=True)
+            raise self.refusal("there is none; use an Instruct model") from e
+        self.options = options
+        self._variables = read_options(options, template)
+
         # Text typed by a user or a tool must not become a control token. In a result that includes
         # the template's own markers (</tool_response>), which are often not called special.
-        control = {t.content for t in added if t.special}
-        user = [t for t in self._added if t in control]
-        tool = [t for t in self._added if t in control or t in template]
-        self._guards = {"user": _any_of(user), "tool": _any_of(tool), "assistant": _any_of([])}
-        self._probe()
+        added = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
+        special = {token.content for token in added if token.special}
+        # The longest first: where one token begins another, the patterns find the longer.
+        texts = sorted({token.content for token in added})
+        self.added_tokens = sorted(texts, key=len, reverse=True)
+        in_user = [token for token in self.added_tokens if token in special]
+        in_tool = [token for token in self.added_tokens if token in special or token in template]
+        self._guards = {"user": any_of(in_user), "tool": any_of(in_tool), "assistant": any_of([])}
+
+        self.facts = TemplateFacts()
+        find_facts(self)
+        self._guards["assistant"] = any_of(self.facts.stop_tokens)
         if format == "auto" or (self.tools and not self.format.inline):
-            self._probe_calls()
-        self.stop_strings: tuple[str, ...] = self.format.stop_strings
+            find_format(self)
         if "strftime_now" in template:
-            self._declare(f"the date in prompts is always {TODAY:%d %b %Y}")
-        for messages in self._conversations():
-            self._compare(messages)
+            self.facts.declare(f"the date in prompts is always {TODAY:%d %b %Y}")
+        check_conversations(self)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self.facts.stop_ids
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return self.format.stop_strings
+
+    @property
+    def differences(self) -> tuple[str, ...]:
+        return tuple(self.facts.differences)
 
     def with_tools(self, tools: list[dict]) -> "Chat":
-        """This chat with other tools, for rows that bring their own. The proof is the template's
-        and takes tens of milliseconds: only that all tools are shown is repeated."""
+        """Makes this chat with other tools, for rows that bring their own. The proof is the
+        template's and takes tens of milliseconds: only that all tools are shown is repeated."""
         if not self.tools or not tools:  # a template may be another one without tools
-            return Chat(self.tokenizer, self.format_name, tools, self._given)
+            return Chat(self.tokenizer, self.format_name, tools, self.options)
         other = copy(self)
-        other.tools, other.format = list(tools), FORMATS[self.format_name](list(tools))
-        other.format.style, other.stop_strings = self.format.style, other.format.stop_strings
+        other.tools = list(tools)
+        other.format = FORMATS[self.format_name](other.tools)
+        other.format.style = self.format.style
         if not other.format.inline:
-            other._check_tools()
+            check_tools(other)
         return other
 
     # What the loop uses.
 
     def prompt(self, messages: list[dict]) -> list[int]:
-        """Ids of the messages before the first sampled turn, tool schemas, generation prompt."""
-        return self._encode(self._render(messages, generate=True, start=True), first=True)
+        """Encodes the messages before the first sampled turn, tool schemas, generation prompt."""
+        return self.encode(self.text_of(messages, generate=True, start=True), first=True)
 
     def parse(self, ids: list[int]) -> tuple[str, list[Call]]:
-        """A sampled turn -> its text without the stop token, and its calls in order. A tool
+        """Reads a sampled turn -> its text without the stop token, and its calls in order. A tool
         response that the model wrote itself is text like any other."""
-        ids = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
+        if ids and ids[-1] in self.stop_ids:
+            ids = ids[:-1]
         text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        return text, self.format.parse(self._opening + text) if self.tools else []
+        if not self.tools:
+            return text, []
+        return text, self.format.parse(self.facts.opening + text)
 
     def observation(self, results: list[tuple[Call, str]], closed: bool) -> list[int]:
-        """The ids (mask 0) between a turn and the next. results: in call order; a content is a
-        string, or a list of content parts if the template takes them. closed: the turn ended in
-        one of stop_ids. If not, the missing close comes first, or an inline format goes on."""
-        messages = [_result(call.name, content) for call, content in results]
+        """Encodes what comes between a turn and the next (mask 0).
+
+        results: in call order; a content is a string, or a list of content parts if the template
+        takes them. closed: the turn ended in one of stop_ids. If not, the missing close comes
+        first, or an inline format goes on."""
+        messages = []
         ids = call_ids([call for call, _ in results])
-        messages = [m | {"tool_call_id": id} for m, id in zip(messages, ids, strict=True)]
+        for (call, content), id in zip(results, ids, strict=True):
+            messages.append(tool_message(call.name, content) | {"tool_call_id": id})
         if not self.format.inline:
-            return self._encode(self._between(messages, closed))
-        text = self._inline(messages)
+            return self.encode(self._between(messages, closed))
+        text = self._inline_results(messages)
+        if self.format.in_place and not closed:
+            return self.encode(text)
         # In a turn that the model closed itself the result has to come as a user's message.
-        in_place = self.format.in_place and not closed
-        return self._encode(text if in_place else self._between([_user(text)], closed))
+        return self.encode(self._between([user_message(text)], closed))
 
     def render(self, messages: list[dict]) -> tuple[list[int], list[int]]:
-        """A whole conversation -> ids, mask: 1 on what the model is to write, stop tokens too."""
-        ids, mask = [], []
-        for text, bit in self._pieces(messages):
-            new = self._encode(text, first=not ids)
-            ids, mask = ids + new, mask + [bit] * len(new)
+        """Encodes a whole conversation -> ids, and a mask: 1 on what the model is to write, stop
+        tokens too."""
+        ids = []
+        mask = []
+        for text, bit in self.pieces(messages):
+            piece = self.encode(text, first=not ids)
+            ids += piece
+            mask += [bit] * len(piece)
         return ids, mask
 
     def message(self, text: str, calls: list[Call], goes_on: bool = False) -> dict:
-        """The sampled turn in OpenAI form. Its calls stay in the text if the format is inline, or
-        if tool_calls would not say exactly the same (malformed calls, words between them).
-        goes_on: it goes on behind an inline result, where no generation prompt was."""
-        text = text if goes_on else self._opening + text
-        if calls and not self.format.inline and not any(call.error for call in calls):
-            head = text[: text.index(calls[0].raw)]
-            for content in map(head.removesuffix, ("", "\n", "\n\n")):
-                if self.format.write(content, calls) == text:
-                    return _say(content, *calls)
-        return _say(text)
+        """Makes the message of a sampled turn, in OpenAI form. Its calls stay in the text if the
+        format is inline, or if tool_calls would not say exactly the same (malformed calls, words
+        between them). goes_on: it goes on behind an inline result, where no generation prompt
+        was."""
+        if not goes_on:
+            text = self.facts.opening + text
+        is_malformed = any(call.error for call in calls)
+        if not calls or self.format.inline or is_malformed:
+            return assistant_message(text)
+        words = text[: text.index(calls[0].raw)]
+        for glue in ("", "\n", "\n\n"):  # what formats write between words and calls
+            content = words.removesuffix(glue)
+            if self.format.write(content, calls) == text:
+                return assistant_message(content, calls)
+        return assistant_message(text)
 
-    # Text. Everything here works on what the template writes.
+    # Messages to text: what the template writes.
 
-    def _render(self, messages, generate=False, start=False) -> str:
-        """start: a conversation from its beginning, with the tools described."""
-        messages = self._describe(messages) if start else messages
-        messages = self._shape(self._merge(self._told(self._answered(messages))))
+    def text_of(self, messages: list[dict], generate: bool = False, start: bool = False) -> str:
+        """Renders messages. generate: with the generation prompt. start: a conversation from its
+        beginning, with the tools described. UserError: the template raises."""
+        if start:
+            messages = self.with_system_prompt(messages)
+        messages = self.results_as_user(self.name_results(messages))
+        messages = self.to_template_form(self.join_open_turn(messages))
+        shows_tools = start and self.tools and not self.format.inline
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
-                tools=self.tools if start and self.tools and not self.format.inline else None,
+                tools=self.tools if shows_tools else None,
                 tokenize=False,
                 add_generation_prompt=generate,
                 strftime_now=TODAY.strftime,
-                **self._options,
+                **self._variables,
             )
         # What templates raise, and what their expressions do on messages they do not expect.
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as e:
-            raise self._refusal(f"it raises {str(e)!r}") from e
+            raise self.refusal(f"it raises {str(e)!r}") from e
 
-    def _pieces(self, messages) -> list[tuple[str, int]]:
-        """A conversation -> [(text, mask)]: prompt, turn, what is between, turn, ..."""
-        messages = self._told(self._answered(messages))
-        roles = [message["role"] for message in messages] + ["assistant"]
-        at = roles.index("assistant")
-        pieces = [(self._render(messages[:at], generate=True, start=True), 0)]
+    def pieces(self, messages: list[dict]) -> list[tuple[str, int]]:
+        """Cuts a conversation into [(text, mask)]: prompt, turn, what is between, turn, ..."""
+        messages = self.results_as_user(self.name_results(messages))
+        at = next_turn(messages, 0)
+        prompt = self.text_of(messages[:at], generate=True, start=True)
+        pieces = [(prompt, 0)]
         goes_on = False  # in an open turn, behind an inline result
         while at < len(messages):
+            end = next_turn(messages, at + 1)
+            between = messages[at + 1 : end]
             text = self._turn(messages[at], goes_on)
-            end = roles.index("assistant", at + 1)
-            between, at = messages[at + 1 : end], end
-            goes_on = self.format.in_place and bool(between) and between[0]["role"] == "tool"
+            # The turn: closed, or left open for a result that is written in it.
+            goes_on = self.format.in_place and bool(between) and is_result(between[0])
             if goes_on:
-                results = [m for m in between if m["role"] == "tool"]
-                between = [m for m in between if m["role"] != "tool"]
-                pieces += [(self._stopped(text), 1), (self._inline(results), 0)]
+                results = self._inline_results(filter(is_result, between))
+                pieces.append((self._with_stop_string(text), 1))
+                pieces.append((results, 0))
+                between = [message for message in between if not is_result(message)]
             else:
-                pieces.append((text + self._close, 1))
-            if between or (at < len(messages) and not goes_on):
+                pieces.append((text + self.facts.close, 1))
+            # What leads to the next turn; behind an inline result nothing does, unless a user
+            # speaks: then the close that nobody sampled comes first.
+            is_last = end == len(messages)
+            if between or not (is_last or goes_on):
                 pieces.append((self._between(between, closed=not goes_on), 0))
                 goes_on = False
+            at = end
         return pieces
 
     def _turn(self, message, goes_on) -> str:
-        """What the model is to write for this message, without the stop token."""
-        text, calls = _read(message)
-        written = self.format.write(text, calls)
-        found = [] if self.format.inline else self.format.parse(written)
-        self._check_calls(calls, found)
+        """Writes what the model is to write for this message, without the stop token."""
+        content, calls = read_message(message)
+        written = self.format.write(content, calls)
+        begins_with_call = False
+        if not self.format.inline:
+            parsed = self.format.parse(written)
+            self._check_calls(calls, parsed)
+            begins_with_call = bool(parsed) and written.lstrip().startswith(parsed[0].raw)
         text = self._guard(written, "assistant")
+        opening = self.facts.opening
         if goes_on:
-            return text.removeprefix(self._opening)
-        for opening in (self._opening, "<think>") if self._opening else ():
-            if text.startswith(opening):  # the generation prompt has it already
-                return text.removeprefix(opening)
-        if self._opening:
+            return text.removeprefix(opening)
+        if opening:
+            for thinking in (opening, "<think>"):  # the generation prompt has it already
+                if text.startswith(thinking):
+                    return text.removeprefix(thinking)
             return f"\n</think>\n\n{text}"
-        is_call = bool(found) and written.lstrip().startswith(found[0].raw)
-        lead = self._call_lead if is_call else self._lead
+        lead = self.facts.call_lead if begins_with_call else self.facts.lead
         return text if text.startswith(lead) else lead + text
 
-    def _check_calls(self, calls, found):
-        """A call that its own format would not read back is not learnt from."""
-        for n, call in enumerate(calls if not self.format.inline else ()):
-            back = found[n] if n < len(found) else Call("", None)
-            if (back.name, as_json(back.arguments)) != (call.name, as_json(call.arguments)):
-                wrote, read = as_json(call.arguments)[:80], as_json(back.arguments)[:80]
+    def _check_calls(self, calls, parsed) -> None:
+        """Refuses a call that its own format would not read back: it is not learnt from."""
+        for n, call in enumerate(calls):
+            back = parsed[n] if n < len(parsed) else Call("", None)
+            wrote = as_json(call.arguments)
+            read = as_json(back.arguments)
+            if (back.name, read) != (call.name, wrote):
                 raise UserError(
-                    f"format {self.format_name} cannot write {call.name}({wrote}): it is read back "
-                    f"as {back.name}({read}); change the row, or take another format"
+                    f"format {self.format_name} cannot write {call.name}({wrote[:80]}): it is read "
+                    f"back as {back.name}({read[:80]}); change the row, or take another format"
                 )
 
     def _between(self, messages, closed) -> str:
-        """The text from the end of a turn to the next, generation prompt included."""
-        names = [m.get("name") or "unknown" for m in messages if m["role"] == "tool"]
-        ids = [m.get("tool_call_id", "") for m in messages if m["role"] == "tool"]
-        calls = [Call(n, {"x": SENTINEL}, id=id) for n, id in zip(names, ids, strict=True)]
-        turn = _say("", *calls) if calls else _say(SENTINEL)
-        text = self._render([_user("x"), turn, *messages], generate=True)
-        tail = text.split(SENTINEL, len(calls) or 1)[-1]
-        suffix = tail[tail.index(self._close) + len(self._close) :]
-        return suffix if closed else self._close + suffix
+        """Writes the text from the end of a turn to the next, generation prompt included: what the
+        template writes behind a dummy turn, whose calls these messages answer."""
+        calls = []
+        for message in filter(is_result, messages):
+            name = message.get("name") or "unknown"
+            id = message.get("tool_call_id", "")
+            calls.append(Call(name, {"x": SENTINEL}, id=id))
+        turn = assistant_message("" if calls else SENTINEL, calls)
+        text = self.text_of([user_message("x"), turn, *messages], generate=True)
+        sentinels = len(calls) or 1
+        tail = text.split(SENTINEL, sentinels)[-1]
+        close = self.facts.close
+        suffix = tail[tail.index(close) + len(close) :]
+        return suffix if closed else close + suffix
 
-    def _inline(self, results) -> str:
-        results = [(result.get("name") or "", _flat(result["content"])) for result in results]
-        text = "".join(self.format.result(name, content) for name, content in results)
+    def _inline_results(self, results) -> str:
+        """Writes results, as messages, in the way of an inline format."""
+        text = ""
+        for result in results:
+            name = result.get("name") or ""
+            text += self.format.result(name, flat_text(result["content"]))
         return self._guard(text, "tool")
 
-    def _stopped(self, text) -> str:
-        """An engine stops at a stop string: a "```" is not whole without its line break."""
+    def _with_stop_string(self, text) -> str:
+        """Completes the stop string that ends an open turn. An engine stops at all of it: a "```"
+        is not whole without its line break."""
         for stop in self.stop_strings:
             if text.endswith(stop.rstrip()):
                 return text.removesuffix(stop.rstrip()) + stop
         return text
 
-    def _answered(self, messages) -> list[dict]:
-        """Each result with the name of its call, and its id as the template is to write it."""
-        answered, waiting = [], []
+    # Messages to messages, on their way to the template.
+
+    def name_results(self, messages: list[dict]) -> list[dict]:
+        """Gives each result the name of its call, and its id as the template is to write it."""
+        named = []
+        waiting = []  # [(id, call)] of the last turn's calls that have no result yet
         for message in messages:
             if message["role"] == "assistant":
-                text, calls = _read(message)
+                text, calls = read_message(message)
                 calls = calls or self.format.parse(text)  # malformed calls stay in the text
                 waiting = list(zip(call_ids(calls), calls, strict=True))
-            elif message["role"] == "tool":
-                given = message.get("tool_call_id") or None
-                found = [pair for pair in waiting if given in (pair[0], pair[1].id)]
-                id, call = (found or waiting or [("call00000", Call("", None))])[0]
+            elif is_result(message):
+                id, call = call_of_result(message, waiting)
                 waiting = [pair for pair in waiting if pair[1] is not call]
                 name = message.get("name") or call.name
                 message = message | {"name": name, "tool_call_id": id}
-            answered.append(message)
-        return answered
+            named.append(message)
+        return named
 
-    def _told(self, messages) -> list[dict]:
-        """In an inline format whose calls close the turn, results are a user's message."""
+    def results_as_user(self, messages: list[dict]) -> list[dict]:
+        """Makes results a user's message, in an inline format whose calls close the turn."""
         if not self.format.inline or self.format.in_place:
             return messages
-        told = []
-        for is_result, run in groupby(messages, key=lambda message: message["role"] == "tool"):
-            if is_result:
-                told.append(_user(self._inline(run)))
+        shown = []
+        for are_results, run in groupby(messages, key=is_result):
+            if are_results:
+                shown.append(user_message(self._inline_results(run)))
             else:
-                told += run
-        return told
+                shown += run
+        return shown
 
-    def _merge(self, messages) -> list[dict]:
-        """In an inline format a turn, its result and what follows in it are one message."""
+    def join_open_turn(self, messages: list[dict]) -> list[dict]:
+        """Joins a turn, its inline result and what follows in it to one message."""
         if not self.format.inline:
             return messages
-        merged, goes_on = [], False
+        joined = []
+        goes_on = False  # the last message is a turn that a result left open
         for message in messages:
             if message["role"] == "assistant":
-                text = self.format.write(*_read(message))
+                text = self.format.write(*read_message(message))
                 if goes_on:
-                    text = merged.pop()["content"] + text.removeprefix(self._opening)
-                message, goes_on = _say(text), False
-            elif message["role"] == "tool" and merged:
-                text = self._stopped(merged.pop()["content"]) + self._inline([message])
-                message, goes_on = _say(text), True
+                    text = joined.pop()["content"] + text.removeprefix(self.facts.opening)
+                message = assistant_message(text)
+                goes_on = False
+            elif is_result(message) and joined:
+                turn = self._with_stop_string(joined.pop()["content"])
+                message = assistant_message(turn + self._inline_results([message]))
+                goes_on = True
             else:
                 goes_on = False
-            merged.append(message)
-        return merged
+            joined.append(message)
+        return joined
 
-    def _shape(self, messages) -> list[dict]:
-        """Messages in the form that this template takes, control tokens in their texts guarded."""
-        shaped = []
-        for message in messages:
-            role, content = message["role"], message.get("content")
-            new = {"role": role}
-            if role == "assistant":
-                content, calls = _read(message)
-                for id, call in zip(call_ids(calls), calls, strict=True):
-                    function = {"name": call.name, "arguments": self._arguments(call.arguments)}
-                    call = {"id": id, "type": "function", "function": function}
-                    new.setdefault("tool_calls", []).append(call)
-            elif role == "tool":
-                new["name"] = message.get("name") or "unknown"
-                new["tool_call_id"] = message["tool_call_id"]
-            if isinstance(content, list):
-                new["content"] = [
-                    part | {"text": self._guard(part["text"], role)} if "text" in part else part
-                    for part in content
-                ]
-            else:
-                text = self._guard(content or "", role)
-                new["content"] = [{"type": "text", "text": text}] if self._as_parts else text
-            shaped.append(new)
-        return shaped
-
-    def _describe(self, messages) -> list[dict]:
-        """Inline formats describe the tools in the system prompt, and a template without a system
-        role gets that at the head of the first user message."""
-        has = bool(messages) and messages[0]["role"] == "system"
-        system, rest = (_flat(messages[0]["content"]), messages[1:]) if has else ("", messages)
+    def with_system_prompt(self, messages: list[dict]) -> list[dict]:
+        """Puts the tools of an inline format into the system prompt, and that at the head of the
+        first user message if the template has no system role."""
+        system = ""
+        others = messages
+        if messages and messages[0]["role"] == "system":
+            system = flat_text(messages[0]["content"])
+            others = messages[1:]
         if self.format.inline and self.tools:
             system = f"{system}\n\n{self.format.describe()}".lstrip("\n")
-        if not system or not rest:
+        if not system or not others:
             return messages
-        if self._has_system:
-            return [{"role": "system", "content": system}, *rest]
-        content = rest[0]["content"]
+        if self.facts.has_system:
+            return [{"role": "system", "content": system}, *others]
+        content = others[0]["content"]
         if isinstance(content, str):
             content = f"{system}\n\n{content}"
         else:
             content = [{"type": "text", "text": f"{system}\n\n"}, *content]
-        return [rest[0] | {"content": content}, *rest[1:]]
+        return [others[0] | {"content": content}, *others[1:]]
 
-    # Ids.
+    def to_template_form(self, messages: list[dict]) -> list[dict]:
+        """Puts messages into the form that this template takes, control tokens guarded."""
+        formed = []
+        for message in messages:
+            role = message["role"]
+            content = message.get("content")
+            new = {"role": role}
+            if role == "assistant":
+                content, calls = read_message(message)
+                if calls:
+                    new["tool_calls"] = self._tool_calls(calls)
+            elif role == "tool":
+                new["name"] = message.get("name") or "unknown"
+                new["tool_call_id"] = message["tool_call_id"]
+            new["content"] = self._content(content, role)
+            formed.append(new)
+        return formed
+
+    def _tool_calls(self, calls) -> list[dict]:
+        tool_calls = []
+        for id, call in zip(call_ids(calls), calls, strict=True):
+            if self.facts.json_arguments:
+                arguments = as_json(call.arguments)
+            else:
+                arguments = dict(call.arguments)
+            function = {"name": call.name, "arguments": arguments}
+            tool_calls.append({"id": id, "type": "function", "function": function})
+        return tool_calls
+
+    def _content(self, content, role) -> str | list[dict]:
+        if isinstance(content, list):
+            parts = []
+            for part in content:
+                if "text" in part:
+                    part = part | {"text": self._guard(part["text"], role)}
+                parts.append(part)
+            return parts
+        text = self._guard(content or "", role)
+        return [{"type": "text", "text": text}] if self.facts.as_parts else text
+
+    # Text to ids.
 
     def _guard(self, text, role) -> str:
-        """Put marks for the control tokens in a text; _encode writes them out as ordinary text."""
+        """Marks the control tokens in somebody's text; encode writes them as ordinary text."""
         guard = self._guards.get(role, self._guards["user"])
-        return guard.sub(lambda m: MARK.format(self._added.index(m[0])), text)
+        return guard.sub(lambda token: MARK.format(self.added_tokens.index(token[0])), text)
 
-    def _encode(self, text, first=False) -> list[int]:
-        """Template text -> ids. A marked control token becomes ordinary tokens of the same text:
-        its first character is encoded apart from the rest, and neither of the two is a token.
+    def encode(self, text: str, first: bool = False) -> list[int]:
+        """Encodes text of the template, in which control tokens count. first: it begins a
+        conversation.
 
-        Anything but a conversation's start is encoded behind a stop token, which is then dropped:
-        tokenizers may treat the start of a text in their own way (put a blank in front)."""
+        All else is encoded behind a stop token, which is then dropped: tokenizers may treat the
+        start of a text in their own way (put a blank in front)."""
+        anchor = self.facts.stop_tokens[0]
         ids = []
-        for i, part in enumerate(MARKED.split(text)):
-            token = self._added[int(part) % len(self._added)] if i % 2 else ""
-            for segment in (token[0], token[1:]) if token else (part,):
-                anchor = "" if first and not ids else self._anchor
-                new = self.tokenizer.encode(anchor + segment, add_special_tokens=False)
-                ids += new[1:] if anchor else new
+        for segment in self._segments(text):
+            if first and not ids:
+                ids += self.tokenizer.encode(segment, add_special_tokens=False)
+            else:
+                ids += self.tokenizer.encode(anchor + segment, add_special_tokens=False)[1:]
         return ids
 
-    # The proof.
+    def _segments(self, text) -> Iterator[str]:
+        """Cuts text into what is encoded apart. A marked control token becomes ordinary tokens of
+        the same text: its first character and the rest, neither of which is a token."""
+        for n, part in enumerate(MARKED.split(text)):
+            is_mark = n % 2 == 1
+            if is_mark:
+                # Modulo: a mark that somebody typed may have any number.
+                token = self.added_tokens[int(part) % len(self.added_tokens)]
+                yield token[0]
+                yield token[1:]
+            else:
+                yield part
 
-    def _refusal(self, reason) -> UserError:
+    def refusal(self, reason: str) -> UserError:
+        """Makes the error that this template cannot be used, for the proof."""
         name = self.tokenizer.name_or_path or "this tokenizer"
         what = f"the chat template of {name} cannot be used with format={self.format_name}"
         return UserError(f"{what}: {reason}")
 
-    def _declare(self, sentence):
-        if sentence not in self.differences:
-            self.differences += (sentence,)
 
-    def _attempt(self, *messages, start=False) -> str:
+def read_options(options: Sequence[str], template: str) -> dict:
+    """Reads variables of a template from "name=value"; true, false and numbers are no texts.
+
+    UserError: an option that cannot be read, or that the template does not use."""
+    variables = {}
+    for option in options:
+        name, equals, text = option.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"template_options: cannot read {option!r}: write name=value")
+        is_used = re.search(rf"\b{name}\b", template)
+        if name in TEMPLATE_INPUTS or not is_used:
+            raise UserError(f"template_options: {name} is no option of this chat template: drop it")
         try:
-            return self._render(messages, start=start)
-        except UserError:
-            return ""
+            variables[name] = json.loads(text)
+        except ValueError:
+            variables[name] = text
+    return variables
 
-    def _probe(self):
-        """Find out what the template takes and writes: content as parts, a system role, the token
-        that closes a turn, what stands between the generation prompt and an answer."""
-        self._as_parts, self._arguments, self._words = False, dict, "I compute."
-        self._lead = self._call_lead = self._opening = self._anchor = ""
-        self._as_parts = SENTINEL not in self._attempt(_user(SENTINEL))
-        if SENTINEL not in self._render([_user(SENTINEL)]):
-            raise self._refusal("it drops what the user says")
-        system = {"role": "system", "content": SENTINEL}
-        self._has_system = SENTINEL in self._attempt(system, _user("x"))
-        if not self._has_system:
-            self._declare("no system role: its text is put at the head of the first user message")
 
-        prompt = self._render([_user("x")], generate=True)
-        before, found, after = self._render([_user("x"), _say(SENTINEL)]).partition(SENTINEL)
-        if not found:
-            raise self._refusal("it drops what the assistant says")
-        # An answer is closed by one token, or by several up to the eos token (Cohere).
-        added, eos = _any_of(self._added), self.tokenizer.eos_token or ""
-        run = re.match(f"({added.pattern})+", after)
-        if not run:
-            raise self._refusal(f"no token closes the assistant's turn, {after[:40]!r} follows it")
-        several = eos and eos in run[0]
-        self._close = run[0].partition(eos)[0] + eos if several else added.match(after)[0]
-        close = self.tokenizer.encode(self._close, add_special_tokens=False)
-        names = [eos] + ["<|eom_id|>"] * (self.format_name in ("llama3", "auto"))
-        names = [name for name in names if name in self._added]
-        stops = [close[-1], *self.tokenizer.convert_tokens_to_ids(names)]
-        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(stops))
-        stops = self.tokenizer.convert_ids_to_tokens(stops)
-        self._anchor, self._guards["assistant"] = stops[0], _any_of(stops)
+def read_message(message: dict) -> tuple[str, list[Call]]:
+    """Reads an assistant's message -> its text, with the thinking, and its calls."""
+    text = flat_text(message.get("content"))
+    if message.get("reasoning_content"):
+        text = f"<think>\n{message['reasoning_content']}\n</think>\n\n{text}"
+    calls = []
+    for tool_call in message.get("tool_calls") or []:
+        function = tool_call.get("function", tool_call)
+        name = function["name"]
+        arguments = function["arguments"]
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError as e:
+                what = f"arguments = {arguments!r} of a call of {name}"
+                raise UserError(f"{what}: expected an object or its JSON") from e
+        calls.append(Call(name, arguments, id=tool_call.get("id") or ""))
+    return text, calls
 
-        if thinking := re.search(r"<think>\s*$", prompt):
-            self._opening = thinking[0]
-        header = prompt[len(commonprefix([prompt, self._render([_user("x")])])) :]
-        self._header = THINK.sub("", header.removesuffix(self._opening)).rstrip()
-        if before.startswith(prompt):
-            lead = before.removeprefix(prompt)
-            if THINK.sub("", self._opening + lead).strip():
-                raise self._refusal(f"{lead!r} stands between generation prompt and answer")
-            self._lead = self._call_lead = lead[: len(lead) - len(lead.lstrip())]
-        padded = f"  {SENTINEL} \n"
-        if padded + self._close not in self._render([_user("x"), _say(padded)]):
-            self._declare("trims the assistant's text")
 
-    def _probe_calls(self):
-        """Are schemas, calls and results rendered, and calls in the syntax of this format? For
-        format=auto: of which?"""
-        prompt = self._check_tools()
-        name = self.tools[0]["function"]["name"] if self.tools else "python"
-        call, seen = Call(name, {ARGUMENT: SENTINEL, ARGUMENT[2:]: True}), ""
-        for self._arguments in (dict, as_json):  # templates take an object, or its JSON
-            written = self._behind(prompt, _say("", call))
-            seen = seen or THINK.sub("", written).lstrip()
-            worded = self._behind(prompt, _say(SENTINEL, call))
-            if self._find_style(self.format_name, call, written, worded):
-                break
-        else:
-            if not self.tools:  # auto, and nothing to call: any format will do
-                self.format_name, self._arguments = "hermes", dict
-                return
-            if not seen:
-                self._render([_user("x"), _say("", call)], start=True)  # raises, and says why
-            if SENTINEL not in seen:
-                raise self._refusal(f"it ignores tool calls; {OTHERS}")
-            refusal = self._refusal(f"it writes a call as {seen[:160]!r}")
-            known = self._find_style("auto", call, seen, "")
-            raise UserError(f"{refusal}; {f'use format={self.format_name}' if known else OTHERS}")
-        result = _result(name, SENTINEL)
-        if SENTINEL not in self._render([_user("x"), _say("", Call(name, {})), result]):
-            raise self._refusal(f"it ignores tool results; {OTHERS}")
+def flat_text(content) -> str:
+    """Joins the text parts of a content, which may also be one text, or None."""
+    if isinstance(content, list):
+        return "".join(part.get("text", "") for part in content)
+    return content or ""
 
-    def _check_tools(self) -> str:
-        """A prompt with the tools, all of which it has to show."""
-        prompt = self._render([_user("x")], generate=True, start=True)
-        if any(tool["function"]["name"] not in prompt for tool in self.tools):
-            raise self._refusal(f"it ignores tools; {OTHERS}")
-        return prompt
 
-    def _behind(self, prompt, message) -> str:
-        """What the template writes for this message behind the prompt."""
-        text = self._attempt(_user("x"), message, start=True)
-        return text[len(commonprefix([text, prompt.removesuffix(self._opening)])) :]
+def is_result(message: dict) -> bool:
+    return message["role"] == "tool"
 
-    def _find_style(self, wanted, call, written, worded) -> bool:
-        """Sets the format in which the template writes this call, and its style. wanted: a format,
-        or "auto". worded: the same call with words in front, which a template may drop."""
-        names = [name for name in FORMATS if not FORMATS[name].inline]
-        bare, worded = THINK.sub("", written).lstrip(), THINK.sub("", worded).lstrip()
-        for name in names if wanted == "auto" else [wanted]:
-            format = FORMATS[name](self.tools)
-            for style in format.styles:
-                format.style = style
-                said = format.write(SENTINEL, [call])
-                drops = worded.count(SENTINEL) < 2
-                if not bare.startswith(format.write("", [call]) + self._close):
-                    continue
-                if not drops and not worded.startswith(said + self._close):
-                    continue
-                if said.count(SENTINEL) == 2 and drops:
-                    self._declare("drops words in front of a call")
-                if bare == written.lstrip():
-                    self._call_lead = written[: len(written) - len(bare)]
-                self._words = "" if drops else "I compute."
-                self.format, self.format_name = format, name
-                return True
-        return False
 
-    def _conversations(self):
-        """What the proof renders: one round and two, thinking, one call and two, odd results."""
-        system, user, again = BRIEF, _user("2+3?"), _user("3?")
-        last, thought = _say("It is 5."), "<think>\nhm\n</think>\n\n"
-        yield [system, user, last]
-        yield [user, last, again, last]
-        yield [system, user, _say(f"{thought}It is 5."), again, last]
-        if not self.tools:
-            return
-        name = self.tools[0]["function"]["name"]
-        call, words = Call(name, {ARGUMENT: 'print("ü")'}), self._words
-        for content in ("5", ' "quoted" \\ \n', '{"a": [1, 2]}', "\nünï ✓ 漢\n\n", ""):
-            yield [system, user, _say("", call), _result(name, content), last]
-        five, seven = _result(name, "5"), _result(name, "7")
-        first = _say(words and thought + words, call)
-        yield [user, first, five, last, again, _say("", call), seven, last]
-        yield [user, first, five, _say("", call), seven, last]
-        if self.format.parallel:
-            yield [user, _say(words, call, call), five, seven, last]
+def next_turn(messages: list[dict], start: int) -> int:
+    """Finds the first assistant's message from `start` on; the number of messages if none is."""
+    for at in range(start, len(messages)):
+        if messages[at]["role"] == "assistant":
+            return at
+    return len(messages)
 
-    def _compare(self, messages):
-        """The concatenation is the template's own rendering, as text and as ids, or UserError."""
-        ours = "".join(text for text, _ in self._pieces(messages))
-        theirs = self._render(messages, start=True)
-        ids, whole = self.render(messages)[0], self._encode(ours, first=True)
-        if not self._same(ours, theirs) and self._same(*map(self._unmoved, (ours, theirs))):
-            self._declare("writes the system prompt and the tools only at the last user message")
-        elif not self._same(ours, theirs):
-            mine, kept = THINK.findall(ours), THINK.findall(theirs)
-            if not (mine or kept) or not self._same(self._bare(ours), self._bare(theirs)):
-                raise self._refusal(self._first_difference(ids, self._encode(theirs, first=True)))
-            if len([t for t in mine if t.strip()]) > len([t for t in kept if t.strip()]):
-                self._declare("strips the thinking of earlier turns")
-            elif len(kept) > len(mine):
-                self._declare("adds an empty <think></think>")
-            else:
-                self._declare("writes other whitespace around thinking")
-        # An inline result is encoded apart from the turn that it goes on in, as in a rollout.
-        if ids != whole and not (self.format.inline and "tool" in [m["role"] for m in messages]):
-            raise self._refusal(f"pieces and whole differ: {self._first_difference(ids, whole)}")
 
-    def _unmoved(self, text) -> str:
-        """Without what tools and a system prompt add to a prompt: Mistral's first templates write
-        it in front of the last user message, so that it moves when there is another."""
-        bare = self._render([_user("x")], generate=True)
-        tools = self._render([_user("x")], generate=True, start=True)
-        system = self._render([BRIEF, _user("x")], generate=True, start=True)
-        for short, long in ((bare, tools), (tools, system)):
-            start = len(commonprefix([short, long]))
-            tail = len(commonprefix([short[start:][::-1], long[start:][::-1]]))
-            text = text.replace(long[start : len(long) - tail], "", 1)
-        return text
-
-    def _bare(self, text) -> str:
-        """Without thinking, and without the whitespace that it leaves at the start of a turn."""
-        text = THINK.sub("", text)
-        return (
-            re.sub(re.escape(self._header) + r"\s*", self._header, text) if self._header else text
-        )
-
-    def _same(self, ours, theirs) -> bool:
-        # Behind the last stop token a template may still write a line break or the eos token.
-        rest = _any_of(self._added).sub("", theirs.removeprefix(ours))
-        return theirs.startswith(ours) and not rest.strip()
-
-    def _first_difference(self, ours, theirs) -> str:
-        same = commonprefix([ours, theirs])
-        at, show = len(same), self.tokenizer.convert_ids_to_tokens
-        mine, other = show(ours[at : at + 8]), show(theirs[at : at + 8])
-        return f"token {at}, after {show(same[-6:])}, is {mine} in the pieces, {other} in the whole"
+def call_of_result(message: dict, waiting: list[tuple[str, Call]]) -> tuple[str, Call]:
+    """Finds which of the waiting calls a result is for: the one of its id, or else the first."""
+    wanted = message.get("tool_call_id") or None
+    for id, call in waiting:
+        if wanted in (id, call.id):
+            return id, call
+    return waiting[0] if waiting else ("call00000", Call("", None))

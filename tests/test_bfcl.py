@@ -421,7 +421,7 @@ def test_ten_thousand_broken_calls_are_counted_under_the_right_kind():
                 assert {*kinds} <= {None, "bad_json", "unknown_tool", "bad_arguments"}
             else:
                 assert kinds == expected, (how.__name__, chat.format_name, text[:500])
-            again = exact(chat.format.parse(chat._opening + text))
+            again = exact(chat.format.parse(chat.facts.opening + text))
             if done % 20 == 0 and len(text) < 2000:  # through tokens it is the same
                 assert exact(chat.parse(closed(chat, text))[1]) == again
             seen.update(kinds or ["no call"])

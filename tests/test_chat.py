@@ -534,6 +534,22 @@ def test_a_template_may_quote_and_trim_results_and_want_ids_and_json():
     assert 'user"\\"5\\""' in chat.tokenizer.decode(ids)
 
 
+def test_a_template_may_drop_words_in_front_of_a_call_and_that_is_declared():
+    """What a rollout keeps is what was sampled, words and all."""
+    kept = "'<|im_start|>assistant\\n' + m.content -}}"
+    dropped = "'<|im_start|>assistant\\n' + (m.content if not m.tool_calls else '') -}}"
+    assert kept in CHATML
+    template = CHATML.replace(kept, dropped)
+    template = template.replace("if m.content or not loop.first", "if not loop.first")
+    chat = Chat(make_tokenizer(template, ["<|im_start|>", "<|im_end|>"]), "hermes", [ADD])
+    assert chat.differences == ("drops words in front of a call",)
+    turns = [(encode(chat, f"I add.\n{CALL}<|im_end|>"), ["5"])]
+    turns.append((encode(chat, "It is 5.<|im_end|>"), []))
+    ids, mask, messages = run(chat, turns)
+    assert chat.render(messages) == (ids, mask)
+    assert "I add.\n<tool_call>" in chat.tokenizer.decode(ids)
+
+
 def test_todays_date_is_the_same_tomorrow():
     """A run resumed after midnight sees the prompts that it saw before."""
     template = CHATML.replace("'You help.'", "'It is ' + strftime_now('%d %b %Y')")

@@ -17,41 +17,17 @@ from test_templates import TOKEN
 from transformers.utils.chat_parsing import parse_response
 
 from chat import Call, Chat
-from formats import FORMATS, Fence, JsonActions, Mistral, QwenXml, Tags
+from formats import FORMATS
+from formats.fence import Fence
+from formats.json_actions import JsonActions
+from formats.mistral import Mistral
+from formats.qwen_xml import QwenXml
+from formats.tags import Tags
 from run.config import UserError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
-# Mistral's, after its public documentation, which calls them v3, v7, v11 and v13. v3 writes the
-# system prompt and the tools in front of the last user message, and drops words beside calls.
-MISTRAL_V3 = """\
-{%- set system = messages[0].content if messages[0].role == 'system' else '' -%}
-{%- set asked = messages | selectattr('role', 'equalto', 'user') | list -%}
-{{- bos_token -}}
-{%- for m in messages -%}
-    {%- if m.role == 'user' -%}
-        {%- if tools and m == asked[-1] -%}
-            {{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' -}}
-        {%- endif -%}
-        {{- '[INST] ' -}}
-        {{- system + '\\n\\n' if system and m == asked[-1] -}}
-        {{- m.content + '[/INST]' -}}
-    {%- elif m.tool_calls -%}
-        {{- '[TOOL_CALLS] [' -}}
-        {%- for call in m.tool_calls -%}
-            {%- if call.id | length != 9 -%}{{- raise_exception('id') -}}{%- endif -%}
-            {{- (call.function | tojson)[:-1] + ', "id": "' + call.id + '"}' -}}
-            {{- ', ' if not loop.last -}}
-        {%- endfor -%}
-        {{- ']' + eos_token -}}
-    {%- elif m.role == 'assistant' -%}
-        {{- ' ' + m.content + eos_token -}}
-    {%- elif m.role == 'tool' -%}
-        {{- '[TOOL_RESULTS] {"content": ' + m.content + ', "call_id": "' -}}
-        {{- m.tool_call_id + '"}[/TOOL_RESULTS]' -}}
-    {%- endif -%}
-{%- endfor -%}
-"""
-MISTRAL_NEW = """\
+# Mistral's, after its public documentation, which calls them v7, v11 and v13.
+MISTRAL_TEMPLATE = """\
 {{- bos_token -}}
 {%- if messages[0].role == 'system' -%}
     {{- '[SYSTEM_PROMPT]' + messages[0].content + '[/SYSTEM_PROMPT]' -}}
@@ -84,12 +60,11 @@ WITH_ID = (
 )
 WITHOUT_ID = "{{- '[TOOL_RESULTS]' + m.content + '[/TOOL_RESULTS]' -}}"
 MISTRAL = {
-    "mistral_v3": MISTRAL_V3,
-    "mistral_v7": MISTRAL_NEW.replace("CALLS", LISTED).replace("RESULT", WITH_ID),
-    "mistral_v11": MISTRAL_NEW.replace(
+    "mistral_v7": MISTRAL_TEMPLATE.replace("CALLS", LISTED).replace("RESULT", WITH_ID),
+    "mistral_v11": MISTRAL_TEMPLATE.replace(
         "CALLS", NAMED.replace("ID", "+ '[CALL_ID]' + call.id")
     ).replace("RESULT", WITH_ID),
-    "mistral_v13": MISTRAL_NEW.replace("CALLS", NAMED.replace("ID", "")).replace(
+    "mistral_v13": MISTRAL_TEMPLATE.replace("CALLS", NAMED.replace("ID", "")).replace(
         "RESULT", WITHOUT_ID
     ),
 }
@@ -201,10 +176,11 @@ def test_a_rollout_renders_again_as_it_was_sampled(name):
     calls = [Call("add", {"a": 2, "b": 3}), Call("add", {"a": 7, "b": 3})]
     calls = calls if chat.format.parallel else calls[:1]
     calls = [Call(c.name, c.arguments, id=f"idOfCall{n}") for n, c in enumerate(calls)]
-    think = "hm\n</think>\n\n" if chat._opening else ""
-    lead = "" if chat._opening else chat._lead
+    think = "hm\n</think>\n\n" if chat.facts.opening else ""
+    lead = "" if chat.facts.opening else chat.facts.lead
     for words in ("", "I add.") if WRITERS[name] != "llama3" else ("",):
-        said = think + (lead * bool(words)) + chat.format.write(words, calls)
+        before = think + lead if words else think
+        said = before + chat.format.write(words, calls)
         turns = [(closed(chat, said), ["5", "10"][: len(calls)])]
         turns.append((closed(chat, think + lead + "So."), []))
         ids, mask, messages = run(chat, turns)
@@ -220,8 +196,8 @@ def test_a_rollout_renders_again_as_it_was_sampled(name):
 def test_a_malformed_turn_renders_again_as_it_was_sampled(name):
     """Pitfall 49: such a turn stays text; its results have the ids and names that they had."""
     chat = chat_of(name, [ADD])
-    think = "hm\n</think>\n\n" if chat._opening else ""
-    lead = "" if chat._opening else chat._lead
+    think = "hm\n</think>\n\n" if chat.facts.opening else ""
+    lead = "" if chat.facts.opening else chat.facts.lead
     good = chat.format.write("", [Call("add", {"a": 2, "b": 3}, id="abcdefghi")])
     for tag in ("}", "</function>", "name"):
         head, found, tail = good.rpartition(tag)
@@ -245,7 +221,9 @@ def test_what_a_template_writes_is_read_back(name):
     ids, mask = chat.render(messages)
     sampled = [i for i, bit in zip(ids, mask, strict=True) if bit]
     assert exact(chat.parse(sampled)[1]) == exact(calls)
-    whole = chat.tokenizer.apply_chat_template(chat._shape(messages), tools=[ANY], tokenize=False)
+    whole = chat.tokenizer.apply_chat_template(
+        chat.to_template_form(messages), tools=[ANY], tokenize=False
+    )
     assert chat.format.write("", calls) in whole
 
 
@@ -287,7 +265,8 @@ def test_a_deep_value_is_a_malformed_call_and_never_a_crash(name, depth):
     chat = chat_of(name, [ANY])
     text = chat.format.write("", [Call("any", {"a": "@@"})])
     text = text.replace('"@@"', "@@").replace("@@", "[" * depth + "]" * depth)
-    text = "hm\n</think>\n\n" * bool(chat._opening) + text
+    if chat.facts.opening:
+        text = "hm\n</think>\n\n" + text
     text, [call] = chat.parse(closed(chat, text))
     assert call.error == ("bad_json" if depth > 100 else "")
     ids, mask = chat.render([USER, chat.message(text, [call])])
@@ -324,10 +303,7 @@ def test_a_result_has_the_id_of_its_call(name):
         call["id"] = id
     results = [{"role": "tool", "tool_call_id": f"call_{c}", "content": c} for c in "yx"]
     text = chat.tokenizer.decode(chat.render([USER, row, *results])[0])
-    if name == "mistral_v3":
-        assert '{"content": y, "call_id": "call00001"}' in text
-        assert '{"content": x, "call_id": "call00000"}' in text
-    elif name != "mistral_v13":
+    if name != "mistral_v13":
         assert "call00001[TOOL_CONTENT]y[" in text and "call00000[TOOL_CONTENT]x[" in text
 
 
@@ -371,18 +347,28 @@ def test_a_malformed_mistral_call_says_what_is_wrong(text, says):
         format.style = style
         [call] = format.parse(text)
         assert call.error == "bad_json" and call.arguments is None and says in call.message
-        shown = Mistral.listed if style in Mistral.styles[:2] else Mistral.named
+        shown = Mistral.listed if style == "list" else Mistral.named
         assert call.message.endswith(shown)
 
 
-def test_what_the_oldest_mistral_template_does_is_declared():
-    """Its system prompt and tools move with the last question; here they stay at the first."""
-    assert set(chat_of("mistral_v3", [ADD]).differences) == {
-        "drops words in front of a call",
-        "writes the system prompt and the tools only at the last user message",
-    }
-    for name in ("mistral_v7", "mistral_v11", "mistral_v13"):
-        assert chat_of(name, [ADD]).differences == ()
+@pytest.mark.parametrize("name", MISTRAL)
+def test_nothing_is_to_be_declared_of_a_mistral_template(name):
+    """Its rendering of a conversation is the concatenation to the letter."""
+    assert chat_of(name, [ADD]).differences == ()
+
+
+def test_a_template_whose_tools_move_with_the_last_question_is_refused():
+    """Pitfall 4: Mistral's first ones write them in front of the last user's message only, so that
+    a second question moves what a model has already read."""
+    tools = "{{- '[AVAILABLE_TOOLS]' + (tools | tojson) + '[/AVAILABLE_TOOLS]' if tools -}}"
+    question = "{{- '[INST]' + m.content + '[/INST]' -}}"
+    last = "(messages | selectattr('role', 'equalto', 'user') | list | last)"
+    moving = f"{{%- if m == {last} -%}}{tools}{{%- endif -%}}"
+    template = MISTRAL["mistral_v7"]
+    assert tools in template and question in template
+    template = template.replace(tools, "").replace(question, moving + question)
+    with pytest.raises(UserError, match="AVAILABLE_TOOLS.* in the pieces"):
+        Chat(make_tokenizer(template, MISTRAL_TOKENS, eos="</s>", bos="<s>"), "mistral", [ADD])
 
 
 # qwen_xml

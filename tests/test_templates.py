@@ -196,6 +196,38 @@ def test_newer_qwen_and_nemotron_are_proved_with_their_own_calls(name):
     assert ROWS[name]["qwen_xml"].startswith("proved") and ROWS[name]["auto"] == "qwen_xml"
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("qwen3", {"close": "<|im_end|>", "header": "<|im_start|>assistant", "opening": ""}),
+        ("qwen3_5_think", {"opening": "<think>\n", "lead": "\n", "call_lead": "\n"}),
+        ("gemma", {"has_system": False, "header": "<start_of_turn>model"}),
+        ("llava_next", {"as_parts": True, "lead": " ", "close": "</s>", "stop_tokens": ("</s>",)}),
+        ("llama3_2", {"drops_words": True, "stop_tokens": ("<|eot_id|>", "</s>")}),
+    ],
+)
+def test_the_facts_of_a_template_are_found_by_asking_it(name, expected):
+    """What is found decides every id of a rollout: one template for each fact."""
+    format = ROWS[name]["auto"] if ROWS[name]["auto"] != "no-tools" else "fence"
+    chat = Chat(tokenizer_of(name), format, [PYTHON])
+    assert {fact: getattr(chat.facts, fact) for fact in expected} == expected
+    assert chat.tokenizer.convert_ids_to_tokens(chat.stop_ids) == [*chat.facts.stop_tokens]
+
+
+def test_a_turn_that_a_template_closes_by_two_tokens_ends_at_the_first():
+    """Pitfalls 3, 5: the second, Cohere's eos, is glue; a model may end by that one alone."""
+    tokenizer = tokenizer_of("cohere2")
+    tokenizer.eos_token = "<|END_OF_TURN_TOKEN|>"
+    chat = Chat(tokenizer, "json_actions", [PYTHON])
+    assert chat.facts.stop_tokens == ("<|END_RESPONSE|>", "<|END_OF_TURN_TOKEN|>")
+    ids, mask = chat.render(
+        [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    )
+    assert ids[-1] == chat.stop_ids[0] and mask[-1] == 1
+    glue = chat.observation([(Call("python", {"code": "1"}), "5")], closed=True)
+    assert glue[0] == chat.stop_ids[1]
+
+
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "qwen3_6", "qwen3_8"])
 def test_thinking_can_be_switched_off_where_the_template_lets(name):
     """Pitfall 4: proved like any other; each generation prompt then holds a closed thought."""
