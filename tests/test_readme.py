@@ -122,6 +122,7 @@ def test_the_citation_names_what_it_has_to():
 FIGURES = (
     ("README", "0.96 s a step against 2.17 s", "bench/against_trl", "ours, median +0.96 "),
     ("README", "0.96 s a step against 2.17 s", "bench/against_trl", "TRL, median +2.17 "),
+    ("README", "1.15 s where every call is run", "bench/against_trl", "calls, median +1.15 "),
     ("README", "19 s to a mean reward of 0.9", "bench/against_trl", "ours, median +0.96 +19.04 "),
     ("README", "of 0.9 against 40 s", "bench/against_trl", "TRL, median +2.17 +40.12 "),
     ("README", "4.9 times as many trained", "bench/train_step_5m", "ours: 4.87 times as many"),
@@ -340,6 +341,14 @@ def test_the_reward_of_the_twelve_lines_reads_the_answer_and_not_the_tools_resul
     for last, value in ((say, 1.0), (result, 0.0)):
         trajectory = type("Trajectory", (), {"messages": [last]})()
         assert reward(trajectory, {"answer": "sunny"}) == value
+
+
+def test_the_lines_for_a_notebook_train_what_they_say(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_grpo, "train", seen.append)
+    exec(block("README.md", "train(cfg)"), {})
+    (cfg,) = seen
+    assert (cfg.steps, cfg.out_dir, cfg.data) == (10, "out/try", "task:calc")
 
 
 @pytest.mark.skipif(not hasattr(player, "Player"), reason="player.Player is being written")
