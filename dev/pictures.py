@@ -1,0 +1,150 @@
+"""Makes the pictures of README.md and docs/, in docs/pictures/.
+
+    python dev/pictures.py                          # curves.png, from evidence/calc
+    python dev/pictures.py --run=out/calc           # report.png too, of that run (`make demo`)
+
+curves.png is drawn from files that are committed. report.png shows two rollouts of a run in its
+report.html, as chromium draws them (apt-get install chromium).
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that it runs from any folder
+
+from run import page
+
+EVIDENCE = ROOT / "evidence" / "calc"
+PICTURES = ROOT / "docs" / "pictures"
+SEEDS = (0, 1, 2)
+BLUE, GREY, ORANGE = "#1f6feb", "#6b7280", "#c2410c"
+
+
+def draw_curves(target: Path) -> None:
+    """Draws what is learnt in two panels: accuracy, and the share of rollouts that call python.
+
+    Lines are the training rollouts of three seeds. Points are greedy evaluations on 512 held-out
+    problems: large ones before and after, with 95 % intervals, small ones on the way of seed 0.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    for seed in SEEDS:
+        rows = page.read(EVIDENCE / f"seed{seed}-grpo.jsonl")
+        steps = [row["step"] for row in rows]
+        for axes, key in ((left, "accuracy"), (right, "tool_call_rate")):
+            values = [row[key] for row in rows]
+            label = "training rollouts, three seeds" if seed == 0 else None
+            axes.plot(steps, values, color=BLUE, alpha=0.45, linewidth=1.4, label=label)
+        draw_before_and_after(left, right, seed, last_step=len(rows))
+    draw_on_the_way(left, right)
+    for axes, title in (
+        (left, "Right answers"),
+        (right, "Rollouts that call python"),
+    ):
+        axes.set_title(title, fontsize=12, loc="left", fontweight="bold")
+        axes.set_xlabel("steps of GRPO", fontsize=10)
+        axes.set_ylim(0, 1.04)
+        axes.set_xlim(-1.5, 41.5)
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
+        axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(length=0, labelsize=9, labelcolor=GREY)
+    left.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1.0, 0.05))
+    figure.savefig(target, dpi=120)
+
+
+def draw_before_and_after(left, right, seed: int, last_step: int) -> None:
+    """Adds the two evaluations of a seed: of the weights before the first step and after the last.
+    The seeds stand a little apart, so that no point hides another."""
+    for step, name in ((0, "before"), (last_step, "after")):
+        text = (EVIDENCE / f"seed{seed}-{name}.json").read_text(encoding="utf-8")
+        measured = json.loads(text)
+        at = step + 0.7 * (seed - 1)
+        value = measured["accuracy"]
+        below, above = value - measured["ci95_low"], measured["ci95_high"] - value
+        label = "held out: 512 problems, greedy" if (seed, step) == (0, 0) else None
+        style = {"color": ORANGE, "fmt": "o", "markersize": 5, "elinewidth": 1.2, "zorder": 3}
+        left.errorbar([at], [value], [[below], [above]], label=label, **style)
+        right.plot([at], [measured["tool_call_rate"]], "o", color=ORANGE, markersize=5, zorder=3)
+
+
+def draw_on_the_way(left, right) -> None:
+    """Adds what `--eval_every=4 --eval_rows=512` measured in the run of seed 0, between the two."""
+    rows = page.read(EVIDENCE / "seed0-held-out.jsonl")
+    rows = [row for row in rows if row["step"] > 0]
+    steps = [row["step"] for row in rows]
+    for axes, key in ((left, "val_accuracy"), (right, "val_tool_call_rate")):
+        values = [row[key] for row in rows]
+        axes.plot(steps, values, "o", color=ORANGE, markersize=3.5, zorder=3)
+
+
+def draw_report(run: Path, target: Path) -> None:
+    """Takes a picture of two sampled rollouts of one prompt in the run's report.html: one that was
+    right, and one that was wrong, below each other."""
+    from PIL import Image
+
+    right, wrong = first_pair(page.read(run / "rollouts.jsonl"))
+    html = (run / "report.html").read_text(encoding="utf-8")
+    upper = photograph(html, right, hide="#curves, .bar, #sampling, #rollouts > h2")
+    lower = photograph(html, wrong, hide="#curves, .bar, #sampling, #rollouts > h2, .legend")
+    width = max(upper.width, lower.width)
+    both = Image.new("RGB", (width, upper.height + lower.height), "white")
+    both.paste(upper, (0, 0))
+    both.paste(lower, (0, upper.height))
+    both.quantize(96).save(target, optimize=True)  # a quarter of the bytes, and no visible loss
+
+
+def first_pair(rollouts: list[dict]) -> tuple[int, int]:
+    """The places of two neighbours of one step and group that both call a tool, the first rewarded
+    and the second not."""
+    for place, (one, other) in enumerate(zip(rollouts, rollouts[1:], strict=False)):
+        same_group = (one["step"], one["group"]) == (other["step"], other["group"])
+        both_call = one["calls"] and other["calls"]
+        if same_group and both_call and one["reward"] == 1 and other["reward"] == 0:
+            return place, place + 1
+    sys.exit("this run has no such pair of rollouts: sample more, --rollouts_per_step=8")
+
+
+def photograph(html: str, place: int, hide: str):
+    """The page as chromium draws it, opened at the rollout of that place, without what is hidden
+    and without the white around it. It is a PIL image."""
+    from PIL import Image, ImageChops
+
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if browser is None:
+        sys.exit("no chromium: apt-get install chromium")
+    hide += ", h1, #sum, #settings, #rollout h2, #rollout h3, .scroll, noscript"
+    style = f"<style>{hide} {{display: none}} body {{padding: 8px 12px}}</style>"
+    with tempfile.TemporaryDirectory() as folder:
+        copy, picture = Path(folder) / "report.html", Path(folder) / "report.png"
+        copy.write_text(html.replace("</head>", style + "</head>"), encoding="utf-8")
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        command += ["--window-size=880,1600", f"--screenshot={picture}"]
+        command += [f"{copy.as_uri()}#{place}"]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        image = Image.open(picture).convert("RGB")
+    white = Image.new("RGB", image.size, "white")
+    left, top, right, bottom = ImageChops.difference(image, white).getbbox()
+    return image.crop((0, max(0, top - 10), image.width, bottom + 10))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--run", type=Path, help="an out_dir, for report.png")
+    run = parser.parse_args().run
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    draw_curves(PICTURES / "curves.png")
+    if run is not None:
+        draw_report(run, PICTURES / "report.png")
+
+
+if __name__ == "__main__":
+    main()
