@@ -28,7 +28,7 @@ from pathlib import Path
 from grading.answers import answer, equal, last_turn, places, words
 from grading.answers import f1 as f1_of
 from grading.judge import judge
-from grading.verify import code_tests, sql_match
+from grading.programs import code_tests, sql_match
 from run import config
 from run.config import HERE, UserError, near
 from run.deadline import start_thread
