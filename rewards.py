@@ -8,8 +8,8 @@ A function sees the Trajectory of rollout.py (messages, calls, stop, …) and th
 the options, when the run starts, and its instance is called. A list is a number for each turn.
 Every reward also has the options timeout (seconds of one call) and concurrency (calls at once).
 
-All rewards look only at what the model wrote: answers.py says what counts as its answer, verify.py
-has those that run code, judge.py the one that asks a model.
+All rewards look only at what the model wrote: answers.py says what counts as its answer, queries.py
+and programs.py have those that run code, judge.py the one that asks a model.
 """
 
 import asyncio
@@ -28,7 +28,8 @@ from pathlib import Path
 from grading.answers import answer, equal, last_turn, places, words
 from grading.answers import f1 as f1_of
 from grading.judge import judge
-from grading.programs import code_tests, sql_match
+from grading.programs import code_tests
+from grading.queries import sql_match
 from run import config
 from run.config import HERE, UserError, near
 from run.deadline import start_thread

@@ -1,10 +1,12 @@
-"""Rewards that run what the model wrote, confined: a query on a database, a program on its tests.
+"""The reward code_tests: the model's program is run, confined, on the tests of its row.
 
-    rewards = ("sql_match",)    # example["answer"]: the gold query; example["database"]: a file
     rewards = ("code_tests",)   # example["tests"]; with reward_options=("code_tests.partial=true",)
 
 Whatever is wrong with the model's code is a 0. What is wrong with the row stops the run and says
 which row it is: a 0 in its place would be trained on.
+
+Of an assert the program only computes the values: `_steps_of` takes the tests apart, `_run_steps`
+has them computed in one process and compared in another.
 """
 
 import ast
@@ -13,144 +15,36 @@ import builtins
 import copy
 import functools
 import json
-import math
 import pkgutil
-import re
 import secrets
 from dataclasses import dataclass
 
-from grading.answers import answer, program
+from grading.answers import program
 from run.config import UserError
 from tools import ToolError
 from tools.calling.base import DEADLINE
 
-# ---- SQL
-
-
-def sql_match(
-    trajectory, example, *, database: str = "database", rows: int = 10_000, seconds: float = 10.0
-):
-    """1.0 if the model's query gives the rows that the gold query example["answer"] gives, on the
-    SQLite file example["database"]; of several gold queries, one of them.
-
-    The query: the last ```sql block of the last turn, or what it gave to `finish`, or `<answer>`.
-    What it only tried with a tool is not its answer. Rows are compared as a multiset, and in order
-    if the gold query has an ORDER BY of its own (not just in a subquery). Names of columns do not
-    matter, their order does; 2 is 2.0, and 0.1 + 0.2 is 0.3, but "2" is not 2.
-
-    database: the column of the row with the file. rows, seconds: limits of one query.
-    What is not covered: a query that is right on these rows by chance. Constants alone (`SELECT
-    42`) earn nothing, since a tool may have shown the result, but a model can hide them in a query
-    that reads a table. A gold query without rows is matched by any other: leave such rows out.
-    """
-    file, golds = example.get(database), example.get("answer")
-    if not file or not golds:
-        what = f"{database!r}, a file," if golds else "'answer', a query,"
-        raise UserError(f"reward sql_match needs {what} and row {example['id'] + 1} has none")
-    from tools.sql import execute  # here: only who uses it needs it
-
-    said = program(trajectory, example, ("sql", "sqlite")) or answer(trajectory, example)
-    if not said:
-        return 0.0
-    for gold in golds if isinstance(golds, list) else [golds]:
-        right = _gold_rows(file, gold, rows, seconds, example["id"] + 1)
-        if _reads(gold) and not _reads(said):
-            continue
-        try:
-            got = execute(file, said, len(right[1]) + 1, seconds)  # one more row is one too many
-        except ToolError:
-            return 0.0
-        if _same_rows(got, right, _is_ordered(gold)):
-            return 1.0
-    return 0.0
-
-
-def _gold_rows(file, query, rows, seconds, row):
-    from tools.sql import execute
-
-    try:
-        found = execute(file, query, rows + 1, seconds)
-    except ToolError as error:
-        why = f"fails on {file}: {error.text}: correct it or leave it out"
-    else:
-        if len(found[1]) <= rows:
-            return found
-        why = f"gives more than {rows} rows: give a larger sql_match.rows, or leave it out"
-    raise UserError(f"reward sql_match: the gold query of row {row} {why}")
-
-
-_SQL_TEXT = re.compile(
-    r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?(?:\*/|\Z)", re.S
-)
-_INNERMOST = re.compile(r"\([^()]*\)")
-
-
-def _reads(query):
-    """Whether it has a FROM: else it is made of constants."""
-    return re.search(r"\bfrom\b", _SQL_TEXT.sub(" x ", query), re.I) is not None
-
-
-def _is_ordered(query):
-    """Whether it has an ORDER BY outside of parentheses, texts and comments."""
-    text, before = _SQL_TEXT.sub(" x ", query), None
-    while text != before:
-        text, before = _INNERMOST.sub(" x ", text), text
-    return re.search(r"\border\s+by\b", text, re.I) is not None
-
-
-def _same_rows(got, right, ordered):
-    """Two results (columns, rows) of tools.sql.execute."""
-    (names, rows), (gold_names, gold_rows) = got, right
-    if len(names) != len(gold_names) or len(rows) != len(gold_rows):
-        return False
-    if not ordered:  # numbers that are nearly equal must come to the same place
-        rows, gold_rows = sorted(rows, key=_rank), sorted(gold_rows, key=_rank)
-    return all(
-        _same_value(value, gold)
-        for row, gold_row in zip(rows, gold_rows, strict=True)
-        for value, gold in zip(row, gold_row, strict=True)
-    )
-
-
-def _rank(row):
-    """What rows are sorted by: the kind of each value, then the values, with numbers rounded; what
-    is still equal by more of their digits, and by all of them."""
-    numbers = [isinstance(value, (int, float)) for value in row]
-    kinds = [
-        0 if value is None else 1 if number else 2 + isinstance(value, bytes)
-        for value, number in zip(row, numbers, strict=True)
-    ]
-
-    def rounded(digits):
-        return [
-            float(f"{value:.{digits}g}") if number else value
-            for value, number in zip(row, numbers, strict=True)
-        ]
-
-    return kinds, rounded(6), rounded(12), list(row)
-
-
-def _same_value(value, gold):
-    if isinstance(value, float) or isinstance(gold, float):
-        numbers = isinstance(value, (int, float)) and isinstance(gold, (int, float))
-        return numbers and math.isclose(value, gold, rel_tol=1e-9, abs_tol=1e-9)
-    return type(value) is type(gold) and value == gold
-
-
-# ---- programs
-
 ROOM = 60_000  # bytes of a test, written as python: with the program it must fit into one call
 LONGEST_OUTPUT = 15_000  # characters: the sandbox cuts longer ones
 BUILTINS = frozenset(dir(builtins))
-IMPORTS = {  # what tests use as if it were there -> "module" or "module:name"
-    name: name
-    for name in (
-        "bisect cmath collections copy datetime decimal fractions functools heapq itertools json "
-        "math numpy operator random re statistics string"
-    ).split()
+
+# What tests use as if it were there -> "module" or "module:name".
+MODULES = (
+    "bisect cmath collections copy datetime decimal fractions functools heapq itertools json "
+    "math numpy operator random re statistics string"
+).split()
+IMPORTS = {name: name for name in MODULES}
+IMPORTS |= {
+    "Counter": "collections:Counter",
+    "OrderedDict": "collections:OrderedDict",
+    "defaultdict": "collections:defaultdict",
+    "deque": "collections:deque",
+    "Decimal": "decimal:Decimal",
+    "Fraction": "fractions:Fraction",
+    "np": "numpy",
 }
-IMPORTS |= {n: f"collections:{n}" for n in ("Counter", "OrderedDict", "defaultdict", "deque")}
-IMPORTS |= {"Decimal": "decimal:Decimal", "Fraction": "fractions:Fraction", "np": "numpy"}
+
+# ---- the reward
 
 
 async def code_tests(
@@ -181,89 +75,100 @@ async def code_tests(
     read by a program that looks for them in the interpreter's frames. And a name that the tests
     neither make nor import is the program's, unless it is in IMPORTS.
     """
-    row = example["id"] + 1
+    row_number = example["id"] + 1
     tests = example.get(column)
     if not tests:
-        raise UserError(f"reward code_tests needs {column!r}, and row {row} has none")
+        raise UserError(f"reward code_tests needs {column!r}, and row {row_number} has none")
     code = program(trajectory, example, ("python", "py", "python3"))
     if not code or not code.strip():
         return 0.0
+
     until = asyncio.get_running_loop().time() + seconds
-    text, pairs = _read(tests, row)
-    if text is None:
-        passed, count = await _outputs(code, pairs, partial, until)
+    asserts, pairs = _read_tests(tests, row_number)
+    if asserts is None:
+        passed, count = await _run_pairs(code, pairs, partial, until)
     else:
-        text = "\n".join([*_setup(example), text])
-        steps, own = _steps(text, example.get("entry_point"), row)
-        passed, count = await _asserts(code, steps, own, until, row)
+        text = "\n".join([*_columns_of_mbpp(example), asserts])
+        steps, own_builtins = _steps_of(text, example.get("entry_point"), row_number)
+        passed, count = await _run_steps(code, steps, own_builtins, until, row_number)
     if not count:
         return None
     return passed / count if partial else float(passed == count)
 
 
-async def _run(text, until):
-    """The output of a text in the sandbox, also of one that failed; and whether it ended well."""
+async def _run(code, until):
+    """Runs code in the sandbox, up to the time `until` of the event loop. Returns its output, also
+    that of one that failed, and whether it ended well."""
     from tools.python import python
 
-    DEADLINE.set(max(1.0, until - asyncio.get_running_loop().time()))
+    left = until - asyncio.get_running_loop().time()
+    DEADLINE.set(max(1.0, left))
     try:
         async with asyncio.timeout_at(until):
-            return await python(text), True
+            return await python(code), True
     except TimeoutError:
         return "", False
     except ToolError as error:
         return error.text, False
 
 
-def _read(tests, row):
-    """(text, None) of tests that are asserts, or (None, (input, output) of each)."""
+# ---- the tests of a row
+
+
+def _read_tests(tests, row_number):
+    """(asserts as one text, None), or (None, a list of (input, output))."""
     try:
-        if isinstance(tests, str) and tests.lstrip()[:1] in "[{":
+        # an empty text too: it is no JSON, and is refused as that
+        if isinstance(tests, str) and tests.lstrip()[:1] in ("[", "{", ""):
             tests = json.loads(tests)
         if isinstance(tests, str):
             return tests, None
         if isinstance(tests, list) and all(isinstance(test, str) for test in tests):
             return "\n".join(tests), None
         if isinstance(tests, dict):
-            found = list(zip(tests["inputs"], tests["outputs"], strict=True))
+            pairs = list(zip(tests["inputs"], tests["outputs"], strict=True))
             if tests.get("fn_name"):
-                return _calls(tests["fn_name"], found), None
+                return _asserts_of_calls(tests["fn_name"], pairs), None
         else:
-            found = [(test["input"], test["output"]) for test in tests]
-        return None, [
-            tuple(part if isinstance(part, str) else "\n".join(part) for part in pair)
-            for pair in found
-        ]
+            pairs = [(test["input"], test["output"]) for test in tests]
+        return None, [(_joined(given), _joined(expected)) for given, expected in pairs]
     except (KeyError, TypeError, ValueError) as error:
         forms = 'asserts, or a list of {"input": text, "output": text}, or fn_name with lists'
-        what = f"reward code_tests: the tests of row {row} cannot be read ({error!r})"
+        what = f"reward code_tests: the tests of row {row_number} cannot be read ({error!r})"
         raise UserError(f"{what}: expected {forms}") from None
 
 
-def _calls(name, found):
+def _columns_of_mbpp(example):
+    """The texts of the columns that MBPP has beside its tests: a text, a list of them, or None."""
+    columns = ("test_imports", "test_setup_code")
+    return [_joined(example.get(column) or "") for column in columns]
+
+
+def _joined(lines):
+    """A text, or a list of its lines, as a text."""
+    return lines if isinstance(lines, str) else "\n".join(lines)
+
+
+_LISTED = """\
+def _listed(x):
+    return [_listed(item) for item in x] if isinstance(x, (list, tuple)) else x"""
+
+
+def _asserts_of_calls(name, calls):
     """(arguments, result) of each call of a function, or of a method of Solution, as asserts. JSON
     has no tuples, so lists are the same. If all results are lists of one, which of them are only
     wrapped in one cannot be told: then both are right."""
-    wrapped = all(isinstance(right, list) and len(right) == 1 for _, right in found)
-    lines = [
-        f"_solution = globals().get({name!r}) or Solution().{name}",
-        "def _listed(x):\n"
-        "    return [_listed(item) for item in x] if isinstance(x, (list, tuple)) else x",
-    ]
-    for given, right in found:
-        if not isinstance(given, list):
-            raise ValueError(f"{given!r} is no list of arguments")
-        rights = (right, right[0]) if wrapped else (right,)
-        lines.append(f"assert _listed(_solution(*{given!r})) in {rights!r}")
+    maybe_wrapped = all(isinstance(result, list) and len(result) == 1 for _, result in calls)
+    lines = [f"_solution = globals().get({name!r}) or Solution().{name}", _LISTED]
+    for arguments, result in calls:
+        if not isinstance(arguments, list):
+            raise ValueError(f"{arguments!r} is no list of arguments")
+        accepted = (result, result[0]) if maybe_wrapped else (result,)
+        lines.append(f"assert _listed(_solution(*{arguments!r})) in {accepted!r}")
     return "\n".join(lines)
 
 
-def _setup(example):
-    """The columns that MBPP has beside its tests: a text or a list of texts each, or None."""
-    for column in ("test_imports", "test_setup_code"):
-        text = example.get(column) or ""
-        yield text if isinstance(text, str) else "\n".join(text)
-
+# ---- tests of stdin and stdout
 
 _STDIN = """
 def _main(solution, given):
@@ -280,37 +185,59 @@ def _main(solution, given):
 """
 
 
-async def _outputs(code, pairs, partial, until):
+async def _run_pairs(code, pairs, partial, until):
     """(tests passed, tests): a process for each, whose output is compared here."""
     from tools.python import NO_OUTPUT
 
-    pairs = [
-        (given, expected)
-        for given, expected in pairs
-        if len(expected) <= LONGEST_OUTPUT and len(repr(given).encode("utf-8", "replace")) <= ROOM
-    ]
+    pairs = [pair for pair in pairs if _fits(*pair)]
     passed = 0
     for given, expected in pairs:
-        text, ended = await _run(f"{_STDIN}\n_main({code!r}, {given!r})", until)
-        text = "" if text == NO_OUTPUT else text
-        right = ended and _lines(text) == _lines(expected)
-        passed += right
-        if not right and not partial:
+        output, ended_well = await _run(f"{_STDIN}\n_main({code!r}, {given!r})", until)
+        if output == NO_OUTPUT:
+            output = ""
+        if ended_well and _lines(output) == _lines(expected):
+            passed += 1
+        elif not partial:
             break
     return passed, len(pairs)
+
+
+def _fits(given, expected):
+    """Whether the sandbox takes such an input and shows such an output whole."""
+    return len(expected) <= LONGEST_OUTPUT and _size(given) <= ROOM
+
+
+def _size(value):
+    """The bytes of a value, written as python."""
+    return len(repr(value).encode("utf-8", "replace"))
 
 
 def _lines(text):
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
+# ---- asserts, run
+
+
+@dataclass
+class _Step:
+    """One statement of the tests."""
+
+    source: str  # of an assert whose values are computed apart: its condition, with _values[0], …
+    expressions: list[str] | None = None  # of such an assert: its values, computed by the program
+    needs_program: bool = False  # else it is executed in both processes
+    is_test: bool = False
+
+
 # What runs beside the program: it computes values, and writes them down as JSON with a tag at each
-# container. `steps` are (source, None) to execute, or (source, expressions) to evaluate.
+# container. `steps` are (source, None) to execute, or ("", expressions) to evaluate. What it needs
+# to write is taken before the program runs, which may replace functions of os and json.
 _VALUES = """
 def _main(solution, steps, mark, own):
     import json, linecache, os, sys, types
     linecache.cache.clear()
-    write, dumps = os.write, json.dumps
+    write = os.write
+    dumps = json.dumps
     sys.set_int_max_str_digits(0)
 
     def plain(value):
@@ -330,7 +257,7 @@ def _main(solution, steps, mark, own):
             return ["complex", [value.real, value.imag]]
         raise TypeError
 
-    kinds = (list, "list"), (tuple, "tuple"), ((set, frozenset), "set"), (bytes, "bytes")
+    kinds = ((list, "list"), (tuple, "tuple"), ((set, frozenset), "set"), (bytes, "bytes"))
     module = sys.modules["solution"] = types.ModuleType("solution")
     module.exit = module.quit = sys.exit
     sys.stdout = sys.stderr = open(os.devnull, "w")
@@ -366,7 +293,8 @@ def _main(steps):
         kinds = {"list": list, "tuple": tuple, "set": set, "bytes": bytes}
         return kinds[name](made(part) for part in parts)
 
-    space, passed = {"__name__": "tests"}, 0
+    space = {"__name__": "tests"}
+    passed = 0
     for source, text in steps:
         try:
             if text is None:
@@ -381,83 +309,127 @@ def _main(steps):
 """
 
 
-@dataclass
-class _Step:
-    """One statement of the tests."""
-
-    source: str  # of an assert whose values are computed apart: its condition, with _values[0], …
-    expressions: list[str] | None = None  # of such an assert: its values, computed by the program
-    needs_program: bool = False  # else it is executed in both processes
-    is_test: bool = False
-
-
-async def _asserts(code, steps, own, until, row):
-    """(tests passed, tests) of the steps that `_steps` made of the asserts. own: names of builtins
-    that only count if they are the program's."""
-    mark = secrets.token_hex(8)  # what the program writes itself must not be taken for values
-    # What has to come out stays here.
-    beside = [(s.source if s.expressions is None else "", s.expressions) for s in steps]
-    if len(repr(beside).encode("utf-8", "replace")) > ROOM:
+async def _run_steps(code, steps, own_builtins, until, row_number):
+    """(tests passed, tests) of the steps that `_steps_of` made of the asserts. own_builtins: names
+    of builtins that only count if they are the program's."""
+    # 1. beside the program: its values. What has to come out of an assert stays here.
+    orders = []
+    for step in steps:
+        source = step.source if step.expressions is None else ""
+        orders.append((source, step.expressions))
+    if _size(orders) > ROOM:
         return 0, 0
-    text, _ = await _run(f"{_VALUES}\n_main({code!r}, {beside!r}, {mark!r}, {own!r})", until)
-    values = {}
-    for line in text.splitlines():
-        begin, _, rest = line.partition(" ")
-        number, _, found = rest.partition(" ")
-        if begin == mark and number in map(str, range(len(steps))):
-            values[int(number)] = found
-    passed = sum(steps[n].is_test and steps[n].expressions is None for n in values)
-    elsewhere = []
+    mark = secrets.token_hex(8)  # what the program writes itself must not be taken for values
+    arguments = f"{code!r}, {orders!r}, {mark!r}, {own_builtins!r}"
+    output, _ = await _run(f"{_VALUES}\n_main({arguments})", until)
+    values = _values_in(output, mark, len(steps))
+
+    # 2. tests that ran beside the program, and did not raise
+    passed = 0
+    for number in values:
+        if steps[number].is_test and steps[number].expressions is None:
+            passed += 1
+
+    # 3. in another process, without the program: the conditions, with its values put in
+    comparisons = []
     for number, step in enumerate(steps):
-        if step.expressions is None and not step.needs_program:
-            elsewhere.append((step.source, None))
-        elif step.expressions is not None and number in values:
-            elsewhere.append((step.source, values[number]))
-    if any(found is not None for _, found in elsewhere):
-        text, _ = await _run(f"{_VERDICTS}\nprint(_main({elsewhere!r}))", until)
-        last = text.rpartition("\n")[2]
-        if last.startswith("broken: "):
-            raise UserError(f"reward code_tests: in the tests of row {row}, {last[8:]}")
-        passed += int(last) if last.isdecimal() else 0  # else stopped at a limit
+        if step.expressions is not None:
+            if number in values:
+                comparisons.append((step.source, values[number]))
+        elif not step.needs_program:
+            comparisons.append((step.source, None))
+    if any(text is not None for _, text in comparisons):
+        output, _ = await _run(f"{_VERDICTS}\nprint(_main({comparisons!r}))", until)
+        verdict = output.rpartition("\n")[2]
+        if verdict.startswith("broken: "):
+            problem = verdict.removeprefix("broken: ")
+            raise UserError(f"reward code_tests: in the tests of row {row_number}, {problem}")
+        if verdict.isdecimal():  # else it was stopped at a limit
+            passed += int(verdict)
     return passed, sum(step.is_test for step in steps)
 
 
+def _values_in(output, mark, count):
+    """{number of a step: its values as JSON} of the lines that begin with the mark."""
+    numbers = {str(number) for number in range(count)}
+    values = {}
+    for line in output.splitlines():
+        begin, _, behind = line.partition(" ")
+        number, _, text = behind.partition(" ")
+        if begin == mark and number in numbers:
+            values[int(number)] = text
+    return values
+
+
+# ---- asserts, taken apart
+
+
 @functools.lru_cache(maxsize=4096)  # the samples of a group have the same tests
-def _steps(text, entry, row):
-    """(the tests as a list of _Step, the names of builtins among them that are the program's)."""
+def _steps_of(text, entry, row_number):
+    """The tests as a list of _Step, and the names of builtins among them that are the program's.
+    entry: the name of the program's function, or None."""
     try:
-        body, entry = _opened(ast.parse(text).body, entry)
+        body, entry = _open_check(ast.parse(text).body, entry)
     except (SyntaxError, ValueError) as error:
-        what = f"reward code_tests: the tests of row {row} are no python"
+        what = f"reward code_tests: the tests of row {row_number} are no python"
         raise UserError(f"{what}: {error}") from None
-    imports = _imports(body, entry)
-    known, own = BUILTINS | set(imports), {entry} & BUILTINS
-    steps = _split(body, known - own)
+    imports = _lacking_imports(body, entry)
+    known = BUILTINS | set(imports)
+    own_builtins = {entry} & BUILTINS
+    steps = _split(body, known - own_builtins)
     if not any(step.is_test for step in steps):
-        raise UserError(f"reward code_tests: the tests of row {row} have no assert")
-    if not any(step.expressions or step.needs_program for step in steps):  # MBPP: sum(10, 15) == 6
-        called = [_called(one) for one in body if isinstance(one, ast.Assert)]
-        own = set.intersection(*called) & BUILTINS
-        if len(own) != 1:
-            what = f"reward code_tests: row {row} tests only builtins"
+        raise UserError(f"reward code_tests: the tests of row {row_number} have no assert")
+    if not any(step.expressions or step.needs_program for step in steps):
+        # MBPP has sum(10, 15) == 6: the one builtin that all asserts call is the program's
+        called = [_called(statement) for statement in body if isinstance(statement, ast.Assert)]
+        own_builtins = set.intersection(*called) & BUILTINS
+        if len(own_builtins) != 1:
+            what = f"reward code_tests: row {row_number} tests only builtins"
             raise UserError(f"{what}: name the program's function in its column entry_point")
-        steps = _split(body, known - own)
-    return [_Step(source) for source in imports.values()] + steps, tuple(own)
+        steps = _split(body, known - own_builtins)
+    before = [_Step(source) for source in imports.values()]
+    return before + steps, tuple(own_builtins)
+
+
+def _open_check(body, entry):
+    """(the statements, the name of the program's function or None): with those inside of
+    `def check(candidate)` in its place, if it is known for which function it is called: by the
+    row's entry_point, or by a call check(name)."""
+    calls = [statement for statement in body if _calls_check(statement)]
+    if calls:
+        entry = calls[-1].value.args[0].id
+    functions = [statement for statement in body if isinstance(statement, ast.FunctionDef)]
+    checks = [function for function in functions if function.name == "check"]
+    if len(checks) != 1 or len(checks[0].args.args) != 1 or not entry:
+        return body, entry
+    check = checks[0]
+    candidate = check.args.args[0].arg
+    assignment = ast.parse(f"{candidate} = {entry}").body
+    inside = [statement for statement in check.body if not isinstance(statement, ast.Return)]
+    dropped = [check, *calls]
+    outside = [statement for statement in body if statement not in dropped]
+    return outside + assignment + inside, entry
+
+
+def _calls_check(statement):
+    """Whether it is a call check(name)."""
+    if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Call):
+        return False
+    call = statement.value
+    if not isinstance(call.func, ast.Name) or call.func.id != "check" or call.keywords:
+        return False
+    return len(call.args) == 1 and isinstance(call.args[0], ast.Name)
 
 
 def _split(body, known):
     """A _Step for each statement. known: the names that the tests have without the program."""
-    variables, steps = set(), []
+    variables = set()  # what statements of the tests assigned, and did not define or import
+    steps = []
     for statement in body:
-        source, bound = ast.unparse(statement), _bound(statement)
+        source = ast.unparse(statement)
+        bound = _bound(statement)
         if isinstance(statement, ast.Assert):
-            values = _Values(known)
-            condition = values.visit(copy.deepcopy(statement.test))
-            if values.hidden:
-                steps.append(_Step(source, needs_program=True, is_test=True))
-            else:
-                steps.append(_Step(ast.unparse(condition), values.found, is_test=True))
-            changed = {name for found in values.found for name in _used(ast.parse(found))}
+            step, touched = _take_apart(statement, known)
         elif _used(statement) - bound <= known:
             steps.append(_Step(source))
             if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
@@ -467,60 +439,109 @@ def _split(body, known):
             known = known | bound
             continue
         else:
-            is_test = isinstance(statement, ast.Expr) or any(
-                isinstance(node, ast.Assert) for node in ast.walk(statement)
-            )
-            steps.append(_Step(source, needs_program=True, is_test=is_test))
-            changed = _used(statement) | bound
+            asserts = [node for node in ast.walk(statement) if isinstance(node, ast.Assert)]
+            is_test = isinstance(statement, ast.Expr) or bool(asserts)
+            step = _Step(source, needs_program=True, is_test=is_test)
+            touched = _used(statement) | bound
+        steps.append(step)
         # What the program may have changed is its own now.
-        known = known - (changed & variables | bound)
+        known = known - (touched & variables) - bound
     return steps
 
 
-def _imports(body, entry):
+def _take_apart(statement, known):
+    """The _Step of an assert, and the names that the program sees in it."""
+    values = _Values(known)
+    condition = values.visit(copy.deepcopy(statement.test))
+    touched = set()
+    for source in values.sources:
+        touched |= _used(ast.parse(source))
+    if values.is_hidden:
+        return _Step(ast.unparse(statement), needs_program=True, is_test=True), touched
+    return _Step(ast.unparse(condition), values.sources, is_test=True), touched
+
+
+class _Values(ast.NodeTransformer):
+    """Replaces each largest part of an expression that begins with a name that is not `known`, such
+    as `f(2)[0].x`, by `_values[i]`; `sources` are theirs. A call that is handed such a name, as in
+    `sorted(a, key=f)`, is one of them. is_hidden: one cannot be taken out."""
+
+    SCOPES = (
+        ast.ListComp,
+        ast.SetComp,
+        ast.DictComp,
+        ast.GeneratorExp,
+        ast.Lambda,
+        ast.NamedExpr,
+    )
+
+    def __init__(self, known):
+        self.known = known
+        self.sources = []
+        self.is_hidden = False
+
+    def visit(self, node):
+        if self.is_the_programs(node):
+            self.sources.append(ast.unparse(node))
+            return ast.parse(f"_values[{len(self.sources) - 1}]", mode="eval").body
+        if isinstance(node, self.SCOPES):  # it has names of its own
+            if not _used(node) - _bound(node) <= self.known:
+                self.is_hidden = True
+            return node
+        return self.generic_visit(node)
+
+    def is_the_programs(self, node):
+        """Whether only the program can compute it."""
+        begin = _begin(node) or node
+        if isinstance(begin, ast.Name) and begin.id not in self.known:
+            return True
+        return isinstance(node, ast.Call) and not _handed(node) <= self.known
+
+
+# ---- what tests use and do not import
+
+
+def _lacking_imports(body, entry):
     """{name: its import} of what the tests use and do not import, because the program that they
     were written for did: else the program at hand would compute it, and what has to come out too.
     Not where it may be the program's own: bisect(3), Counter().stop(), or all that the tests use.
     In its process a name that it has stays as it is."""
-    tree, found = ast.Module(body, []), {}
+    tree = ast.Module(body, [])
     lacking = _used(tree) - _bound(tree) - BUILTINS - {entry}
-    for name in sorted(lacking & set(IMPORTS)) if entry or lacking - set(IMPORTS) else ():
+    if not entry and lacking <= IMPORTS.keys():
+        return {}
+    imports = {}
+    for name in sorted(lacking & IMPORTS.keys()):
+        if not _is_the_librarys(name, body):
+            continue
         module, _, part = IMPORTS[name].partition(":")
-        nodes = list(ast.walk(tree))
-        uses = [n for n in nodes if isinstance(n, ast.Name) and n.id == name]
-        calls = [n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) == name]
-        taken = [n for n in nodes if isinstance(n, ast.Attribute)]
-        if part:  # what a variable holds is not followed
-            taken = [n for n in taken if n.value in calls]
-            inside = all(isinstance(one, ast.Assert) for one in body if name in _used(one))
-            is_its = inside and len(uses) == len(calls)
-        else:
-            taken = [n for n in taken if n.value in uses]
-            is_its = len(uses) == len(taken)
-        has = set(dir(pkgutil.resolve_name(IMPORTS[name])))
-        if is_its and {n.attr for n in taken} <= has:
-            line = f"from {module} import {part}" if part else f"import {module} as {name}"
-            found[name] = f"try:\n    {name}\nexcept NameError:\n    {line}"
-    return found
+        line = f"from {module} import {part}" if part else f"import {module} as {name}"
+        imports[name] = f"try:\n    {name}\nexcept NameError:\n    {line}"
+    return imports
 
 
-def _opened(body, entry):
-    """(the statements, the name of the program's function or None): with those inside of
-    `def check(candidate)` in its place, if it is known for which function it is called: by the
-    row's entry_point, or by a call check(name)."""
-    checks = [one for one in body if isinstance(one, ast.FunctionDef) and one.name == "check"]
-    calls = [
-        one
-        for one in body
-        if isinstance(one, ast.Expr) and re.fullmatch(r"check\(\w+\)", ast.unparse(one))
-    ]
-    entry = calls[-1].value.args[0].id if calls else entry
-    if len(checks) != 1 or len(checks[0].args.args) != 1 or not entry:
-        return body, entry
-    given = ast.parse(f"{checks[0].args.args[0].arg} = {entry}").body
-    inside = [one for one in checks[0].body if not isinstance(one, ast.Return)]
-    rest = [one for one in body if one not in calls and one is not checks[0]]
-    return rest + given + inside, entry
+def _is_the_librarys(name, body):
+    """Whether the tests use a name only as what IMPORTS has for it can be used."""
+    nodes = list(ast.walk(ast.Module(body, [])))
+    uses = {node for node in nodes if isinstance(node, ast.Name) and node.id == name}
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+    if ":" in IMPORTS[name]:  # a class: it is only called, Counter(x).most_common()
+        calls = {node for node in nodes if isinstance(node, ast.Call) and node.func in uses}
+        users = [statement for statement in body if name in _used(statement)]
+        # what a variable holds is not followed
+        in_asserts = all(isinstance(statement, ast.Assert) for statement in users)
+        taken = [node for node in attributes if node.value in calls]
+        if not in_asserts or len(uses) != len(calls):
+            return False
+    else:  # a module: each use takes something from it
+        taken = [node for node in attributes if node.value in uses]
+        if len(uses) != len(taken):
+            return False
+    there = dir(pkgutil.resolve_name(IMPORTS[name]))
+    return all(node.attr in there for node in taken)
+
+
+# ---- names in code
 
 
 def _bound(tree):
@@ -539,22 +560,22 @@ def _bound(tree):
 
 
 def _used(tree):
+    """All names that the code has, those that it makes too."""
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
 def _called(tree):
     """The names that the code calls."""
-    return {
-        n.func.id
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
-    }
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return {call.func.id for call in calls if isinstance(call.func, ast.Name)}
 
 
 def _handed(tree):
     """The names that the code uses bare, not as the beginning of `f(2)`, `a.b` or `a[0]`."""
-    begins = {id(_begin(node)) for node in ast.walk(tree)}
-    return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in begins}
+    nodes = list(ast.walk(tree))
+    begins = {_begin(node) for node in nodes}
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    return {name.id for name in names if name not in begins}
 
 
 def _begin(node):
@@ -563,24 +584,3 @@ def _begin(node):
     while isinstance(root, (ast.Call, ast.Attribute, ast.Subscript)):
         root = root.func if isinstance(root, ast.Call) else root.value
     return None if root is node else root
-
-
-class _Values(ast.NodeTransformer):
-    """Replaces each largest part of an expression that begins with a name that is not `known`, such
-    as `f(2)[0].x`, by `_values[i]`; `found` are their sources. A call that is handed such a name,
-    as in `sorted(a, key=f)`, is one of them. hidden: one cannot be taken out."""
-
-    def __init__(self, known):
-        self.known, self.found, self.hidden = known, [], False
-
-    def visit(self, node):
-        begin = _begin(node) or node
-        its_own = isinstance(begin, ast.Name) and begin.id not in self.known
-        if its_own or (isinstance(node, ast.Call) and _handed(node) - self.known):
-            self.found.append(ast.unparse(node))
-            return ast.parse(f"_values[{len(self.found) - 1}]", mode="eval").body
-        inner = ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda, ast.NamedExpr
-        if isinstance(node, inner):  # it has names of its own
-            self.hidden |= not _used(node) - _bound(node) <= self.known
-            return node
-        return self.generic_visit(node)
