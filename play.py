@@ -29,6 +29,7 @@ import data
 import rewards as reward_functions
 from chat import Chat
 from engines.scripted import ScriptedEngine
+from formats.messages import calls_of
 from player import check_prompt, running, setup, task
 from rollout import Settings, rollouts
 from run import config
@@ -218,7 +219,7 @@ def _sampled(chat: Chat, prompt: list[dict], turns: list[dict]) -> list[list[int
     """The token ids of each turn, as a model would sample them."""
     messages = list(prompt)
     for turn in turns:
-        called = [call["function"]["name"] for call in turn.get("tool_calls", [])]
+        called = [call.name for call in calls_of(turn)]
         messages += [turn, *({"role": "tool", "name": name, "content": "…"} for name in called)]
     ids, mask = chat.render(messages)
     starts = _starts(mask)
