@@ -34,6 +34,8 @@ class Trajectory:
     logprobs: list[float] = field(
         default_factory=list
     )  # of sampled tokens, from the engine; else 0.0
+    # what each token is: "t" trained, "c" context, "o" output of a tool, "e" error of a tool
+    kinds: list[str] = field(default_factory=list)
     images: list = field(default_factory=list)  # in the order of their placeholders in ids
     messages: list[dict] = field(
         default_factory=list
