@@ -40,8 +40,8 @@ def load(
     require_answer=True,
     database="",
 ):
-    """A list of examples: {"id": index, "messages": [...], "answer": str or list[str]} and the
-    row's other columns; those called id, messages or answer give way to these.
+    """Reads a list of examples: {"id": index, "messages": [...], "answer": str or list[str]} and
+    the row's other columns; those called id, messages or answer give way to these.
 
     The prompt column holds text, which becomes one user message by prompt_template, or a list of
     chat messages, taken as they are. system_prompt goes in front unless the messages have one.
@@ -77,14 +77,16 @@ def load(
 
 
 def is_file(data) -> bool:
-    """Whether `data` names a file, which has no splits, and not a task, hub data set or folder."""
+    """Says whether `data` names a file, which has no splits, and not a task, hub data set or
+    folder."""
     if data.startswith("task:"):
         return False
     return Path(data).suffix in SUFFIXES or Path(data).expanduser().is_file()
 
 
 def oracle(data, example) -> list[dict] | None:
-    """The assistant messages that solve an example of a task, "task:calc"; None if it has none."""
+    """Returns the assistant messages that solve an example of a task, "task:calc"; None if it has
+    none."""
     solve = getattr(_task(data.removeprefix("task:")), "oracle", None)
     return solve(example) if solve else None
 
@@ -160,8 +162,8 @@ def _database(row, template, prompt_template):
 
 
 def conversations(data, rows=None, seed=0, system_prompt="") -> list[dict]:
-    """What SFT trains on: `rows` demonstrations of a task (default 8192), or the first `rows` rows
-    of a file or hub data set, each in one of two forms. "row" is its number, from 1.
+    """Reads what SFT trains on: `rows` demonstrations of a task (default 8192), or the first `rows`
+    rows of a file or hub data set, each in one of two forms. "row" is its number, from 1.
 
     {"row", "messages", "tools"}: a conversation in OpenAI chat form. Contents are text, arguments
     objects, results in the order of their calls; tools is a list of JSON schemas, or None.
@@ -210,8 +212,8 @@ def _add_system_prompt(demonstrations, system_prompt, name):
 
 
 def rewarded(rows, min_reward, name) -> list[dict]:
-    """Those of `conversations` whose reward is at least min_reward (None: all of them). A reward of
-    None, not to be learnt from, is below. name: the data set's, for messages."""
+    """Returns those of `conversations` whose reward is at least min_reward (None: all of them). A
+    reward of None, not to be learnt from, is below. name: the data set's, for messages."""
     if min_reward is None:
         return rows
     for row in rows:

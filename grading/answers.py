@@ -170,7 +170,8 @@ def _boxed(text):
 
 
 def equal(given, gold):
-    """Whether two answers are the same: exactly as numbers, else as text, else by math-verify."""
+    """Says whether two answers are the same: exactly as numbers, else as text, else by
+    math-verify."""
     if max(len(given), len(gold)) > LONGEST:
         return False
     given = _without_math_marks(given)

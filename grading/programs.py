@@ -50,7 +50,8 @@ IMPORTS |= {
 async def code_tests(
     trajectory, example, *, column: str = "tests", partial: bool = False, seconds: float = 20.0
 ):
-    """1.0 if the model's program passes all tests of example["tests"]; with partial, the share.
+    """Gives 1.0 if the model's program passes all tests of example["tests"]; with partial, the
+    share that it passes.
 
     The program: the last ```python block of the last turn, or what it gave to `finish`. The tests:
     asserts, as one text or a list of texts (MBPP, AceCode; of HumanEval's `check(candidate)` the

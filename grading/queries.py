@@ -19,8 +19,8 @@ from tools import ToolError
 def sql_match(
     trajectory, example, *, database: str = "database", rows: int = 10_000, seconds: float = 10.0
 ):
-    """1.0 if the model's query gives the rows that the gold query example["answer"] gives, on the
-    SQLite file example["database"]; of several gold queries, one of them.
+    """Gives 1.0 if the model's query gives the rows that the gold query example["answer"] gives, on
+    the SQLite file example["database"]; of several gold queries, one of them.
 
     The query: the last ```sql block of the last turn, or what it gave to `finish`, or `<answer>`.
     What it only tried with a tool is not its answer. Rows are compared as a multiset, and in order

@@ -31,7 +31,7 @@ LOGGERS = {"none": "", "wandb": "wandb", "tensorboard": "torch.utils.tensorboard
 
 
 def progress() -> Progress:
-    """Bars below the printed lines on a terminal; nothing in a log file."""
+    """Makes bars, which stand below the printed lines on a terminal; nothing in a log file."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
