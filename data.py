@@ -9,18 +9,22 @@ Hugging Face hub id, with the name of its configuration after a colon, or task:c
 task: tasks/calc.py, whose rows(split, seed=0) returns dicts with prompt and answer.
 """
 
-import contextlib
+import ast
 import importlib
 import itertools
 import json
 import re
 from pathlib import Path
 
+from formats.messages import calls_of, openai_call
 from run.config import UserError, near
 
 TASKS = Path(__file__).resolve().parent / "tasks"
+SUFFIXES = (".json", ".jsonl", ".parquet")
 ROLES = ("system", "user", "assistant", "tool")
 NO_IMAGES = "no model that sees images can be trained yet, so leave the row out or make it text"
+
+# ---- examples: what prompts and rewards are made of
 
 
 def load(
@@ -36,8 +40,8 @@ def load(
     require_answer=True,
     database="",
 ):
-    """A list of examples: {"id": index, "messages": [...], "answer": str or list[str]} and the
-    row's other columns; those called id, messages or answer give way to these.
+    """Reads a list of examples: {"id": index, "messages": [...], "answer": str or list[str]} and
+    the row's other columns; those called id, messages or answer give way to these.
 
     The prompt column holds text, which becomes one user message by prompt_template, or a list of
     chat messages, taken as they are. system_prompt goes in front unless the messages have one.
@@ -51,24 +55,19 @@ def load(
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit = {limit}: expected at least 1, or none for all rows")
+    rows = itertools.islice(_read_rows(data, split, seed), limit)
     examples = []
-    for index, row in enumerate(itertools.islice(_rows(data, split, seed), limit)):
+    for index, row in enumerate(rows):
         try:
             if database:
                 row = row | _database(row, database, prompt_template)
-            prompt = _column(row, prompt_column, "prompt_column")
-            if isinstance(prompt, list):
-                messages = _chat(prompt, prompt_column, prompt_template)
-            else:
-                text = _fill(prompt_template, row, prompt_column, answer_column)
-                messages = [{"role": "user", "content": text}]
-            if system_prompt and not any(m["role"] == "system" for m in messages):
-                messages.insert(0, {"role": "system", "content": system_prompt})
+            messages = _prompt(row, prompt_column, prompt_template, answer_column)
+            if system_prompt and not _has_system_message(messages):
+                messages = [{"role": "system", "content": system_prompt}, *messages]
+            answer = ""
             if require_answer or row.get(answer_column) not in (None, "", []):
                 value = _column(row, answer_column, "answer_column")
                 answer = _answer(value, answer_column, answer_after)
-            else:
-                answer = ""
         except UserError as error:
             raise UserError(f"{data}, row {index + 1}: {error}") from None
         examples.append({**row, "id": index, "messages": messages, "answer": answer})
@@ -77,9 +76,94 @@ def load(
     return examples
 
 
+def is_file(data) -> bool:
+    """Says whether `data` names a file, which has no splits, and not a task, hub data set or
+    folder."""
+    if data.startswith("task:"):
+        return False
+    return Path(data).suffix in SUFFIXES or Path(data).expanduser().is_file()
+
+
+def oracle(data, example) -> list[dict] | None:
+    """Returns the assistant messages that solve an example of a task, "task:calc"; None if it has
+    none."""
+    solve = getattr(_task(data.removeprefix("task:")), "oracle", None)
+    return solve(example) if solve else None
+
+
+def _column(row, name, key):
+    """The value of a row's column; UserError if there is none. key: the config's, for messages."""
+    if name not in row:
+        raise UserError(f"no column {name!r}, there are {', '.join(row)}: choose with --{key}=…")
+    if row[name] is None or row[name] == "" or row[name] == []:
+        raise UserError(f"its {name!r} is empty")
+    return row[name]
+
+
+def _prompt(row, column, template, answer_column):
+    """The messages of the prompt column: its own, or one that the template makes of its text."""
+    prompt = _column(row, column, "prompt_column")
+    if not isinstance(prompt, list):
+        text = _fill(template, row, column, answer_column)
+        return [{"role": "user", "content": text}]
+    messages = _chat_messages(prompt, column)
+    if template != "{prompt}":
+        raise UserError(f"prompt_template has no effect: {column!r} holds chat messages")
+    return messages
+
+
+def _fill(template, row, prompt_column, answer_column):
+    """The template with its {column}s replaced, once: braces in the data are just text."""
+
+    def value(match):
+        name = match[1]
+        if name == answer_column:  # \boxed{answer} in an instruction would tell the answer
+            raise UserError(f"prompt_template would show the answer: it names {{{name}}}")
+        column = prompt_column if name == "prompt" else name
+        return str(_column(row, column, "prompt_template"))
+
+    text, count = re.subn(r"\{(\w+)\}", value, template)
+    if not count:
+        raise UserError(f"prompt_template = {template!r} names no column: write {{prompt}}")
+    return text
+
+
+def _answer(value, column, after):
+    """The answer of a row: text, or a list of accepted texts."""
+    if isinstance(value, list):
+        return [_answer(item, column, after) for item in value]
+    if isinstance(value, dict):
+        raise UserError(f"{column!r} is an object: expected text, a number or a list of them")
+    text = str(value)
+    if after:
+        _, marker, text = text.rpartition(after)
+        if not marker:
+            raise UserError(f"no {after!r} in its {column!r}: check answer_after")
+        text = text.replace(",", "")
+    is_missing = value != value  # NaN: how a data frame writes a missing value
+    if is_missing or not text.strip():
+        raise UserError(f"its {column!r} is empty")
+    return text.strip()
+
+
+def _database(row, template, prompt_template):
+    """What a row's SQLite file adds to it: database, its path, and schema, if the prompt has it."""
+    path = re.sub(r"\{(\w+)\}", lambda match: str(_column(row, match[1], "database")), template)
+    if not Path(path).is_file():
+        raise UserError(f"its database {path!r} is no file: check database = {template!r}")
+    if "{schema}" not in prompt_template:
+        return {"database": path}
+    from tools import sql  # what the model reads of a database is the tool's affair
+
+    return {"database": path, "schema": sql.describe(path)}
+
+
+# ---- demonstrations: what SFT trains on
+
+
 def conversations(data, rows=None, seed=0, system_prompt="") -> list[dict]:
-    """What SFT trains on: `rows` demonstrations of a task (default 8192), or the first `rows` rows
-    of a file or hub data set, each in one of two forms. "row" is its number, from 1.
+    """Reads what SFT trains on: `rows` demonstrations of a task (default 8192), or the first `rows`
+    rows of a file or hub data set, each in one of two forms. "row" is its number, from 1.
 
     {"row", "messages", "tools"}: a conversation in OpenAI chat form. Contents are text, arguments
     objects, results in the order of their calls; tools is a list of JSON schemas, or None.
@@ -90,114 +174,292 @@ def conversations(data, rows=None, seed=0, system_prompt="") -> list[dict]:
     """
     if data.startswith("task:"):
         demos = _task(data.removeprefix("task:")).demos(rows or 8192, seed)
-        source, json_text = ({"messages": messages} for messages in demos), True
+        source = ({"messages": messages} for messages in demos)
     else:
-        source = itertools.islice(_rows(data, "train", seed), rows)
-        json_text = Path(data).suffix in (".json", ".jsonl")
-    found = []
+        source = itertools.islice(_read_rows(data, "train", seed), rows)
+    # Parquet gives every object the keys of all, with None where one has no such key.
+    filled_in = not data.startswith("task:") and Path(data).suffix not in (".json", ".jsonl")
+    demonstrations = []
     for number, row in enumerate(source, 1):
         try:
             # an endpoint's rollouts (evaluate.py) have no ids: they are conversations
-            recorded = bool(row.get("ids")) and row.get("mask") is not None
-            made = _recorded(row) if recorded else _conversation(row, json_text)
+            if row.get("ids") and row.get("mask") is not None:
+                demonstration = _recorded(row)
+            else:
+                demonstration = _conversation(row, filled_in)
         except UserError as error:
             raise UserError(f"{data}, row {number}: {error}") from None
-        kept = {name: row[name] for name in ("reward", "text") if name in row}
-        found.append({"row": number, **made, **kept})
-    if not found:
+        for name in ("reward", "text"):
+            if name in row:
+                demonstration[name] = row[name]
+        demonstrations.append({"row": number, **demonstration})
+    if not demonstrations:
         raise UserError(f"{data} has no rows")
     if system_prompt:
-        lists = [row["messages"] for row in found if "messages" in row]
-        lists = [messages for messages in lists if all(m["role"] != "system" for m in messages)]
-        if not lists:
-            why = "every row has a system message, or is recorded with its prompt"
-            raise UserError(f"system_prompt has no effect on {data}: {why}")
-        for messages in lists:
-            messages.insert(0, {"role": "system", "content": system_prompt})
-    return found
+        _add_system_prompt(demonstrations, system_prompt, data)
+    return demonstrations
 
 
-def oracle(data, example) -> list[dict] | None:
-    """The assistant messages that solve an example of a task, "task:calc"; None if it has none."""
-    solve = getattr(_task(data.removeprefix("task:")), "oracle", None)
-    return solve(example) if solve else None
+def _add_system_prompt(demonstrations, system_prompt, name):
+    """Puts it in front of the conversations that have none; UserError if that is none of them."""
+    conversations = [row["messages"] for row in demonstrations if "messages" in row]
+    without = [messages for messages in conversations if not _has_system_message(messages)]
+    if not without:
+        why = "every row has a system message, or is recorded with its prompt"
+        raise UserError(f"system_prompt has no effect on {name}: {why}")
+    for messages in without:
+        messages.insert(0, {"role": "system", "content": system_prompt})
 
 
 def rewarded(rows, min_reward, name) -> list[dict]:
-    """Those of `conversations` whose reward is at least min_reward (None: all of them). A reward of
-    None, not to be learnt from, is below. name: the data set's, for messages."""
+    """Returns those of `conversations` whose reward is at least min_reward (None: all of them). A
+    reward of None, not to be learnt from, is below. name: the data set's, for messages."""
     if min_reward is None:
         return rows
     for row in rows:
-        if not isinstance(row.get("reward", ""), int | float | None):
-            has = f"its reward is {row['reward']!r}" if "reward" in row else "it has no reward"
-            remedy = "give it a number, or drop min_reward"
-            raise UserError(f"{name}, row {row['row']}: min_reward has no effect, {has}: {remedy}")
-    kept = [row for row in rows if row["reward"] is not None and row["reward"] >= min_reward]
-    if not kept:
+        if "reward" not in row:
+            problem = "it has no reward"
+        elif not isinstance(row["reward"], int | float | None):
+            problem = f"its reward is {row['reward']!r}"
+        else:
+            continue
+        where = f"{name}, row {row['row']}: min_reward has no effect, {problem}"
+        raise UserError(f"{where}: give it a number, or drop min_reward")
+    scored = [row for row in rows if row["reward"] is not None]
+    reached = [row for row in scored if row["reward"] >= min_reward]
+    if not reached:
         raise UserError(f"min_reward = {min_reward}: no row of {name} reaches it: lower it")
-    return kept
+    return reached
 
 
 def check_calls(messages, shown) -> None:
-    """UserError if a conversation calls a tool that is not among those shown in its prompt. Where
+    """Refuses a conversation that calls a tool which is not among those shown in its prompt. Where
     none is, the template is not proved for calls and results: then it may have neither."""
-    called = [c["function"]["name"] for m in messages for c in m.get("tool_calls", ())]
-    called += ["a tool" for m in messages if m["role"] == "tool" and not shown]
-    if unknown := [name for name in called if name not in shown]:
+    called = [call.name for message in messages for call in calls_of(message)]
+    unknown = [name for name in called if name not in shown]
+    if not shown and any(message["role"] == "tool" for message in messages):
+        unknown.append("a tool")
+    if unknown:
         there = ", ".join(shown) or "none"
         remedy = "name it in --tools=…, or give the row a `tools` column"
         raise UserError(f"it calls {unknown[0]}, the tools of its prompt are {there}: {remedy}")
 
 
 def check_ids(row, tokenizer) -> None:
-    """UserError if a trajectory was recorded with another tokenizer."""
-    known = max(row["ids"], default=0) < len(tokenizer)
-    text = row.get("text") if known else ""
-    if not known or (text and tokenizer.decode(row["ids"], skip_special_tokens=False) != text):
-        what = "other text than the row's" if known else f"none above {len(tokenizer) - 1}"
-        remedy = "give the model that recorded it, or one with its tokenizer"
-        raise UserError(f"to the model's tokenizer its ids are {what}: {remedy}")
+    """Refuses a trajectory that was recorded with another tokenizer."""
+    if max(row["ids"], default=0) >= len(tokenizer):
+        what = f"none above {len(tokenizer) - 1}"
+    elif row.get("text") and row["text"] != _decoded(row["ids"], tokenizer):
+        what = "other text than the row's"
+    else:
+        return
+    remedy = "give the model that recorded it, or one with its tokenizer"
+    raise UserError(f"to the model's tokenizer its ids are {what}: {remedy}")
 
 
-def is_file(data) -> bool:
-    """Whether `data` names a file, which has no splits, and not a task, hub data set or folder."""
-    return not data.startswith("task:") and (
-        Path(data).suffix in (".json", ".jsonl", ".parquet") or Path(data).expanduser().is_file()
-    )
+def _decoded(ids, tokenizer):
+    return tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def _rows(data, split, seed):
+def _recorded(row):
+    """The ids and the mask of a recorded trajectory."""
+    ids = row["ids"]
+    mask = row["mask"]
+    _refuse_images(row)
+    if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
+        raise UserError("its 'ids' and 'mask' are not two lists of one length")
+    for value in ids:
+        if type(value) is not int or value not in range(2**31):
+            raise UserError(f"its 'ids' holds {value!r}: expected token ids")
+    for value in mask:
+        if type(value) is not int or value not in (0, 1):
+            raise UserError(f"its 'mask' holds {value!r}: expected 0 or 1")
+    if mask[:1] == [1]:
+        raise UserError("its 'mask' begins with 1, but nothing stands before the first token")
+    return {"ids": ids, "mask": mask}
+
+
+def _conversation(row, filled_in):
+    """The messages and the tools of a demonstration, in one form whatever the source wrote.
+    filled_in: its objects have keys whose value None only says that there is no such key."""
+    if "messages" not in row:
+        there = f"no column 'messages', there are {', '.join(row)}"
+        raise UserError(f"{there}: SFT takes whole conversations, or trajectories (ids and mask)")
+    if not isinstance(row["messages"], list):
+        raise UserError("'messages' is not a list of chat messages")
+    _refuse_images(row)
+    messages = row["messages"]
+    tools = row.get("tools")
+    if filled_in:
+        messages = _without_none(messages)
+        tools = _without_none(tools)
+    messages = _chat_messages(messages, "messages")
+    messages = [_normal_message(message) for message in messages]
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise UserError("no assistant message, so nothing to learn")
+    if roles[0] == "assistant":
+        raise UserError("it begins with an assistant message: there has to be a prompt before it")
+    return {"messages": _in_call_order(messages), "tools": _schemas(tools)}
+
+
+def _refuse_images(row):
+    for column in ("images", "image"):
+        if row.get(column):
+            raise UserError(f"its {column!r} would not be seen: {NO_IMAGES}")
+
+
+def _without_none(value):
+    """A value of JSON without the keys, at any depth, that hold None."""
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    return value
+
+
+def _schemas(tools):
+    """A row's tools: a list of JSON schemas, or its JSON text; None where it has none."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError as error:
+            raise UserError(f"its 'tools' is broken JSON: {error}") from None
+    if tools is None:
+        return None
+    for tool in tools if isinstance(tools, list) else [tools]:
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            form = '[{"type": "function", "function": {"name": …, "parameters": …}}]'
+            raise UserError(f"its 'tools' holds {tool!r:.80}: expected {form}, or its JSON")
+    return list(tools)
+
+
+# ---- chat messages
+
+
+def _has_system_message(messages):
+    return any(message["role"] == "system" for message in messages)
+
+
+def _chat_messages(messages, column):
+    """A column of chat messages, copied."""
+    copies = []
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UserError(f"{column!r} is a list, but not of messages with a role and content")
+        # Parquet gives every message the keys of all, with None where one has no such key.
+        copied = {}
+        for key, value in message.items():
+            if value is not None or key == "content":
+                copied[key] = value
+        copies.append(copied)
+    return copies
+
+
+def _normal_message(message):
+    """A chat message whose content is text and whose calls have objects as arguments."""
+    role = message["role"]
+    if role not in ROLES:
+        raise UserError(f"role {role!r}: expected one of {', '.join(ROLES)}")
+    if "function_call" in message:
+        raise UserError("'function_call' is OpenAI's old form: write it as tool_calls")
+    if message.get("weight") == 0:  # OpenAI's "do not train on this one"
+        raise UserError("weight = 0 of one message has no effect here: leave the row out")
+    normal = message | {"content": _text(message.get("content"))}
+    normal.pop("tool_calls", None)
+    calls = calls_of(message)
+    if calls:
+        normal["tool_calls"] = [openai_call(call) for call in calls]
+    return normal
+
+
+def _text(content):
+    """A message's content as text; UserError for an image in it."""
+    if isinstance(content, list):
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise UserError(f"a content part of type {kind!r} would not be seen: {NO_IMAGES}")
+        return "".join(part["text"] for part in content)
+    if not isinstance(content, str | None):
+        raise UserError(f"its content {content!r:.80}: expected text, or a list of content parts")
+    return content or ""
+
+
+def _in_call_order(messages):
+    """Results in the order of their calls, as a rollout has them, and under the call's name:
+    OpenAI's form has neither, it has the id of the call."""
+    ordered = []
+    for is_result, group in itertools.groupby(messages, lambda message: message["role"] == "tool"):
+        calls = calls_of(ordered[-1]) if is_result and ordered else []
+        if calls:
+            ordered += _results_in_order(list(group), calls)
+        else:
+            ordered += group
+    return ordered
+
+
+def _results_in_order(results, calls):
+    """The results of one turn, in the order of its calls, each with the name of its call."""
+    if len(results) > len(calls):
+        raise UserError(f"{len(results)} tool results follow {len(calls)} tool calls")
+    ids = [call.id for call in calls]
+    named = [result.get("tool_call_id") for result in results]
+    if all(ids) and all(named) and len(set(ids)) == len(ids):
+        if not set(named) <= set(ids) or len(set(named)) < len(named):
+            raise UserError(f"the tool_call_ids are {named}: expected, once each, those of {ids}")
+        positions = [ids.index(id) for id in named]
+    else:
+        positions = range(len(results))  # no ids that tell them apart: the order is all there is
+    by_position = dict(zip(positions, results, strict=True))
+    return [
+        {"name": calls[position].name, **by_position[position]} for position in sorted(by_position)
+    ]
+
+
+# ---- the rows of a file, a task, a folder or the hub
+
+
+def _read_rows(data, split, seed):
     """An iterator over the rows, as dicts: what comes after `limit` is not read."""
-    path = Path(data).expanduser()
     if data.startswith("task:"):
-        return iter(_task(data.removeprefix("task:")).rows(split, seed=seed))
+        task = _task(data.removeprefix("task:"))
+        return iter(task.rows(split, seed=seed))
+    path = Path(data).expanduser()
     if path.is_dir():
         return _hub_rows(str(path), None, split)
-    if path.suffix in (".json", ".jsonl", ".parquet") or path.exists() or data[:1] in "./~":
-        if not path.is_file():
-            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise UserError(f"no file {data!r}{near(path.name, siblings)}")
-        if path.suffix not in (".json", ".jsonl", ".parquet"):
-            raise UserError(f"cannot read {data!r}: expected a .jsonl, .json or .parquet file")
-        return _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+    if path.suffix in SUFFIXES or path.exists() or data[:1] in "./~":
+        return _file_rows(path, data)
     name, _, config = data.partition(":")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        tasks = ", ".join(f"task:{task}" for task in _task_names())
         raise UserError(
-            f"data = {data!r}: expected a .jsonl, .json or .parquet file, a task "
-            f"({', '.join('task:' + name for name in _tasks())}) or a hub id such as openai/gsm8k"
+            f"data = {data!r}: expected a .jsonl, .json or .parquet file, a task ({tasks}) or a "
+            "hub id such as openai/gsm8k"
         )
     return _hub_rows(name, config or None, split)
+
+
+def _file_rows(path, data):
+    if not path.is_file():
+        siblings = [sibling.name for sibling in path.parent.glob("*")]
+        raise UserError(f"no file {data!r}{near(path.name, siblings)}")
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"cannot read {data!r}: expected a .jsonl, .json or .parquet file")
+    if path.suffix == ".parquet":
+        return _parquet_rows(path)
+    return _json_rows(path)
 
 
 def _json_rows(path):
     """Objects, one per line (blank lines are skipped), or one array of them in a .json file."""
     with open(path, "rb") as file:
-        if path.suffix == ".json" and file.read(4096).lstrip()[:1] == b"[":
-            file.seek(0)
+        begin = file.read(4096).lstrip()[:1]
+        file.seek(0)
+        if path.suffix == ".json" and begin == b"[":
             lines = [(1, file.read())]  # an array: its rows are counted instead of lines
         else:
-            file.seek(0)
             lines = enumerate(file, 1)
         for number, line in lines:
             if not line.strip():
@@ -208,8 +470,8 @@ def _json_rows(path):
                 if isinstance(error, json.JSONDecodeError):
                     number += error.lineno - 1
                 raise UserError(f"{path}:{number}: broken JSON: {error}") from None
-            rows = value if isinstance(value, list) and path.suffix == ".json" else [value]
-            for row in rows:
+            is_array = isinstance(value, list) and path.suffix == ".json"
+            for row in value if is_array else [value]:
                 if not isinstance(row, dict):
                     kind = type(row).__name__
                     raise UserError(f"{path}:{number}: expected an object {{…}}, got a {kind}")
@@ -217,6 +479,7 @@ def _json_rows(path):
 
 
 def _parquet_rows(path):
+    """The rows of a parquet file, read batch by batch."""
     import pyarrow
     import pyarrow.parquet
 
@@ -253,201 +516,24 @@ def _hub_rows(name, config, split):
     yield from rows
 
 
-def _tasks():
-    return sorted(path.stem for path in TASKS.glob("*.py") if not path.stem.startswith("_"))
-
-
 def _task(name):
-    if name not in _tasks():
-        raise UserError(f"no task {name!r}; there are {', '.join(_tasks())}")
+    """The module of a task."""
+    if name not in _task_names():
+        raise UserError(f"no task {name!r}; there are {', '.join(_task_names())}")
     return importlib.import_module(f"tasks.{name}")
 
 
-def _column(row, name, key):
-    if name not in row:
-        raise UserError(f"no column {name!r}, there are {', '.join(row)}: choose with --{key}=…")
-    if row[name] is None or row[name] == "" or row[name] == []:
-        raise UserError(f"its {name!r} is empty")
-    return row[name]
+def _task_names():
+    """The files in tasks/ that make rows: tiny.py has the model of all of them."""
+    return sorted(path.stem for path in TASKS.glob("*.py") if _makes_rows(path))
 
 
-def _chat(messages, column, template):
-    """A column of chat messages, copied."""
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(f"{column!r} is a list, but not of messages with a role and content")
-    if template != "{prompt}":
-        raise UserError(f"prompt_template has no effect: {column!r} holds chat messages")
-    # Parquet gives every message the keys of all messages, with None where one has no such key.
-    return [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
-
-
-def _recorded(row):
-    """The ids and the mask of a recorded trajectory."""
-    ids, mask = row["ids"], row["mask"]
-    _refuse_images(row)
-    if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
-        raise UserError("its 'ids' and 'mask' are not two lists of one length")
-    for name, values, fit in (("ids", ids, range(2**31)), ("mask", mask, (0, 1))):
-        if wrong := [value for value in values if type(value) is not int or value not in fit]:
-            what = "0 or 1" if name == "mask" else "token ids"
-            raise UserError(f"its {name!r} holds {wrong[0]!r}: expected {what}")
-    if mask[:1] == [1]:
-        raise UserError("its 'mask' begins with 1, but nothing stands before the first token")
-    return {"ids": ids, "mask": mask}
-
-
-def _conversation(row, json_text):
-    """The messages and the tools of a demonstration, in one form whatever the source wrote."""
-    if "messages" not in row:
-        there = f"no column 'messages', there are {', '.join(row)}"
-        raise UserError(f"{there}: SFT takes whole conversations, or trajectories (ids and mask)")
-    if not isinstance(row["messages"], list):
-        raise UserError("'messages' is not a list of chat messages")
-    _refuse_images(row)
-    messages, tools = row["messages"], row.get("tools")
-    if not json_text:
-        # Parquet gives every object the keys of all, with None where one has no such key.
-        messages, tools = _without_none(messages), _without_none(tools)
-    messages = [_message(message) for message in _chat(messages, "messages", "{prompt}")]
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise UserError("no assistant message, so nothing to learn")
-    if roles[0] == "assistant":
-        raise UserError("it begins with an assistant message: there has to be a prompt before it")
-    return {"messages": _in_call_order(messages), "tools": _schemas(tools)}
-
-
-def _refuse_images(row):
-    for column in ("images", "image"):
-        if row.get(column):
-            raise UserError(f"its {column!r} would not be seen: {NO_IMAGES}")
-
-
-def _without_none(value):
-    if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
-
-
-def _message(message):
-    """A chat message whose content is text and whose calls have objects as arguments."""
-    role, content = message["role"], message.get("content")
-    if role not in ROLES:
-        raise UserError(f"role {role!r}: expected one of {', '.join(ROLES)}")
-    if "function_call" in message:
-        raise UserError("'function_call' is OpenAI's old form: write it as tool_calls")
-    if message.get("weight") == 0:  # OpenAI's "do not train on this one"
-        raise UserError("weight = 0 of one message has no effect here: leave the row out")
-    if isinstance(content, list):
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            if kind != "text" or not isinstance(part.get("text"), str):
-                raise UserError(f"a content part of type {kind!r} would not be seen: {NO_IMAGES}")
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str | None):
-        raise UserError(f"its content {content!r:.80}: expected text, or a list of content parts")
-    message = message | {"content": content or ""}
-    if calls := message.pop("tool_calls", None):
-        message["tool_calls"] = [_call(call) for call in calls]
-    return message
-
-
-def _call(call):
-    function = call.get("function", call) if isinstance(call, dict) else {}
-    name, arguments = function.get("name"), function.get("arguments")
-    if isinstance(arguments, str):
-        with contextlib.suppress(ValueError):  # what is no JSON stays text, and is refused below
-            arguments = json.loads(arguments)
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        form = '{"function": {"name": …, "arguments": an object or its JSON}}'
-        raise UserError(f"its tool call {call!r:.160}: expected {form}")
-    id = {"id": call["id"]} if call.get("id") else {}
-    return {**id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def _in_call_order(messages):
-    """Results in the order of their calls, as a rollout has them, and under the call's name:
-    OpenAI's form has neither, it has the id of the call."""
-    ordered = []
-    for is_result, group in itertools.groupby(messages, lambda m: m["role"] == "tool"):
-        run, calls = list(group), ordered[-1].get("tool_calls") if ordered else None
-        ordered += _by_call(run, calls) if is_result and calls else run
-    return ordered
-
-
-def _by_call(results, calls):
-    if len(results) > len(calls):
-        raise UserError(f"{len(results)} tool results follow {len(calls)} tool calls")
-    ids = [call.get("id") for call in calls]
-    named = [result.get("tool_call_id") for result in results]
-    if not all(ids + named) or len({*ids}) < len(ids):
-        ids = named = range(len(calls))  # no ids that tell them apart: the order is all there is
-    if not {*named} <= {*ids} or len({*named}) < len(named):
-        raise UserError(f"the tool_call_ids are {named}: expected, once each, those of {ids}")
-    placed = {ids.index(id): result for id, result in zip(named, results, strict=False)}
-    return [{"name": calls[i]["function"]["name"], **placed[i]} for i in sorted(placed)]
-
-
-def _schemas(tools):
-    """A row's tools: a list of JSON schemas, or its JSON text; None where it has none."""
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError as error:
-            raise UserError(f"its 'tools' is broken JSON: {error}") from None
-    if tools is None:
-        return None
-    for tool in tools if isinstance(tools, list) else [tools]:
-        function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            form = '[{"type": "function", "function": {"name": …, "parameters": …}}]'
-            raise UserError(f"its 'tools' holds {tool!r:.80}: expected {form}, or its JSON")
-    return list(tools)
-
-
-def _database(row, template, prompt_template):
-    """What a row's SQLite file adds to it: database, its path, and schema, if the prompt has it."""
-    path = re.sub(r"\{(\w+)\}", lambda m: str(_column(row, m[1], "database")), template)
-    if not Path(path).is_file():
-        raise UserError(f"its database {path!r} is no file: check database = {template!r}")
-    if "{schema}" not in prompt_template:
-        return {"database": path}
-    from tools import sql  # what the model reads of a database is the tool's affair
-
-    return {"database": path, "schema": sql.describe(path)}
-
-
-def _fill(template, row, prompt_column, answer_column):
-    """The template with its {column}s replaced, once: braces in the data are just text."""
-
-    def value(match):
-        name = match[1]
-        if name == answer_column:  # \boxed{answer} in an instruction would tell the answer
-            raise UserError(f"prompt_template would show the answer: it names {{{name}}}")
-        return str(_column(row, prompt_column if name == "prompt" else name, "prompt_template"))
-
-    text, count = re.subn(r"\{(\w+)\}", value, template)
-    if not count:
-        raise UserError(f"prompt_template = {template!r} names no column: write {{prompt}}")
-    return text
-
-
-def _answer(value, column, after):
-    """The answer of a row: text, or a list of accepted texts."""
-    if isinstance(value, list):
-        return [_answer(item, column, after) for item in value]
-    if isinstance(value, dict):
-        raise UserError(f"{column!r} is an object: expected text, a number or a list of them")
-    text = str(value)
-    if after:
-        _, marker, text = text.rpartition(after)
-        if not marker:
-            raise UserError(f"no {after!r} in its {column!r}: check answer_after")
-        text = text.replace(",", "")
-    if not text.strip() or value != value:  # NaN: how a data frame writes a missing value
-        raise UserError(f"its {column!r} is empty")
-    return text.strip()
+def _makes_rows(path):
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except SyntaxError:
+        return True  # importing it says what is wrong
+    return any(isinstance(node, ast.FunctionDef) and node.name == "rows" for node in body)
 
 
 def _flat(error):

@@ -34,6 +34,7 @@ import train_grpo
 import train_sft
 from chat import Chat
 from engines.scripted import ScriptedEngine
+from formats.messages import calls_of
 from player import Player, check_prompt, prepare_task
 from rollout import Settings
 from run.config import UserError
@@ -266,8 +267,8 @@ def sampled_turns(chat: Chat, prompt: list[dict], turns: list[dict]) -> list[lis
     messages = list(prompt)
     for turn in turns:
         messages.append(turn)
-        for call in turn.get("tool_calls", []):
-            messages.append({"role": "tool", "name": call["function"]["name"], "content": "…"})
+        for call in calls_of(turn):
+            messages.append({"role": "tool", "name": call.name, "content": "…"})
     ids, mask = chat.render(messages)
     starts = turn_starts(mask)
     ends = [*starts[1:], len(ids)]

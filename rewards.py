@@ -9,7 +9,7 @@ the options, when the run starts, and its instance is called. A list is a number
 Every reward also has the options timeout (seconds of one call) and concurrency (calls at once).
 
 All rewards look only at what the model wrote: grading/answers.py says what counts as its answer,
-verify.py there has those that run code, judge.py the one that asks a model.
+queries.py and programs.py there have those that run code, judge.py the one that asks a model.
 """
 
 import asyncio
@@ -24,7 +24,8 @@ from dataclasses import dataclass, field, fields, replace
 from grading.answers import answer, equal, last_turn, places, words
 from grading.answers import f1 as f1_of
 from grading.judge import judge
-from grading.verify import code_tests, sql_match
+from grading.programs import code_tests
+from grading.queries import sql_match
 from run import plugins
 from run.config import UserError, near
 from run.deadline import Exited, in_thread, in_time

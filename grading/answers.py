@@ -36,6 +36,7 @@ _OBJECT = re.compile(
 _CODE = re.compile(r"```.*?(?:```|\Z)", re.S)
 _BLOCK = re.compile(r"```([^\n`]*)\n(.*?)```", re.S)
 _BRACE = re.compile(r"(\\boxed\s*\{)|\\.|([{}])", re.S)
+_HASHES = re.compile(r"####[ \t]*([^\n]*)")
 _TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.S)
 # After "answer is", up to the end of the line, or of the sentence: "The answer is 18. I hope …"
 _LINE = re.compile(
@@ -44,52 +45,65 @@ _LINE = re.compile(
 
 
 def answer(trajectory, example):
-    """What the model gave as its answer, or None."""
-    if trajectory.answer is not None:  # as it would be in a turn, or plain
-        return ([trajectory.answer.strip()] + places(trajectory.answer, True))[-1]
-    found = places(last_turn(trajectory, example), trajectory.stop == "answered")
-    return found[-1] if found else None
+    """Returns what the model gave as its answer, or None."""
+    if trajectory.answer is not None:  # to a tool: as it would be in a turn, or plain
+        answers = places(trajectory.answer, True)
+        return answers[-1] if answers else trajectory.answer.strip()
+    answers = places(last_turn(trajectory, example), trajectory.stop == "answered")
+    return answers[-1] if answers else None
 
 
 def program(trajectory, example, languages):
-    """The program or query that the model gave as its answer, or None: to a tool that ends the
-    episode, else in the last block ```language of the last turn. Only a block that is closed: the
-    rest of another may be missing. languages: the names that count, such as ("python", "py")."""
+    """Returns the program or query that the model gave as its answer, or None: to a tool that ends
+    the episode, else in the last block ```language of the last turn. Only a block that is closed:
+    the rest of another may be missing. languages: the names that count, such as ("python", "py").
+    """
     blocks = _BLOCK.findall(last_message(trajectory, example))
-    found = [code for language, code in blocks if language.strip().lower() in languages]
-    return found[-1] if found else trajectory.answer
+    programs = [code for language, code in blocks if language.strip().lower() in languages]
+    return programs[-1] if programs else trajectory.answer
 
 
 def last_message(trajectory, example):
-    """What the model gave to a tool that ends the episode, else its last turn, without thoughts and
-    calls."""
-    given = trajectory.answer
-    return _said(trajectory, example) if given is None else given
+    """Returns what the model gave to a tool that ends the episode, else its last turn, without
+    thoughts and calls."""
+    if trajectory.answer is not None:
+        return trajectory.answer
+    return _last_text(trajectory, example)
 
 
 def last_turn(trajectory, example):
-    """The text of the last turn, if it is the model's: without thoughts, calls and code."""
-    return _CODE.sub("", _said(trajectory, example))
+    """Returns the text of the last turn, if it is the model's: without thoughts, calls and code."""
+    return _CODE.sub("", _last_text(trajectory, example))
 
 
-def _said(trajectory, example):
+def _last_text(trajectory, example):
+    """The text of the last turn, if it is the model's: without thoughts and calls."""
     messages = trajectory.messages[len(example["messages"]) :]  # few-shot answers are not its own
     if not messages or messages[-1]["role"] != "assistant":
         return ""
     texts = [_content(message) for message in messages if message["role"] == "assistant"]
-    # Never closed: what follows is still thought, so nothing is answered. Of all turns, because in
-    # some formats a call inside of a thought is run.
-    rest = _THOUGHT_END.split("\n".join(texts))[-1]
-    if "<think>" in rest or "[THINK]" in rest:
+    if _is_a_thought(texts):
         return ""
     text = _THOUGHT_END.split(texts[-1])[-1]  # the prompt may have opened the first one
-    thought = _thought(text)
-    text = _CALL.sub("", text if thought is None else thought)
-    if thought is None and (trajectory.stop != "answered" or trajectory.answer is not None):
-        # else it made no call
-        text = "" if _OBJECT.match(text) else _ANY_CALL.sub(r"\1", text)
-        text = _CUT_CALL.sub(r"\1", text) if trajectory.stop == "length" else text
+    thought = _json_thought(text)
+    if thought is not None:
+        return _CALL.sub("", thought)
+    text = _CALL.sub("", text)
+    if trajectory.stop == "answered" and trajectory.answer is None:  # it made no call
+        return text
+    if _OBJECT.match(text):  # it is a call as a whole
+        return ""
+    text = _ANY_CALL.sub(r"\1", text)
+    if trajectory.stop == "length":
+        text = _CUT_CALL.sub(r"\1", text)
     return text
+
+
+def _is_a_thought(texts):
+    """Whether a thought was never closed: what follows is still thought, so nothing is answered. Of
+    all turns, because in some formats a call inside of a thought is run."""
+    behind = _THOUGHT_END.split("\n".join(texts))[-1]
+    return "<think>" in behind or "[THINK]" in behind
 
 
 def _content(message):
@@ -99,7 +113,7 @@ def _content(message):
     return text
 
 
-def _thought(text):
+def _json_thought(text):
     """What an answer in the format json_actions says, None for a text that is none."""
     if not text.lstrip().startswith("{") or '"actions"' not in text:
         return None
@@ -107,65 +121,91 @@ def _thought(text):
         turn = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    thought = turn.get("thought") if turn.get("actions") == [] else None
+    if turn.get("actions") != []:
+        return None
+    thought = turn.get("thought")
     return thought if isinstance(thought, str) else None
 
 
 def places(text, ended):
-    """The answers declared in the text, all of one kind. ended: the model stopped by itself."""
-    kinds = [_boxed(text), _TAG.findall(text)]
-    if ended and not any(kinds):
-        behind = re.findall(r"####[ \t]*([^\n]*)", text)  # a heading is better than nothing
-        kinds += [_after_hashes(text.rstrip()), _LINE.findall(text), behind]
-    return next((found for found in kinds if found), [])
+    """Returns the answers declared in the text, all of one kind. ended: the model stopped by
+    itself."""
+    answers = _boxed(text) or _TAG.findall(text)
+    if answers or not ended:
+        return answers
+    # a heading is better than nothing
+    return _after_hashes(text.rstrip()) or _LINE.findall(text) or _HASHES.findall(text)
 
 
 def _after_hashes(text):
     """The lines after `####`, but no heading: one without a digit that is not the last line."""
-    lines = re.finditer(r"####[ \t]*([^\n]*)", text)
-    return [m[1] for m in lines if m.end() == len(text) or re.search(r"\d", m[1])]
+    lines = []
+    for match in _HASHES.finditer(text):
+        is_last = match.end() == len(text)
+        if is_last or re.search(r"\d", match[1]):
+            lines.append(match[1])
+    return lines
 
 
 def _boxed(text):
     r"""The contents of all closed \boxed{…}, in order; of nested ones the innermost."""
-    stack, found = [], []
+    open_braces = []  # (where its content begins, whether \boxed stands before it)
+    contents = []
+    last_start = -1  # of the last of the contents
     for match in _BRACE.finditer(text):
         if match[1] or match[2] == "{":
-            stack.append((match.end(), bool(match[1])))
-        elif match[2] == "}" and stack:
-            start, boxed = stack.pop()
-            if boxed and not (found and found[-1][0] >= start):
-                found.append((start, text[start : match.start()]))
-    return [inside for _, inside in found]
+            open_braces.append((match.end(), bool(match[1])))
+        elif match[2] == "}" and open_braces:
+            start, is_boxed = open_braces.pop()
+            has_one_inside = last_start >= start
+            if is_boxed and not has_one_inside:
+                contents.append(text[start : match.start()])
+                last_start = start
+    return contents
 
 
 # ---- when two answers are equal
 
 
-def equal(said, gold):
-    """Whether two answers are the same: exactly as numbers, else as text, else by math-verify."""
-    if max(len(said), len(gold)) > LONGEST:
+def equal(given, gold):
+    """Says whether two answers are the same: exactly as numbers, else as text, else by
+    math-verify."""
+    if max(len(given), len(gold)) > LONGEST:
         return False
-    said, gold = (re.sub(r"\\[()\[\]]", "", text).strip() for text in (said, gold))  # \( 18 \)
-    units = {_unit(said), _unit(gold)}  # 5 hours is 5, not 5 minutes
-    if len(units - {""}) == 2:
+    given = _without_math_marks(given)
+    gold = _without_math_marks(gold)
+
+    # as numbers
+    given_unit = _unit(given)
+    gold_unit = _unit(gold)
+    if given_unit and gold_unit and given_unit != gold_unit:  # 5 hours is 5, not 5 minutes
         return False
-    said, gold = _UNIT_WORD.sub("", said), _UNIT_WORD.sub("", gold)
-    (number, fraction), (gold_number, _) = _number(said), _number(gold)
+    given = _UNIT_WORD.sub("", given)
+    gold = _UNIT_WORD.sub("", gold)
+    number, is_fraction = _number(given)
+    gold_number, _ = _number(gold)
     if gold_number is not None and gold_number.denominator == 1:
-        return number == gold_number and not fraction
+        return number == gold_number and not is_fraction
     if number is not None and gold_number is not None:
         return number == gold_number
-    said, gold = _plain(said), _plain(gold)
-    if said.casefold() == gold.casefold() or not said or not gold:
-        return said.casefold() == gold.casefold() != ""
+
+    # as text
+    given = _plain(given)
+    gold = _plain(gold)
+    if not given or not gold:
+        return False
+    if given.casefold() == gold.casefold():
+        return True
     # Words are compared as words only: as math they are products of letters, and Carol is Calor.
-    if _WORD.search(said) or _WORD.search(gold) or not _MATH.search(gold):
+    if _WORD.search(given) or _WORD.search(gold) or not _MATH.search(gold):
         return False
-    # An operation that is left to be done is the question again: the integral, and not its value.
-    if any(operation.search(said) and not operation.search(gold) for operation in _OPERATIONS):
-        return False
-    return _same_math(said, gold)
+
+    # as math. An operation that is left to be done is the question again: the integral, and not its
+    # value.
+    for operation in _OPERATIONS:
+        if operation.search(given) and not operation.search(gold):
+            return False
+    return _same_math(given, gold)
 
 
 _SPACES = re.compile(r"\\[,;:! ]|\\q?quad\b|[\s~\u00a0\u202f]+")
@@ -208,10 +248,16 @@ _OPERATIONS = [  # those that math-verify does; one kind each
 ]
 
 
+def _without_math_marks(text):
+    r"""Text without the \( \) or \[ \] around it."""
+    return re.sub(r"\\[()\[\]]", "", text).strip()
+
+
 def _unit(text):
     """The word of a unit at its end, "" if there is none."""
-    found = _UNIT_WORD.search(" ".join(_TEXT.sub(r" \1", text).split()))
-    return found[0].strip(" .").casefold() if found else ""
+    words_apart = " ".join(_TEXT.sub(r" \1", text).split())
+    match = _UNIT_WORD.search(words_apart)
+    return match[0].strip(" .").casefold() if match else ""
 
 
 def _number(text):
@@ -225,15 +271,19 @@ def _number(text):
     match = _FRACTION.fullmatch(text)
     if not match:
         return None, False
-    sign, *parts = (part for part in match.groups() if part is not None)
-    above, below = map(int, parts)
-    return (Fraction(above, below) * (-1 if sign == "-" else 1), True) if below else (None, False)
+    sign = match[1]
+    above, below = (int(part) for part in match.groups()[1:] if part is not None)
+    if below == 0:
+        return None, False
+    value = Fraction(above, below)
+    return (-value if sign == "-" else value), True
 
 
 def _gap(unit):
     """What is left of a unit: a blank between two digits, which are two numbers."""
-    text, start, end = unit.string, unit.start(), unit.end()
-    return " " if text[start - 1 : start].isdigit() and text[end : end + 1].isdigit() else ""
+    before = unit.string[unit.start() - 1 : unit.start()]
+    behind = unit.string[unit.end() : unit.end() + 1]
+    return " " if before.isdigit() and behind.isdigit() else ""
 
 
 def _plain(text):
@@ -250,18 +300,22 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def words(text):
-    """The words of an answer as SQuAD compares them: lower case, without punctuation and articles,
-    unless nothing is left then: "The Who" is who, "A" is a."""
-    plain = _TEXT.sub(r"\1", text).lower().translate(_NO_PUNCTUATION).split()
-    return [word for word in plain if word not in _ARTICLES] or plain
+    """Returns the words of an answer as SQuAD compares them: lower case, without punctuation and
+    articles, unless nothing is left then: "The Who" is who, "A" is a."""
+    everything = _TEXT.sub(r"\1", text).lower().translate(_NO_PUNCTUATION).split()
+    without_articles = [word for word in everything if word not in _ARTICLES]
+    return without_articles or everything
 
 
-def f1(said, gold):
-    """The harmonic mean of the share of the words said that are right and of the right ones that
-    are said."""
-    said, gold = words(said), words(gold)
-    common = sum((Counter(said) & Counter(gold)).values())
-    return 2 * common / (len(said) + len(gold)) if common else 0.0
+def f1(given, gold):
+    """Returns the harmonic mean of the share of the words given that are right and of the right
+    ones that are given."""
+    given_words = words(given)
+    gold_words = words(gold)
+    common = sum((Counter(given_words) & Counter(gold_words)).values())
+    if not common:
+        return 0.0
+    return 2 * common / (len(given_words) + len(gold_words))
 
 
 # ---- math-verify

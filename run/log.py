@@ -1,7 +1,7 @@
 """What a run says and leaves behind: a line per step, metrics.jsonl, rollouts.jsonl, and drawn from
 them curves.png and report.html, one page with the curves and the sampled rollouts token by token.
 
-    python report.py out/calc      # draws both again, also while the run goes on or after a kill
+    python -m run.page out/calc    # draws both again, also while the run goes on or after a kill
 
     with Log("out/calc", steps=60, columns={"reward": "6.3f", "loss": "8.4f"}) as log:
         log.step({"step": 0, "reward": 0.5, "loss": 0.1})
@@ -23,13 +23,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from run import page as run_page
 from run.config import UserError
-from run.page import _numbers, _rounded, _rows
+from run.page import each_row, finite_numbers, six_digits
+from trajectory import token_kinds, token_texts
 
 LOGGERS = {"none": "", "wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
 
+# ---- progress
+
 
 def progress() -> Progress:
-    """Bars below the printed lines on a terminal; nothing in a log file."""
+    """Makes bars, which stand below the printed lines on a terminal; nothing in a log file."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -43,53 +46,86 @@ def progress() -> Progress:
 
 
 def counter(bars: Progress, task):
-    """What to call with each trajectory that is done: advances the bar, with tokens/s and calls."""
-    started, seen = time.monotonic(), {"tokens": 0, "calls": 0}
+    """Returns what to call with each trajectory that is done: it advances the bar, and shows
+    tokens/s and calls."""
+    started = time.monotonic()
+    tokens = 0
+    calls = 0
 
     def done(trajectory) -> None:
-        seen["tokens"] += trajectory.new_tokens
-        seen["calls"] += len(trajectory.calls)
-        rate = seen["tokens"] / max(1e-6, time.monotonic() - started)
-        note = f"{rate:,.0f} tokens/s, {seen['calls']} tool calls"
+        nonlocal tokens, calls
+        tokens += trajectory.new_tokens
+        calls += len(trajectory.calls)
+        seconds = max(1e-6, time.monotonic() - started)
+        note = f"{tokens / seconds:,.0f} tokens/s, {calls} tool calls"
         bars.update(task, advance=1, note=note)
 
     return done
 
 
+# ---- loggers: what else is told the numbers of a step
+
+
 def check_logger(name: str):
-    """The module of a logger, None for "none". UserError if it is missing: call this early."""
+    """Imports the module of a logger, None for "none". UserError if it is missing: call this
+    early."""
     if name not in LOGGERS:
         raise UserError(f"logger = {name!r}: expected one of {', '.join(LOGGERS)}")
+    if name == "none":
+        return None
     try:
-        return importlib.import_module(LOGGERS[name]) if LOGGERS[name] else None
+        return importlib.import_module(LOGGERS[name])
     except ImportError as error:
         remedy = 'pip install -e ".[log]"'
         raise UserError(f"logger = {name!r} cannot be used ({error}): {remedy}") from None
 
 
-def _tracker(name: str, out_dir: Path, start: int, settings: dict | None):
+def _open_logger(name: str, out_dir: Path, start: int, settings: dict | None):
     """(write(numbers, step), finish(exit_code)) of a logger."""
-    package = check_logger(name)
-    if package is None:
-        return (lambda numbers, step: None), (lambda exit_code: None)
+    module = check_logger(name)
     if name == "wandb":
-        kept = out_dir / "wandb_id.txt"  # a resumed run goes on in the same wandb run
-        if start == 0 or not kept.exists():
-            kept.write_text(secrets.token_hex(4))
-        same = {"id": kept.read_text(), "resume": "allow", "allow_val_change": True}
-        project = os.environ.get("WANDB_PROJECT", "nanotool")
-        same |= {"project": project, "name": out_dir.name, "dir": str(out_dir)}
-        run = package.init(config=settings, **same)
-        return (lambda numbers, step: run.log(numbers, step=step)), run.finish
+        return _open_wandb(module, out_dir, start, settings)
+    if name == "tensorboard":
+        return _open_tensorboard(module, out_dir, start)
+    return (lambda numbers, step: None), (lambda exit_code: None)
+
+
+def _open_wandb(module, out_dir: Path, start: int, settings: dict | None):
+    id_file = out_dir / "wandb_id.txt"  # a resumed run goes on in the same wandb run
+    if start == 0 or not id_file.exists():
+        id_file.write_text(secrets.token_hex(4))
+    run = module.init(
+        config=settings,
+        id=id_file.read_text(),
+        resume="allow",
+        allow_val_change=True,
+        project=os.environ.get("WANDB_PROJECT", "nanotool"),
+        name=out_dir.name,
+        dir=str(out_dir),
+    )
+
+    def write(numbers: dict, step: int) -> None:
+        run.log(numbers, step=step)
+
+    return write, run.finish
+
+
+def _open_tensorboard(module, out_dir: Path, start: int):
+    # purge_step hides what was written at and after `start` before a kill.
+    writer = module.SummaryWriter(str(out_dir / "tensorboard"), purge_step=start)
 
     def write(numbers: dict, step: int) -> None:
         for key, value in numbers.items():
             writer.add_scalar(key, value, step)
         writer.flush()  # on disk with its step, as metrics.jsonl is: a kill loses nothing
 
-    # purge_step hides what was written at and after `start` before a kill.
-    writer = package.SummaryWriter(str(out_dir / "tensorboard"), purge_step=start)
-    return write, lambda exit_code: writer.close()
+    def finish(exit_code: int) -> None:
+        writer.close()
+
+    return write, finish
+
+
+# ---- the log of a run
 
 
 class Log:
@@ -102,8 +138,10 @@ class Log:
     """
 
     def __init__(self, out_dir, steps: int, columns: dict, start=0, logger="none", settings=None):
-        self.out_dir, self.columns, self.started = Path(out_dir), columns, time.monotonic()
-        self.track, self.finish = _tracker(logger, self.out_dir, start, settings)
+        self.out_dir = Path(out_dir)
+        self.columns = columns
+        self.started = time.monotonic()
+        self.track, self.finish = _open_logger(logger, self.out_dir, start, settings)
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             _drop(self.out_dir / name, start)
         self.metrics = open(self.out_dir / "metrics.jsonl", "a", encoding="utf-8")
@@ -118,31 +156,34 @@ class Log:
     def __exit__(self, kind, *_) -> None:
         self.progress.stop()
         self.metrics.close()
-        ends = (
-            (self.finish, int(kind is not None)),
-            (run_page.curves, self.out_dir),
-            (run_page.page, self.out_dir),
-        )
-        for end, value in ends:
-            try:
-                end(value)
-            except Exception as error:  # must not hide what ended the run, nor end a good one
-                self.print(f"{end.__name__} failed: {type(error).__name__}: {error}")
+        exit_code = 0 if kind is None else 1
+        self._try(self.finish, exit_code)
+        self._try(run_page.curves, self.out_dir)
+        self._try(run_page.page, self.out_dir)
+
+    def _try(self, action, argument) -> None:
+        """Its failure must not hide what ended the run, nor end a good one."""
+        try:
+            action(argument)
+        except Exception as error:
+            self.print(f"{action.__name__} failed: {type(error).__name__}: {error}")
 
     def print(self, text: str) -> None:
         self.progress.console.print(text, markup=False)
 
     def step(self, metrics: dict) -> None:
-        """One line here, and everything in metrics.jsonl: whole lines, at once on disk."""
-        self.metrics.write(json.dumps({k: _rounded(v) for k, v in metrics.items()}) + "\n")
+        """Prints a line, and writes everything to metrics.jsonl: whole lines, at once on disk."""
+        row = {key: six_digits(value) for key, value in metrics.items()}
+        self.metrics.write(json.dumps(row) + "\n")
         self.metrics.flush()
-        self.track(_numbers(metrics), step=metrics["step"])
+        self.track(finite_numbers(metrics), step=metrics["step"])
         cells = [f"{name} {metrics[name]:{form}}" for name, form in self.columns.items()]
         self.print(f"step {metrics['step']:4d}  " + "  ".join(cells))
         self.progress.update(self.bar, advance=1)
 
     def sync(self) -> None:
-        """On disk for good, also if the power fails: before a checkpoint that builds on it."""
+        """Puts it on disk for good, also if the power fails: before a checkpoint that builds on
+        it."""
         self.metrics.flush()
         os.fsync(self.metrics.fileno())
 
@@ -151,68 +192,73 @@ class Log:
         self.progress.reset(self.rolling, total=rollouts, visible=True)
         return counter(self.progress, self.rolling)
 
-    def rollouts(self, trajectories: list, tokenizer, **more) -> None:
+    def rollouts(self, trajectories: list, tokenizer, **columns) -> None:
         """Appends trajectories to rollouts.jsonl, with ids, mask, rewards and text."""
-        write_rollouts(self.out_dir / "rollouts.jsonl", trajectories, tokenizer, **more)
+        write_rollouts(self.out_dir / "rollouts.jsonl", trajectories, tokenizer, **columns)
 
     def summary(self, values: dict) -> None:
-        """The last lines of a run, one `key: value` each, for people and for grep."""
-        values = {**values, "minutes": (time.monotonic() - self.started) / 60}
+        """Prints the last lines of a run, one `key: value` each, for people and for grep."""
+        minutes = (time.monotonic() - self.started) / 60
         unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, others KiB
-        values["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         self.print("---")
-        print_summary(values, self.print)
+        print_summary({**values, "minutes": minutes, "peak_memory_gb": peak}, self.print)
 
 
 def print_summary(values: dict, say=print) -> None:
-    """A `key: value` line each."""
+    """Prints a `key: value` line each."""
     for key, value in values.items():
         shown = f"{value:.4f}" if isinstance(value, float) else value
         say(f"{key + ':':24} {shown}")
 
 
-def write_rollouts(path, trajectories: list, tokenizer, **more) -> None:
-    """Appends a row for each trajectory: its four parallel lists, the text, what happened."""
+def _drop(path: Path, start: int) -> None:
+    """Takes the rows of step `start` and later out of a .jsonl, and a torn last line."""
+    if not path.exists():
+        return
+    aside = path.with_name(path.name + ".new")
+    with open(aside, "w", encoding="utf-8") as file:
+        for row in each_row(path):
+            if row["step"] < start:
+                file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)  # all or nothing: a kill in between leaves the file as it was
+
+
+# ---- rollouts.jsonl
+
+
+def write_rollouts(path, trajectories: list, tokenizer, **columns) -> None:
+    """Appends a row for each trajectory: its parallel lists, the text, what happened. columns: what
+    else stands in each row."""
     with open(path, "a", encoding="utf-8") as file:
-        for t in trajectories:
-            row = {**more, "group": t.group, "sample": t.sample, "stop": t.stop}
-            row |= {"reward": t.reward, "rewards": t.rewards, "answer": t.example.get("answer")}
-            row["advantages"] = [round(gain, 5) for gain in t.advantages] or None
-            row |= {"seconds": round(t.seconds, 3), "turn_starts": t.turn_starts}
-            row |= {"messages": t.messages, "calls": [dataclasses.asdict(c) for c in t.calls]}
-            row |= {"ids": t.ids, "mask": t.mask, "logprobs": [round(p, 5) for p in t.logprobs]}
-            row["pieces"] = pieces(t.ids, tokenizer) if t.ids else []
-            row["text"] = tokenizer.decode(t.ids, skip_special_tokens=False) if t.ids else ""
+        for trajectory in trajectories:
+            row = columns | _row(trajectory, tokenizer)
             file.write(json.dumps(row) + "\n")
 
 
-def pieces(ids: list[int], tokenizer) -> list[str]:
-    """The text of each token; joined they are the text of all. A character whose bytes are spread
-    over several tokens belongs to the last of them, the others have "" (or what is before it)."""
-    texts, start, shown, waiting = [], 0, 0, 0  # shown: characters of ids[start:] that are out
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
-        whole = text.rstrip("\ufffd")  # that stands for bytes which the next token may complete
-        waiting = 0 if whole == text else 1 if len(whole) > shown else waiting + 1
-        if waiting > 3:  # no character has more bytes: at most the last may still become one
-            whole = text[:-1]
-        if end == len(ids):
-            whole = text
-        texts.append(whole[shown:])
-        shown = max(shown, len(whole))
-        alone = tokenizer.decode(ids[end - 1 : end], skip_special_tokens=False)
-        if not waiting and "\ufffd" not in alone:
-            # One token stays as context: some tokenizers strip the space of the first.
-            start, shown = end - 1, len(alone)
-    return texts
-
-
-def _drop(path: Path, start: int) -> None:
-    """Takes the rows of step `start` and later out of a .jsonl, and a torn last line."""
-    if path.exists():
-        aside = path.with_name(path.name + ".new")
-        with open(aside, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in _rows(path) if row["step"] < start)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)  # all or nothing: a kill in between leaves the file as it was
+def _row(trajectory, tokenizer) -> dict:
+    ids = trajectory.ids
+    # the rollout of an API has no ids, and no tokenizer
+    texts = token_texts(ids, tokenizer) if ids else []
+    advantages = [round(advantage, 5) for advantage in trajectory.advantages]
+    return {
+        "group": trajectory.group,
+        "sample": trajectory.sample,
+        "stop": trajectory.stop,
+        "reward": trajectory.reward,
+        "rewards": trajectory.rewards,
+        "answer": trajectory.example.get("answer"),
+        "advantages": advantages or None,
+        "seconds": round(trajectory.seconds, 3),
+        "turn_starts": trajectory.turn_starts,
+        "messages": trajectory.messages,
+        "calls": [dataclasses.asdict(call) for call in trajectory.calls],
+        "ids": ids,
+        "mask": trajectory.mask,
+        "kinds": token_kinds(trajectory, texts),
+        "logprobs": [round(logprob, 5) for logprob in trajectory.logprobs],
+        "pieces": texts,
+        "text": tokenizer.decode(ids, skip_special_tokens=False) if ids else "",
+    }

@@ -6,6 +6,7 @@ python -m run.page out/calc
 import ast
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from run import config
@@ -22,20 +23,30 @@ CURVES = (  # title, what is drawn in it
     ("loss", ("loss", "val_loss")),
     ("entropy", ("entropy",)),
 )
-
+LABELS = {"accuracy": "sampled", "val_accuracy": "held out, greedy", "val_loss": "held out"}
+COLOURS = ("tab:blue", "tab:red")
 
 # What the page holds at most: what a browser opens in a moment.
-POINTS, ROLLOUTS, ROLLOUT_BYTES = 1000, 200, 40_000_000
+POINTS = 1000  # of a curve
+ROLLOUTS = 200
+ROLLOUT_BYTES = 40_000_000
+# What it shows of a rollout, beside its pieces, kinds and logprobs.
+ROLLOUT_KEYS = (
+    "step group sample stop reward rewards answer advantages seconds turn_starts calls ids"
+).split()
+
+# ---- curves.png
 
 
 def curves(out_dir) -> None:
-    """Draws metrics.jsonl as curves.png: a point per step, and their running mean."""
+    """Draws metrics.jsonl as curves.png: of what is measured at each step a point and the running
+    mean, of what is held out a marker for each time that it was measured."""
     rows = read(Path(out_dir) / "metrics.jsonl")
-    panels = [
-        (title, [key for key in keys if any(row.get(key) is not None for row in rows)])
-        for title, keys in CURVES
-    ]
-    panels = [(title, keys) for title, keys in panels if keys]
+    panels = []
+    for title, keys in CURVES:
+        measured = [key for key in keys if any(row.get(key) is not None for row in rows)]
+        if measured:
+            panels.append((title, measured))
     if not panels:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -45,43 +56,63 @@ def curves(out_dir) -> None:
     down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(4.2 * across, 3.0 * down), layout="constrained")
     FigureCanvasAgg(figure)
-    for i, (title, keys) in enumerate(panels):
-        axes = figure.add_subplot(down, across, i + 1)
-        for colour, key in zip(("tab:blue", "tab:red"), keys, strict=False):
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, ".", color=colour, alpha=0.35, markersize=4)
-            window = max(5, len(rows) // 40)
-            axes.plot(steps, _smooth(points, window), color=colour, label=key)
-        if len(keys) > 1:
-            axes.legend(frameon=False, fontsize=8)
-        if all(key.endswith(("accuracy", "rate")) for key in keys):
-            axes.set_ylim(-0.03, 1.03)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("step", fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
+    for place, (title, keys) in enumerate(panels, 1):
+        axes = figure.add_subplot(down, across, place)
+        _draw_panel(axes, title, keys, rows)
     figure.savefig(Path(out_dir) / "curves.png", dpi=100)
 
 
-def _smooth(points: list[tuple], window: int) -> list[float]:
+def _draw_panel(axes, title: str, keys: list[str], rows: list[dict]) -> None:
+    window = max(5, len(rows) // 40)  # steps
+    for colour, key in zip(COLOURS, keys, strict=False):
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        steps = [step for step, _ in points]
+        values = [value for _, value in points]
+        label = LABELS.get(key, key)
+        if key.startswith("val_"):
+            axes.plot(steps, values, "o-", color=colour, markersize=4, label=label)
+        else:
+            axes.plot(steps, values, ".", color=colour, alpha=0.35, markersize=4)
+            axes.plot(steps, _running_mean(points, window), color=colour, label=label)
+    if len(keys) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    if all(key.endswith(("accuracy", "rate")) for key in keys):
+        axes.set_ylim(-0.03, 1.03)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("step", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _running_mean(points: list[tuple], window: int) -> list[float]:
     """For each (step, value) the mean of the values in the last few steps: of what is measured more
     seldom, itself."""
     means = []
     for i, (step, _) in enumerate(points):
-        last = [value for s, value in points[max(0, i + 1 - window) : i + 1] if s > step - window]
-        means.append(sum(last) / len(last))
+        candidates = points[max(0, i + 1 - window) : i + 1]
+        values = [value for earlier, value in candidates if earlier > step - window]
+        means.append(sum(values) / len(values))
     return means
+
+
+# ---- report.html
 
 
 def page(out_dir) -> None:
     """Writes report.html: page.html with the data of metrics.jsonl, rollouts.jsonl and config.py
     in it. It loads nothing else: it can be mailed."""
     out_dir = Path(out_dir)
-    rows = [_numbers(row) for row in read(out_dir / "metrics.jsonl")]
-    rollouts, written = _sampled(out_dir / "rollouts.jsonl")
-    data = {"out_dir": str(out_dir), "settings": _settings(out_dir / "config.py"), "panels": CURVES}
-    data |= {"steps": len(rows), "metrics": _points(rows), "thinned": -(-len(rows) // POINTS)}
-    data |= {"written": written, "rollouts": rollouts}
+    rows = [finite_numbers(row) for row in read(out_dir / "metrics.jsonl")]
+    rollouts, written = _shown_rollouts(out_dir / "rollouts.jsonl")
+    data = {
+        "out_dir": str(out_dir),
+        "settings": _settings(out_dir / "config.py"),
+        "panels": CURVES,
+        "steps": len(rows),
+        "metrics": _points(rows),
+        "thinned": math.ceil(len(rows) / POINTS),  # steps that a point is the mean of
+        "written": written,
+        "rollouts": rollouts,
+    }
     # ASCII, and no "<": no text of a model can end the script element that it stands in.
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     template = (config.HERE / "run" / "page.html").read_text(encoding="utf-8")
@@ -90,111 +121,134 @@ def page(out_dir) -> None:
 
 def _points(rows: list[dict]) -> dict[str, list]:
     """The values of each key, None where there is none; of many steps, means of a few of them."""
-    size = -(-len(rows) // POINTS) or 1
+    size = max(1, math.ceil(len(rows) / POINTS))
     parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+    keys = dict.fromkeys(key for row in rows for key in row)  # each once, in order
     points = {"step": [part[-1]["step"] for part in parts]}
-    for key in dict.fromkeys(key for row in rows for key in row if key != "step"):
-        values = [[row[key] for row in part if key in row] for part in parts]
-        points[key] = [_rounded(sum(few) / len(few)) if few else None for few in values]
+    for key in keys:
+        if key != "step":
+            points[key] = [_mean_of(key, part) for part in parts]
     return points
+
+
+def _mean_of(key: str, rows: list[dict]) -> float | None:
+    values = [row[key] for row in rows if key in row]
+    return six_digits(sum(values) / len(values)) if values else None
+
+
+def _shown_rollouts(path: Path) -> tuple[list[dict], int]:
+    """(the rollouts that the page shows, how many the file holds)."""
+    if not path.exists():
+        return [], 0
+    written = path.read_bytes().count(b"\n")
+    most = ROLLOUTS
+    if written:
+        most = min(ROLLOUTS, ROLLOUT_BYTES * written // path.stat().st_size)
+    chosen = set(_spread(written, max(2, most)))
+    rollouts = []
+    for number, row in enumerate(each_row(path, constant=str)):  # JSON proper has no NaN
+        if number in chosen:
+            rollouts.append(_shown(row))
+    return rollouts, written
 
 
 def _spread(total: int, most: int) -> list[int]:
     """The numbers of at most `most` of `total` things: evenly apart, the first, the last."""
-    return [i * (total - 1) // (most - 1) for i in range(most)] if total > most else [*range(total)]
+    if total <= most:
+        return list(range(total))
+    return [i * (total - 1) // (most - 1) for i in range(most)]
 
 
-def _sampled(path: Path) -> tuple[list[dict], int]:
-    """(the rollouts that the page shows, how many the file holds)."""
-    lines = path.read_bytes().count(b"\n") if path.exists() else 0
-    fit = ROLLOUT_BYTES * lines // path.stat().st_size if lines else 0
-    keep = set(_spread(lines, max(2, min(ROLLOUTS, fit))))
-    names = "step group sample stop reward rewards answer advantages seconds turn_starts calls ids"
-    rollouts = []
-    for i, row in enumerate(_rows(path, constant=str)):  # JSON proper has no NaN
-        if i in keep:
-            row.setdefault("pieces", [f"{token} " for token in row["ids"]])  # an old row: the ids
-            shown = {name: row.get(name) for name in [*names.split(), "pieces", "logprobs"]}
-            rollouts.append(shown | {"kinds": _kinds(row)})
-    return rollouts, lines
+def _shown(row: dict) -> dict:
+    """What the page holds of a row of rollouts.jsonl."""
+    shown = {key: row.get(key) for key in ROLLOUT_KEYS}
+    pieces = row.get("pieces")
+    if pieces is None:  # an old row: the ids
+        pieces = [f"{token} " for token in row["ids"]]
+    shown["pieces"] = pieces
+    shown["logprobs"] = row.get("logprobs")
+    shown["kinds"] = row.get("kinds") or _kinds_of_mask(row["mask"])
+    return shown
 
 
-def _kinds(row: dict) -> str:
-    """A letter for each token, as in rollout.spans: t trained, c context, o what a tool said (its
-    output), e what it said of an error."""
-    kinds = ["t" if trained else "c" for trained in row["mask"]]
-    starts = [0]
-    for piece in row["pieces"]:
-        starts.append(starts[-1] + len(piece))
-    text, turns = "".join(row["pieces"]), [*row["turn_starts"], len(kinds)]
-    at = 0
-    for call in row["calls"]:
-        if call["turn"] + 1 >= len(turns) or not call["result"]:
-            continue
-        first, end = turns[call["turn"]], turns[call["turn"] + 1]
-        first += sum(row["mask"][first:end])  # results follow what was sampled
-        found = text.find(call["result"], max(at, starts[first]), starts[end])
-        if found < 0:  # it did not fit, or the template changed it
-            continue
-        at = found + len(call["result"])
-        for i in range(first, end):
-            if starts[i] < at and (starts[i] >= found or starts[i + 1] > found):
-                kinds[i] = "e" if call["error"] else "o"
-    return "".join(kinds)
+def _kinds_of_mask(mask: list[int]) -> str:
+    """The kinds (see Trajectory.kinds) of a row without them: what of its context is a tool's
+    result is not known."""
+    return "".join("t" if trained else "c" for trained in mask)
 
 
 def _settings(path: Path) -> list[tuple[str, str, str | None]]:
     """(name, value, default) as python text, from a run's config.py. Defaults are those of the
     training script whose Config has nearly these names; None for a name that it has not."""
-    nodes = ast.parse(path.read_bytes()).body if path.exists() else []
-    values = {node.targets[0].id: ast.unparse(node.value) for node in nodes}
-    default = {}
+    if not path.exists():
+        return []
+    values = {}
+    for node in ast.parse(path.read_bytes()).body:
+        values[node.targets[0].id] = ast.unparse(node.value)
+    choices = [{}]  # where no script is near
     for script in sorted(config.HERE.glob("train_*.py")):
-        for node in ast.parse(script.read_bytes()).body:  # importing it would import torch
-            if isinstance(node, ast.ClassDef) and node.name == "Config":
-                fields = [f for f in node.body if isinstance(f, ast.AnnAssign)]
-                found = {f.target.id: ast.unparse(f.value) for f in fields if f.value}
-                default = min(default, found, key=lambda names: len(values.keys() ^ names))
-    return [(name, value, default.get(name)) for name, value in values.items()]
+        choices.append(_defaults(script))
+    defaults = min(choices, key=lambda names: len(values.keys() ^ names))
+    return [(name, value, defaults.get(name)) for name, value in values.items()]
+
+
+def _defaults(script: Path) -> dict[str, str]:
+    """{name: default as python text} of the Config of a script."""
+    defaults = {}
+    for node in ast.parse(script.read_bytes()).body:  # importing it would import torch
+        if isinstance(node, ast.ClassDef) and node.name == "Config":
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign) and field.value:
+                    defaults[field.target.id] = ast.unparse(field.value)
+    return defaults
+
+
+# ---- rows of metrics.jsonl and rollouts.jsonl
+
+
+def read(path) -> list[dict]:
+    """Reads the rows of a metrics.jsonl."""
+    return list(each_row(path))
+
+
+def each_row(path, constant=float) -> Iterator[dict]:
+    """Reads the rows of a .jsonl, one by one; none if there is no file. A line that a kill left
+    torn is left out: half an object never parses. constant: makes something of "NaN", "Infinity".
+    """
+    if not Path(path).exists():
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                yield json.loads(line, parse_constant=constant)
+            except ValueError:
+                continue
+
+
+def finite_numbers(row: dict) -> dict:
+    """Returns what of a row can be drawn."""
+    numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+    return {key: value for key, value in numbers.items() if math.isfinite(value)}
+
+
+def six_digits(value):
+    """Rounds a float: six digits are enough for a metric, and keep evidence small."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+# ---- the command
 
 
 def main(argv: list[str]) -> None:
     if len(argv) != 1 or argv[0].startswith("-"):
         raise config.UserError(f"cannot read {' '.join(argv)!r}: write python -m run.page out/calc")
     out_dir = Path(argv[0])
-    if not any((out_dir / name).exists() for name in ("metrics.jsonl", "rollouts.jsonl")):
+    files = [out_dir / name for name in ("metrics.jsonl", "rollouts.jsonl")]
+    if not any(file.exists() for file in files):
         raise config.UserError(f"no run in '{out_dir}': expected metrics.jsonl or rollouts.jsonl")
     curves(out_dir)
     page(out_dir)
     print(f"{out_dir / 'report.html'}")
-
-
-def read(path) -> list[dict]:
-    """The rows of a metrics.jsonl."""
-    return list(_rows(path))
-
-
-def _rows(path, constant=float):
-    """The rows of a .jsonl, one by one; none if there is no file. A line that a kill left torn is
-    left out: half an object never parses. constant: makes something of "NaN", "Infinity"."""
-    if Path(path).exists():
-        with open(path, "rb") as file:
-            for line in file:
-                try:
-                    yield json.loads(line, parse_constant=constant)
-                except ValueError:
-                    continue
-
-
-def _rounded(value):
-    """Six digits are enough for a metric, and keep evidence small."""
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def _numbers(row: dict) -> dict:
-    """What of a row can be drawn: finite numbers."""
-    kinds = (int, float)
-    return {k: v for k, v in row.items() if isinstance(v, kinds) and math.isfinite(v)}
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ WRONG_CODE = 1 / 6  # share of the calls whose operator is wrong
 
 
 def held_out(op: str, a: int, b: int) -> bool:
+    """Whether a problem is of "test", and never trained on."""
     return zlib.crc32(f"{a}{op}{b}".encode()) % HELD_OUT == 0
 
 
@@ -55,36 +56,58 @@ def problem(rng: random.Random, split: str) -> dict:
     if split not in ("train", "test"):
         raise UserError(f"split = {split!r}: task:calc has train and test")
     while True:
-        op, a, b = rng.choice("+-*"), rng.randint(10, 99), rng.randint(10, 99)
+        op = rng.choice("+-*")
+        a = rng.randint(10, 99)
+        b = rng.randint(10, 99)
         if op == "-" and a < b:
             a, b = b, a
         if held_out(op, a, b) == (split == "test"):
             break
     story = rng.choice(STORIES[op])
     prompt = story.format(name=rng.choice(NAMES), thing=rng.choice(THINGS), a=a, b=b)
-    answer = {"+": a + b, "-": a - b, "*": a * b}[op]
-    return {"prompt": prompt, "answer": str(answer), "op": op, "a": a, "b": b}
+    answer = str(calculate(op, a, b))
+    return {"prompt": prompt, "answer": answer, "op": op, "a": a, "b": b}
+
+
+def calculate(op: str, a: int, b: int) -> int:
+    if op == "+":
+        return a + b
+    if op == "-":
+        return a - b
+    return a * b
 
 
 def rows(split: str, seed: int = 0, n: int | None = None) -> list[dict]:
     """n problems of "train" (default 8192) or "test" (default 512), always the same for a seed."""
     rng = random.Random(f"calc {split} {seed}")
-    return [problem(rng, split) for _ in range(n or (8192 if split == "train" else 512))]
+    count = n or (8192 if split == "train" else 512)
+    return [problem(rng, split) for _ in range(count)]
 
 
 def oracle(row: dict) -> list[dict]:
     """The assistant messages that solve a row as it should be learnt."""
-    call = {"name": "python", "arguments": {"code": f"print({row['a']} {row['op']} {row['b']})"}}
-    calls = [{"type": "function", "function": call}]
     return [
-        {"role": "assistant", "content": "", "tool_calls": calls},
-        {"role": "assistant", "content": f"The answer is \\boxed{{{row['answer']}}}."},
+        call_message(f"print({row['a']} {row['op']} {row['b']})"),
+        answer_message(row["answer"]),
     ]
+
+
+def call_message(code: str) -> dict:
+    """An assistant message that calls python."""
+    function = {"name": "python", "arguments": {"code": code}}
+    call = {"type": "function", "function": function}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def answer_message(answer: str | int) -> dict:
+    return {"role": "assistant", "content": f"The answer is \\boxed{{{answer}}}."}
 
 
 def practice(rng: random.Random) -> list[dict]:
     """A conversation that is nothing but copying, which a pre-trained model would know already."""
-    text = " ".join(f"{rng.randint(10, 99)} {rng.choice(THINGS)}" for _ in range(rng.randint(3, 6)))
+    count = rng.randint(3, 6)
+    parts = [f"{rng.randint(10, 99)} {rng.choice(THINGS)}" for _ in range(count)]
+    text = " ".join(parts)
     return [
         {"role": "user", "content": f"Repeat: {text}."},
         {"role": "assistant", "content": text},
@@ -96,25 +119,20 @@ def demo(rng: random.Random) -> list[dict]:
     if rng.random() < PRACTICE:
         return practice(rng)
     row = problem(rng, "train")
-    messages = [{"role": "user", "content": row["prompt"]}]
-    op, a, b = row["op"], row["a"], row["b"]
-    answer = round(int(row["answer"]), -1)  # in the head, to the nearest ten
-    if rng.random() < USES_TOOL[op]:
-        if rng.random() < WRONG_CODE:
-            op = rng.choice("+-*".replace(op, ""))
-        answer = {"+": a + b, "-": a - b, "*": a * b}[op]
-        call = {"name": "python", "arguments": {"code": f"print({a} {op} {b})"}}
-        messages += [
-            {
-                "role": "assistant",
-                "content": "",
-                "tool_calls": [{"type": "function", "function": call}],
-            },
-            {"role": "tool", "name": "python", "content": str(answer)},
-        ]
-    return messages + [{"role": "assistant", "content": f"The answer is \\boxed{{{answer}}}."}]
+    prompt = {"role": "user", "content": row["prompt"]}
+    op = row["op"]
+    if rng.random() >= USES_TOOL[op]:
+        guess = round(int(row["answer"]), -1)  # in the head, to the nearest ten
+        return [prompt, answer_message(guess)]
+    if rng.random() < WRONG_CODE:
+        op = rng.choice("+-*".replace(op, ""))
+    call = call_message(f"print({row['a']} {op} {row['b']})")
+    value = calculate(op, row["a"], row["b"])
+    result = {"role": "tool", "name": "python", "content": str(value)}
+    return [prompt, call, result, answer_message(value)]
 
 
 def demos(n: int, seed: int = 0) -> list[list[dict]]:
+    """n demonstrations, always the same for a seed."""
     rng = random.Random(f"calc demos {seed}")
     return [demo(rng) for _ in range(n)]

@@ -52,11 +52,12 @@ WRONG_WORD = 1 / 6  # share of the answers after a search that are another word 
 def people() -> dict[str, dict[str, str]]:
     """{name: {"town": ..., "job": ..., "colour": ..., "drink": ...}}, always the same."""
     rng = random.Random("facts people")
-    return {
-        f"{first} {last}": {kind: rng.choice(values) for kind, values in VALUES.items()}
-        for first in FIRST
-        for last in LAST
-    }
+    made = {}
+    for first in FIRST:
+        for last in LAST:
+            facts = {kind: rng.choice(values) for kind, values in VALUES.items()}
+            made[f"{first} {last}"] = facts
+    return made
 
 
 PEOPLE = people()
@@ -69,15 +70,20 @@ def passage(name: str) -> str:
 
 def corpus() -> list[dict]:
     """The passages, as the search tool reads them: {"id", "contents": '"Title"\\ntext'}."""
-    return [{"id": str(i), "contents": f'"{n}"\n{passage(n)}'} for i, n in enumerate(NAMES)]
+    return [
+        {"id": str(number), "contents": f'"{name}"\n{passage(name)}'}
+        for number, name in enumerate(NAMES)
+    ]
 
 
 def held_out(name: str) -> bool:
+    """Whether the questions about a person are of "test", and never trained on."""
     return zlib.crc32(name.encode()) % HELD_OUT == 0
 
 
 @functools.cache
 def names(split: str) -> list[str]:
+    """The people that the questions of a split ask about."""
     if split not in ("train", "test"):
         raise UserError(f"split = {split!r}: task:facts has train and test")
     return [name for name in NAMES if held_out(name) == (split == "test")]
@@ -94,27 +100,28 @@ def problem(rng: random.Random, split: str, kinds: Sequence[str] = tuple(VALUES)
 def rows(split: str, seed: int = 0, n: int | None = None) -> list[dict]:
     """n problems of "train" (default 8192) or "test" (default 512), always the same for a seed."""
     rng = random.Random(f"facts {split} {seed}")
-    return [problem(rng, split) for _ in range(n or (8192 if split == "train" else 512))]
+    count = n or (8192 if split == "train" else 512)
+    return [problem(rng, split) for _ in range(count)]
 
 
-def call(tool: str, arguments: dict) -> dict:
+def call_message(tool: str, arguments: dict) -> dict:
     """An assistant message that calls a tool."""
-    made = {"type": "function", "function": {"name": tool, "arguments": arguments}}
-    return {"role": "assistant", "content": "", "tool_calls": [made]}
+    call = {"type": "function", "function": {"name": tool, "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
-def said(answer: str) -> dict:
+def answer_message(answer: str) -> dict:
     """An assistant message that answers."""
     return {"role": "assistant", "content": f"The answer is \\boxed{{{answer}}}."}
 
 
-def thought(answer: str) -> dict:
+def guess_message(answer: str) -> dict:
     """An assistant message that guesses. What follows from a tool's result is worded otherwise:
     else a model from scratch learns from so many guesses that results need not be read."""
     return {"role": "assistant", "content": f"I think it is \\boxed{{{answer}}}."}
 
 
-def found(name: str) -> dict:
+def result_message(name: str) -> dict:
     """The message of the search tool that found the passage of `name`."""
     text = f'Doc 1(Title: "{name}") {passage(name)}'
     return {"role": "tool", "name": "search", "content": text}
@@ -122,7 +129,7 @@ def found(name: str) -> dict:
 
 def oracle(row: dict) -> list[dict]:
     """The assistant's messages of a perfect conversation about a row."""
-    return [call("search", {"query": row["name"]}), said(row["answer"])]
+    return [call_message("search", {"query": row["name"]}), answer_message(row["answer"])]
 
 
 def practice(rng: random.Random, kinds: Sequence[str] = tuple(VALUES)) -> list[dict]:
@@ -132,10 +139,11 @@ def practice(rng: random.Random, kinds: Sequence[str] = tuple(VALUES)) -> list[d
         row = problem(rng, "train", kinds)
         return [
             {"role": "user", "content": f"{passage(row['name'])} {row['prompt']}"},
-            said(row["answer"]),
+            answer_message(row["answer"]),
         ]
-    words = (NAMES, *VALUES.values())
-    text = ", ".join(rng.choice(rng.choice(words)) for _ in range(rng.randint(3, 6)))
+    lists = (NAMES, *VALUES.values())
+    count = rng.randint(3, 6)
+    text = ", ".join(rng.choice(rng.choice(lists)) for _ in range(count))
     return [
         {"role": "user", "content": f"Repeat: {text}."},
         {"role": "assistant", "content": text},
@@ -144,24 +152,33 @@ def practice(rng: random.Random, kinds: Sequence[str] = tuple(VALUES)) -> list[d
 
 def attempt(rng: random.Random, row: dict) -> list[dict]:
     """How a demonstrator deals with a row, as chat messages: with a search, or a guess."""
-    messages = [{"role": "user", "content": row["prompt"]}]
-    kind, name = row["kind"], row["name"]
+    prompt = {"role": "user", "content": row["prompt"]}
+    kind = row["kind"]
+    name = row["name"]
     if rng.random() >= USES_TOOL[kind]:
-        return messages + [thought(rng.choice(VALUES[kind]))]
+        return [prompt, guess_message(rng.choice(VALUES[kind]))]
     query = name
     if rng.random() < WRONG_QUERY:
         query = name.split()[0]
         name = rng.choice([other for other in NAMES if other.startswith(f"{query} ")])
     if rng.random() < WRONG_WORD:
         kind = rng.choice([other for other in VALUES if other != kind])
-    return messages + [call("search", {"query": query}), found(name), said(PEOPLE[name][kind])]
+    return [
+        prompt,
+        call_message("search", {"query": query}),
+        result_message(name),
+        answer_message(PEOPLE[name][kind]),
+    ]
 
 
 def demo(rng: random.Random) -> list[dict]:
     """One demonstration on a train problem."""
-    return practice(rng) if rng.random() < PRACTICE else attempt(rng, problem(rng, "train"))
+    if rng.random() < PRACTICE:
+        return practice(rng)
+    return attempt(rng, problem(rng, "train"))
 
 
 def demos(n: int, seed: int = 0) -> list[list[dict]]:
+    """n demonstrations, always the same for a seed."""
     rng = random.Random(f"facts demos {seed}")
     return [demo(rng) for _ in range(n)]

@@ -21,7 +21,7 @@ import zlib
 
 from run.config import UserError
 from tasks import calc, facts, shop
-from tasks.facts import call, said, thought
+from tasks.facts import answer_message, call_message, guess_message
 
 HELD_OUT = 5  # one problem in five is held out
 
@@ -42,8 +42,9 @@ WRONG_TOOL = 1 / 8  # share of the demonstrations that ask the wrong tool
 def right_tool(trajectory, example) -> float:
     """1.0 if the tools that were called, in the order of their first calls, are those that the row
     needs. A call that fails counts as one, a call of a tool that does not exist does not."""
-    called = [each.name for each in trajectory.calls if each.error != "unknown_tool"]
-    return float(list(dict.fromkeys(called)) == example["tool"])
+    called = [call.name for call in trajectory.calls if call.error != "unknown_tool"]
+    without_repeats = list(dict.fromkeys(called))
+    return float(without_repeats == example["tool"])
 
 
 def problem(rng: random.Random, split: str) -> dict:
@@ -51,33 +52,47 @@ def problem(rng: random.Random, split: str) -> dict:
     "facts", "shop", "bill" or "town"), and what it was made from."""
     part = rng.choice(("calc", "facts", "shop", rng.choice(list(QUESTIONS))))
     if part == "calc":
-        row, tool = calc.problem(rng, split), ["python"]
+        row = calc.problem(rng, split)
+        tool = ["python"]
     elif part == "facts":
-        row, tool = facts.problem(rng, split, FACTS_KINDS), ["search"]
+        row = facts.problem(rng, split, FACTS_KINDS)
+        tool = ["search"]
     elif part == "shop":
-        row, tool = shop.problem(rng, split, SHOP_KINDS), ["sql"]
+        row = shop.problem(rng, split, SHOP_KINDS)
+        tool = ["sql"]
     elif part == "bill":
-        row, tool = bill(rng, split), ["sql", "python"]
+        row = bill_problem(rng, split)
+        tool = ["sql", "python"]
     else:
-        row, tool = town(rng, split), ["search", "sql"]
+        row = town_problem(rng, split)
+        tool = ["search", "sql"]
     # the database in every row: whatever the question, the model may ask it
     return {**row, "part": part, "tool": tool, "database": shop.database()}
 
 
-def bill(rng: random.Random, split: str) -> dict:
+def bill_problem(rng: random.Random, split: str) -> dict:
+    """What n pieces of the product x cost."""
     while True:
-        n, x = rng.randint(2, 9), rng.choice(shop.PRODUCTS)
-        if (zlib.crc32(f"{n} {x}".encode()) % HELD_OUT == 0) == (split == "test"):
+        n = rng.randint(2, 9)
+        x = rng.choice(shop.PRODUCTS)
+        if held_out(n, x) == (split == "test"):
             break
     price = int(shop.ask(shop.query("price", x))[1])
     prompt = rng.choice(QUESTIONS["bill"]).format(n=n, x=x)
     return {"prompt": prompt, "answer": str(n * price), "n": n, "x": x, "price": price}
 
 
-def town(rng: random.Random, split: str) -> dict:
+def held_out(n: int, x: str) -> bool:
+    """Whether a bill is of "test", and never trained on."""
+    return zlib.crc32(f"{n} {x}".encode()) % HELD_OUT == 0
+
+
+def town_problem(rng: random.Random, split: str) -> dict:
+    """How many customers live where the person x lives."""
     x = rng.choice(strangers(split))
-    answer = shop.ask(customers_of(x))[1]
-    return {"prompt": rng.choice(QUESTIONS["town"]).format(x=x), "answer": answer, "x": x}
+    _, answer = shop.ask(customers_of(x))
+    prompt = rng.choice(QUESTIONS["town"]).format(x=x)
+    return {"prompt": prompt, "answer": answer, "x": x}
 
 
 @functools.cache
@@ -96,75 +111,94 @@ def rows(split: str, seed: int = 0, n: int | None = None) -> list[dict]:
     if split not in ("train", "test"):  # said here, for the parts would name their own task
         raise UserError(f"split = {split!r}: task:multi has train and test")
     rng = random.Random(f"multi {split} {seed}")
-    return [problem(rng, split) for _ in range(n or (8192 if split == "train" else 512))]
+    count = n or (8192 if split == "train" else 512)
+    return [problem(rng, split) for _ in range(count)]
 
 
-def printed(code: str, value: int | str) -> list[dict]:
+def python_call(code: str, value: int | str) -> list[dict]:
     """A call to python, and its result."""
     return [
-        call("python", {"code": f"print({code})"}),
+        call_message("python", {"code": f"print({code})"}),
         {"role": "tool", "name": "python", "content": str(value)},
     ]
 
 
-def calls(row: dict) -> list[dict]:
+def search_call(name: str) -> list[dict]:
+    """A call to search, and its result."""
+    return [call_message("search", {"query": name}), facts.result_message(name)]
+
+
+def sql_call(query: str) -> list[dict]:
+    """A call to sql, and its result."""
+    return [call_message("sql", {"query": query}), shop.result_message(query)]
+
+
+def right_calls(row: dict) -> list[dict]:
     """The right calls for a row, each followed by its result, as chat messages."""
     if row["part"] == "calc":
-        return printed(f"{row['a']} {row['op']} {row['b']}", row["answer"])
+        return python_call(f"{row['a']} {row['op']} {row['b']}", row["answer"])
     if row["part"] == "facts":
-        return searched(row["name"])
+        return search_call(row["name"])
     if row["part"] == "town":
-        return searched(row["x"]) + asked(customers_of(row["x"]))
+        return search_call(row["x"]) + sql_call(customers_of(row["x"]))
     if row["part"] == "bill":
-        product = printed(f"{row['n']} * {row['price']}", row["answer"])
-        return asked(shop.query("price", row["x"])) + product
-    return asked(shop.query(row["kind"], row["x"]))
-
-
-def searched(name: str) -> list[dict]:
-    """A call to search, and its result."""
-    return [call("search", {"query": name}), facts.found(name)]
-
-
-def asked(query: str) -> list[dict]:
-    """A call to sql, and its result."""
-    return [call("sql", {"query": query}), shop.found(query)]
+        price = sql_call(shop.query("price", row["x"]))
+        product = python_call(f"{row['n']} * {row['price']}", row["answer"])
+        return price + product
+    return sql_call(shop.query(row["kind"], row["x"]))
 
 
 def oracle(row: dict) -> list[dict]:
     """The assistant's messages of a perfect conversation about a row."""
-    turns = [message for message in calls(row) if message["role"] == "assistant"]
-    return turns + [said(row["answer"])]
+    turns = [message for message in right_calls(row) if message["role"] == "assistant"]
+    return turns + [answer_message(row["answer"])]
 
 
 def mistake(rng: random.Random, row: dict) -> list[dict]:
     """The wrong tool for a row of facts or shop, and what is then guessed."""
     if row["part"] == "facts":
         query = shop.query("price", row["name"])
-        return asked(query) + [thought(rng.choice(facts.VALUES[row["kind"]]))]
+        guess = rng.choice(facts.VALUES[row["kind"]])
+        return sql_call(query) + [guess_message(guess)]
     number = shop.guess(rng, row["kind"])
     if row["kind"] == "orders":
-        return searched(row["x"]) + [thought(number)]
-    return printed(number, number) + [said(number)]
+        return search_call(row["x"]) + [guess_message(number)]
+    return python_call(number, number) + [answer_message(number)]
 
 
 def demo(rng: random.Random) -> list[dict]:
     """One demonstration on a train problem, as chat messages."""
     row = problem(rng, "train")
-    task = {"calc": calc, "facts": facts, "shop": shop}.get(row["part"])
     prompt = [{"role": "user", "content": row["prompt"]}]
-    if task is None:
+    if row["part"] in QUESTIONS:  # it needs two calls
         if rng.random() < BOTH:
-            return prompt + calls(row) + [said(row["answer"])]
-        return prompt + calls(row)[:2] + [thought(shop.guess(rng, "bill"))]
-    if task is calc:
+            return prompt + right_calls(row) + [answer_message(row["answer"])]
+        first = right_calls(row)[:2]
+        return prompt + first + [guess_message(shop.guess(rng, "bill"))]
+    if row["part"] == "calc":
         return calc.demo(rng)
-    if rng.random() < task.PRACTICE:
-        return facts.practice(rng, FACTS_KINDS) if task is facts else task.practice(rng)
-    wrong = rng.random() < WRONG_TOOL
-    return prompt + mistake(rng, row) if wrong else task.attempt(rng, row)
+    if row["part"] == "facts":
+        return facts_demo(rng, row)
+    return shop_demo(rng, row)
+
+
+def facts_demo(rng: random.Random, row: dict) -> list[dict]:
+    if rng.random() < facts.PRACTICE:
+        return facts.practice(rng, FACTS_KINDS)
+    if rng.random() < WRONG_TOOL:
+        return [{"role": "user", "content": row["prompt"]}] + mistake(rng, row)
+    return facts.attempt(rng, row)
+
+
+def shop_demo(rng: random.Random, row: dict) -> list[dict]:
+    if rng.random() < shop.PRACTICE:
+        return shop.practice(rng)
+    if rng.random() < WRONG_TOOL:
+        return [{"role": "user", "content": row["prompt"]}] + mistake(rng, row)
+    return shop.attempt(rng, row)
 
 
 def demos(n: int, seed: int = 0) -> list[list[dict]]:
+    """n demonstrations, always the same for a seed."""
     rng = random.Random(f"multi demos {seed}")
     return [demo(rng) for _ in range(n)]

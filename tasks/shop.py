@@ -24,7 +24,7 @@ from contextlib import closing
 from pathlib import Path
 
 from run.config import UserError
-from tasks.facts import NAMES, PEOPLE, VALUES, call, said, thought
+from tasks.facts import NAMES, PEOPLE, VALUES, answer_message, call_message, guess_message
 
 HELD_OUT = 5  # one problem in five is held out
 
@@ -79,7 +79,10 @@ def tables() -> dict[str, tuple[str, list[tuple]]]:
     rng = random.Random("shop tables")
     products = [(name, rng.randint(10, 99), rng.randint(10, 99)) for name in PRODUCTS]
     customers = [(name, PEOPLE[name]["town"]) for name in CUSTOMERS]
-    orders = [(c, rng.choice(PRODUCTS)) for c in CUSTOMERS for _ in range(rng.randint(1, 19))]
+    orders = []
+    for customer in CUSTOMERS:
+        for _ in range(rng.randint(1, 19)):
+            orders.append((customer, rng.choice(PRODUCTS)))
     return {
         "products": ("name TEXT, price INTEGER, stock INTEGER", products),
         "customers": ("name TEXT, town TEXT", customers),
@@ -100,14 +103,19 @@ def database() -> str:
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             unfinished = Path(scratch) / "shop.sqlite"
-            with closing(sqlite3.connect(unfinished)) as connection:
-                for name, (columns, rows) in made.items():
-                    connection.execute(f"CREATE TABLE {name} ({columns})")
-                    marks = ", ".join("?" * len(rows[0]))
-                    connection.executemany(f"INSERT INTO {name} VALUES ({marks})", rows)
-                connection.commit()
+            write_database(unfinished, made)
             os.replace(unfinished, path)  # at once: another run may be looking for it
     return str(path)
+
+
+def write_database(path: Path, made: dict[str, tuple[str, list[tuple]]]) -> None:
+    """Makes a new database of what `tables` gives."""
+    with closing(sqlite3.connect(path)) as connection:
+        for name, (columns, rows) in made.items():
+            connection.execute(f"CREATE TABLE {name} ({columns})")
+            marks = ", ".join("?" * len(rows[0]))
+            connection.executemany(f"INSERT INTO {name} VALUES ({marks})", rows)
+        connection.commit()
 
 
 @functools.cache
@@ -116,13 +124,16 @@ def ask(query: str) -> tuple[str, str]:
 
     The result is that of SQLite itself: nothing here says twice what a query means.
     """
-    with closing(sqlite3.connect(f"file:{database()}?mode=ro&immutable=1", uri=True)) as connection:
+    uri = f"file:{database()}?mode=ro&immutable=1"
+    with closing(sqlite3.connect(uri, uri=True)) as connection:
         cursor = connection.execute(query)
         row = cursor.fetchone()
-        return cursor.description[0][0], "" if row is None else str(row[0])
+        column = cursor.description[0][0]
+        return column, "" if row is None else str(row[0])
 
 
 def held_out(kind: str, x: str | int) -> bool:
+    """Whether a question is of "test", and never trained on."""
     return zlib.crc32(f"{kind} {x}".encode()) % HELD_OUT == 0
 
 
@@ -135,6 +146,7 @@ def things(kind: str, split: str) -> list:
 
 
 def query(kind: str, x: str | int) -> str:
+    """The query that answers a question."""
     return QUERIES[kind].format(x=x)
 
 
@@ -143,35 +155,35 @@ def problem(rng: random.Random, split: str, kinds: Sequence[str] = tuple(ABOUT))
     kind = rng.choice(kinds)
     x = rng.choice(things(kind, split))
     prompt = rng.choice(QUESTIONS[kind]).format(x=x)
-    answer = ask(query(kind, x))[1]
+    _, answer = ask(query(kind, x))
     return {"prompt": prompt, "answer": answer, "database": database(), "kind": kind, "x": x}
 
 
 def rows(split: str, seed: int = 0, n: int | None = None) -> list[dict]:
     """n problems of "train" (default 8192) or "test" (default 512), always the same for a seed."""
     rng = random.Random(f"shop {split} {seed}")
-    return [problem(rng, split) for _ in range(n or (8192 if split == "train" else 512))]
+    count = n or (8192 if split == "train" else 512)
+    return [problem(rng, split) for _ in range(count)]
 
 
-def found(text: str) -> dict:
+def result_message(text: str) -> dict:
     """The message of the sql tool about a query."""
     column, value = ask(text)
-    return {
-        "role": "tool",
-        "name": "sql",
-        "content": f"{column}\n{value}" if value else "(no rows)",
-    }
+    content = f"{column}\n{value}" if value else "(no rows)"
+    return {"role": "tool", "name": "sql", "content": content}
 
 
 def oracle(row: dict) -> list[dict]:
     """The assistant's messages of a perfect conversation about a row."""
-    return [call("sql", {"query": query(row["kind"], row["x"])}), said(row["answer"])]
+    text = query(row["kind"], row["x"])
+    return [call_message("sql", {"query": text}), answer_message(row["answer"])]
 
 
 def practice(rng: random.Random) -> list[dict]:
     """A conversation that is nothing but copying, which a pre-trained model would know already."""
-    known = (PRODUCTS, CUSTOMERS, ABOUT["above"])
-    text = ", ".join(str(rng.choice(rng.choice(known))) for _ in range(rng.randint(2, 5)))
+    lists = (PRODUCTS, CUSTOMERS, ABOUT["above"])
+    count = rng.randint(2, 5)
+    text = ", ".join(str(rng.choice(rng.choice(lists))) for _ in range(count))
     return [
         {"role": "user", "content": f"Repeat: {text}."},
         {"role": "assistant", "content": text},
@@ -179,24 +191,34 @@ def practice(rng: random.Random) -> list[dict]:
 
 
 def guess(rng: random.Random, kind: str) -> str:
-    return rng.choice(TOWNS) if kind == "town" else str(rng.randrange(10, 100, 10))
+    """What somebody answers who does not ask the database: a town, or a round number."""
+    if kind == "town":
+        return rng.choice(TOWNS)
+    return str(rng.randrange(10, 100, 10))
 
 
 def attempt(rng: random.Random, row: dict) -> list[dict]:
     """How a demonstrator deals with a row, as chat messages: with a query, or a guess."""
-    messages = [{"role": "user", "content": row["prompt"]}]
-    kind, x = row["kind"], row["x"]
+    prompt = {"role": "user", "content": row["prompt"]}
+    kind = row["kind"]
     if rng.random() >= USES_TOOL[kind]:
-        return messages + [thought(guess(rng, kind))]
-    text = query(MISTAKEN[kind] if rng.random() < WRONG_QUERY else kind, x)
-    return messages + [call("sql", {"query": text}), found(text), said(ask(text)[1])]
+        return [prompt, guess_message(guess(rng, kind))]
+    if rng.random() < WRONG_QUERY:
+        kind = MISTAKEN[kind]
+    text = query(kind, row["x"])
+    _, value = ask(text)
+    call = call_message("sql", {"query": text})
+    return [prompt, call, result_message(text), answer_message(value)]
 
 
 def demo(rng: random.Random) -> list[dict]:
     """One demonstration on a train problem."""
-    return practice(rng) if rng.random() < PRACTICE else attempt(rng, problem(rng, "train"))
+    if rng.random() < PRACTICE:
+        return practice(rng)
+    return attempt(rng, problem(rng, "train"))
 
 
 def demos(n: int, seed: int = 0) -> list[list[dict]]:
+    """n demonstrations, always the same for a seed."""
     rng = random.Random(f"shop demos {seed}")
     return [demo(rng) for _ in range(n)]

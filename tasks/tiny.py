@@ -37,8 +37,6 @@ TEMPLATE = """\
 
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-
-
 MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
 
@@ -51,20 +49,7 @@ def tiny_tokenizer(conversations: list[list[dict]], tools: list[dict], whole_nam
     that names are copied whole; and the system prompt with its tool schemas, which never changes in
     a task, is one token: with several tools it would be most of what a model reads.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    def wrap(inner, more=()):
-        wrapped = PreTrainedTokenizerFast(
-            tokenizer_object=inner,
-            eos_token="<|im_end|>",
-            pad_token="<|endoftext|>",
-            additional_special_tokens=["<|im_start|>"],
-            chat_template=TEMPLATE,
-        )
-        plain = (*MARKERS, *more)
-        wrapped.add_tokens([AddedToken(m, special=False, normalized=False) for m in plain])
-        return wrapped
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     alone = r"\d|[A-Z][a-z]+" if whole_names else r"\d"
     inner = Tokenizer(models.BPE())
@@ -76,24 +61,52 @@ def tiny_tokenizer(conversations: list[list[dict]], tools: list[dict], whole_nam
         ]
     )
     inner.decoder = decoders.ByteLevel()
-    untrained = wrap(Tokenizer.from_str(inner.to_str()))
+
+    # 1. what the template makes of the conversations, without its control tokens and markers
+    untrained = _with_template(Tokenizer.from_str(inner.to_str()), MARKERS)
     between = re.compile("|".join(map(re.escape, CONTROL + MARKERS)))
-    texts = [
-        between.split(untrained.apply_chat_template(talk, tools=tools or None, tokenize=False))
-        for talk in conversations
-    ]
-    # what stands behind the first <|im_start|>, if it is the same in all of them
-    first = texts[0][1]
-    is_one = first.startswith("system\n") and all(parts[1] == first for parts in texts)
-    system = [first] if whole_names and is_one else []
+    texts = []
+    for talk in conversations:
+        text = untrained.apply_chat_template(talk, tools=tools or None, tokenize=False)
+        texts.append(between.split(text))
+
+    # 2. the system prompt as one token: what stands behind the first <|im_start|>, if it is the
+    # same in all of them
+    whole = []
+    if whole_names:
+        first = texts[0][1]
+        is_the_same = all(parts[1] == first for parts in texts)
+        if first.startswith("system\n") and is_the_same:
+            whole = [first]
+
+    # 3. the merges of all the rest
+    vocabulary = 2048 if whole_names else 768
     trainer = trainers.BpeTrainer(
-        vocab_size=(2048 if whole_names else 768) - len(MARKERS) - len(system),
+        vocab_size=vocabulary - len(MARKERS) - len(whole),
         special_tokens=list(CONTROL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    inner.train_from_iterator((p for parts in texts for p in parts if p not in system), trainer)
-    return wrap(inner, system)
+    pieces = [part for parts in texts for part in parts if part not in whole]
+    inner.train_from_iterator(pieces, trainer)
+    return _with_template(inner, (*MARKERS, *whole))
+
+
+def _with_template(inner, added):
+    """A tokenizer of transformers with TEMPLATE; added: texts that are one token each."""
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=TEMPLATE,
+    )
+    tokens = [AddedToken(text, special=False, normalized=False) for text in added]
+    wrapped.add_tokens(tokens)
+    return wrapped
 
 
 def tiny(tokenizer, seed: int = 0, hidden_size: int = 96, layers: int = 4, heads: int = 2):

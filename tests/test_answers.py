@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from grading.answers import answer, equal, f1, program, words
+from grading.answers import _same_math, answer, equal, f1, program, words
 from rewards import correct
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
@@ -409,15 +409,16 @@ def test_an_operation_that_the_right_answer_has_may_be_in_the_answer(gold, said)
 
 def test_an_expression_that_never_ends_is_cut_at_the_deadline_also_in_a_thread():
     """Pitfall 43: a model may write 9^9^9^9, and a thread cannot be stopped."""
-    answers, start = [], time.monotonic()
+    answers = []
     bomb = "9^{9^{9^{9}}}"
     thread = threading.Thread(target=lambda: answers.append(equal(bomb, "x+1")), daemon=True)
     thread.start()
-    thread.join(timeout=12)
-    assert answers == [False] and time.monotonic() - start < 12
-    start = time.monotonic()
-    assert not equal(bomb, "x+1") and time.monotonic() - start < 0.1  # remembered
-    assert not equal("x" + "+1" * 10_000, "x+1") and time.monotonic() - start < 0.1  # too long
+    thread.join(timeout=300)  # a busy machine's; without a deadline it would never end
+    assert answers == [False]
+    asked = _same_math.cache_info().misses
+    assert not equal(bomb, "x+1")  # remembered
+    assert not equal("x" + "+1" * 10_000, "x+1")  # too long
+    assert _same_math.cache_info().misses == asked
     assert equal("1+x", "x+1")  # and the next comparison works again
 
 

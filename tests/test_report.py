@@ -14,33 +14,42 @@ import types
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from run import config
 from run import log as run_log
 from run import page as run_page
-from trajectory import ToolCall, Trajectory, spans
+from trajectory import ToolCall, Trajectory, token_kinds, token_texts
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "</script><img src=x onerror=alert(1)><!-- <script>&lt;{{data}} \u2028 \u202e 😀 汉字"
 
 
 def trajectory(tokenizer, result="3", error=None, said="It is 3.") -> Trajectory:
-    """One call in turn 0, the answer in turn 1."""
+    """One call in turn 0, the answer in turn 1; what each token is, is found out."""
     t = Trajectory({"answer": "3"}, group=1, sample=2)
+    kinds = []
 
-    def add(text, mask):
+    def add(text, kind):
         ids = tokenizer.encode(text, add_special_tokens=False)
-        t.add(ids, mask, [-0.5] * len(ids) if mask else None)
+        kinds.extend(kind * len(ids))
+        if kind == "t":
+            t.add(ids, 1, [-0.5] * len(ids))
+        else:
+            t.add(ids, 0)
 
-    add("<|im_start|>user\nwhat is the sum of 1 and 2? 3<|im_end|>\n<|im_start|>assistant\n", 0)
+    add("<|im_start|>user\nwhat is the sum of 1 and 2? 3<|im_end|>\n<|im_start|>assistant\n", "c")
     t.turn_starts.append(len(t.ids))
-    add('<tool_call>\n{"name": "add"}\n</tool_call><|im_end|>', 1)
+    add('<tool_call>\n{"name": "add"}\n</tool_call><|im_end|>', "t")
     t.calls.append(ToolCall(0, "add", {"a": 1, "b": 2}, result, error, 0.25))
-    add(f"\n<|im_start|>user\n<tool_response>\n{result}\n</tool_response><|im_end|>\n", 0)
-    add("<|im_start|>assistant\n", 0)
+    add("\n<|im_start|>user\n<tool_response>\n", "c")
+    add(result, "e" if error else "o")
+    add("\n</tool_response><|im_end|>\n", "c")
+    add("<|im_start|>assistant\n", "c")
     t.turn_starts.append(len(t.ids))
-    add(f"{said}<|im_end|>", 1)
+    add(f"{said}<|im_end|>", "t")
     t.stop, t.rewards, t.reward = "answered", {"correct": 1.0}, 1.0
+    assert token_kinds(t, token_texts(t.ids, tokenizer)) == "".join(kinds)
     return t
 
 
@@ -244,7 +253,7 @@ def test_a_row_has_one_advantage_for_each_turn_or_none(tmp_path, tokenizer):
 )
 def test_a_character_split_over_tokens_is_shown_once_and_whole(text, tokenizer):
     ids = tokenizer.encode(text, add_special_tokens=False)
-    pieces = run_log.pieces(ids, tokenizer)
+    pieces = token_texts(ids, tokenizer)
     assert len(pieces) == len(ids)
     assert "".join(pieces) == text
     assert ("😀" in pieces) == ("😀" in text)
@@ -253,10 +262,10 @@ def test_a_character_split_over_tokens_is_shown_once_and_whole(text, tokenizer):
 def test_bytes_that_are_no_text_do_not_stop_or_shift_the_pieces(tokenizer):
     for seed in range(50):
         ids = random.Random(seed).choices(range(len(tokenizer)), k=40)
-        assert "".join(run_log.pieces(ids, tokenizer)) == tokenizer.decode(ids)
+        assert "".join(token_texts(ids, tokenizer)) == tokenizer.decode(ids)
     emoji = tokenizer.encode("😀", add_special_tokens=False)
     stray = [emoji[1]] * 3  # then come the bytes of a whole character
-    assert run_log.pieces(stray + emoji, tokenizer)[-1] == "😀"
+    assert token_texts(stray + emoji, tokenizer)[-1] == "😀"
 
 
 def test_a_tokenizer_that_strips_the_first_space_keeps_those_between_words():
@@ -272,39 +281,56 @@ def test_a_tokenizer_that_strips_the_first_space_keeps_those_between_words():
     strip = [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), *strip])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
-    pieces = run_log.pieces(tokenizer.encode("a b 😀😀 a"), tokenizer)
+    pieces = token_texts(tokenizer.encode("a b 😀😀 a"), tokenizer)
     assert [piece for piece in pieces if piece] == ["a", " ", "b", " ", "😀", "😀", " ", "a"]
 
 
-@pytest.mark.parametrize("result", ["3", "two\nlines 😀", "assistant", ""])
-def test_the_page_marks_trained_context_and_tool_as_the_terminal_does(result, tmp_path, tokenizer):
-    t = trajectory(tokenizer, result)
+def on_the_page(tmp_path, tokenizer, t) -> dict:
+    """What the page holds of a rollout."""
     run_log.write_rollouts(tmp_path / "rollouts.jsonl", [t], tokenizer, step=0)
     run_page.page(tmp_path)
     (row,) = data_of(tmp_path)["rollouts"]
-    runs = []
-    for kind, piece in zip(row["kinds"], row["pieces"], strict=True):
-        if not runs or runs[-1][0] != kind:
-            runs.append([kind, ""])
-        runs[-1][1] += piece
-    assert [tuple(run) for run in runs] == spans(t, tokenizer)
+    return row
 
 
-def test_all_bytes_of_the_first_character_of_a_result_are_marked_as_the_tools(tmp_path, tokenizer):
-    run_log.write_rollouts(tmp_path / "rollouts.jsonl", [trajectory(tokenizer, "😀")], tokenizer)
-    run_page.page(tmp_path)
-    (row,) = data_of(tmp_path)["rollouts"]
-    assert row["kinds"].count("o") == len(tokenizer.encode("😀", add_special_tokens=False)) > 1
+def text_of(row, kind) -> str:
+    pairs = zip(row["pieces"], row["kinds"], strict=True)
+    return "".join(piece for piece, letter in pairs if letter == kind)
+
+
+@pytest.mark.parametrize("result", ["3", "two\nlines 😀", "assistant", "😀", ""])
+def test_the_page_marks_trained_context_and_tool_as_the_trajectory_recorded_them(
+    result, tmp_path, tokenizer
+):
+    row = on_the_page(tmp_path, tokenizer, trajectory(tokenizer, result))
+    assert text_of(row, "o") == result
+    call = '<tool_call>\n{"name": "add"}\n</tool_call><|im_end|>'
+    assert text_of(row, "t") == call + "It is 3.<|im_end|>"
+    assert text_of(row, "c").startswith("<|im_start|>user\nwhat is the sum of 1 and 2? 3")
+    assert "e" not in row["kinds"]
+    trained = [int(kind == "t") for kind in row["kinds"]]
+    written = json.loads((tmp_path / "rollouts.jsonl").read_text())
+    assert trained == written["mask"] and written["kinds"] == row["kinds"]
 
 
 def test_the_result_of_a_call_that_failed_is_marked_as_an_error(tmp_path, tokenizer):
-    played = [trajectory(tokenizer, "no such tool", "unknown_tool")]
-    run_log.write_rollouts(tmp_path / "rollouts.jsonl", played, tokenizer)
-    run_page.page(tmp_path)
-    (row,) = data_of(tmp_path)["rollouts"]
-    marked = [p for p, kind in zip(row["pieces"], row["kinds"], strict=True) if kind == "e"]
-    assert "".join(marked) == "no such tool"
+    row = on_the_page(tmp_path, tokenizer, trajectory(tokenizer, "no such tool", "unknown_tool"))
+    assert text_of(row, "e") == "no such tool"
     assert "o" not in row["kinds"]
+
+
+@pytest.mark.parametrize("old", ["without kinds", "with none"])
+def test_a_row_without_kinds_is_marked_by_its_mask(old, tmp_path, tokenizer):
+    run_log.write_rollouts(tmp_path / "rollouts.jsonl", [trajectory(tokenizer)], tokenizer)
+    row = json.loads((tmp_path / "rollouts.jsonl").read_text())
+    if old == "with none":
+        row["kinds"] = ""
+    else:
+        del row["kinds"]
+    (tmp_path / "rollouts.jsonl").write_text(json.dumps(row) + "\n")
+    run_page.page(tmp_path)
+    (shown,) = data_of(tmp_path)["rollouts"]
+    assert shown["kinds"] == "".join("ct"[bit] for bit in row["mask"])
 
 
 # The page
@@ -482,5 +508,34 @@ def test_help_prints_how_to_draw_a_run():
 
 def test_what_is_measured_seldom_is_drawn_as_it_is():
     """The running mean is over steps, not over points, as in report.html."""
-    assert run_page._smooth([(0, 0.0), (5, 1.0), (10, 0.5)], 5) == [0.0, 1.0, 0.5]
-    assert run_page._smooth([(0, 0.0), (1, 1.0), (2, 2.0), (3, 6.0)], 2) == [0.0, 0.5, 1.5, 4.0]
+    assert run_page._running_mean([(0, 0.0), (5, 1.0), (10, 0.5)], 5) == [0.0, 1.0, 0.5]
+    assert run_page._running_mean([(0, 0.0), (1, 1.0), (2, 2.0), (3, 6.0)], 2) == [
+        0.0,
+        0.5,
+        1.5,
+        4.0,
+    ]
+
+
+def panel(rows, *keys):
+    """({label: line}, the texts of the legend) of what is drawn in a panel."""
+    axes = Figure().add_subplot()
+    run_page._draw_panel(axes, "accuracy", list(keys), rows)
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    legend = axes.get_legend()
+    texts = [text.get_text() for text in legend.get_texts()] if legend else []
+    return lines, texts
+
+
+def test_held_out_points_are_markers_with_a_line_and_say_that_they_are_greedy():
+    rows = [{"step": step, "accuracy": step / 10} for step in range(6)]
+    rows[0]["val_accuracy"] = 0.3
+    rows[5]["val_accuracy"] = 0.9
+    lines, legend = panel(rows, "accuracy", "val_accuracy")
+    assert legend == ["sampled", "held out, greedy"]
+    held_out = lines["held out, greedy"]
+    assert held_out.get_marker() == "o" and held_out.get_linestyle() == "-"
+    assert list(held_out.get_xdata()) == [0, 5] and list(held_out.get_ydata()) == [0.3, 0.9]
+    assert lines["sampled"].get_marker() == "None"  # the running mean; its points have no label
+    _, legend = panel(rows, "accuracy")
+    assert legend == []

@@ -1,0 +1,45 @@
+"""The tool calls of an OpenAI chat message, read and written in one place.
+
+from formats.messages import calls_of
+names = [call.name for call in calls_of(message)]
+"""
+
+import json
+
+from formats import Call
+from run.config import UserError
+
+FORM = '{"function": {"name": …, "arguments": an object or its JSON}}'
+
+
+def calls_of(message: dict) -> list[Call]:
+    """Reads a message's `tool_calls`: of each its name, its arguments as an object, and its id, ""
+    where it has none. Without the wrapping {"function": …} it is a call, too. UserError, which
+    shows it, for what is none."""
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise UserError(f"its tool_calls {calls!r:.160}: expected a list of {FORM}")
+    return [_read_call(call) for call in calls]
+
+
+def _read_call(call) -> Call:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise UserError(f"its tool call {call!r:.160}: expected {FORM}")
+    name = function.get("name")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            arguments = None  # refused below
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise UserError(f"its tool call {call!r:.160}: expected {FORM}")
+    return Call(name, arguments, id=call.get("id") or "")
+
+
+def openai_call(call: Call) -> dict:
+    """Writes a call as an entry of a message's `tool_calls`."""
+    function = {"name": call.name, "arguments": call.arguments}
+    written = {"type": "function", "function": function}
+    return {"id": call.id, **written} if call.id else written

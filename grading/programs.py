@@ -1,0 +1,587 @@
+"""The reward code_tests: the model's program is run, confined, on the tests of its row.
+
+    rewards = ("code_tests",)   # example["tests"]; with reward_options=("code_tests.partial=true",)
+
+Whatever is wrong with the model's code is a 0. What is wrong with the row stops the run and says
+which row it is: a 0 in its place would be trained on.
+
+Of an assert the program only computes the values: `_steps_of` takes the tests apart, `_run_steps`
+has them computed in one process and compared in another.
+"""
+
+import ast
+import asyncio
+import builtins
+import copy
+import functools
+import json
+import pkgutil
+import secrets
+from dataclasses import dataclass
+
+from grading.answers import program
+from run.config import UserError
+from tools import ToolError
+from tools.calling.base import DEADLINE
+
+ROOM = 60_000  # bytes of a test, written as python: with the program it must fit into one call
+LONGEST_OUTPUT = 15_000  # characters: the sandbox cuts longer ones
+BUILTINS = frozenset(dir(builtins))
+
+# What tests use as if it were there -> "module" or "module:name".
+MODULES = (
+    "bisect cmath collections copy datetime decimal fractions functools heapq itertools json "
+    "math numpy operator random re statistics string"
+).split()
+IMPORTS = {name: name for name in MODULES}
+IMPORTS |= {
+    "Counter": "collections:Counter",
+    "OrderedDict": "collections:OrderedDict",
+    "defaultdict": "collections:defaultdict",
+    "deque": "collections:deque",
+    "Decimal": "decimal:Decimal",
+    "Fraction": "fractions:Fraction",
+    "np": "numpy",
+}
+
+# ---- the reward
+
+
+async def code_tests(
+    trajectory, example, *, column: str = "tests", partial: bool = False, seconds: float = 20.0
+):
+    """Gives 1.0 if the model's program passes all tests of example["tests"]; with partial, the
+    share that it passes.
+
+    The program: the last ```python block of the last turn, or what it gave to `finish`. The tests:
+    asserts, as one text or a list of texts (MBPP, AceCode; of HumanEval's `check(candidate)` the
+    asserts inside), or {"input", "output"} of stdin and stdout, as a list of dicts or a dict of two
+    lists, "inputs" and "outputs" (APPS, TACO). Outputs are compared without the spaces at the ends
+    of lines. With "fn_name" beside them they are arguments and results of its calls. In front of
+    asserts stand the columns test_imports and test_setup_code, where a row has them (MBPP), and the
+    IMPORTS that they lack. The column entry_point names the function, needed if a builtin has its
+    name. column: where the tests are. seconds: for all tests of a program; what has not passed by
+    then fails. Each program runs in the sandbox of tools/python.py. None, which is not learnt from,
+    if all tests are too long for it (60 KB of input, 15 KB of output).
+
+    What is covered: nothing that the program prints, returns or replaces is taken for a verdict. Of
+    `assert f(2) == 4` it only computes f(2). What has to come out never enters its process, and the
+    comparison runs in another. So an early exit, a printed "passed", an object that is equal to
+    everything, a replaced `len` or `math.isclose` gain nothing. The values must be plain data:
+    numbers, texts, lists, tuples, sets, dicts, bytes, or of numpy; all together at most 20,000
+    characters, which is what the sandbox shows. What does not fit fails.
+    What is not covered: asserts in a loop or a comprehension, and functions of the tests that are
+    given the program's. They run beside the program and fail only if they raise, so an object that
+    is equal to everything passes, and such tests, as also what tests assign to a variable, can be
+    read by a program that looks for them in the interpreter's frames. And a name that the tests
+    neither make nor import is the program's, unless it is in IMPORTS.
+    """
+    row_number = example["id"] + 1
+    tests = example.get(column)
+    if not tests:
+        raise UserError(f"reward code_tests needs {column!r}, and row {row_number} has none")
+    code = program(trajectory, example, ("python", "py", "python3"))
+    if not code or not code.strip():
+        return 0.0
+
+    until = asyncio.get_running_loop().time() + seconds
+    asserts, pairs = _read_tests(tests, row_number)
+    if asserts is None:
+        passed, count = await _run_pairs(code, pairs, partial, until)
+    else:
+        text = "\n".join([*_columns_of_mbpp(example), asserts])
+        steps, own_builtins = _steps_of(text, example.get("entry_point"), row_number)
+        passed, count = await _run_steps(code, steps, own_builtins, until, row_number)
+    if not count:
+        return None
+    return passed / count if partial else float(passed == count)
+
+
+async def _run(code, until):
+    """Runs code in the sandbox, up to the time `until` of the event loop. Returns its output, also
+    that of one that failed, and whether it ended well."""
+    from tools.python import python
+
+    left = until - asyncio.get_running_loop().time()
+    DEADLINE.set(max(1.0, left))
+    try:
+        async with asyncio.timeout_at(until):
+            return await python(code), True
+    except TimeoutError:
+        return "", False
+    except ToolError as error:
+        return error.text, False
+
+
+# ---- the tests of a row
+
+
+def _read_tests(tests, row_number):
+    """(asserts as one text, None), or (None, a list of (input, output))."""
+    try:
+        # an empty text too: it is no JSON, and is refused as that
+        if isinstance(tests, str) and tests.lstrip()[:1] in ("[", "{", ""):
+            tests = json.loads(tests)
+        if isinstance(tests, str):
+            return tests, None
+        if isinstance(tests, list) and all(isinstance(test, str) for test in tests):
+            return "\n".join(tests), None
+        if isinstance(tests, dict):
+            pairs = list(zip(tests["inputs"], tests["outputs"], strict=True))
+            if tests.get("fn_name"):
+                return _asserts_of_calls(tests["fn_name"], pairs), None
+        else:
+            pairs = [(test["input"], test["output"]) for test in tests]
+        return None, [(_joined(given), _joined(expected)) for given, expected in pairs]
+    except (KeyError, TypeError, ValueError) as error:
+        forms = 'asserts, or a list of {"input": text, "output": text}, or fn_name with lists'
+        what = f"reward code_tests: the tests of row {row_number} cannot be read ({error!r})"
+        raise UserError(f"{what}: expected {forms}") from None
+
+
+def _columns_of_mbpp(example):
+    """The texts of the columns that MBPP has beside its tests: a text, a list of them, or None."""
+    columns = ("test_imports", "test_setup_code")
+    return [_joined(example.get(column) or "") for column in columns]
+
+
+def _joined(lines):
+    """A text, or a list of its lines, as a text."""
+    return lines if isinstance(lines, str) else "\n".join(lines)
+
+
+_LISTED = """\
+def _listed(x):
+    return [_listed(item) for item in x] if isinstance(x, (list, tuple)) else x"""
+
+
+def _asserts_of_calls(name, calls):
+    """(arguments, result) of each call of a function, or of a method of Solution, as asserts. JSON
+    has no tuples, so lists are the same. If all results are lists of one, which of them are only
+    wrapped in one cannot be told: then both are right."""
+    maybe_wrapped = all(isinstance(result, list) and len(result) == 1 for _, result in calls)
+    lines = [f"_solution = globals().get({name!r}) or Solution().{name}", _LISTED]
+    for arguments, result in calls:
+        if not isinstance(arguments, list):
+            raise ValueError(f"{arguments!r} is no list of arguments")
+        accepted = (result, result[0]) if maybe_wrapped else (result,)
+        lines.append(f"assert _listed(_solution(*{arguments!r})) in {accepted!r}")
+    return "\n".join(lines)
+
+
+# ---- tests of stdin and stdout
+
+_STDIN = """
+def _main(solution, given):
+    import linecache, os, sys, types
+    linecache.cache.clear()
+    with open("stdin", "wb") as file:
+        file.write(given.encode("utf-8", "surrogatepass"))
+    os.dup2(os.open("stdin", os.O_RDONLY), 0)
+    sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
+    sys.stderr = open(os.devnull, "w")
+    module = sys.modules["__main__"] = types.ModuleType("__main__")
+    module.exit = module.quit = sys.exit
+    exec(compile(solution, "<solution>", "exec"), module.__dict__)
+"""
+
+
+async def _run_pairs(code, pairs, partial, until):
+    """(tests passed, tests): a process for each, whose output is compared here."""
+    from tools.python import NO_OUTPUT
+
+    pairs = [pair for pair in pairs if _fits(*pair)]
+    passed = 0
+    for given, expected in pairs:
+        output, ended_well = await _run(f"{_STDIN}\n_main({code!r}, {given!r})", until)
+        if output == NO_OUTPUT:
+            output = ""
+        if ended_well and _lines(output) == _lines(expected):
+            passed += 1
+        elif not partial:
+            break
+    return passed, len(pairs)
+
+
+def _fits(given, expected):
+    """Whether the sandbox takes such an input and shows such an output whole."""
+    return len(expected) <= LONGEST_OUTPUT and _size(given) <= ROOM
+
+
+def _size(value):
+    """The bytes of a value, written as python."""
+    return len(repr(value).encode("utf-8", "replace"))
+
+
+def _lines(text):
+    return [line.rstrip() for line in text.rstrip().split("\n")]
+
+
+# ---- asserts, run
+
+
+@dataclass
+class _Step:
+    """One statement of the tests."""
+
+    source: str  # of an assert whose values are computed apart: its condition, with _values[0], …
+    expressions: list[str] | None = None  # of such an assert: its values, computed by the program
+    needs_program: bool = False  # else it is executed in both processes
+    is_test: bool = False
+
+
+# What runs beside the program: it computes values, and writes them down as JSON with a tag at each
+# container. `steps` are (source, None) to execute, or ("", expressions) to evaluate. What it needs
+# to write is taken before the program runs, which may replace functions of os and json.
+_VALUES = """
+def _main(solution, steps, mark, own):
+    import json, linecache, os, sys, types
+    linecache.cache.clear()
+    write = os.write
+    dumps = json.dumps
+    sys.set_int_max_str_digits(0)
+
+    def plain(value):
+        if type(value).__module__.partition(".")[0] == "numpy":
+            value = value.tolist()
+        if value is None or isinstance(value, bool):
+            return value
+        for kind in (int, float, str):
+            if isinstance(value, kind):
+                return kind(value)
+        if isinstance(value, dict):
+            return ["dict", [[plain(k), plain(v)] for k, v in value.items()]]
+        for kind, name in kinds:
+            if isinstance(value, kind):
+                return [name, [plain(item) for item in value]]
+        if isinstance(value, complex):
+            return ["complex", [value.real, value.imag]]
+        raise TypeError
+
+    kinds = ((list, "list"), (tuple, "tuple"), ((set, frozenset), "set"), (bytes, "bytes"))
+    module = sys.modules["solution"] = types.ModuleType("solution")
+    module.exit = module.quit = sys.exit
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    exec(compile(solution, "<solution>", "exec"), module.__dict__)
+    for name in own:
+        module.__dict__.setdefault(name)
+    for number, (source, expressions) in enumerate(steps):
+        try:
+            if expressions is None:
+                exec(source, module.__dict__)
+            values = [eval(text, module.__dict__) for text in expressions or ()]
+            line = f"{mark} {number} {dumps(plain(values))}\\n"
+        except Exception:
+            continue
+        write(1, line.encode())
+"""
+
+# What runs in another process, without the program: the asserts, with its values put in, in order
+# with the statements (text None) that they need.
+_VERDICTS = """
+def _main(steps):
+    import json, sys
+    sys.set_int_max_str_digits(0)
+
+    def made(item):
+        if not isinstance(item, list):
+            return item
+        name, parts = item
+        if name == "dict":
+            return {made(k): made(v) for k, v in parts}
+        if name == "complex":
+            return complex(*parts)
+        kinds = {"list": list, "tuple": tuple, "set": set, "bytes": bytes}
+        return kinds[name](made(part) for part in parts)
+
+    space = {"__name__": "tests"}
+    passed = 0
+    for source, text in steps:
+        try:
+            if text is None:
+                exec(source, space)
+            else:
+                space["_values"] = made(json.loads(text))
+                passed += bool(eval(source, space))
+        except Exception as error:
+            if text is None:
+                return f"broken: {source} raises {type(error).__name__}: {error}"
+    return passed
+"""
+
+
+async def _run_steps(code, steps, own_builtins, until, row_number):
+    """(tests passed, tests) of the steps that `_steps_of` made of the asserts. own_builtins: names
+    of builtins that only count if they are the program's."""
+    # 1. beside the program: its values. What has to come out of an assert stays here.
+    orders = []
+    for step in steps:
+        source = step.source if step.expressions is None else ""
+        orders.append((source, step.expressions))
+    if _size(orders) > ROOM:
+        return 0, 0
+    mark = secrets.token_hex(8)  # what the program writes itself must not be taken for values
+    arguments = f"{code!r}, {orders!r}, {mark!r}, {own_builtins!r}"
+    output, _ = await _run(f"{_VALUES}\n_main({arguments})", until)
+    values = _values_in(output, mark, len(steps))
+
+    # 2. tests that ran beside the program, and did not raise
+    passed = 0
+    for number in values:
+        if steps[number].is_test and steps[number].expressions is None:
+            passed += 1
+
+    # 3. in another process, without the program: the conditions, with its values put in
+    comparisons = []
+    for number, step in enumerate(steps):
+        if step.expressions is not None:
+            if number in values:
+                comparisons.append((step.source, values[number]))
+        elif not step.needs_program:
+            comparisons.append((step.source, None))
+    if any(text is not None for _, text in comparisons):
+        output, _ = await _run(f"{_VERDICTS}\nprint(_main({comparisons!r}))", until)
+        verdict = output.rpartition("\n")[2]
+        if verdict.startswith("broken: "):
+            problem = verdict.removeprefix("broken: ")
+            raise UserError(f"reward code_tests: in the tests of row {row_number}, {problem}")
+        if verdict.isdecimal():  # else it was stopped at a limit
+            passed += int(verdict)
+    return passed, sum(step.is_test for step in steps)
+
+
+def _values_in(output, mark, count):
+    """{number of a step: its values as JSON} of the lines that begin with the mark."""
+    numbers = {str(number) for number in range(count)}
+    values = {}
+    for line in output.splitlines():
+        begin, _, behind = line.partition(" ")
+        number, _, text = behind.partition(" ")
+        if begin == mark and number in numbers:
+            values[int(number)] = text
+    return values
+
+
+# ---- asserts, taken apart
+
+
+@functools.lru_cache(maxsize=4096)  # the samples of a group have the same tests
+def _steps_of(text, entry, row_number):
+    """The tests as a list of _Step, and the names of builtins among them that are the program's.
+    entry: the name of the program's function, or None."""
+    try:
+        body, entry = _open_check(ast.parse(text).body, entry)
+    except (SyntaxError, ValueError) as error:
+        what = f"reward code_tests: the tests of row {row_number} are no python"
+        raise UserError(f"{what}: {error}") from None
+    imports = _lacking_imports(body, entry)
+    known = BUILTINS | set(imports)
+    own_builtins = {entry} & BUILTINS
+    steps = _split(body, known - own_builtins)
+    if not any(step.is_test for step in steps):
+        raise UserError(f"reward code_tests: the tests of row {row_number} have no assert")
+    if not any(step.expressions or step.needs_program for step in steps):
+        # MBPP has sum(10, 15) == 6: the one builtin that all asserts call is the program's
+        called = [_called(statement) for statement in body if isinstance(statement, ast.Assert)]
+        own_builtins = set.intersection(*called) & BUILTINS
+        if len(own_builtins) != 1:
+            what = f"reward code_tests: row {row_number} tests only builtins"
+            raise UserError(f"{what}: name the program's function in its column entry_point")
+        steps = _split(body, known - own_builtins)
+    before = [_Step(source) for source in imports.values()]
+    return before + steps, tuple(own_builtins)
+
+
+def _open_check(body, entry):
+    """(the statements, the name of the program's function or None): with those inside of
+    `def check(candidate)` in its place, if it is known for which function it is called: by the
+    row's entry_point, or by a call check(name)."""
+    calls = [statement for statement in body if _calls_check(statement)]
+    if calls:
+        entry = calls[-1].value.args[0].id
+    functions = [statement for statement in body if isinstance(statement, ast.FunctionDef)]
+    checks = [function for function in functions if function.name == "check"]
+    if len(checks) != 1 or len(checks[0].args.args) != 1 or not entry:
+        return body, entry
+    check = checks[0]
+    candidate = check.args.args[0].arg
+    assignment = ast.parse(f"{candidate} = {entry}").body
+    inside = [statement for statement in check.body if not isinstance(statement, ast.Return)]
+    dropped = [check, *calls]
+    outside = [statement for statement in body if statement not in dropped]
+    return outside + assignment + inside, entry
+
+
+def _calls_check(statement):
+    """Whether it is a call check(name)."""
+    if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Call):
+        return False
+    call = statement.value
+    if not isinstance(call.func, ast.Name) or call.func.id != "check" or call.keywords:
+        return False
+    return len(call.args) == 1 and isinstance(call.args[0], ast.Name)
+
+
+def _split(body, known):
+    """A _Step for each statement. known: the names that the tests have without the program."""
+    variables = set()  # what statements of the tests assigned, and did not define or import
+    steps = []
+    for statement in body:
+        source = ast.unparse(statement)
+        bound = _bound(statement)
+        if isinstance(statement, ast.Assert):
+            step, touched = _take_apart(statement, known)
+        elif _used(statement) - bound <= known:
+            steps.append(_Step(source))
+            if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+                bound = {statement.name}
+            elif not isinstance(statement, (ast.Import, ast.ImportFrom)):
+                variables |= bound
+            known = known | bound
+            continue
+        else:
+            asserts = [node for node in ast.walk(statement) if isinstance(node, ast.Assert)]
+            is_test = isinstance(statement, ast.Expr) or bool(asserts)
+            step = _Step(source, needs_program=True, is_test=is_test)
+            touched = _used(statement) | bound
+        steps.append(step)
+        # What the program may have changed is its own now.
+        known = known - (touched & variables) - bound
+    return steps
+
+
+def _take_apart(statement, known):
+    """The _Step of an assert, and the names that the program sees in it."""
+    values = _Values(known)
+    condition = values.visit(copy.deepcopy(statement.test))
+    touched = set()
+    for source in values.sources:
+        touched |= _used(ast.parse(source))
+    if values.is_hidden:
+        return _Step(ast.unparse(statement), needs_program=True, is_test=True), touched
+    return _Step(ast.unparse(condition), values.sources, is_test=True), touched
+
+
+class _Values(ast.NodeTransformer):
+    """Replaces each largest part of an expression that begins with a name that is not `known`, such
+    as `f(2)[0].x`, by `_values[i]`; `sources` are theirs. A call that is handed such a name, as in
+    `sorted(a, key=f)`, is one of them. is_hidden: one cannot be taken out."""
+
+    SCOPES = (
+        ast.ListComp,
+        ast.SetComp,
+        ast.DictComp,
+        ast.GeneratorExp,
+        ast.Lambda,
+        ast.NamedExpr,
+    )
+
+    def __init__(self, known):
+        self.known = known
+        self.sources = []
+        self.is_hidden = False
+
+    def visit(self, node):
+        if self.is_the_programs(node):
+            self.sources.append(ast.unparse(node))
+            return ast.parse(f"_values[{len(self.sources) - 1}]", mode="eval").body
+        if isinstance(node, self.SCOPES):  # it has names of its own
+            if not _used(node) - _bound(node) <= self.known:
+                self.is_hidden = True
+            return node
+        return self.generic_visit(node)
+
+    def is_the_programs(self, node):
+        """Whether only the program can compute it."""
+        begin = _begin(node) or node
+        if isinstance(begin, ast.Name) and begin.id not in self.known:
+            return True
+        return isinstance(node, ast.Call) and not _handed(node) <= self.known
+
+
+# ---- what tests use and do not import
+
+
+def _lacking_imports(body, entry):
+    """{name: its import} of what the tests use and do not import, because the program that they
+    were written for did: else the program at hand would compute it, and what has to come out too.
+    Not where it may be the program's own: bisect(3), Counter().stop(), or all that the tests use.
+    In its process a name that it has stays as it is."""
+    tree = ast.Module(body, [])
+    lacking = _used(tree) - _bound(tree) - BUILTINS - {entry}
+    if not entry and lacking <= IMPORTS.keys():
+        return {}
+    imports = {}
+    for name in sorted(lacking & IMPORTS.keys()):
+        if not _is_the_librarys(name, body):
+            continue
+        module, _, part = IMPORTS[name].partition(":")
+        line = f"from {module} import {part}" if part else f"import {module} as {name}"
+        imports[name] = f"try:\n    {name}\nexcept NameError:\n    {line}"
+    return imports
+
+
+def _is_the_librarys(name, body):
+    """Whether the tests use a name only as what IMPORTS has for it can be used."""
+    nodes = list(ast.walk(ast.Module(body, [])))
+    uses = {node for node in nodes if isinstance(node, ast.Name) and node.id == name}
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+    if ":" in IMPORTS[name]:  # a class: it is only called, Counter(x).most_common()
+        calls = {node for node in nodes if isinstance(node, ast.Call) and node.func in uses}
+        users = [statement for statement in body if name in _used(statement)]
+        # what a variable holds is not followed
+        in_asserts = all(isinstance(statement, ast.Assert) for statement in users)
+        taken = [node for node in attributes if node.value in calls]
+        if not in_asserts or len(uses) != len(calls):
+            return False
+    else:  # a module: each use takes something from it
+        taken = [node for node in attributes if node.value in uses]
+        if len(uses) != len(taken):
+            return False
+    there = dir(pkgutil.resolve_name(IMPORTS[name]))
+    return all(node.attr in there for node in taken)
+
+
+# ---- names in code
+
+
+def _bound(tree):
+    """All names that the code makes."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            names.add(node.id)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.alias):
+            names.add((node.asname or node.name).partition(".")[0])
+    return names
+
+
+def _used(tree):
+    """All names that the code has, those that it makes too."""
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def _called(tree):
+    """The names that the code calls."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return {call.func.id for call in calls if isinstance(call.func, ast.Name)}
+
+
+def _handed(tree):
+    """The names that the code uses bare, not as the beginning of `f(2)`, `a.b` or `a[0]`."""
+    nodes = list(ast.walk(tree))
+    begins = {_begin(node) for node in nodes}
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    return {name.id for name in names if name not in begins}
+
+
+def _begin(node):
+    """What a chain of calls, attributes and indices begins with; None for another node."""
+    root = node
+    while isinstance(root, (ast.Call, ast.Attribute, ast.Subscript)):
+        root = root.func if isinstance(root, ast.Call) else root.value
+    return None if root is node else root
