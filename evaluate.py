@@ -143,10 +143,9 @@ def summarize(trajectories: list[Trajectory], outcome: str, ks: tuple[int, ...])
                 answers = [reward_functions.answer(t, t.example) for t in samples[:k]]
                 votes.append(majority(answers, scores[problem][:k]))
             numbers[f"maj@{k}"] = mean(votes)
+    of_training = ("rollouts", "equal_groups", "tool_seconds")
     metrics = stats(trajectories, outcome)
-    for name in ("rollouts", "equal_groups", "tool_seconds"):  # of training steps
-        del metrics[name]
-    return numbers | metrics
+    return numbers | {name: metrics[name] for name in metrics if name not in of_training}
 
 
 # ---- which model plays which problems

@@ -136,7 +136,10 @@ def test_every_key_says_in_a_trailing_comment_what_it_is(script):
 def test_every_key_is_used_somewhere(script):
     """Pitfall 55: by name, `cfg.key`, or in settings that are taken from a config by name."""
     keys = set(script.Config.__dataclass_fields__)
-    read = set(rollout.Settings.__dataclass_fields__) if script is train_grpo else set()
+    read = set()
+    if script is train_grpo:
+        read |= set(rollout.Settings.__dataclass_fields__)
+        read |= set(train_grpo.LearnSettings.__dataclass_fields__)
     for path in MODULES.values():
         read |= set(re.findall(r"\bcfg\.(\w+)", path.read_text()))
     assert keys - read == set()

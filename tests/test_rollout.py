@@ -21,7 +21,7 @@ from chat import Chat
 from engines.base import Completion
 from engines.scripted import ScriptedEngine
 from player import Player
-from rollout import Settings, cut, play, rollouts, seed_of
+from rollout import Settings, play, rollouts, seed_of, shorten_tokens
 from run.config import UserError
 from run.loop import run_blocking
 from tools import Toolbox
@@ -549,7 +549,7 @@ def test_results_of_one_turn_share_the_observations_limit(tokenizer):
 @pytest.mark.parametrize("text", ["漢字" * 200, "x" * 5000, "a b\n" * 300])
 def test_cut_text_has_about_as_many_tokens_as_were_allowed(tokenizer, limit, text):
     """Also where one character takes several tokens."""
-    short = cut(text, limit, tokenizer)
+    short = shorten_tokens(text, limit, tokenizer)
     mark = short[short.index("\n[...") : short.index("cut ...]\n") + 9]
     slack = len(encode(tokenizer, mark)) + 12  # half characters at the cut are spelt in bytes
     assert len(encode(tokenizer, short)) <= limit + slack
@@ -557,16 +557,16 @@ def test_cut_text_has_about_as_many_tokens_as_were_allowed(tokenizer, limit, tex
 
 
 def test_text_that_fits_is_not_touched(tokenizer):
-    assert cut("x y z", 100, tokenizer) == "x y z"
+    assert shorten_tokens("x y z", 100, tokenizer) == "x y z"
     text = "what is the sum " * 20
-    assert cut(text, len(encode(tokenizer, text)), tokenizer) == text
-    assert cut(text, len(encode(tokenizer, text)) - 1, tokenizer) != text
+    assert shorten_tokens(text, len(encode(tokenizer, text)), tokenizer) == text
+    assert shorten_tokens(text, len(encode(tokenizer, text)) - 1, tokenizer) != text
 
 
 def test_a_megabyte_is_cut_without_holding_up_the_others(tokenizer):
     """Only the ends are encoded: encoding it all takes a second on the event loop."""
     began = time.monotonic()
-    cut("x" * 1_000_000, 512, tokenizer)
+    shorten_tokens("x" * 1_000_000, 512, tokenizer)
     assert time.monotonic() - began < 0.3
 
 

@@ -36,8 +36,7 @@ A tool that wants another kind, or its own words for the model, raises `ToolErro
 """
 
 from run.config import UserError
-from tools.calling.base import DEADLINE, NetworkError, ToolError
-from tools.calling.loading import Tool
+from tools.calling.base import DEADLINE, NetworkError, Tool, ToolError
 from tools.calling.toolbox import Session, Toolbox
 
 __all__ = ["DEADLINE", "NetworkError", "Session", "Tool", "ToolError", "Toolbox", "UserError"]

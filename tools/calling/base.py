@@ -1,9 +1,30 @@
-"""What a call of a tool is, and what a tool raises."""
+"""What a tool is, and what it raises."""
 
+from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 # Seconds that the call which runs here has, 0 for one that nobody stops: for limits of its own.
 DEADLINE = ContextVar("deadline", default=0.0)
+
+
+@dataclass
+class Tool:
+    """A tool as the Toolbox calls it and the model is told of it."""
+
+    name: str
+    schema: dict  # as transformers.utils.get_json_schema gives it
+    function: Callable  # function(**arguments); where there is `make`: function(state, **arguments)
+    is_async: bool
+    make: Callable | None = None  # make(example) -> the state; tools with the same one share it
+    shared: bool = False  # one state for the run, else one for each trajectory
+    serial: bool = True  # calls on the state of one trajectory wait for each other
+    pure: bool = False  # the same arguments give the same result: it is kept
+    network: bool = False  # its NetworkError is worth trying again
+    ends: bool = False  # a call without an error ends the episode; its result is the answer
+    timeout: float | None = None  # seconds; None: the Toolbox's
+    concurrency: int | None = None  # calls at once; None: as many as the Toolbox lets
+    retries: int | None = None  # after a NetworkError; None: RETRIES
 
 
 class ToolError(Exception):

@@ -15,27 +15,11 @@ from pathlib import Path
 
 from run import plugins
 from run.config import UserError, near
+from tools.calling.base import Tool
 
 OPTIONS = "tool_options"  # the config key, for messages
 MCP = "mcp:"  # begins the name of tools that MCP servers have
 RETRIES = 2  # after a NetworkError, where neither the tool nor the user says otherwise
-
-
-@dataclass
-class Tool:
-    name: str
-    schema: dict  # as transformers.utils.get_json_schema gives it
-    function: Callable  # function(**arguments); where there is `make`: function(state, **arguments)
-    is_async: bool
-    make: Callable | None = None  # make(example) -> the state; tools with the same one share it
-    shared: bool = False  # one state for the run, else one for each trajectory
-    serial: bool = True  # calls on the state of one trajectory wait for each other
-    pure: bool = False  # the same arguments give the same result: it is kept
-    network: bool = False  # its NetworkError is worth trying again
-    ends: bool = False  # a call without an error ends the episode; its result is the answer
-    timeout: float | None = None  # seconds; None: the Toolbox's
-    concurrency: int | None = None  # calls at once; None: as many as the Toolbox lets
-    retries: int | None = None  # after a NetworkError; None: RETRIES
 
 
 @dataclass

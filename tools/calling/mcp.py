@@ -41,9 +41,8 @@ from functools import cache, partial
 import httpx2
 
 from run.config import UserError, near
-from tools.calling.base import NetworkError, ToolError
+from tools.calling.base import NetworkError, Tool, ToolError
 from tools.calling.http import AGAIN
-from tools.calling.loading import Tool
 from tools.calling.mcp_file import Server, read
 
 try:

@@ -14,9 +14,8 @@ from functools import partial
 from run.config import UserError
 from run.deadline import Exited, in_thread, in_time, is_alive, shown
 from tools.calling import loading
-from tools.calling.base import DEADLINE, NetworkError, ToolError, shorten
+from tools.calling.base import DEADLINE, NetworkError, Tool, ToolError, shorten
 from tools.calling.cache import Cache
-from tools.calling.loading import Tool
 from tools.calling.schema import signature, wrong_arguments
 
 MAX_RESULT_CHARS = 1_000_000  # a longer text is cut here; the rollout cuts to tokens, much earlier
