@@ -37,11 +37,9 @@ from formats import FORMATS, Call
 from formats.base import (
     any_of,
     as_json,
-    assistant_message,
     call_ids,
-    tool_message,
-    user_message,
 )
+from formats.messages import assistant_message, calls_of, tool_message, user_message
 from formats.proof import (
     SENTINEL,
     TemplateFacts,
@@ -495,19 +493,7 @@ def read_message(message: dict) -> tuple[str, list[Call]]:
     text = flat_text(message.get("content"))
     if message.get("reasoning_content"):
         text = f"<think>\n{message['reasoning_content']}\n</think>\n\n{text}"
-    calls = []
-    for tool_call in message.get("tool_calls") or []:
-        function = tool_call.get("function", tool_call)
-        name = function["name"]
-        arguments = function["arguments"]
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except ValueError as e:
-                what = f"arguments = {arguments!r} of a call of {name}"
-                raise UserError(f"{what}: expected an object or its JSON") from e
-        calls.append(Call(name, arguments, id=tool_call.get("id") or ""))
-    return text, calls
+    return text, calls_of(message)
 
 
 def flat_text(content) -> str:

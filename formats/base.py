@@ -271,27 +271,6 @@ def stopped_without_call(text: str, stop_strings: tuple[str, ...], example: str)
 # Messages, in OpenAI form
 
 
-def user_message(text: str) -> dict:
-    return {"role": "user", "content": text}
-
-
-def tool_message(name: str, content) -> dict:
-    return {"role": "tool", "name": name, "content": content}
-
-
-def assistant_message(text: str, calls: list[Call] = ()) -> dict:
-    message = {"role": "assistant", "content": text}
-    if calls:
-        message["tool_calls"] = [_tool_call(call) for call in calls]
-    return message
-
-
-def _tool_call(call: Call) -> dict:
-    function = {"name": call.name, "arguments": call.arguments}
-    written = {"id": call.id} if call.id else {}
-    return written | {"type": "function", "function": function}
-
-
 # Patterns
 
 

@@ -1,4 +1,4 @@
-"""The tool calls of an OpenAI chat message, read and written in one place.
+"""OpenAI chat messages, and the tool calls in them: read and written in one place.
 
 from formats.messages import calls_of
 names = [call.name for call in calls_of(message)]
@@ -6,7 +6,7 @@ names = [call.name for call in calls_of(message)]
 
 import json
 
-from formats import Call
+from formats.base import Call
 from run.config import UserError
 
 FORM = '{"function": {"name": …, "arguments": an object or its JSON}}'
@@ -43,3 +43,19 @@ def openai_call(call: Call) -> dict:
     function = {"name": call.name, "arguments": call.arguments}
     written = {"type": "function", "function": function}
     return {"id": call.id, **written} if call.id else written
+
+
+def user_message(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def tool_message(name: str, content) -> dict:
+    return {"role": "tool", "name": name, "content": content}
+
+
+def assistant_message(text: str, calls: list[Call] = ()) -> dict:
+    """Writes an assistant's message, with tool_calls if it makes any."""
+    message = {"role": "assistant", "content": text}
+    if calls:
+        message["tool_calls"] = [openai_call(call) for call in calls]
+    return message

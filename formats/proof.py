@@ -21,10 +21,8 @@ from formats.base import (
     Call,
     Format,
     any_of,
-    assistant_message,
-    tool_message,
-    user_message,
 )
+from formats.messages import assistant_message, tool_message, user_message
 from run.config import UserError
 
 SENTINEL = "zqSENTINELqz"  # letters only: no template trims, quotes or escapes it
