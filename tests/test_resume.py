@@ -725,9 +725,9 @@ def test_whatever_fails_in_a_checkpoint_the_older_ones_stay(writer, laid, monkey
         with pytest.raises(UserError, match="cannot save step 6 in .*No space left on device"):
             run.save(6, *parts, cursor=60)
     assert sorted(path.name for path in run.folder.iterdir()) == ["step-000002", "step-000004"]
-    assert not any(checkpoint._damaged(path) for path in run.folder.iterdir())
+    assert not any(checkpoint.damage_of(path) for path in run.folder.iterdir())
     run.save(6, *parts, cursor=60)
-    assert newest(run.out_dir).name == "step-000006" and not checkpoint._damaged(
+    assert newest(run.out_dir).name == "step-000006" and not checkpoint.damage_of(
         newest(run.out_dir)
     )
 
