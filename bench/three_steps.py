@@ -18,8 +18,15 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OFF_POLICY = ["--loss=gspo", "--updates_per_batch=2", "--minibatches=2", "--beta=0.02"]
-OFF_POLICY += ["--is_correction=truncate", "--clip_low=3e-4", "--clip_high=4e-4"]
+OFF_POLICY = [
+    "--loss=gspo",
+    "--updates_per_batch=2",
+    "--minibatches=2",
+    "--beta=0.02",
+    "--is_correction=truncate",
+    "--clip_low=3e-4",
+    "--clip_high=4e-4",
+]
 # name: (script, config, the warm start it goes on from, what else is given)
 CASES = {
     "calc_sft": ("train_sft.py", "calc_sft.py", "", ["--rows=96", "--warmup=1"]),
@@ -41,12 +48,14 @@ def run(checkout: Path, script: str, arguments: list[str]) -> None:
 
 
 def outcome(out_dir: Path) -> dict:
-    """What a run is compared by: {"metrics": one dict a step, "weights": {file: sha256}}."""
-    lines = (out_dir / "metrics.jsonl").read_text().splitlines()
+    """Returns what is compared of a run: {"metrics": a dict a step, "weights": {file: sha256}}."""
     metrics = []
-    for row in map(json.loads, lines):
-        kept = {k: v for k, v in row.items() if not any(part in k for part in NOT_COMPARED)}
-        metrics.append(kept)
+    for line in (out_dir / "metrics.jsonl").read_text().splitlines():
+        row = {}
+        for key, value in json.loads(line).items():
+            if not any(part in key for part in NOT_COMPARED):
+                row[key] = value
+        metrics.append(row)
     weights = {}
     for file in sorted(out_dir.glob("*.safetensors")):
         weights[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -54,7 +63,7 @@ def outcome(out_dir: Path) -> dict:
 
 
 def warm_start(checkout: Path, folder: Path, name: str) -> Path:
-    """The folder of a model that a whole SFT run made, trained now if it is not there."""
+    """Returns the folder of a model that a whole SFT run made; trains it now if it is not there."""
     model = folder / name
     if not (model / "model.safetensors").exists():
         run(checkout, "train_sft.py", ["--config", f"{name}.py", f"--out_dir={model}"])
@@ -67,27 +76,30 @@ def main() -> None:
     parser.add_argument("--warm", default=str(ROOT / "out" / "warm"), help="folder of warm starts")
     parser.add_argument("--record", help="write the outcomes to this file")
     parser.add_argument("--compare", help="compare the outcomes with this file")
-    given = parser.parse_args()
-    checkout = Path(given.checkout).resolve()
-    found = {}
+    arguments = parser.parse_args()
+    checkout = Path(arguments.checkout).resolve()
+    warm_starts = Path(arguments.warm).resolve()
+    outcomes = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, (script, config, warm, more) in CASES.items():
+        for name, (script, config, warm, options) in CASES.items():
             out_dir = Path(folder) / name
-            arguments = ["--config", config, f"--out_dir={out_dir}", *more]
+            command = ["--config", config, f"--out_dir={out_dir}", *options]
             if warm:
-                model = warm_start(checkout, Path(given.warm).resolve(), warm)
-                arguments.append(f"--model={model}")
-            run(checkout, script, arguments)
-            found[name] = outcome(out_dir)
-            print(f"{name}: {len(found[name]['metrics'])} steps", flush=True)
-    if given.record:
-        Path(given.record).write_text(json.dumps(found, indent=1) + "\n")
-    if given.compare:
-        before = json.loads(Path(given.compare).read_text())
-        differ = [name for name in CASES if found[name] != before[name]]
+                model = warm_start(checkout, warm_starts, warm)
+                command.append(f"--model={model}")
+            run(checkout, script, command)
+            outcomes[name] = outcome(out_dir)
+            print(f"{name}: {len(outcomes[name]['metrics'])} steps", flush=True)
+    if arguments.record:
+        Path(arguments.record).write_text(json.dumps(outcomes, indent=1) + "\n")
+    if arguments.compare:
+        before = json.loads(Path(arguments.compare).read_text())
+        all_equal = True
         for name in CASES:
-            print(f"{name + ':':12} {'DIFFERS' if name in differ else 'equal'}")
-        sys.exit(bool(differ))
+            equal = outcomes[name] == before[name]
+            all_equal = all_equal and equal
+            print(f"{name + ':':12} {'equal' if equal else 'DIFFERS'}")
+        sys.exit(0 if all_equal else 1)
 
 
 if __name__ == "__main__":
