@@ -6,12 +6,14 @@ configs, as metrics and as the sha256 of the weights, recorded before and compar
 
 Each case runs a checkout's own scripts as a user would, so the two sides need share no python
 names. Equal means: every metric but times, and every byte of what was saved as the model. That
-holds on one machine with one set of packages; elsewhere, record anew.
+holds on one machine with one set of packages; elsewhere, record anew. One thread is used: with two,
+on a busy machine, the same code does not always add up in the same order.
 """
 
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -42,7 +44,8 @@ NOT_COMPARED = ("seconds", "tools_leaked", "gpu_gib")
 def run(checkout: Path, script: str, arguments: list[str]) -> None:
     """Runs a script of the checkout, with what it prints only where it fails."""
     command = [sys.executable, script, *arguments]
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
 
