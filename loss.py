@@ -1,8 +1,8 @@
 """The loss of GRPO and its relatives: pure functions on tensors, used by train_grpo.py.
 
-    token_advantages, valid = advantages(rewards, groups, "group")    # (B,), (B,)
-    weights = sequence_weights(new_tokens, "dapo", max_new_tokens)    # (B,)
-    loss, parts = grpo_loss(logprobs, old_logprobs, mask, token_advantages, weights, "dapo")
+    values, valid = advantages(rewards, groups, "group")            # (B,), (B,)
+    weights = sequence_weights(new_tokens, "dapo", max_new_tokens)  # (B,)
+    loss, parts = grpo_loss(logprobs, old_logprobs, mask, values, weights, "dapo")
 
 With m = 1 exactly on the tokens that the policy sampled, in all turns, stop tokens included:
 
