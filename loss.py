@@ -1,8 +1,8 @@
 """The loss of GRPO and its relatives: pure functions on tensors, used by train_grpo.py.
 
-    gain, valid = advantages(rewards, groups, "group")            # (B,), (B,)
+    values, valid = advantages(rewards, groups, "group")            # (B,), (B,)
     weights = sequence_weights(new_tokens, "dapo", max_new_tokens)  # (B,)
-    loss, parts = grpo_loss(logprobs, old_logprobs, mask, gain, weights, "dapo")
+    loss, parts = grpo_loss(logprobs, old_logprobs, mask, values, weights, "dapo")
 
 With m = 1 exactly on the tokens that the policy sampled, in all turns, stop tokens included:
 
@@ -37,7 +37,8 @@ IS_CAP = 2.0  # of importance weights: the ratio of two equal policies is 1
 def advantages(
     rewards: list[float | None], groups: list[int], adv_norm: str = "group", rloo: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B,) advantages, and (B,) bool: whether the trajectory has a reward at all.
+    """Compares each reward with its group: returns (B,) advantages, and (B,) bool: whether the
+    trajectory has a reward at all.
 
     groups: the prompt that each belongs to. adv_norm: what the distance to the group's mean is
     divided by: the std of the "group", of the "batch", or nothing ("none"). rloo: the mean is that
@@ -47,46 +48,58 @@ def advantages(
     exactly 0: equality is tested on the rewards, up to rounding (1e-9 of the largest), since a std
     of 1e-16 would make full-size advantages of 0.1 + 0.2 and 0.3.
     """
-    valid = [r is not None and r == r for r in rewards]
-    gain = torch.zeros(len(rewards))
+    valid = [reward is not None and not math.isnan(reward) for reward in rewards]
+    result = torch.zeros(len(rewards))
     for group in set(groups):
-        rows = [i for i, g in enumerate(groups) if g == group and valid[i]]
-        values = torch.tensor([rewards[i] for i in rows], dtype=torch.float64)
-        if not rows or values.max() - values.min() <= 1e-9 * values.abs().max():
+        members = [i for i, g in enumerate(groups) if g == group and valid[i]]
+        if not members:
             continue
-        centred = values - values.mean()
+        group_rewards = torch.tensor([rewards[i] for i in members], dtype=torch.float64)
+        spread = group_rewards.max() - group_rewards.min()
+        if spread <= 1e-9 * group_rewards.abs().max():
+            continue
+        distances = group_rewards - group_rewards.mean()
         if rloo:  # r - (sum - r) / (n - 1) is n / (n - 1) times r - mean
-            centred = centred * len(rows) / (len(rows) - 1)
-        gain[rows] = (centred / (values.std() if adv_norm == "group" else 1.0)).float()
-    if adv_norm == "batch" and gain.any():
-        known = [r for r, v in zip(rewards, valid, strict=True) if v]
-        gain = gain / torch.tensor(known, dtype=torch.float64).std()  # in float32 it can be 0
-    return gain, torch.tensor(valid, dtype=torch.bool)
+            distances = distances * len(members) / (len(members) - 1)
+        if adv_norm == "group":
+            distances = distances / group_rewards.std()
+        result[members] = distances.float()
+    if adv_norm == "batch" and result.any():
+        known = [reward for reward, is_valid in zip(rewards, valid, strict=True) if is_valid]
+        result = result / torch.tensor(known, dtype=torch.float64).std()  # in float32 it can be 0
+    return result, torch.tensor(valid, dtype=torch.bool)
 
 
 def turn_advantages(
     turn_rewards: list[list[float]], groups: list[int], adv_norm: str = "group", rloo: bool = False
 ) -> list[list[float]]:
-    """An advantage for each turn: what a trajectory earned in turn k and after it, compared with
-    the k-th turns of its group (after MT-GRPO, arXiv:2505.11821). A turn that no other trajectory
-    reached, or that all earned the same in, gets 0. The outcome's advantage is to be added."""
-    # rounded, as 0.1 + 0.2 - 0.3 is not 0
-    to_go = [[round(math.fsum(e[k:]), 9) for k in range(len(e))] for e in turn_rewards]
-    gains = [[0.0] * len(earned) for earned in to_go]
-    for k in range(max(map(len, to_go), default=0)):
-        rows = [i for i, earned in enumerate(to_go) if len(earned) > k]
-        values = [to_go[i][k] for i in rows]
-        gain, _ = advantages(values, [groups[i] for i in rows], adv_norm, rloo)
-        for i, value in zip(rows, gain.tolist(), strict=True):
-            gains[i][k] = value
-    return gains
+    """Computes an advantage for each turn: what a trajectory earned in turn k and after it,
+    compared with the k-th turns of its group (after MT-GRPO, arXiv:2505.11821). A turn that no
+    other trajectory reached, or that all earned the same in, gets 0. The outcome's advantage is to
+    be added."""
+    rewards_to_go = []  # of each trajectory, a number for each turn
+    for earned in turn_rewards:
+        # rounded, as 0.1 + 0.2 - 0.3 is not 0
+        rewards_to_go.append([round(math.fsum(earned[k:]), 9) for k in range(len(earned))])
+
+    result = [[0.0] * len(earned) for earned in turn_rewards]
+    most_turns = max(map(len, turn_rewards), default=0)
+    for k in range(most_turns):
+        members = [i for i, to_go in enumerate(rewards_to_go) if k < len(to_go)]
+        values = [rewards_to_go[i][k] for i in members]
+        member_groups = [groups[i] for i in members]
+        of_turn, _ = advantages(values, member_groups, adv_norm, rloo)
+        for i, value in zip(members, of_turn.tolist(), strict=True):
+            result[i][k] = value
+    return result
 
 
 def sequence_weights(new_tokens: torch.Tensor, loss: str, max_new_tokens: int) -> torch.Tensor:
-    """(B,) w_i. new_tokens: (B,) trained tokens, 0 for a sequence that is left out: it then counts
-    in no denominator."""
-    counted = (new_tokens > 0).float()
-    sequences, tokens = counted.sum().clamp(min=1), new_tokens.sum().clamp(min=1)
+    """Returns (B,) w_i. new_tokens: (B,) trained tokens, 0 for a sequence that is left out: it then
+    counts in no denominator. max_new_tokens: the constant of dr_grpo."""
+    counted = (new_tokens > 0).float()  # (B,)
+    sequences = counted.sum().clamp(min=1)
+    tokens = new_tokens.sum().clamp(min=1)
     if loss in ("grpo", "gspo"):  # mean over the tokens of a sequence, then over sequences
         return counted / (sequences * new_tokens.clamp(min=1))
     if loss in ("dapo", "cispo"):  # mean over all tokens
@@ -96,29 +109,30 @@ def sequence_weights(new_tokens: torch.Tensor, loss: str, max_new_tokens: int) -
 
 def importance(
     old_logprobs: torch.Tensor,  # (B, T) of the trainer, before the first update
-    sampled: torch.Tensor,  # (B, T) of the engine that sampled
+    sampled_logprobs: torch.Tensor,  # (B, T) of the engine that sampled
     mask: torch.Tensor,  # (B, T)
     correction: str,
     cap: float = IS_CAP,
 ) -> torch.Tensor:
-    """(B, T) c_it, without gradient; 1 where the mask is 0.
+    """Returns (B, T) c_it, without gradient; 1 where the mask is 0.
 
     The trainer's probability over the engine's, of each token, or with "sequence_truncate" and
     "sequence_mask" of all that was sampled. "truncate" bounds it by cap (TIS), "mask" drops what is
     outside [1 / cap, cap]. Both are explained in fengyao.notion.site/off-policy-rl, "mask" also as
     IcePop in arXiv:2510.18855.
     """
-    log = torch.where(mask.bool(), old_logprobs - sampled, 0.0).detach()
-    if correction.startswith(
-        "sequence_"
-    ):  # mask-1 tokens only; clamped, for exp of a thousand tokens' sum
-        log = log.sum(1, keepdim=True).clamp(-20, 20).expand_as(log)
-    weight = log.exp()
+    wanted = mask.bool()
+    log_ratio = torch.where(wanted, old_logprobs - sampled_logprobs, 0.0).detach()
+    if correction.startswith("sequence_"):
+        # of mask-1 tokens only; clamped, for exp of a thousand tokens' sum
+        log_ratio = log_ratio.sum(1, keepdim=True).clamp(-20, 20).expand_as(log_ratio)
+    ratio = log_ratio.exp()
     if correction.endswith("truncate"):
-        weight = weight.clamp(max=cap)
+        weight = ratio.clamp(max=cap)
     else:
-        weight = torch.where((weight < 1 / cap) | (weight > cap), 0.0, weight)
-    return torch.where(mask.bool(), weight, 1.0)
+        is_outside = (ratio < 1 / cap) | (ratio > cap)
+        weight = torch.where(is_outside, 0.0, ratio)
+    return torch.where(wanted, weight, 1.0)
 
 
 def correction_sums(
@@ -138,17 +152,20 @@ def correction_sums(
 
 
 def sampler_mismatch(gaps: torch.Tensor) -> dict[str, float]:
-    """How far the engine is from the trainer, of (N,) logprobs of the trainer minus the engine's of
-    N sampled tokens: mean, 95th percentile and largest absolute difference, and the k3 estimate of
-    KL(engine || trainer), which is never negative."""
+    """Measures how far the engine is from the trainer. gaps: (N,) logprobs of the trainer minus the
+    engine's of N sampled tokens. Returns mean, 95th percentile and largest absolute difference, and
+    the k3 estimate of KL(engine || trainer), which is never negative; {} of no tokens."""
     if not len(gaps):
         return {}
-    far, ordered = gaps.abs(), gaps.abs().sort().values
+    sizes = gaps.abs()
+    sorted_sizes = sizes.sort().values
+    at_95_percent = int(0.95 * (len(gaps) - 1))
+    k3 = gaps.clamp(-20, 20).exp() - 1 - gaps  # (N,)
     return {
-        "sampler_logprob_diff": far.mean().item(),
-        "sampler_logprob_diff_p95": ordered[int(0.95 * (len(gaps) - 1))].item(),
-        "sampler_logprob_diff_max": ordered[-1].item(),
-        "mismatch_kl": (gaps.clamp(-20, 20).exp() - 1 - gaps).mean().item(),
+        "sampler_logprob_diff": sizes.mean().item(),
+        "sampler_logprob_diff_p95": sorted_sizes[at_95_percent].item(),
+        "sampler_logprob_diff_max": sorted_sizes[-1].item(),
+        "mismatch_kl": k3.mean().item(),
     }
 
 
@@ -156,7 +173,7 @@ def grpo_loss(
     logprobs: torch.Tensor,  # (B, T) of the policy, with gradient
     old_logprobs: torch.Tensor,  # (B, T) of the policy that sampled
     mask: torch.Tensor,  # (B, T) 1 = sampled by the policy
-    advantage: torch.Tensor,  # (B,), or (B, T) where turns differ
+    advantages: torch.Tensor,  # (B,), or (B, T) where turns differ
     weights: torch.Tensor,  # (B,) of sequence_weights
     loss: str = "dapo",
     clip_low: float = 0.2,
@@ -165,10 +182,12 @@ def grpo_loss(
     ref_logprobs: torch.Tensor | None = None,  # (B, T), with beta
     importance: torch.Tensor | None = None,  # (B, T) of importance()
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss, a scalar to be summed over micro-batches, and what to log: (B, T) "clipped", where
-    the clip took the gradient, and with beta (B, T) "kl"."""
+    """Returns the loss, a scalar to be summed over micro-batches, and what to log: (B, T)
+    "clipped", where the clip took the gradient, and with beta (B, T) "kl"."""
     wanted = mask.bool()
-    gain = advantage if advantage.ndim == 2 else advantage[:, None]
+    if advantages.ndim == 1:
+        advantages = advantages[:, None]
+
     # 0 where the mask is 0, before exp: what an engine says of other tokens cannot leak as NaN
     log_ratio = torch.where(wanted, logprobs - old_logprobs, 0.0)
     if loss == "gspo":
@@ -176,21 +195,24 @@ def grpo_loss(
     ratio = log_ratio.exp()
     if loss == "cispo":
         bounded = ratio.detach().clamp(max=1 + clip_high)
-        objective = bounded * gain * torch.where(wanted, logprobs, 0.0)
+        objective = bounded * advantages * torch.where(wanted, logprobs, 0.0)
         clipped = ratio > 1 + clip_high  # it still learns, by a bounded weight
     else:
         bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
-        objective = torch.minimum(ratio * gain, bounded * gain)
-        clipped = bounded * gain < ratio * gain
+        objective = torch.minimum(ratio * advantages, bounded * advantages)
+        clipped = bounded * advantages < ratio * advantages
     if importance is not None:
         objective = objective * importance
-    parts = {"clipped": wanted & clipped}
     if beta:
         difference = torch.where(wanted, ref_logprobs - logprobs, 0.0)
         kl = difference.exp() - difference - 1  # k3: never negative, 0 where they agree
         objective = objective - beta * kl
+    total = -(weights[:, None] * mask * objective).sum()
+
+    parts = {"clipped": wanted & clipped}
+    if beta:
         parts["kl"] = kl.detach()
-    return -(weights[:, None] * mask * objective).sum(), parts
+    return total, parts
 
 
 def set_advantages(

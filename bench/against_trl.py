@@ -15,7 +15,7 @@ trajectories after the other, runs the calls of one trajectory after those of an
 all rows in one shape. How many rows it takes at once in the update is tried out first (`batches`).
 Ours is train_grpo.py --config calc.py as it is, with its log of metrics and rollouts; TRL's log is
 off. Checkpoints are off on both sides. Ours knows the results of calls that were made before, as
-the samples of a group often make the same; "all calls" is ours without that (tool_cache=none).
+the samples of a group often make the same; "all calls" is ours without that (python.cache=false).
 
 Each run is a process of its own, ours and TRL's by turns. A step is timed from its end to that of
 the next, so with tools, reward and update, and whatever else is done between; the first two are not
@@ -24,6 +24,7 @@ without loading.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -53,7 +54,8 @@ from run.config import UserError
 from trajectory import Trajectory
 
 WARM_UP = 2  # steps that are not counted
-GOAL, WINDOW = 0.9, 5  # mean reward over so many steps
+GOAL = 0.9  # mean reward over WINDOW steps
+WINDOW = 5
 
 
 @dataclass
@@ -61,12 +63,7 @@ class Config:
     model: str = ""  # the folder to start with; without one it is made, in two minutes
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 60
-    batches: tuple[int, ...] = (
-        192,
-        96,
-        48,
-        24,
-    )  # rows of TRL's updates at once: the fastest counts
+    batches: tuple[int, ...] = (192, 96, 48, 24)  # rows TRL updates at once: the fastest counts
     save_to: str = ""  # a .json for the results
     part: str = ""  # for the subprocesses: ours, all, or trl:192
 
@@ -81,9 +78,16 @@ def check(cfg: Config) -> None:
 
 
 def settings(cfg: Config, out_dir: str) -> train_grpo.Config:
-    """Of both sides: configs/calc.py."""
-    options = {"model": cfg.model, "out_dir": out_dir, "steps": cfg.steps, "seed": cfg.seeds[0]}
-    items = ["--config", "calc.py", "--save_every=0", *(f"--{k}={v}" for k, v in options.items())]
+    """Returns those of both sides: configs/calc.py."""
+    items = [
+        "--config",
+        "calc.py",
+        "--save_every=0",
+        f"--model={cfg.model}",
+        f"--out_dir={out_dir}",
+        f"--steps={cfg.steps}",
+        f"--seed={cfg.seeds[0]}",
+    ]
     return config.parse(train_grpo.Config, items, train_grpo.check)
 
 
@@ -104,8 +108,9 @@ def ours(cfg: Config, folder: str) -> tuple[list[float], list[dict]]:
             times.append(time.perf_counter())
 
     run_log.Log = Log
-    cache = "none" if cfg.part == "all" else train_grpo.Config.tool_cache
-    run = dataclasses.replace(settings(cfg, f"{folder}/run"), tool_cache=cache)
+    run = settings(cfg, f"{folder}/run")
+    if cfg.part == "all":
+        run = dataclasses.replace(run, tool_options=("python.cache=false",))
     train_grpo.train(run)
     rows = run_page.read(f"{folder}/run/metrics.jsonl")
     return times, [{"reward": row["reward"], "tool_calls": row["tool_calls"]} for row in rows]
@@ -119,7 +124,9 @@ def trls(cfg: Config, folder: str, batch: int) -> tuple[list[float], list[dict]]
 
     from tools.python import python
 
-    run, times, rows = settings(cfg, folder), [], []
+    run = settings(cfg, folder)
+    times = []
+    rows = []
     model, tokenizer, chat, _, _, examples = setup(run, "full")
     tokenizer.response_template = qwen3_template  # how calls are written; our template is like it
     count = run.prompts_per_step
@@ -127,15 +134,21 @@ def trls(cfg: Config, folder: str, batch: int) -> tuple[list[float], list[dict]]
     room = run.max_tokens - max(len(chat.prompt(row["messages"])) for row in prompts)
 
     def correct(prompts, completions, completion_ids, example, **_):
-        scores, calls = [], 0
+        scores = []
+        calls = 0
         for messages, ids, row in zip(completions, completion_ids, example, strict=True):
             ended = ids[-1] == tokenizer.eos_token_id and not messages[-1].get("tool_calls")
-            said = Trajectory(row, messages=row["messages"] + messages)
-            said.stop = "answered" if ended else "length"
-            scores.append(rewards.correct(said, row))
-            calls += sum(message["role"] == "tool" for message in messages)
-        row = {"reward": statistics.mean(scores), "tool_calls": calls / len(scores)}
-        rows.append(row | {"sample": tokenizer.decode(completion_ids[0])})
+            trajectory = Trajectory(row, messages=row["messages"] + messages)
+            trajectory.stop = "answered" if ended else "length"
+            scores.append(rewards.correct(trajectory, row))
+            calls += len([message for message in messages if message["role"] == "tool"])
+        rows.append(
+            {
+                "reward": statistics.mean(scores),
+                "tool_calls": calls / len(scores),
+                "sample": tokenizer.decode(completion_ids[0]),
+            }
+        )
         return scores
 
     class Clock(TrainerCallback):
@@ -171,11 +184,12 @@ def trls(cfg: Config, folder: str, batch: int) -> tuple[list[float], list[dict]]
 
 
 def same_ids(trainer, chat, messages: list[dict]) -> None:
-    """A prompt and a tool's result are the same tokens on both sides, or there is no comparison."""
+    """Checks that a prompt and a tool's result are the same tokens on both sides: else there is no
+    comparison."""
     (prompt,), *_ = trainer._tokenize_prompts([messages])
-    said = {"role": "tool", "name": "python", "content": "12"}
+    message = {"role": "tool", "name": "python", "content": "12"}
     result = chat.observation([(Call("python", {"code": "6 + 6"}), "12")], closed=True)
-    if prompt != chat.prompt(messages) or trainer._get_tool_suffix_ids([said]) != result:
+    if prompt != chat.prompt(messages) or trainer._get_tool_suffix_ids([message]) != result:
         raise UserError("TRL does not read this chat template as ours does")
 
 
@@ -183,21 +197,24 @@ def same_ids(trainer, chat, messages: list[dict]) -> None:
 
 
 def part(cfg: Config) -> dict:
-    """In a subprocess: one run of one side."""
+    """Makes, in a subprocess, one run of one side."""
     side, _, batch = cfg.part.partition(":")
     with tempfile.TemporaryDirectory() as folder:
         times, rows = trls(cfg, folder, int(batch)) if batch else ours(cfg, folder)
-    seconds = [after - before for before, after in zip(times, times[1:], strict=False)]
-    mean = [
-        statistics.mean(row["reward"] for row in rows[i - WINDOW : i])
-        for i in range(WINDOW, len(rows) + 1)
-    ]
-    reached = next((i + WINDOW for i, value in enumerate(mean) if value >= GOAL), None)
+    seconds = [after - before for before, after in itertools.pairwise(times)]
+    steps_to_goal = None
+    seconds_to_goal = None
+    last_reward = rows[-1]["reward"]  # the mean of the last steps, if there are so many
+    for done in range(WINDOW, len(rows) + 1):
+        last_reward = statistics.mean(row["reward"] for row in rows[done - WINDOW : done])
+        if last_reward >= GOAL and steps_to_goal is None:
+            steps_to_goal = done
+            seconds_to_goal = times[done] - times[0]
     return {
         "seconds_per_step": statistics.median(seconds[WARM_UP:]),
-        "steps_to_goal": reached,
-        "seconds_to_goal": reached and times[reached] - times[0],
-        "last_reward": mean[-1] if mean else rows[-1]["reward"],
+        "steps_to_goal": steps_to_goal,
+        "seconds_to_goal": seconds_to_goal,
+        "last_reward": last_reward,
         "tool_calls": statistics.mean(row["tool_calls"] for row in rows[WARM_UP:]),
         "seconds": [round(value, 3) for value in seconds],
         "rewards": [round(row["reward"], 4) for row in rows],
@@ -206,46 +223,60 @@ def part(cfg: Config) -> dict:
 
 
 def measure(cfg: Config) -> dict:
-    """{a side: [a result for each seed], "tried": {rows at once: seconds per step of TRL}}"""
+    """Measures both sides; returns {a side: [a result for each seed], "tried": {rows at once:
+    seconds per step of TRL}, "batch": the fastest of these}."""
 
     def run(part, seed, steps):
         items = [f"--model={cfg.model}", f"--part={part}", f"--seeds={seed}", f"--steps={steps}"]
         return in_subprocess(__file__, items)
 
+    # 1. how many rows at once is TRL's best?
+    batch = cfg.batches[0]
     tried = {}
-    for batch in cfg.batches:
-        if len(cfg.batches) > 1:
-            few = min(cfg.steps, 8)
-            tried[batch] = run(f"trl:{batch}", cfg.seeds[0], few)["seconds_per_step"]
-            print(f"TRL with {batch} rows at once: {tried[batch]:.2f} s a step")
-    batch = min(tried, key=tried.get) if tried else cfg.batches[0]
-    found = {"tried": tried, "batch": batch} | {side: [] for side in SIDES}
+    if len(cfg.batches) > 1:
+        for rows in cfg.batches:
+            result = run(f"trl:{rows}", cfg.seeds[0], min(cfg.steps, 8))
+            tried[rows] = result["seconds_per_step"]
+            print(f"TRL with {rows} rows at once: {tried[rows]:.2f} s a step")
+        batch = min(tried, key=tried.get)
+
+    # 2. the sides by turns
+    results = {"tried": tried, "batch": batch}
+    for side in SIDES:
+        results[side] = []
     for seed in cfg.seeds:
         for side in SIDES:
             part = f"trl:{batch}" if side == "trl" else side
-            found[side].append(run(part, seed, cfg.steps))
-    return found
+            results[side].append(run(part, seed, cfg.steps))
+    return results
 
 
-def table(found: dict, cfg: Config) -> None:
-    """A line for each run, then medians and ratios."""
+def table(results: dict, cfg: Config) -> None:
+    """Prints a line for each run, then medians and ratios; adds the medians to the results."""
     keys = ("seconds_per_step", "seconds_to_goal", "steps_to_goal", "last_reward", "tool_calls")
     heads = ("s/step", f"s to {GOAL}", f"steps to {GOAL}", "last reward", "calls/rollout")
     print(f"\n{'':17}" + "".join(f"{head:>14}" for head in heads))
     medians = {}
     for name, label in SIDES.items():
-        for seed, result in zip(cfg.seeds, found[name], strict=True):
-            print(f"{label + ', seed ' + str(seed):17}" + "".join(_cell(result[k]) for k in keys))
-        values = {k: [r[k] for r in found[name] if r[k] is not None] for k in keys}
-        medians[name] = {k: statistics.median(v) if v else None for k, v in values.items()}
-        print(f"{label + ', median':17}" + "".join(_cell(medians[name][k]) for k in keys))
-    for key, what in (("seconds_per_step", "seconds per step"), ("seconds_to_goal", "to 0.9")):
+        for seed, result in zip(cfg.seeds, results[name], strict=True):
+            cells = [_cell(result[key]) for key in keys]
+            print(f"{f'{label}, seed {seed}':17}" + "".join(cells))
+        medians[name] = {}
+        for key in keys:
+            values = [result[key] for result in results[name] if result[key] is not None]
+            medians[name][key] = statistics.median(values) if values else None
+        cells = [_cell(medians[name][key]) for key in keys]
+        print(f"{f'{label}, median':17}" + "".join(cells))
+    for key, title in (("seconds_per_step", "seconds per step"), ("seconds_to_goal", "to 0.9")):
         for name in ("ours", "all"):
-            a, b = medians[name][key], medians["trl"][key]
-            ratio = f"{a / b:.2f}" if a and b else "not reached"
-            print(f"{what}: {SIDES[name]} / TRL = {ratio}")
-    found["medians"] = medians
-    print(f"\nTRL's first completion of its last step:\n{found['trl'][0]['sample']}")
+            our_seconds = medians[name][key]
+            trl_seconds = medians["trl"][key]
+            ratio = "not reached"
+            if our_seconds and trl_seconds:
+                ratio = f"{our_seconds / trl_seconds:.2f}"
+            print(f"{title}: {SIDES[name]} / TRL = {ratio}")
+    results["medians"] = medians
+    print(f"\nTRL's first completion of its last step:\n{results['trl'][0]['sample']}")
 
 
 def _cell(value) -> str:
@@ -263,10 +294,10 @@ def main(cfg: Config) -> None:
             cfg.model = os.path.join(folder, "calc_sft")
             items = ["--config", "calc_sft.py", f"--out_dir={cfg.model}"]
             train_sft.train(config.parse(train_sft.Config, items, train_sft.check))
-        found = measure(cfg)
-    table(found, cfg)
+        results = measure(cfg)
+    table(results, cfg)
     if cfg.save_to:
-        save(cfg.save_to, {"bench": "against_trl", "config": dataclasses.asdict(cfg)} | found)
+        save(cfg.save_to, {"bench": "against_trl", "config": dataclasses.asdict(cfg)} | results)
 
 
 if __name__ == "__main__":

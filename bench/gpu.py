@@ -43,24 +43,25 @@ class Config:
 
 
 def random_model(folder: Path) -> str:
-    """Qwen3-shaped, 100 M parameters, with the tokenizer of the tiny tasks."""
-    said = {"role": "user", "content": "what is 1 + 2?"}, {"role": "assistant", "content": "3"}
-    talks = [list(said)] * 64
-    tokenizer = tiny_model.tiny_tokenizer(talks, [])
-    models.save(
-        tiny_model.tiny(tokenizer, 0, hidden_size=1024, layers=8, heads=16), tokenizer, folder
-    )
+    """Writes a Qwen3-shaped model of 100 M parameters, with the tokenizer of the tiny tasks."""
+    conversation = [
+        {"role": "user", "content": "what is 1 + 2?"},
+        {"role": "assistant", "content": "3"},
+    ]
+    tokenizer = tiny_model.tiny_tokenizer([conversation] * 64, [])
+    model = tiny_model.tiny(tokenizer, 0, hidden_size=1024, layers=8, heads=16)
+    models.save(model, tokenizer, folder)
     return str(folder)
 
 
 def used_gib() -> float:
-    """Of the whole GPU, by all processes."""
+    """Returns what is used of the whole GPU, by all processes."""
     free, total = torch.cuda.mem_get_info()
     return (total - free) / 2**30
 
 
-def nudged(model, seed: int) -> None:
-    """As an update would: every trained weight moves by a thousandth of its size."""
+def nudge(model, seed: int) -> None:
+    """Moves every trained weight by about a hundredth of its size, as an update would."""
     generator = torch.Generator(model.device).manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
@@ -70,26 +71,30 @@ def nudged(model, seed: int) -> None:
 
 
 def measure(name: str, tune: str, cfg: Config) -> dict:
-    """One row of the table; raises if an engine has other weights than the trainer."""
+    """Measures one row of the table; raises if an engine has other weights than the trainer."""
     model, tokenizer = models.load(name, tune, cfg.dtype, lora_r=16, lora_alpha=32)
     row = {"tune": tune, "before vLLM": used_gib()}
-    options = {"max_model_len": 1024, "max_num_seqs": 256}
-    options["gpu_memory_utilization"] = cfg.gpu_memory_utilization
-    lora_r = 16 if tune != "full" else 0
-    started = run_blocking(
-        vllm_engine.start(name, model, cfg.dtype, full=tune == "full", lora_r=lora_r, **options)
+    starting = vllm_engine.start(
+        name,
+        model,
+        cfg.dtype,
+        full=tune == "full",
+        lora_r=0 if tune == "full" else 16,
+        max_model_len=1024,
+        max_num_seqs=256,
+        gpu_memory_utilization=cfg.gpu_memory_utilization,
     )
-    engine, canary = started, Canary(list(range(5, 205)), cfg.dtype)
+    engine = run_blocking(starting)
+    canary = Canary(list(range(5, 205)), cfg.dtype)
     try:
         for version in range(3):
             if version:
-                nudged(model, version)
+                nudge(model, version)
             begin = time.perf_counter()
-            row[f"differs, {version}"] = run_blocking(synced(engine, model, version, canary))[
-                "canary"
-            ]
+            metrics = run_blocking(synced(engine, model, version, canary))
+            row[f"differs, {version}"] = metrics["canary"]
             row["sync s"] = time.perf_counter() - begin
-            if not version:
+            if version == 0:
                 row["awake"] = used_gib()
             run_blocking(engine.sleep())
             row["asleep"] = used_gib()
@@ -104,13 +109,19 @@ def measure(name: str, tune: str, cfg: Config) -> dict:
 
 
 def speed(engine, requests: int) -> float:
-    async def everything() -> int:
-        how = (Sampling(max_new_tokens=128, seed=seed) for seed in range(requests))
-        turns = (engine.generate([5 + s.seed % 200, 6, 7], [], s) for s in how)
-        return sum(len(out.ids) for out in await asyncio.gather(*turns))
+    """Returns tokens per second of so many turns at once."""
+
+    async def sample_all() -> int:
+        turns = []
+        for seed in range(requests):
+            sampling = Sampling(max_new_tokens=128, seed=seed)
+            turns.append(engine.generate([5 + seed % 200, 6, 7], [], sampling))
+        outputs = await asyncio.gather(*turns)
+        return sum(len(output.ids) for output in outputs)
 
     begin = time.perf_counter()
-    return run_blocking(everything()) / (time.perf_counter() - begin)
+    tokens = run_blocking(sample_all())
+    return tokens / (time.perf_counter() - begin)
 
 
 def main(argv: list[str]) -> None:
@@ -127,7 +138,8 @@ def main(argv: list[str]) -> None:
     for key in rows[0]:
         table.add_column(key, justify="right")
     for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+        cells = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()]
+        table.add_row(*cells)
     Console().print(table)
 
 

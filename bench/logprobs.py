@@ -46,7 +46,10 @@ from trl_side import in_subprocess
 from learning.logprobs import token_logprobs
 from run.config import UserError
 
-TIME, MEMORY, DIFFERENCE = 1.3, 1 / 6, 1e-5  # what ours may take, of the plain way's
+# What ours may take, of the plain way's.
+MOST_TIME = 1.3
+MOST_MEMORY = 1 / 6
+MOST_DIFFERENCE = 1e-5  # norm of the difference over norm
 
 
 @dataclass
@@ -78,19 +81,20 @@ def plain(hidden, head, ids):
 
 
 def chunked(hidden, head, ids):
-    return ours(hidden, head, ids, head)
+    return ours(hidden, ids, head, head.out_features)
 
 
 def any_head(hidden, head, ids):
-    return ours(hidden, head, ids, head.forward)  # whatever is no Linear
+    return ours(hidden, ids, head.forward, head.out_features)  # whatever is no Linear
 
 
-def ours(hidden, head, ids, given):
-    text = SimpleNamespace(vocab_size=head.out_features)
+def ours(hidden, ids, head, vocabulary):
+    """Calls token_logprobs on a model whose layers have run already."""
+    text_config = SimpleNamespace(vocab_size=vocabulary)
     model = SimpleNamespace(
         get_decoder=lambda: lambda **_: SimpleNamespace(last_hidden_state=hidden),
-        get_output_embeddings=lambda: given,
-        config=SimpleNamespace(get_text_config=lambda: text),
+        get_output_embeddings=lambda: head,
+        config=SimpleNamespace(get_text_config=lambda: text_config),
     )
     every = torch.ones_like(ids)
     logprobs, entropy = token_logprobs(model, ids, every, every)
@@ -127,28 +131,37 @@ def part(cfg: Config) -> dict:
     way = WAYS[cfg.part]
     way(hidden[:, :16], head, ids[:, :16])[0].sum().backward()
     hidden.grad = head.weight.grad = None
-    level = taken(peak=False)
-    seconds = [clock()]
+    level = taken(peak=False)  # bytes
+    started = clock()
     try:
         logprobs, entropy = way(hidden, head, ids)
-        seconds.append(clock())
+        middle = clock()
         logprobs.backward(gradient)
-        seconds.append(clock())
+        ended = clock()
     except (RuntimeError, MemoryError) as error:
         if "memory" not in str(error):
             raise
         return {"failed": "out of memory"}
     peak = (taken(peak=True) - level) / 2**20
     if cfg.keep:
-        found = {"logprobs": logprobs.detach(), "entropy": entropy}
-        torch.save(found | {"hidden": hidden.grad, "weight": head.weight.grad}, cfg.keep)
-    begin, middle, end = seconds
-    times = {"forward": middle - begin, "backward": end - middle, "seconds": end - begin}
-    return times | {"peak_mib": peak, "load": os.getloadavg()[0]}
+        tensors = {
+            "logprobs": logprobs.detach(),
+            "entropy": entropy,
+            "hidden": hidden.grad,
+            "weight": head.weight.grad,
+        }
+        torch.save(tensors, cfg.keep)
+    return {
+        "forward": middle - started,
+        "backward": ended - middle,
+        "seconds": ended - started,
+        "peak_mib": peak,
+        "load": os.getloadavg()[0],
+    }
 
 
 def taken(peak: bool) -> int:
-    """Bytes of this process, now or the most so far, on the GPU if there is one."""
+    """Returns the bytes of this process, now or the most so far, on the GPU if there is one."""
     if not torch.cuda.is_available():
         return memory("/proc/self/status", "VmHWM" if peak else "VmRSS")
     if peak:
@@ -158,7 +171,7 @@ def taken(peak: bool) -> int:
 
 
 def memory(path: str, key: str) -> int:
-    """Bytes, from one of the kernel's tables."""
+    """Reads a number of bytes from one of the kernel's tables."""
     lines = Path(path).read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
@@ -169,51 +182,64 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def differences(kept: Path, reference: Path) -> dict:
-    """Norm of the difference over norm, of each tensor that was kept."""
-    ours, plains = (torch.load(path, map_location="cpu", mmap=True) for path in (kept, reference))
-    return {
-        name: ((ours[name] - right).norm() / right.norm()).item()
-        for name, right in plains.items()
-        if ours[name] is not None
-    }
+def differences(file: Path, plain_file: Path) -> dict:
+    """Returns the norm of the difference over the norm, of each tensor in two files."""
+    tensors = torch.load(file, map_location="cpu", mmap=True)
+    plain_tensors = torch.load(plain_file, map_location="cpu", mmap=True)
+    result = {}
+    for name, expected in plain_tensors.items():
+        if tensors[name] is not None:  # liger makes no entropy
+            result[name] = ((tensors[name] - expected).norm() / expected.norm()).item()
+    return result
 
 
 def measure(cfg: Config, ways: list[str]) -> dict:
-    """{way: medians, and differences from the plain way}."""
-    shape = [f"--{k}={getattr(cfg, k)}" for k in ("tokens", "vocabulary", "hidden")]
-    runs, result = {way: [] for way in ways}, {}
+    """Returns {way: medians, and differences from the plain way}."""
+    shape = [f"--{key}={getattr(cfg, key)}" for key in ("tokens", "vocabulary", "hidden")]
+    runs = {way: [] for way in ways}
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
         files = {way: Path(folder, way) for way in ways}
         for i in range(cfg.runs):
             for way in ways:
-                keep = [f"--keep={files[way]}"] if i == 0 else []
-                runs[way].append(in_subprocess(__file__, [*shape, f"--part={way}", *keep]))
-                if "failed" in runs[way][-1]:
+                arguments = [*shape, f"--part={way}"]
+                if i == 0:
+                    arguments.append(f"--keep={files[way]}")
+                run = in_subprocess(__file__, arguments)
+                if "failed" in run:
                     raise UserError(
                         f"tokens = {cfg.tokens}: the {way} way runs out of memory: wait until more "
                         "is free, or give --tokens=4096; the ratios stay nearly the same"
                     )
+                runs[way].append(run)
         for way in ways:
-            medians = {k: statistics.median(run[k] for run in runs[way]) for k in runs[way][0]}
-            result[way] = medians | {"differs": differences(files[way], files["plain"])}
-    return result
+            results[way] = {}
+            for key in runs[way][0]:
+                results[way][key] = statistics.median(run[key] for run in runs[way])
+            results[way]["differs"] = differences(files[way], files["plain"])
+    return results
 
 
-def table(found: dict) -> None:
+def table(results: dict) -> None:
     """Prints the results of `measure`."""
-    columns, base = ("logprobs", "entropy", "hidden", "weight"), found["plain"]
+    columns = ("logprobs", "entropy", "hidden", "weight")
+    plain_result = results["plain"]
     line = "{:8} {:>8} {:>9} {:>8} {:>5} {:>9} {:>6} {:>9} {:>9} {:>9} {:>9} {:>5}"
     print(f"{'':58} differs by (hidden and weight: their gradients)")
     heads = ("forward", "backward", "seconds", "x", "peak MiB", "x", *columns, "load")
     print(line.format("", *heads))
-    for way, r in found.items():
-        times = (f"{r[k]:.1f}" for k in ("forward", "backward", "seconds"))
-        shares = (r[k] / base[k] for k in ("seconds", "peak_mib"))
-        time_share, memory_share = (f"{share:.3f}" for share in shares)
-        differs = (f"{r['differs'][k]:.1e}" if k in r["differs"] else "-" for k in columns)
-        peak, load = f"{r['peak_mib']:,.0f}", f"{r['load']:.1f}"
-        print(line.format(way, *times, time_share, peak, memory_share, *differs, load))
+    for way, result in results.items():
+        cells = [way]
+        for key in ("forward", "backward", "seconds"):
+            cells.append(f"{result[key]:.1f}")
+        cells.append(f"{result['seconds'] / plain_result['seconds']:.3f}")
+        cells.append(f"{result['peak_mib']:,.0f}")
+        cells.append(f"{result['peak_mib'] / plain_result['peak_mib']:.3f}")
+        for key in columns:
+            differs = result["differs"]
+            cells.append(f"{differs[key]:.1e}" if key in differs else "-")
+        cells.append(f"{result['load']:.1f}")
+        print(line.format(*cells))
 
 
 def main(cfg: Config) -> None:
@@ -229,20 +255,22 @@ def main(cfg: Config) -> None:
         ways.append("liger")
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"T = {cfg.tokens:,}, V = {cfg.vocabulary:,}, H = {cfg.hidden:,}, float32, {where}")
-    found = measure(cfg, ways)
-    table(found)
-    result, base = found["chunked"], found["plain"]
-    shares = result["seconds"] / base["seconds"], result["peak_mib"] / base["peak_mib"]
-    differs = max(result["differs"].values())
-    print(f"time: {shares[0]:.2f} of the plain way's (at most {TIME})")
-    print(f"memory: 1/{1 / shares[1]:.1f} of the plain way's (at most 1/{1 / MEMORY:.0f})")
-    print(f"largest difference: {differs:.1e} (at most {DIFFERENCE:.0e})")
+    results = measure(cfg, ways)
+    table(results)
+    chunked_result = results["chunked"]
+    plain_result = results["plain"]
+    time_share = chunked_result["seconds"] / plain_result["seconds"]
+    memory_share = chunked_result["peak_mib"] / plain_result["peak_mib"]
+    difference = max(chunked_result["differs"].values())
+    print(f"time: {time_share:.2f} of the plain way's (at most {MOST_TIME})")
+    print(f"memory: 1/{1 / memory_share:.1f} of the plain way's (at most 1/{1 / MOST_MEMORY:.0f})")
+    print(f"largest difference: {difference:.1e} (at most {MOST_DIFFERENCE:.0e})")
     if cfg.save_to:
         Path(cfg.save_to).parent.mkdir(parents=True, exist_ok=True)
         about = {"cores": os.cpu_count(), "device": where, "torch": torch.__version__}
         about |= {"bench": "logprobs", "config": dataclasses.asdict(cfg)}
-        Path(cfg.save_to).write_text(json.dumps(about | found, indent=1) + "\n")
-    if shares[0] > TIME or shares[1] > MEMORY or differs > DIFFERENCE:
+        Path(cfg.save_to).write_text(json.dumps(about | results, indent=1) + "\n")
+    if time_share > MOST_TIME or memory_share > MOST_MEMORY or difference > MOST_DIFFERENCE:
         raise SystemExit(1)
 
 

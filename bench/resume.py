@@ -66,26 +66,33 @@ def coin(trajectory, example):
     return float(sum(trajectory.ids) % 3 == 0)
 """
 WARM = {"model": "tiny", "rows": 512, "optimizer": "muon", "learning_rate": 1e-2}
-BATCH, ROWS, HELD_OUT = 8, 100, 16  # of the SFT
+# of the SFT
+BATCH_SIZE = 8
+ROWS = 100
+HELD_OUT_ROWS = 16
 
 
 def settings(cfg: Config, place: Path, model: str) -> dict:
-    """What the run is given, out_dir excepted."""
-    values = {"model": model, "save_every": 2, "schedule": "cosine", "warmup": 5}
-    values |= {"weight_decay": 0.1, "tune": cfg.tune}
-    rate = 1e-3
+    """Returns what the run is given, out_dir excepted."""
+    values = {
+        "model": model,
+        "save_every": 2,
+        "schedule": "cosine",
+        "warmup": 5,
+        "tune": cfg.tune,
+        "learning_rate": 1e-3,
+    }
     if cfg.tune == "lora":
-        values, rate = values | {"lora_r": 8, "lora_alpha": 16}, 1e-2
+        values |= {"lora_r": 8, "lora_alpha": 16, "learning_rate": 1e-2}
     if cfg.script == "sft":
-        optimizer = "muon" if cfg.tune == "full" else "adamw"
         return values | {
-            "rows": ROWS + HELD_OUT,
-            "val_rows": HELD_OUT,
+            "rows": ROWS + HELD_OUT_ROWS,
+            "val_rows": HELD_OUT_ROWS,
             "val_every": 5,
-            "batch_size": BATCH,
-            "epochs": cfg.steps * BATCH / ROWS,
-            "optimizer": optimizer,
-            "learning_rate": rate,
+            "batch_size": BATCH_SIZE,
+            "weight_decay": 0.1,
+            "epochs": cfg.steps * BATCH_SIZE / ROWS,
+            "optimizer": "muon" if cfg.tune == "full" else "adamw",
         }
     return values | {
         "steps": cfg.steps,
@@ -100,7 +107,6 @@ def settings(cfg: Config, place: Path, model: str) -> dict:
         "updates_per_batch": 2,
         "minibatches": 2,
         "beta": 0.02,
-        "learning_rate": rate,
     }
 
 
@@ -110,7 +116,7 @@ class Life:
     def __init__(self, script: str, values: dict, place: Path):
         argv = [sys.executable, HERE / f"train_{script}.py"]
         argv += [f"--{key}={value}" for key, value in values.items()]
-        self.place, self.log = place, place / "log"
+        self.log = place / "log"
         self.aside = Path(values["out_dir"]) / "checkpoints" / "aside"
         self.born = time.monotonic()
         with open(self.log, "wb") as output:  # its own process group: we end that, and nobody else
@@ -124,61 +130,75 @@ class Life:
         return self.process.poll() is not None
 
     def read(self) -> None:
-        """What is known of it now: whether its steps have begun, the first, the next."""
-        lines = self.log.read_text().splitlines()
-        going = [line for line in lines if line.startswith("going on with step")]
-        steps = [int(line.split()[1]) for line in lines if line.startswith("step ")]
-        self.begun = bool(going)
-        self.first = int(going[0].split()[-1]) if going else 0
-        self.next = steps[-1] + 1 if steps else self.first
+        """Reads from its log whether its steps have begun, the first and the next of them."""
+        self.begun = False
+        self.first = 0
+        self.next = 0
+        for line in self.log.read_text().splitlines():
+            if line.startswith("going on with step"):
+                self.begun = True
+                self.first = int(line.split()[-1])
+                self.next = self.first
+            elif line.startswith("step "):
+                self.next = int(line.split()[1]) + 1
 
-    def wait(self, what) -> None:
-        """Until what() is true, or it has ended."""
+    def wait(self, condition) -> None:
+        """Waits until condition() is true, or it has ended."""
         while not self.ended:
             self.read()
-            if what():
+            if condition():
                 return
             time.sleep(0.002)
 
     def end(self) -> None:
+        """Kills it with whatever it has started."""
         if not self.ended:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
-def scored(place: Path) -> int:
-    return (place / "scored").stat().st_size if (place / "scored").exists() else 0
+def count_scored(place: Path) -> int:
+    """Counts the trajectories that the reward has seen, in all lives."""
+    marks = place / "scored"
+    return marks.stat().st_size if marks.exists() else 0
 
 
 def undisturbed(cfg: Config, values: dict, place: Path) -> dict:
     """Runs to the end; returns how many seconds its parts take."""
     life = Life(cfg.script, values | {"resume": "true"}, place)
     life.wait(lambda: life.begun)
-    start, writing, appeared = time.monotonic() - life.born, [], None
+    start = time.monotonic() - life.born  # seconds
+    writing = []  # seconds of each checkpoint
+    appeared = None  # when the checkpoint that is being written was begun
     while not life.ended:
-        there = life.aside.exists()
-        if there and appeared is None:
+        is_writing = life.aside.exists()
+        if is_writing and appeared is None:
             appeared = time.monotonic()
-        elif appeared is not None and not there:
+        elif appeared is not None and not is_writing:
             writing.append(time.monotonic() - appeared)
             appeared = None
         time.sleep(0.001)
     if life.process.returncode:
         raise UserError(f"the run itself does not work:\n{life.log.read_text()}")
     steps = [row["seconds"] for row in run_page.read(Path(values["out_dir"]) / "metrics.jsonl")]
-    writing = statistics.median(writing)
-    return {"start": start, "step": statistics.median(steps), "checkpoint": writing}
+    return {
+        "start": start,
+        "step": statistics.median(steps),
+        "checkpoint": statistics.median(writing),
+    }
 
 
 def kill_one(cfg, values, place, kind: str, target: int, seconds: dict, rng) -> tuple[str, Life]:
-    """One life, ended in about step `target` as `kind` says; returns (where it was, the life)."""
+    """Starts a life and kills it in about step `target` as `kind` says; returns (where it was, the
+    life)."""
     life = Life(cfg.script, values | {"resume": "true"}, place)
-    delay, marks = rng.uniform(0, 0.8 * seconds[kind]), scored(place)
+    delay = rng.uniform(0, 0.8 * seconds[kind])
+    scored_before = count_scored(place)
     if kind == "start":
         life.wait(lambda: life.begun or time.monotonic() > life.born + delay)
     else:
         life.wait(lambda: life.begun and life.next >= target)
-        marks = scored(place)
+        scored_before = count_scored(place)
         if kind == "checkpoint":
             life.wait(life.aside.exists)
         time.sleep(delay)
@@ -192,64 +212,74 @@ def kill_one(cfg, values, place, kind: str, target: int, seconds: dict, rng) -> 
         where = "checkpoint write"
     elif cfg.script == "sft":
         where = "step"
+    elif count_scored(place) > scored_before:
+        where = "step, rewards given"
     else:
-        where = "step, rewards given" if scored(place) > marks else "step, sampling"
+        where = "step, sampling"
     return where, life
 
 
 def disturbed(cfg: Config, values: dict, place: Path, seconds: dict) -> tuple[Counter, int]:
     """Kills and resumes, and at last lets it end; returns (kills by where they fell, how many
     steps were made more than once)."""
-    rng, found, redone, before = random.Random(cfg.seed), Counter(), 0, 0
+    rng = random.Random(cfg.seed)
+    kills = Counter()  # where: how many
+    redone = 0  # steps
+    reached = 0  # the step that the last life would have made next
     for i in range(cfg.kills):
         kind = rng.choice(("start", "step", "step"))
-        if found["checkpoint write"] <= 0.3 * i:  # a write is short, and may be over when we kill
+        if kills["checkpoint write"] <= 0.3 * i:  # a write is short, and may be over when we kill
             kind = "checkpoint"
         target = i * (cfg.steps - 2) // cfg.kills
         where, life = kill_one(cfg, values, place, kind, target, seconds, rng)
-        found[where] += 1
+        kills[where] += 1
         if life.begun:
-            redone, before = redone + before - life.first, life.next
+            redone += reached - life.first
+            reached = life.next
         print(f"kill {i + 1:2d}: {where:20} steps {life.first} to {life.next}", flush=True)
     life = Life(cfg.script, values | {"resume": "true"}, place)
     life.process.wait()
     life.read()
     if life.process.returncode:
         raise UserError(f"it could not go on:\n{life.log.read_text()}")
-    return found, redone + before - life.first
+    return kills, redone + reached - life.first
 
 
 def untimed(value):
+    """Returns a nested value without its times."""
     if isinstance(value, dict):
         return {key: untimed(inner) for key, inner in value.items() if "seconds" not in key}
-    return [untimed(inner) for inner in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [untimed(inner) for inner in value]
+    return value
 
 
 def digest_of(value) -> str:
-    """Of a nested state: the bits of its tensors, and the repr of all else."""
-    seen = hashlib.sha256()
+    """Digests a nested state: the bits of its tensors, and the repr of all else."""
+    digest = hashlib.sha256()
 
     def add(value):
         if isinstance(value, torch.Tensor):
-            seen.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            seen.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
         elif isinstance(value, (dict, list, tuple)):
             pairs = value.items() if isinstance(value, dict) else enumerate(value)
             for key, inner in pairs:
-                seen.update(f"{key!r}:".encode())
+                digest.update(f"{key!r}:".encode())
                 add(inner)
         else:
-            seen.update(repr(value).encode())
+            digest.update(repr(value).encode())
 
     add(value)
-    return seen.hexdigest()[:16]
+    return digest.hexdigest()[:16]
 
 
 def left_by(out_dir: Path) -> dict:
-    """{what is compared: its digest}."""
-    names = ["metrics.jsonl"] + ["rollouts.jsonl"] * (out_dir / "rollouts.jsonl").exists()
+    """Returns {a name of what is compared: its digest}."""
     left = {}
-    for name in names:
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        if not (out_dir / name).exists():  # SFT writes no rollouts
+            continue
         rows = [untimed(json.loads(line)) for line in (out_dir / name).read_text().splitlines()]
         left[f"{name}, {len(rows)} lines"] = digest_of(rows)
     (weights,) = out_dir.glob("*.safetensors")
@@ -262,29 +292,37 @@ def left_by(out_dir: Path) -> dict:
     return left
 
 
-def parting(one: Path, other: Path) -> str:
-    """The first step whose metrics differ, and in what."""
-    pair = (run_page.read(folder / "metrics.jsonl") for folder in (one, other))
-    for first, second in zip(*pair, strict=False):
-        keys = [key for key in first if "seconds" not in key and first[key] != second.get(key)]
-        if keys:
-            return f"step {first['step']}: " + ", ".join(
-                f"{key} {first[key]} and {second.get(key)}" for key in keys
-            )
-    return "in no step's metrics"
+def first_difference(whole: Path, killed: Path) -> str:
+    """Says in which step the metrics of two runs differ first, and in what."""
+    rows = run_page.read(whole / "metrics.jsonl")
+    other_rows = run_page.read(killed / "metrics.jsonl")
+    for row, other in zip(rows, other_rows, strict=False):
+        differences = []
+        for key, value in row.items():
+            if "seconds" not in key and value != other.get(key):
+                differences.append(f"{key} {value} and {other.get(key)}")
+        if differences:
+            return f"step {row['step']}: " + ", ".join(differences)
+    return "no step's metrics"
 
 
-def code() -> list[bytes]:
-    """What every life reads anew, so that it must not change meanwhile."""
-    patterns = "*.py", "tools/*.py", "tasks/*.py"
-    return [file.read_bytes() for pattern in patterns for file in sorted(HERE.glob(pattern))]
+def code() -> dict[str, bytes]:
+    """Reads what every life reads anew, so that it must not change meanwhile: the scripts, and all
+    modules below the folders that they import from."""
+    files = list(HERE.glob("*.py"))
+    for room in ("run", "formats", "tasks", "learning", "engines", "tools", "grading"):
+        files += (HERE / room).rglob("*.py")
+    return {str(file): file.read_bytes() for file in files}
 
 
 def main(argv: list[str]) -> None:
-    cfg, started, before = config.parse(Config, argv), time.monotonic(), code()
+    cfg = config.parse(Config, argv)
     config.require_positive(cfg, "steps kills")
+    started = time.monotonic()
+    code_before = code()
     with tempfile.TemporaryDirectory() as folder:
-        place, model = Path(folder), cfg.model
+        place = Path(folder)
+        model = cfg.model
         (place / "coin.py").write_text(REWARD)
         if not model:
             model = str(place / "warm")
@@ -292,27 +330,30 @@ def main(argv: list[str]) -> None:
             if warm.process.wait():
                 raise UserError(f"the warm start does not work:\n{warm.log.read_text()}")
         values = settings(cfg, place, model)
-        first, second = (values | {"out_dir": str(place / name)} for name in ("whole", "killed"))
-        seconds = undisturbed(cfg, first, place)
-        said = ", ".join(f"a {name} takes {value:.2f}" for name, value in seconds.items())
-        print(f"seconds: {said}", flush=True)
-        found, redone = disturbed(cfg, second, place, seconds)
-        one, other = left_by(place / "whole"), left_by(place / "killed")
-        where_they_part = parting(place / "whole", place / "killed")
+        whole_dir = place / "whole"
+        killed_dir = place / "killed"
+        seconds = undisturbed(cfg, values | {"out_dir": str(whole_dir)}, place)
+        parts = ", ".join(f"a {name} takes {value:.2f}" for name, value in seconds.items())
+        print(f"seconds: {parts}", flush=True)
+        kills, redone = disturbed(cfg, values | {"out_dir": str(killed_dir)}, place, seconds)
+        whole = left_by(whole_dir)
+        killed = left_by(killed_dir)
+        where_they_part = first_difference(whole_dir, killed_dir)
 
-    if code() != before:
+    if code() != code_before:
         raise UserError("a script was edited while this ran: the lives are not of one program")
-    what = f"{cfg.script}, {cfg.tune}, {cfg.steps} steps"
-    where = ", ".join(f"{count} {name}" for name, count in found.most_common())
-    print(f"\n{what}, {found.total()} kills: {where}; {redone} steps made again")
+    where = ", ".join(f"{count} {name}" for name, count in kills.most_common())
+    print(f"\n{cfg.script}, {cfg.tune}, {cfg.steps} steps, ", end="")
+    print(f"{kills.total()} kills: {where}; {redone} steps made again")
     print(f"\n| {'':30} | undisturbed      | killed           | equal |\n|---|---|---|---|")
-    names = list(dict.fromkeys([*one, *other]))
-    differ = [name for name in names if one.get(name) != other.get(name)]
-    for name in names:
-        pair = f"{one.get(name, 'missing'):16} | {other.get(name, 'missing'):16}"
-        print(f"| {name:30} | {pair} | {'NO' if name in differ else 'yes':5} |")
+    differs = False
+    for name in dict.fromkeys([*whole, *killed]):
+        equal = whole.get(name) == killed.get(name)
+        differs = differs or not equal
+        pair = f"{whole.get(name, 'missing'):16} | {killed.get(name, 'missing'):16}"
+        print(f"| {name:30} | {pair} | {'yes' if equal else 'NO':5} |")
     print(f"\nminutes: {(time.monotonic() - started) / 60:.1f}")
-    if differ:
+    if differs:
         print(f"they part in {where_they_part}")
         sys.exit(1)
 

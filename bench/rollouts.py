@@ -48,7 +48,8 @@ from run.loop import run_blocking
 from tasks import tiny as tiny_model
 from tools import Toolbox
 
-LOOP, WALL = 0.9, 1.25  # (a) at least, (b) at most
+LEAST_LOOP_RATIO = 0.9  # (a): tokens per second through rollouts(), of vLLM's own
+MOST_WALL_RATIO = 1.25  # (b): wall time of all, of the slowest alone
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Config:
 
 
 def seconds_of(text: str) -> float:
-    """0.2 to 2, the same for the same text."""
+    """Draws 0.2 to 2, the same for the same text."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return 0.2 + 1.8 * int.from_bytes(digest, "big") / 2**64
 
@@ -85,8 +86,8 @@ class Caller(Chat):
     """Takes every turn for a call of the tool. One token in 32 ends a turn: a random model would
     say none of the usual ones, and a turn that is cut by its limit calls nothing."""
 
-    def __init__(self, tokenizer, *more):
-        super().__init__(tokenizer, *more)
+    def __init__(self, tokenizer, format_name, schemas):
+        super().__init__(tokenizer, format_name, schemas)
         self.stop_ids = tuple(range(7, len(tokenizer), 32))
 
     def parse(self, ids):
@@ -95,19 +96,26 @@ class Caller(Chat):
 
 
 def examples(count: int) -> list[dict]:
-    said = "Look up what is asked, then answer. Question {}: what is known about the number {}?"
-    rows = [{"role": "user", "content": said.format(n, 7 * n)} for n in range(count)]
-    return [{"messages": [row], "answer": "", "id": n} for n, row in enumerate(rows)]
+    rows = []
+    for n in range(count):
+        question = (
+            f"Look up what is asked, then answer. Question {n}: "
+            f"what is known about the number {7 * n}?"
+        )
+        message = {"role": "user", "content": question}
+        rows.append({"messages": [message], "answer": "", "id": n})
+    return rows
 
 
 def plain_model(folder: Path) -> str:
-    """A random model of 4 M parameters, Qwen3-shaped, with the tokenizer of the tiny tasks."""
+    """Writes a random model of 4 M parameters, Qwen3-shaped, with the tokenizer of the tiny
+    tasks."""
     box = Toolbox([wait_a_while])
-    talks = [row["messages"] + [{"role": "assistant", "content": "ok"}] for row in examples(64)]
-    tokenizer = tiny_model.tiny_tokenizer(talks, box.schemas)
-    models.save(
-        tiny_model.tiny(tokenizer, 0, hidden_size=256, layers=4, heads=4), tokenizer, folder
-    )
+    answer = {"role": "assistant", "content": "ok"}
+    conversations = [[*example["messages"], answer] for example in examples(64)]
+    tokenizer = tiny_model.tiny_tokenizer(conversations, box.schemas)
+    model = tiny_model.tiny(tokenizer, 0, hidden_size=256, layers=4, heads=4)
+    models.save(model, tokenizer, folder)
     return str(folder)
 
 
@@ -115,22 +123,23 @@ def plain_model(folder: Path) -> str:
 
 
 def loop_cost(cfg: Config, engine, tokenizer) -> dict:
-    chat, rows = Chat(tokenizer, "hermes", []), examples(cfg.prompts)
-    how = Settings(max_new_tokens=cfg.new_tokens, max_tokens=2048, max_turns=1)
+    """Measures (a); returns medians of tokens per second, their ratio, and all of them."""
+    chat = Chat(tokenizer, "hermes", [])
+    rows = examples(cfg.prompts)
+    settings = Settings(max_new_tokens=cfg.new_tokens, max_tokens=2048, max_turns=1)
 
     def ours() -> int:
-        return sum(
-            t.new_tokens for t in run_blocking(rollouts(rows, chat, engine, Toolbox([]), how))
-        )
+        played = run_blocking(rollouts(rows, chat, engine, Toolbox([]), settings))
+        return sum(t.new_tokens for t in played)
 
     def raw() -> int:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        async def one(i: int, prompt: list[int]) -> int:
+        async def sample(i: int, prompt: list[int]) -> int:
             params = SamplingParams(
                 temperature=1.0,
-                seed=seed_of(how.seed, 0, i, 0, 0),
+                seed=seed_of(settings.seed, 0, i, 0, 0),
                 max_tokens=cfg.new_tokens,
                 stop_token_ids=list(chat.stop_ids),
                 ignore_eos=True,
@@ -138,53 +147,70 @@ def loop_cost(cfg: Config, engine, tokenizer) -> dict:
                 logprobs=0,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            asked = {"prompt_token_ids": prompt}
-            async for out in engine.llm.generate(asked, params, f"raw {time.monotonic_ns()} {i}"):
-                last = out
+            request = {"prompt_token_ids": prompt}
+            request_id = f"raw {time.monotonic_ns()} {i}"
+            async for output in engine.llm.generate(request, params, request_id):
+                last = output
             return len(last.outputs[0].token_ids)
 
-        async def everything() -> int:
+        async def sample_all() -> int:
             prompts = [chat.prompt(row["messages"]) for row in rows]
-            return sum(await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts))))
+            turns = [sample(i, prompt) for i, prompt in enumerate(prompts)]
+            return sum(await asyncio.gather(*turns))
 
-        return run_blocking(everything())
+        return run_blocking(sample_all())
 
-    speeds, tokens = {"ours": [], "raw": []}, set()
+    speeds = {"ours": [], "raw": []}  # tokens per second
+    counts = set()  # tokens of a run
     for run in range(cfg.runs + 1):
         for name, way in (("raw", raw), ("ours", ours)):
             run_blocking(engine.llm.reset_prefix_cache())
             started = time.perf_counter()
             count = way()
-            tokens.add(count)
-            if run:  # the first warms up
+            counts.add(count)
+            if run > 0:  # the first warms up
                 speeds[name].append(count / (time.perf_counter() - started))
-    if len(tokens) != 1:
-        raise UserError(f"the two ways sampled different numbers of tokens: {tokens}")
-    out = {name: statistics.median(values) for name, values in speeds.items()}
-    return {**out, "ratio": out["ours"] / out["raw"], "tokens": tokens.pop(), "all": speeds}
+    if len(counts) != 1:
+        raise UserError(f"the two ways sampled different numbers of tokens: {counts}")
+    ours_median = statistics.median(speeds["ours"])
+    raw_median = statistics.median(speeds["raw"])
+    return {
+        "ours": ours_median,
+        "raw": raw_median,
+        "ratio": ours_median / raw_median,
+        "tokens": counts.pop(),
+        "all": speeds,
+    }
 
 
 # -- (b) and (d)
 
 
 def play(engine, tokenizer, count: int) -> tuple[float, list]:
-    """Seconds for `count` trajectories, in groups of 8, and the trajectories."""
+    """Plays `count` trajectories, in groups of 8; returns the seconds and the trajectories."""
     box = Toolbox([wait_a_while], 1024, 60.0)
     chat = Caller(tokenizer, "hermes", box.schemas)
-    how = settings(count)
+    rows = examples(count // 8)
     started = time.perf_counter()
-    played = run_blocking(rollouts(examples(count // 8), chat, engine, box, how, samples=8))
+    played = run_blocking(rollouts(rows, chat, engine, box, settings(count), samples=8))
     assert all(len(t.calls) == 2 for t in played), "every trajectory has two calls"
     return time.perf_counter() - started, played
 
 
 def settings(count: int) -> Settings:
-    more = {"max_turns": 2, "final_turn": True, "max_concurrent": count}
-    return Settings(max_new_tokens=512, max_tokens=2048, **more)
+    """Returns those of (b) and (d), for so many trajectories at once."""
+    return Settings(
+        max_new_tokens=512,
+        max_tokens=2048,
+        max_turns=2,
+        final_turn=True,
+        max_concurrent=count,
+    )
 
 
 def alone(engine, tokenizer, trajectory) -> float:
-    """Seconds that one of them takes when nothing else runs: the same prompt, seeds and calls."""
+    """Plays one of them again while nothing else runs, with the same prompt, seeds and calls;
+    returns the seconds."""
     from rollout import play as play_one
     from trajectory import Trajectory
 
@@ -200,23 +226,29 @@ def alone(engine, tokenizer, trajectory) -> float:
 
 
 def slow_tools(cfg: Config, engine, tokenizer) -> dict:
+    """Measures (b); returns medians of three runs, their ratio, and all of them."""
     play(engine, tokenizer, 8)  # warms up
-    walls, slowest = [], []
+    walls = []  # seconds of all
+    slowest = []  # seconds of the slowest, alone
     for _ in range(3):
         wall, played = play(engine, tokenizer, cfg.trajectories)
         walls.append(wall)
         longest = max(played, key=lambda t: sum(call.seconds for call in t.calls))
         slowest.append(alone(engine, tokenizer, longest))
-    waits = [call.seconds for t in played for call in t.calls]
-    out = {"wall": statistics.median(walls), "slowest_alone": statistics.median(slowest)}
-    out |= {
-        "waited_in_all": sum(waits),
-        "ratio": statistics.median(walls) / statistics.median(slowest),
+    wall = statistics.median(walls)
+    slowest_alone = statistics.median(slowest)
+    return {
+        "wall": wall,
+        "slowest_alone": slowest_alone,
+        "waited_in_all": sum(call.seconds for t in played for call in t.calls),
+        "ratio": wall / slowest_alone,
+        "walls": walls,
+        "alone": slowest,
     }
-    return out | {"walls": walls, "alone": slowest}
 
 
 def growth(cfg: Config, engine, tokenizer) -> list[dict]:
+    """Measures (d); returns a row for each number of trajectories."""
     rows = []
     for count in cfg.counts:
         walls = [play(engine, tokenizer, count)[0] for _ in range(3)]
@@ -228,7 +260,7 @@ def growth(cfg: Config, engine, tokenizer) -> list[dict]:
 
 
 def trls(cfg: Config) -> dict:
-    """In a subprocess: TRL's own generation of the same trajectories, once."""
+    """Runs, in a subprocess, TRL's own generation of the same trajectories, once."""
     import trl.trainer.grpo_trainer as theirs
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -248,7 +280,8 @@ def trls(cfg: Config) -> dict:
 
     def parse(tokenizer, ids, *_, **__):
         function = {"name": "wait_a_while", "arguments": {"seconds": seconds_of(f"{ids}")}}
-        return {"role": "assistant", "content": "", "tool_calls": [_called(function)]}
+        call = {"type": "function", "function": function}
+        return {"role": "assistant", "content": "", "tool_calls": [call]}
 
     theirs.parse_response = parse
     tokenizer = AutoTokenizer.from_pretrained(cfg.model)
@@ -274,36 +307,40 @@ def trls(cfg: Config) -> dict:
         )
         prompts = [list(row["prompt"]) for row in rows for _ in range(8)]
         # which its training step sets, for each rollout, before it generates
-        named, none = {"wait_a_while": tool}, {}
-        by_kind = (none, named) if cfg.part == "async" else (named, none)
-        trainer._sync_tool_dicts = [by_kind[0]] * len(prompts)
-        trainer._async_tool_dicts = [by_kind[1]] * len(prompts)
+        synchronous_tools = {}
+        asynchronous_tools = {}
+        if cfg.part == "async":
+            asynchronous_tools["wait_a_while"] = tool
+        else:
+            synchronous_tools["wait_a_while"] = tool
+        trainer._sync_tool_dicts = [synchronous_tools] * len(prompts)
+        trainer._async_tool_dicts = [asynchronous_tools] * len(prompts)
         started = time.perf_counter()
         trainer._generate(prompts)
     return {"seconds": time.perf_counter() - started}
 
 
-def _called(function: dict) -> dict:
-    return {"type": "function", "function": function}
-
-
 def beside_trl(cfg: Config, model: str, wall: float) -> dict:
-    out = {}
+    """Measures (c). wall: seconds of ours."""
+    measured = {}
     for kind in ("sync", "async"):
         options = [f"--part={kind}", f"--model={model}", f"--trajectories={cfg.trajectories}"]
-        out[kind] = in_subprocess(__file__, options)["seconds"]
-        out[f"{kind}_ratio"] = out[kind] / wall
-    return out
+        seconds = in_subprocess(__file__, options)["seconds"]
+        measured[kind] = seconds
+        measured[f"{kind}_ratio"] = seconds / wall
+    return measured
 
 
 def draw(rows: list[dict], file: Path) -> None:
+    """Draws (d)."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
-    counts, seconds = [r["trajectories"] for r in rows], [r["seconds"] for r in rows]
+    counts = [row["trajectories"] for row in rows]
+    seconds = [row["seconds"] for row in rows]
     axes.plot(counts, seconds, marker="o", label="all at once")
     one_by_one = [seconds[0] * count / counts[0] for count in counts]
     axes.plot(counts, one_by_one, linestyle=":", color="grey", label="if each 8 waited")
@@ -321,37 +358,47 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = cfg.model or plain_model(Path(folder))
         tokenizer = models.load_tokenizer(model)
-        options = {"max_model_len": 2048, "max_num_seqs": 256, "gpu_memory_utilization": 0.5}
-        engine = run_blocking(vllm_engine.start(model, enforce_eager=cfg.enforce_eager, **options))
+        starting = vllm_engine.start(
+            model,
+            enforce_eager=cfg.enforce_eager,
+            max_model_len=2048,
+            max_num_seqs=256,
+            gpu_memory_utilization=0.5,
+        )
+        engine = run_blocking(starting)
         try:
             run_blocking(engine.generate([5, 6, 7], [], Sampling(max_new_tokens=4)))
             measured = measure(cfg, engine, tokenizer)
         finally:
             run_blocking(engine.close())
         if cfg.trl:
-            measured["c"] = beside_trl(cfg, model, measured["b"]["wall"])
-            c = measured["c"]
+            c = beside_trl(cfg, model, measured["b"]["wall"])
+            measured["c"] = c
             print(f"(c) TRL, synchronous tool: {c['sync']:.1f} s, {c['sync_ratio']:.1f} times ours")
             print(f"    asynchronous: {c['async']:.1f} s, {c['async_ratio']:.1f} times ours")
     if cfg.save_to:
         save(cfg.save_to, measured)
         draw(measured["d"], Path(cfg.save_to).with_suffix(".png"))
-    if measured["a"]["ratio"] < LOOP or measured["b"]["ratio"] > WALL:
+    loop_is_slow = measured["a"]["ratio"] < LEAST_LOOP_RATIO
+    if loop_is_slow or measured["b"]["ratio"] > MOST_WALL_RATIO:
         raise SystemExit(1)
 
 
 def measure(cfg: Config, engine, tokenizer) -> dict:
-    """(a), (b) and (d), printed as they are known."""
+    """Measures (a), (b) and (d), and prints them as they are known."""
     a = loop_cost(cfg, engine, tokenizer)
     print(
-        f"(a) {a['ours']:,.0f} tokens/s through rollouts(), {a['raw']:,.0f} of vLLM itself: ",
-        end="",
+        f"(a) {a['ours']:,.0f} tokens/s through rollouts(), {a['raw']:,.0f} of vLLM itself: "
+        f"{a['ratio']:.3f} (at least {LEAST_LOOP_RATIO}); {a['tokens']:,} tokens each, "
+        f"medians of {cfg.runs}"
     )
-    print(f"{a['ratio']:.3f} (at least {LOOP}); {a['tokens']:,} tokens each, medians of {cfg.runs}")
     b = slow_tools(cfg, engine, tokenizer)
-    print(f"(b) {cfg.trajectories} trajectories: {b['wall']:.2f} s; the slowest alone: ", end="")
-    print(f"{b['slowest_alone']:.2f} s; {b['ratio']:.3f} (at most {WALL}); their tools waited for ")
-    print(f"    {b['waited_in_all']:.1f} s in all", flush=True)
+    print(
+        f"(b) {cfg.trajectories} trajectories: {b['wall']:.2f} s; the slowest alone: "
+        f"{b['slowest_alone']:.2f} s; {b['ratio']:.3f} (at most {MOST_WALL_RATIO}); "
+        f"their tools waited for \n    {b['waited_in_all']:.1f} s in all",
+        flush=True,
+    )
     d = growth(cfg, engine, tokenizer)
     print("(d) trajectories  seconds")
     for row in d:

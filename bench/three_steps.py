@@ -6,20 +6,29 @@ configs, as metrics and as the sha256 of the weights, recorded before and compar
 
 Each case runs a checkout's own scripts as a user would, so the two sides need share no python
 names. Equal means: every metric but times, and every byte of what was saved as the model. That
-holds on one machine with one set of packages; elsewhere, record anew.
+holds on one machine with one set of packages; elsewhere, record anew. One thread is used: with two,
+on a busy machine, the same code does not always add up in the same order.
 """
 
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OFF_POLICY = ["--loss=gspo", "--updates_per_batch=2", "--minibatches=2", "--beta=0.02"]
-OFF_POLICY += ["--is_correction=truncate", "--clip_low=3e-4", "--clip_high=4e-4"]
+OFF_POLICY = [
+    "--loss=gspo",
+    "--updates_per_batch=2",
+    "--minibatches=2",
+    "--beta=0.02",
+    "--is_correction=truncate",
+    "--clip_low=3e-4",
+    "--clip_high=4e-4",
+]
 # name: (script, config, the warm start it goes on from, what else is given)
 CASES = {
     "calc_sft": ("train_sft.py", "calc_sft.py", "", ["--rows=96", "--warmup=1"]),
@@ -35,18 +44,21 @@ NOT_COMPARED = ("seconds", "tools_leaked", "gpu_gib")
 def run(checkout: Path, script: str, arguments: list[str]) -> None:
     """Runs a script of the checkout, with what it prints only where it fails."""
     command = [sys.executable, script, *arguments]
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
 
 
 def outcome(out_dir: Path) -> dict:
-    """What a run is compared by: {"metrics": one dict a step, "weights": {file: sha256}}."""
-    lines = (out_dir / "metrics.jsonl").read_text().splitlines()
+    """Returns what is compared of a run: {"metrics": a dict a step, "weights": {file: sha256}}."""
     metrics = []
-    for row in map(json.loads, lines):
-        kept = {k: v for k, v in row.items() if not any(part in k for part in NOT_COMPARED)}
-        metrics.append(kept)
+    for line in (out_dir / "metrics.jsonl").read_text().splitlines():
+        row = {}
+        for key, value in json.loads(line).items():
+            if not any(part in key for part in NOT_COMPARED):
+                row[key] = value
+        metrics.append(row)
     weights = {}
     for file in sorted(out_dir.glob("*.safetensors")):
         weights[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -65,7 +77,7 @@ def print_differences(name: str, before: dict, after: dict) -> None:
 
 
 def warm_start(checkout: Path, folder: Path, name: str) -> Path:
-    """The folder of a model that a whole SFT run made, trained now if it is not there."""
+    """Returns the folder of a model that a whole SFT run made; trains it now if it is not there."""
     model = folder / name
     if not (model / "model.safetensors").exists():
         run(checkout, "train_sft.py", ["--config", f"{name}.py", f"--out_dir={model}"])
@@ -78,29 +90,32 @@ def main() -> None:
     parser.add_argument("--warm", default=str(ROOT / "out" / "warm"), help="folder of warm starts")
     parser.add_argument("--record", help="write the outcomes to this file")
     parser.add_argument("--compare", help="compare the outcomes with this file")
-    given = parser.parse_args()
-    checkout = Path(given.checkout).resolve()
-    found = {}
+    arguments = parser.parse_args()
+    checkout = Path(arguments.checkout).resolve()
+    warm_starts = Path(arguments.warm).resolve()
+    outcomes = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, (script, config, warm, more) in CASES.items():
+        for name, (script, config, warm, options) in CASES.items():
             out_dir = Path(folder) / name
-            arguments = ["--config", config, f"--out_dir={out_dir}", *more]
+            command = ["--config", config, f"--out_dir={out_dir}", *options]
             if warm:
-                model = warm_start(checkout, Path(given.warm).resolve(), warm)
-                arguments.append(f"--model={model}")
-            run(checkout, script, arguments)
-            found[name] = outcome(out_dir)
-            print(f"{name}: {len(found[name]['metrics'])} steps", flush=True)
-    if given.record:
-        Path(given.record).write_text(json.dumps(found, indent=1) + "\n")
-    if given.compare:
-        before = json.loads(Path(given.compare).read_text())
-        differ = [name for name in CASES if found[name] != before[name]]
+                model = warm_start(checkout, warm_starts, warm)
+                command.append(f"--model={model}")
+            run(checkout, script, command)
+            outcomes[name] = outcome(out_dir)
+            print(f"{name}: {len(outcomes[name]['metrics'])} steps", flush=True)
+    if arguments.record:
+        Path(arguments.record).write_text(json.dumps(outcomes, indent=1) + "\n")
+    if arguments.compare:
+        before = json.loads(Path(arguments.compare).read_text())
+        all_equal = True
         for name in CASES:
-            print(f"{name + ':':12} {'DIFFERS' if name in differ else 'equal'}")
-        for name in differ:
-            print_differences(name, before[name], found[name])
-        sys.exit(bool(differ))
+            equal = outcomes[name] == before[name]
+            all_equal = all_equal and equal
+            print(f"{name + ':':12} {'equal' if equal else 'DIFFERS'}")
+            if not equal:
+                print_differences(name, before[name], outcomes[name])
+        sys.exit(0 if all_equal else 1)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,10 @@ from rich.table import Table
 
 from tools import Toolbox
 
-SYMPY, SESSION = 150, 300  # calls per second, at least
-CODES = {  # code, what it shows
+# Calls per second, at least.
+SYMPY_CALLS = 150
+SESSION_CALLS = 300
+CODES = {  # name: (code, what it shows)
     "print(6*7)": ("print(6*7)", "42"),
     "import numpy": ("import numpy as np\nprint(np.arange(10).sum())", "45"),
     "import sympy": ("import sympy\nprint(sympy.factorint(91))", "{7: 1, 13: 1}"),
@@ -62,47 +64,67 @@ class Config:
 
 
 def python_calls(cfg: Config) -> dict:
-    """code -> way -> {"per_second", "p50_ms", "p99_ms"}; and "start": server -> seconds."""
+    """Measures all codes in all ways; returns {"start": {server: seconds}, "codes": {name: {way:
+    {"per_second", "p50_ms", "p99_ms", "runs"}}}}."""
     return asyncio.run(_python_calls(cfg))
 
 
 async def _python_calls(cfg):
+    # 1. the servers start
     box = Toolbox(["python", "python_session"], cfg.concurrency, timeout=60.0, cache="none")
     sessions = [box.open() for _ in range(cfg.concurrency)]
-    start = {}
-    for server, (code, shown) in (("light", CODES["print(6*7)"]), ("heavy", CODES["import sympy"])):
+    start = {}  # server: seconds
+    for server, name in (("light", "print(6*7)"), ("heavy", "import sympy")):
+        code, shown = CODES[name]
         began = time.perf_counter()
         await by_tool(sessions[0], "python", code, shown)
         start[server] = time.perf_counter() - began
     await asyncio.gather(*(by_tool(s, "python_session", "1", "1") for s in sessions))
 
+    # 2. the ways take turns
+    async def plain(worker, code, shown):
+        await plainly(code, shown)
+
+    async def tool(worker, code, shown):
+        await by_tool(sessions[worker], "python", code, shown)
+
+    async def session(worker, code, shown):
+        await by_tool(sessions[worker], "python_session", code, shown)
+
     ways = {
-        "plain": (cfg.plain_calls, lambda i, *code: plainly(*code)),
-        "tool": (cfg.calls, lambda i, *code: by_tool(sessions[i], "python", *code)),
-        "session": (cfg.calls, lambda i, *code: by_tool(sessions[i], "python_session", *code)),
+        "plain": (plain, cfg.plain_calls),
+        "tool": (tool, cfg.calls),
+        "session": (session, cfg.calls),
     }
     measured = {name: {way: [] for way in ways} for name in CODES}
     for _ in range(cfg.runs):
-        for name, code in CODES.items():
-            for way, (calls, function) in ways.items():
-                run = await rate(lambda i, f=function, c=code: f(i, *c), calls, cfg.concurrency)
+        for name, (code, shown) in CODES.items():
+            for way, (call, calls) in ways.items():
+                run = await timed_calls(call, code, shown, calls, cfg.concurrency)
                 measured[name][way].append(run)
-    for session in sessions:
-        await session.close()
+    for opened in sessions:
+        await opened.close()
     await box.close()
-    table = {n: {w: _summary(runs) for w, runs in by.items()} for n, by in measured.items()}
-    return {"start": start, "codes": table}
+
+    # 3. their medians
+    codes = {}
+    for name, by_way in measured.items():
+        codes[name] = {way: _summary(runs) for way, runs in by_way.items()}
+    return {"start": start, "codes": codes}
 
 
-async def rate(call, calls: int, concurrency: int) -> tuple[float, list[float]]:
-    """`concurrency` workers share the calls; call(worker). -> calls per second, all latencies"""
+async def timed_calls(
+    call, code: str, shown: str, calls: int, concurrency: int
+) -> tuple[float, list[float]]:
+    """Lets `concurrency` workers share the calls; returns calls per second, and the seconds of
+    each."""
     latencies = []
     left = iter(range(calls))
 
     async def work(worker):
         for _ in left:
             began = time.perf_counter()
-            await call(worker)
+            await call(worker, code, shown)
             latencies.append(time.perf_counter() - began)
 
     began = time.perf_counter()
@@ -126,7 +148,10 @@ async def plainly(code, shown):
 
 
 def _summary(runs):
-    latencies = sorted(seconds for _, each in runs for seconds in each)
+    latencies = []
+    for _, of_run in runs:
+        latencies += of_run
+    latencies.sort()
     return {
         "per_second": statistics.median(per_second for per_second, _ in runs),
         "p50_ms": 1000 * statistics.median(latencies),
@@ -142,24 +167,29 @@ def show_python(cfg: Config, measured: dict) -> None:
     for name, ways in measured["codes"].items():
         for way, row in ways.items():
             ratio = row["per_second"] / ways["plain"]["per_second"]
-            values = (f"{row['per_second']:,.1f}", f"{ratio:,.1f} x")
-            latency = (f"{row['p50_ms']:.1f}", f"{row['p99_ms']:.1f}")
-            table.add_row(name if way == "plain" else "", way, *values, *latency)
+            table.add_row(
+                name if way == "plain" else "",
+                way,
+                f"{row['per_second']:,.1f}",
+                f"{ratio:,.1f} x",
+                f"{row['p50_ms']:.1f}",
+                f"{row['p99_ms']:.1f}",
+            )
     Console(width=100).print(table)
     light, heavy = measured["start"].values()
     print(f"a server's first call: {light:.2f} s; with numpy and sympy {heavy:.2f} s")
 
 
 def python_misses(measured: dict) -> list[str]:
-    """What is slower than it has to be."""
+    """Lists what is slower than it has to be."""
     codes = measured["codes"]
     sympy = codes["import sympy"]["tool"]["per_second"]
     session = min(codes[name]["session"]["per_second"] for name in CODES if "solve" not in name)
     misses = []
-    if sympy < SYMPY:
-        misses.append(f"python with sympy: {sympy:.0f} calls/s, expected at least {SYMPY}")
-    if session < SESSION:
-        misses.append(f"python_session: {session:.0f} calls/s, expected at least {SESSION}")
+    if sympy < SYMPY_CALLS:
+        misses.append(f"python with sympy: {sympy:.0f} calls/s, expected at least {SYMPY_CALLS}")
+    if session < SESSION_CALLS:
+        misses.append(f"python_session: {session:.0f} calls/s, expected at least {SESSION_CALLS}")
     return misses
 
 
@@ -167,7 +197,7 @@ def python_misses(measured: dict) -> list[str]:
 
 
 def load_search():
-    """That file; by its path, because tools/search.py is nearer."""
+    """Imports that file by its path, because tools/search.py is nearer."""
     spec = importlib.util.spec_from_file_location(
         "search_bench", Path(__file__).parent / "search.py"
     )
@@ -176,31 +206,20 @@ def load_search():
     return module
 
 
-def search_calls(cfg: Config) -> dict:
-    module = load_search()
-    return module.measure(module.Config())
-
-
-def show_search(cfg: Config, measured: dict) -> None:
-    print("\nsearch")
-    load_search().show(measured)
-
-
-# part -> what measures it, what shows that, and what finds misses in it
-PARTS = {
-    "python": (python_calls, show_python, python_misses),
-    "search": (search_calls, show_search, lambda measured: load_search().misses(measured)),
-}
-
-
 def main(argv: list[str]) -> None:
     cfg = config.parse(Config, argv)
-    measured, misses = {}, []
-    for part, (measure, show, find_misses) in PARTS.items():
-        if cfg.part in ("all", part):
-            measured[part] = measure(cfg)
-            show(cfg, measured[part])
-            misses += find_misses(measured[part])
+    measured = {}
+    misses = []
+    if cfg.part in ("all", "python"):
+        measured["python"] = python_calls(cfg)
+        show_python(cfg, measured["python"])
+        misses += python_misses(measured["python"])
+    if cfg.part in ("all", "search"):
+        search = load_search()
+        measured["search"] = search.measure(search.Config())
+        print("\nsearch")
+        search.show(measured["search"])
+        misses += search.misses(measured["search"])
     if cfg.save_to:
         about = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
         about |= {"python": platform.python_version(), "config": asdict(cfg)}

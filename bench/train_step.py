@@ -58,8 +58,8 @@ SIZES = {  # hidden size, layers, vocabulary, heads of 64
     "5m": (256, 4, 8192, 4),  # 5.5 M
     "60m": (512, 14, 32768, 8),  # 64.5 M
 }
-GROUP = 8
-RATE = 1e-4
+GROUP_SIZE = 8
+LEARNING_RATE = 1e-4
 
 
 @dataclass
@@ -77,7 +77,9 @@ def check(cfg: Config) -> None:
     if wrong := set(cfg.sizes) - set(SIZES):
         raise UserError(f"sizes: there is no {min(wrong)!r}; there are {', '.join(SIZES)}")
     config.require_positive(cfg, "trajectories runs token_budget")
-    for name, divisor in [("trajectories", GROUP), *(("batches", b) for b in cfg.batches)]:
+    divisors = [("trajectories", GROUP_SIZE)]
+    divisors += [("batches", batch) for batch in cfg.batches]
+    for name, divisor in divisors:
         if cfg.trajectories % divisor:
             raise UserError(
                 f"{name}: {cfg.trajectories} trajectories cannot be divided by {divisor}"
@@ -85,7 +87,7 @@ def check(cfg: Config) -> None:
 
 
 def model_of(size: str):
-    """Random weights, the same each time."""
+    """Makes a model of random weights, the same each time."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     hidden, layers, vocabulary, heads = SIZES[size]
@@ -105,46 +107,53 @@ def model_of(size: str):
 
 
 def trajectories_of(size: str, count: int) -> list[Trajectory]:
-    """Random tokens and rewards; a prompt, a turn, a tool's result, a turn."""
-    rng, vocabulary = random.Random(0), SIZES[size][2]
-    made = []
+    """Makes random tokens and rewards: a prompt, a turn, a tool's result, a turn."""
+    rng = random.Random(0)
+    vocabulary = SIZES[size][2]
+    trajectories = []
     for i in range(count):
         length = min(1024, max(64, round(math.exp(rng.gauss(math.log(256), 0.7)))))
-        prompt, result = length // 6, length // 3
-        first = (length - prompt - result) // 2
-        second = length - prompt - first - result
-        t = Trajectory({}, group=i // GROUP, sample=i % GROUP, stop="answered", reward=rng.random())
-        for tokens, mask in ((prompt, 0), (first, 1), (result, 0), (second, 1)):
+        prompt = length // 6  # tokens of each part
+        result = length // 3
+        first_turn = (length - prompt - result) // 2
+        second_turn = length - prompt - first_turn - result
+        t = Trajectory({}, group=i // GROUP_SIZE, sample=i % GROUP_SIZE, stop="answered")
+        t.reward = rng.random()
+        for tokens, mask in ((prompt, 0), (first_turn, 1), (result, 0), (second_turn, 1)):
+            ids = [rng.randrange(3, vocabulary) for _ in range(tokens)]
             if mask:
                 t.turn_starts.append(len(t.ids))
-            ids = [rng.randrange(3, vocabulary) for _ in range(tokens)]
-            t.add(ids, mask, [-1.0] * tokens if mask else None)
-        made.append(t)
-    return made
+                t.add(ids, 1, [-1.0] * tokens)
+            else:
+                t.add(ids, 0)
+        trajectories.append(t)
+    return trajectories
 
 
 # -- the two sides: a number of updates, told to a Watch
 
 
 def ours(size: str, cfg: Config, updates: int, watch) -> None:
-    """train_grpo.learn."""
-    model, trajectories = model_of(size), trajectories_of(size, cfg.trajectories)
-    settings = train_grpo.Config(learning_rate=RATE, token_budget=cfg.token_budget)
-    optimizers = optim.optimizers(model, "adamw", RATE)
+    """Runs train_grpo.learn."""
+    model = model_of(size)
+    trajectories = trajectories_of(size, cfg.trajectories)
+    settings = train_grpo.Config(learning_rate=LEARNING_RATE, token_budget=cfg.token_budget)
+    optimizers = optim.optimizers(model, "adamw", LEARNING_RATE)
     optimizers[0].register_step_pre_hook(lambda *_: watch.gradient_of(model))
     for _ in range(updates):
         watch.begin()
-        metrics = train_grpo.learn(model, optimizers, trajectories, RATE, settings)
+        metrics = train_grpo.learn(model, optimizers, trajectories, LEARNING_RATE, settings)
         watch.end(metrics["loss"])
 
 
 def trls(size: str, cfg: Config, updates: int, watch, batch: int) -> None:
-    """GRPOTrainer.train, with the trajectories in place of what it would sample and score."""
+    """Runs GRPOTrainer.train, with the trajectories in place of what it would sample and score."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOTrainer
 
-    trajectories, losses = trajectories_of(size, cfg.trajectories), []
+    trajectories = trajectories_of(size, cfg.trajectories)
+    losses = []  # of the micro-batches of one update
 
     class Trainer(GRPOTrainer):
         def _generate_and_score_completions(self, inputs):
@@ -165,29 +174,45 @@ def trls(size: str, cfg: Config, updates: int, watch, batch: int) -> None:
             watch.end(sum(loss.item() for loss in losses))
             losses.clear()
 
-    prompts = Dataset.from_list([{"prompt": "0"}] * (cfg.trajectories // GROUP))
+    prompts = Dataset.from_list([{"prompt": "0"}] * (cfg.trajectories // GROUP_SIZE))
     with tempfile.TemporaryDirectory() as folder:
-        settings = arguments(folder, updates, batch, cfg.trajectories, RATE)
+        settings = arguments(folder, updates, batch, cfg.trajectories, LEARNING_RATE)
         tokenizer = tiny_model.tiny_tokenizer([[{"role": "user", "content": "0"}]], [])
-        parts = {"args": settings, "train_dataset": prompts, "processing_class": tokenizer}
-        no_reward = [lambda prompts, **_: [0.0] * len(prompts)]
-        Trainer(model_of(size), no_reward, callbacks=[Callback()], **parts).train()
+        trainer = Trainer(
+            model_of(size),
+            lambda prompts, **_: [0.0] * len(prompts),  # they have their rewards
+            args=settings,
+            train_dataset=prompts,
+            processing_class=tokenizer,
+            callbacks=[Callback()],
+        )
+        trainer.train()
 
 
 def trl_batch(trajectories: list[Trajectory]) -> dict[str, torch.Tensor]:
-    """The tensors that GRPOTrainer makes of what it sampled, with our advantages."""
-    starts = [t.turn_starts[0] for t in trajectories]
-    both = list(zip(trajectories, starts, strict=True))
-    backwards = pad([t.ids[:start][::-1] for t, start in both])
-    prompt_mask = pad([[1] * start for start in starts]).flip(1)
-    rewards, groups = [t.reward for t in trajectories], [t.group for t in trajectories]
+    """Makes the tensors that GRPOTrainer makes of what it sampled, with our advantages."""
+    backwards = []
+    prompt_mask = []
+    completions = []
+    completion_mask = []
+    tool_mask = []
+    for t in trajectories:
+        start = t.turn_starts[0]
+        backwards.append(t.ids[:start][::-1])
+        prompt_mask.append([1] * start)
+        completions.append(t.ids[start:])
+        completion_mask.append([1] * (len(t.ids) - start))
+        tool_mask.append(t.mask[start:])
+    rewards = [t.reward for t in trajectories]
+    groups = [t.group for t in trajectories]
+    trajectory_advantages, _ = advantages(rewards, groups)
     return {
-        "prompt_ids": backwards.flip(1),  # padded on the left
-        "prompt_mask": prompt_mask,
-        "completion_ids": pad([t.ids[start:] for t, start in both]),
-        "completion_mask": pad([[1] * (len(t.ids) - start) for t, start in both]),
-        "tool_mask": pad([t.mask[start:] for t, start in both], 1),
-        "advantages": advantages(rewards, groups)[0],
+        "prompt_ids": pad(backwards).flip(1),  # padded on the left
+        "prompt_mask": pad(prompt_mask).flip(1),
+        "completion_ids": pad(completions),
+        "completion_mask": pad(completion_mask),
+        "tool_mask": pad(tool_mask, 1),
+        "advantages": trajectory_advantages,
         "num_items_in_batch": torch.tensor(sum(t.new_tokens for t in trajectories)),
     }
 
@@ -199,7 +224,10 @@ class Watch:
     """Seconds and losses of the updates, and the memory that they took at most."""
 
     def __init__(self, keep_gradient: bool = False):
-        self.seconds, self.losses, self.keep, self.gradient = [], [], keep_gradient, None
+        self.seconds = []  # of each update
+        self.losses = []
+        self.keep_gradient = keep_gradient
+        self.gradient = None  # of the first update, flat
 
     def begin(self) -> None:
         if not self.losses:
@@ -212,7 +240,7 @@ class Watch:
         self.losses.append(loss)
 
     def gradient_of(self, model) -> None:
-        if self.keep and self.gradient is None:
+        if self.keep_gradient and self.gradient is None:
             self.gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
 
     def result(self) -> dict:
@@ -221,18 +249,19 @@ class Watch:
 
 
 def memory(key: str) -> int:
-    """Bytes, of this process."""
+    """Reads a number of bytes of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def part(cfg: Config) -> dict:
-    """In a subprocess: measures one setting; or compares the gradients of an update of a group."""
+    """Measures one setting, in a subprocess; or compares the gradients of an update of a group."""
     available = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
     limit = int(0.9 * 1024 * int(available))  # too large a batch ends itself and nobody else
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     side, _, batch = cfg.part.partition(":")
-    watch, (size,) = Watch(side == "check"), cfg.sizes
+    (size,) = cfg.sizes
+    watch = Watch(keep_gradient=side == "check")
     if side == "trl":
         try:
             trls(size, cfg, 1 + cfg.runs, watch, int(batch))
@@ -244,15 +273,17 @@ def part(cfg: Config) -> dict:
     if side == "ours":
         ours(size, cfg, 1 + cfg.runs, watch)
         return watch.result()
-    few, other = dataclasses.replace(cfg, trajectories=GROUP), Watch(True)
-    ours(size, few, 1, watch)
-    trls(size, few, 1, other, GROUP)
-    difference = (watch.gradient - other.gradient).abs().max() / other.gradient.abs().max()
-    return {"gradient": difference.item()}
+    one_group = dataclasses.replace(cfg, trajectories=GROUP_SIZE)
+    trl_watch = Watch(keep_gradient=True)
+    ours(size, one_group, 1, watch)
+    trls(size, one_group, 1, trl_watch, GROUP_SIZE)
+    difference = (watch.gradient - trl_watch.gradient).abs().max()
+    return {"gradient": (difference / trl_watch.gradient.abs().max()).item()}
 
 
 def measure(size: str, cfg: Config) -> dict:
-    """All settings of one size: {setting: result}, ours and TRL's fastest with all the runs."""
+    """Measures all settings of one size; returns {setting: result}, first ours and TRL's fastest,
+    with all the runs."""
     batches = ",".join(map(str, cfg.batches))
     common = [f"--sizes={size}", f"--batches={batches}", f"--token_budget={cfg.token_budget}"]
     common.append(f"--trajectories={cfg.trajectories}")
@@ -261,40 +292,50 @@ def measure(size: str, cfg: Config) -> dict:
         return in_subprocess(__file__, [*common, f"--part={part}", f"--runs={runs}"])
 
     gradient = run("check", 1)["gradient"]
-    found, names, tried = {"ours": run("ours", cfg.runs)}, [f"trl:{b}" for b in cfg.batches], {}
-    if len(names) > 1:  # which is the fastest?
+    results = {"ours": run("ours", cfg.runs)}
+
+    # 1. which of TRL's settings is the fastest?
+    names = [f"trl:{batch}" for batch in cfg.batches]
+    tried = {}
+    if len(names) > 1:
         tried = {name: run(name, 1) for name in names}
-        done = [name for name in names if "seconds" in tried[name]]
-        names = sorted(done, key=lambda name: tried[name]["seconds"])
-    fast = run(names[0], cfg.runs) if names else {"failed": True}
-    if "failed" in fast:
+        names = [name for name in names if "seconds" in tried[name]]
+        names.sort(key=lambda name: tried[name]["seconds"])
+    fastest = run(names[0], cfg.runs) if names else {"failed": True}
+    if "failed" in fastest:
         raise UserError(f"batches = {batches}: TRL runs out of memory with each: give smaller ones")
-    found |= {names[0]: fast} | {k: v for k, v in tried.items() if k != names[0]}
-    losses = [
-        found[name]["loss"] / found["ours"]["loss"] for name in found if "loss" in found[name]
-    ]
-    loss = max(abs(ratio - 1) for ratio in losses)
+    results[names[0]] = fastest
+    for name, result in tried.items():
+        results.setdefault(name, result)
+
+    # 2. do all make the same update?
+    loss = 0.0  # the largest difference
+    for result in results.values():
+        if "loss" in result:
+            loss = max(loss, abs(result["loss"] / results["ours"]["loss"] - 1))
     print(
         f"first update: losses differ by {loss:.0e}, gradients (of 8) by {gradient:.0e} of the max"
     )
     if max(loss, gradient) > 1e-4:
         raise UserError("the two sides do not make the same update: there is nothing to compare")
-    return found
+    return results
 
 
-def table(found: dict, trained: int) -> None:
-    """Prints the results of `measure`; the first two rows are what is compared."""
+def table(results: dict, trained: int) -> None:
+    """Prints the results of `measure`; the first two rows are what is compared. trained: tokens of
+    an update."""
     print(f"{'':24} {'s/update':>9} {'trained tokens/s':>17} {'peak MiB':>9} {'runs':>5}")
-    for name, result in found.items():
+    for name, result in results.items():
         side, _, batch = name.partition(":")
         label = f"TRL, {batch} rows at once" if batch else "ours"
         if "failed" in result:
             print(f"{label:24} {result['failed']:>9}")
             continue
-        seconds, peak = statistics.median(result["seconds"]), result["peak_mib"]
+        seconds = statistics.median(result["seconds"])
+        peak = result["peak_mib"]
         runs = len(result["seconds"])
         print(f"{label:24} {seconds:9.2f} {trained / seconds:17,.0f} {peak:9,.0f} {runs:5d}")
-    ours, trl = (result for result in list(found.values())[:2])
+    ours, trl, *_ = results.values()
     speed = statistics.median(trl["seconds"]) / statistics.median(ours["seconds"])
     share = ours["peak_mib"] / trl["peak_mib"]
     print(f"ours: {speed:.2f} times as many trained tokens/s, {share:.2f} of the peak memory")
@@ -308,15 +349,14 @@ def main(cfg: Config) -> None:
     results = {}
     for size in cfg.sizes:
         trajectories = trajectories_of(size, cfg.trajectories)
-        total, trained = map(
-            sum, zip(*((len(t.ids), t.new_tokens) for t in trajectories), strict=True)
-        )
-        parameters = optim.count(model_of(size))[1]
+        total = sum(len(t.ids) for t in trajectories)
+        trained = sum(t.new_tokens for t in trajectories)
+        _, parameters = optim.count(model_of(size))
         print(f"\n{size}: {parameters / 1e6:.1f} M parameters, vocabulary {SIZES[size][2]:,}")
         print(f"{cfg.trajectories} trajectories: {total:,} tokens, {trained:,} of them trained on")
-        found = measure(size, cfg)
-        table(found, trained)
-        results[size] = {"parameters": parameters, "trained_tokens": trained, "settings": found}
+        settings = measure(size, cfg)
+        table(settings, trained)
+        results[size] = {"parameters": parameters, "trained_tokens": trained, "settings": settings}
     if cfg.save_to:
         save(cfg.save_to, {"bench": "train_step", "config": dataclasses.asdict(cfg)} | results)
 

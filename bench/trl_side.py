@@ -20,8 +20,9 @@ from run.config import UserError
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may wait for a network
 
 
-def arguments(out_dir, steps: int, batch: int, trajectories: int, learning_rate: float, **more):
-    """TRL's GRPOConfig. batch: rows of a forward pass; trajectories: rows of an update."""
+def arguments(out_dir, steps: int, batch: int, trajectories: int, learning_rate: float, **options):
+    """Makes TRL's GRPOConfig. batch: rows of a forward pass; trajectories: rows of an update;
+    options: of GRPOConfig, beside those that all benches share."""
     from trl import GRPOConfig
 
     return GRPOConfig(
@@ -50,7 +51,7 @@ def arguments(out_dir, steps: int, batch: int, trajectories: int, learning_rate:
         logging_strategy="no",
         save_strategy="no",
         disable_tqdm=True,
-        **more,
+        **options,
     )
 
 
@@ -58,20 +59,25 @@ def in_subprocess(script: str, arguments: list[str]) -> dict:
     """Runs the script again with more arguments; the last line that it prints is its result."""
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True)
     if done.returncode:
-        said = done.stderr.decode("utf-8", "replace")[-3000:]
-        raise UserError(f"{' '.join(arguments)} failed with exit code {done.returncode}:\n{said}")
+        errors = done.stderr.decode("utf-8", "replace")[-3000:]
+        raise UserError(f"{' '.join(arguments)} failed with exit code {done.returncode}:\n{errors}")
     return json.loads(done.stdout.decode().splitlines()[-1])
 
 
 def save(path: str, values: dict) -> None:
-    """As JSON, with the machine and the versions that it was measured on."""
+    """Writes values as JSON, with the machine and the versions that they were measured on."""
     import platform
 
     import torch
     import transformers
     import trl
 
-    about = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    versions = {m.__name__: m.__version__ for m in (torch, transformers, trl)}
+    about = {
+        "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": trl.__version__,
+    }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(about | versions | values, indent=1) + "\n")
+    Path(path).write_text(json.dumps(about | values, indent=1) + "\n")

@@ -1,64 +1,119 @@
 """Trajectories to micro-batches: little padding, a repeated prompt only once."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import takewhile
+from typing import NamedTuple
 
 import torch
 
 
+class Sequence(NamedTuple):
+    """What is asked of a sequence to find its micro-batch. Lengths are in tokens."""
+
+    length: int  # of all, its prompt included
+    prompt_length: int
+    prompt: Hashable  # equal where sequences begin alike
+
+
 def pad(sequences: list[list], value=0, dtype=torch.long, device="cpu") -> torch.Tensor:
-    """(B, T), padded on the right."""
+    """Makes one tensor (B, T) of B sequences, padded on the right with `value`."""
     width = max(map(len, sequences), default=0)
-    rows = [list(s) + [value] * (width - len(s)) for s in sequences]
+    rows = []
+    for sequence in sequences:
+        padding = [value] * (width - len(sequence))
+        rows.append(list(sequence) + padding)
+    # of no rows torch would make the shape (0,)
     return torch.tensor(rows, dtype=dtype, device=device).reshape(len(rows), width)
 
 
 def micro_batches(
     lengths: list[int], token_budget: int, prompts: list[tuple] | None = None
 ) -> list[list[int]]:
-    """Indices in batches of at most token_budget tokens, padding counted. A sequence longer than
-    the budget is a batch of its own. prompts: what the sequences begin with; a batch may need to
-    hold equal ones only once (see hidden_states).
+    """Cuts sequences into batches of at most token_budget tokens, padding counted; returns the
+    indices of each. A sequence longer than the budget is a batch of its own. prompts: what the
+    sequences begin with; a batch may need to hold equal ones only once (see hidden_states).
 
     Sorted by what follows the prompt, so that little is padded, or else prompt by prompt, the
     longest sequence first: whatever is fewer tokens in all.
     """
-    prompts = prompts or [()] * len(lengths)
-    longest: dict[tuple, int] = {}  # of the sequences of each prompt
+    if prompts is None:
+        prompts = [()] * len(lengths)
+    longest: dict[tuple, int] = {}  # prompt: tokens of the longest sequence that begins with it
     for length, prompt in zip(lengths, prompts, strict=True):
         longest[prompt] = max(length, longest.get(prompt, 0))
-    names = {prompt: i for i, prompt in enumerate(longest)}  # compared sooner than long tuples
-    rows = [(n, len(p), names[p]) for n, p in zip(lengths, prompts, strict=True)]
-    by_rest = sorted(range(len(rows)), key=lambda i: (len(prompts[i]) - lengths[i], i))
-    by_prompt = sorted(by_rest, key=lambda i: (-longest[prompts[i]], prompts[i]))
-    ways = [_filled(order, rows, token_budget) for order in (by_rest, by_prompt)]
-    return min(ways, key=lambda way: way[0])[1]
+
+    # numbers stand for the prompts: they are compared sooner than long tuples
+    number_of = {prompt: number for number, prompt in enumerate(longest)}
+    sequences = []
+    for length, prompt in zip(lengths, prompts, strict=True):
+        sequences.append(Sequence(length, len(prompt), number_of[prompt]))
+
+    def longest_continuation_first(i: int):
+        return len(prompts[i]) - lengths[i], i
+
+    def prompt_of_longest_sequence_first(i: int):
+        return -longest[prompts[i]], prompts[i]
+
+    by_continuation = sorted(range(len(lengths)), key=longest_continuation_first)
+    by_prompt = sorted(by_continuation, key=prompt_of_longest_sequence_first)
+    tokens_apart, batches_apart = _fill(by_continuation, sequences, token_budget)
+    tokens_by_prompt, batches_by_prompt = _fill(by_prompt, sequences, token_budget)
+    if tokens_by_prompt < tokens_apart:
+        return batches_by_prompt
+    return batches_apart
 
 
-def _filled(order: list[int], rows: list[tuple], token_budget: int) -> tuple[int, list[list[int]]]:
-    """(tokens in all, batches): each takes rows in this order for as long as there is room."""
-    total, batches = 0, []
+def _fill(
+    order: list[int], sequences: list[Sequence], token_budget: int
+) -> tuple[int, list[list[int]]]:
+    """Cuts `order` into batches, each as long as there is room; returns how many tokens they are
+    in all, and the batches."""
+    total_tokens = 0
+    batches = []
     while order:
-        counts = (count for count, _ in tokens_through_layers(rows[i] for i in order))
-        fits = list(takewhile(lambda count: count <= token_budget, counts)) or [rows[order[0]][0]]
-        batches.append(order[: len(fits)])
-        total, order = total + fits[-1], order[len(fits) :]
-    return total, batches
+        # the first fits in any case: one that is longer than the budget is alone
+        size = 1
+        tokens = sequences[order[0]].length
+        counts = tokens_through_layers(sequences[i] for i in order)
+        for next_size, (next_tokens, _) in enumerate(counts, 1):
+            if next_tokens > token_budget:
+                break
+            size = next_size
+            tokens = next_tokens
+        batches.append(order[:size])
+        order = order[size:]
+        total_tokens += tokens
+    return total_tokens, batches
 
 
-def tokens_through_layers(rows: Iterable[tuple]) -> Iterator[tuple[int, bool]]:
-    """Of the first 1, 2, ... rows as one batch: how many tokens go through the layers, padding
-    counted, and whether prompts that repeat go through them once. They do where that spares a fifth
-    of the tokens: else it is not worth its copies. rows: (length, length of its prompt, prompt)."""
-    seen, longest, rest, width, real, spared = set(), 0, 0, 0, 0, 0
-    for count, (length, start, prompt) in enumerate(rows, 1):
-        longest, width, rest = max(longest, length), max(width, start), max(rest, length - start)
-        real, spared = real + length, spared + (start if prompt in seen else 0)
-        seen.add(prompt)
-        apart, shared = count * longest, len(seen) * width + count * rest
-        shares = 5 * spared >= real and shared < apart
-        yield (shared if shares else apart), shares
+def tokens_through_layers(sequences: Iterable[Sequence]) -> Iterator[tuple[int, bool]]:
+    """Counts, of the first 1, 2, ... sequences as one batch, the tokens that go through the layers,
+    padding included; and says whether prompts that repeat go through them once. They do where that
+    spares a fifth of the tokens: else it is not worth its copies."""
+    prompts = set()  # the different ones so far
+    longest_sequence = 0  # tokens
+    longest_prompt = 0  # tokens
+    longest_continuation = 0  # tokens of a sequence behind its prompt
+    real_tokens = 0  # of all sequences, without padding
+    repeated_tokens = 0  # of those: in prompts that were there before
+    for count, sequence in enumerate(sequences, 1):
+        continuation = sequence.length - sequence.prompt_length
+        longest_sequence = max(longest_sequence, sequence.length)
+        longest_prompt = max(longest_prompt, sequence.prompt_length)
+        longest_continuation = max(longest_continuation, continuation)
+        real_tokens += sequence.length
+        if sequence.prompt in prompts:
+            repeated_tokens += sequence.prompt_length
+        prompts.add(sequence.prompt)
+
+        # padded to the longest: whole sequences, or each prompt once and all continuations
+        tokens_apart = count * longest_sequence
+        tokens_shared = len(prompts) * longest_prompt + count * longest_continuation
+        spares_a_fifth = 5 * repeated_tokens >= real_tokens
+        if spares_a_fifth and tokens_shared < tokens_apart:
+            yield tokens_shared, True
+        else:
+            yield tokens_apart, False
 
 
 @dataclass

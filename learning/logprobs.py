@@ -3,16 +3,20 @@
     logprobs, entropy = token_logprobs(policy, ids, attention_mask, mask, temperature=1.0)
     for part in micro_batches([len(t.ids) for t in trajectories], token_budget=8192): ...
 
-Shapes: B sequences, T tokens, H hidden size, V vocabulary, N tokens that are trained.
+Shapes: B sequences, T tokens, H hidden size, V vocabulary, N tokens that are trained; where prompts
+are shared, P different prompts of at most W tokens, and at most R tokens of a row behind them.
 """
 
 import torch
 import torch.utils.checkpoint
 
-from learning.batches import tokens_through_layers
+from learning.batches import Sequence, tokens_through_layers
 
 # Of one chunk of logits, in float32: large enough for full speed, small beside a model's weights.
 LOGITS_BYTES = 2**29
+
+
+# -- from hidden states to logprobs: the head
 
 
 class _LinearHead(torch.autograd.Function):
@@ -27,61 +31,89 @@ class _LinearHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, targets, temperature, chunk):
-        # weight and bias are given apart from the head so that autograd sees them
-        logprobs, entropy, top, total = torch.empty(4, len(hidden), 1, device=hidden.device)
+        """Returns the logprobs of the targets and the entropies, (N,) each, in float32.
+
+        hidden: (N, H); weight: (V, H) and bias: (V,) or None, given apart from the head so that
+        autograd sees them; targets: (N,); chunk: how many tokens have logits at once.
+        """
+        per_token = {"size": (len(hidden), 1), "dtype": torch.float32, "device": hidden.device}
+        top = torch.empty(**per_token)  # the highest logit of each token
+        total = torch.empty(**per_token)  # sum of exp(logits - top) over the vocabulary
+        target_logits = torch.empty(**per_token)  # that of the target, less top
+        entropy_sums = torch.empty(**per_token)  # sum of -e log e, e = exp(logits - top)
         for part in _slices(len(hidden), chunk):
             logits = head(hidden[part]).float().div_(temperature)  # (chunk, V)
             top[part] = logits.amax(-1, keepdim=True)
             logits.sub_(top[part])
-            logprobs[part] = logits.gather(-1, targets[part, None])
-            p = logits.exp_()  # x total
-            total[part] = p.sum(-1, keepdim=True)
-            # entr(p) = -p log p, which is 0 where a logit is -inf
-            entropy[part] = torch.special.entr(p, out=p).sum(-1, keepdim=True)
-            del logits, p  # or two chunks would be alive at the top of the loop
-        logprobs = (logprobs - total.log())[:, 0]
-        entropy = (entropy / total + total.log())[:, 0]
+            target_logits[part] = logits.gather(-1, targets[part, None])
+            # in place: there is memory for one (chunk, V), and it has held the logits
+            exponentials = logits.exp_()
+            total[part] = exponentials.sum(-1, keepdim=True)
+            # entr(e) = -e log e, which is 0 where a logit is -inf
+            terms = torch.special.entr(exponentials, out=exponentials)
+            entropy_sums[part] = terms.sum(-1, keepdim=True)
+            # or two chunks would be alive at the top of the loop
+            del logits, exponentials, terms
+
+        # p = e / total, so log p = log e - log total, and the entropy is - sum p log p
+        logprobs = (target_logits - total.log())[:, 0]
+        entropy = (entropy_sums / total + total.log())[:, 0]
         ctx.save_for_backward(hidden, weight, targets, top, total)
-        ctx.head, ctx.temperature, ctx.chunk = head, temperature, chunk
+        ctx.head = head
+        ctx.temperature = temperature
+        ctx.chunk = chunk
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient, _):
+    def backward(ctx, logprobs_gradient, entropy_gradient):
+        """Returns the gradients of hidden (N, H), weight (V, H) and bias (V,); None where it is not
+        asked for: under LoRA the head is frozen. logprobs_gradient: (N,)."""
         hidden, weight, targets, top, total = ctx.saved_tensors
-        wants_weight, wants_bias = ctx.needs_input_grad[1:3]  # frozen under LoRA
-        to_hidden = torch.empty_like(hidden)
-        to_weight = torch.zeros_like(weight) if wants_weight else None
-        to_bias = weight.new_zeros(len(weight)) if wants_bias else None
-        gradient = gradient[:, None] / ctx.temperature
+        hidden_gradient = torch.empty_like(hidden)
+        weight_gradient = None
+        bias_gradient = None
+        if ctx.needs_input_grad[1]:
+            weight_gradient = torch.zeros_like(weight)
+        if ctx.needs_input_grad[2]:
+            bias_gradient = weight.new_zeros(len(weight))
+
+        gradient = logprobs_gradient[:, None] / ctx.temperature  # (N, 1)
         for part in _slices(len(hidden), ctx.chunk):
+            # 1. the logits again, (chunk, V)
             logits = ctx.head(hidden[part])
             dtype = logits.dtype  # the weight's, or that of an autocast around the head
             logits = logits.float().div_(ctx.temperature)
+
+            # 2. in their memory their gradient: -p everywhere, and 1 more at the target
             logits.sub_(top[part]).exp_().mul_(-gradient[part] / total[part])
             logits.scatter_add_(-1, targets[part, None], gradient[part])
-            to_logits = logits.to(dtype)
-            to_hidden[part] = to_logits @ weight.to(dtype)
-            if wants_weight and dtype == weight.dtype:
-                to_weight.addmm_(to_logits.T, hidden[part])
-            elif wants_weight:  # each product in bfloat16, their sum in float32
-                to_weight += to_logits.T @ hidden[part].to(dtype)
-            if wants_bias:
-                to_bias += to_logits.sum(0)
-            del logits, to_logits
-        return to_hidden, to_weight, to_bias, None, None, None, None
+            logits_gradient = logits.to(dtype)
+
+            # 3. from there through the head
+            hidden_gradient[part] = logits_gradient @ weight.to(dtype)
+            if weight_gradient is not None:
+                if dtype == weight.dtype:
+                    weight_gradient.addmm_(logits_gradient.T, hidden[part])
+                else:  # each product in bfloat16, their sum in float32
+                    weight_gradient += logits_gradient.T @ hidden[part].to(dtype)
+            if bias_gradient is not None:
+                bias_gradient += logits_gradient.sum(0)
+            del logits, logits_gradient
+        return hidden_gradient, weight_gradient, bias_gradient, None, None, None, None
 
 
 def _slices(count: int, chunk: int) -> list[slice]:
-    return [slice(i, i + chunk) for i in range(0, count, chunk)]
+    return [slice(start, start + chunk) for start in range(0, count, chunk)]
 
 
 def _any_head(hidden, head, softcap, targets, temperature, chunk):
-    """The same by autograd, for every other head: adapters, 4 bits, soft-capped, under autocast."""
+    """Does the same by autograd, for every other head: adapters, 4 bits, soft-capped, under
+    autocast. softcap: None, or the number that logits stay below."""
 
-    def piece(hidden, targets):
-        logits = head(hidden).float()
+    def chunk_logprobs(hidden, targets):
+        logits = head(hidden).float()  # (chunk, V)
         if softcap:
             logits = torch.tanh(logits / softcap) * softcap
         table = (logits / temperature).log_softmax(-1)  # (chunk, V)
@@ -92,82 +124,136 @@ def _any_head(hidden, head, softcap, targets, temperature, chunk):
             entropy = torch.special.entr(p, out=p).sum(-1)
         return logprobs, entropy
 
-    pieces = [
-        torch.utils.checkpoint.checkpoint(piece, h, t, use_reentrant=False)
-        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    ]
-    return (torch.cat(p) for p in zip(*pieces, strict=True))
+    logprobs = []
+    entropies = []
+    for hidden_chunk, target_chunk in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        chunk_values, chunk_entropies = torch.utils.checkpoint.checkpoint(
+            chunk_logprobs, hidden_chunk, target_chunk, use_reentrant=False
+        )
+        logprobs.append(chunk_values)
+        entropies.append(chunk_entropies)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+# -- from ids to hidden states: the layers
 
 
 def shares_prompts(model) -> bool:
-    """Whether hidden_states can go on from a cache: not from one that holds a state or a window
-    instead of all keys and values, and not where layers are recomputed in the backward pass."""
+    """Says whether hidden_states can go on from a cache: not from one that holds a state or a
+    window instead of all keys and values, and not where layers are recomputed in the backward
+    pass."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
+    if model.is_gradient_checkpointing:
+        return False
     layers = DynamicCache(config=model.config.get_text_config()).layers
-    return all(type(layer) is DynamicLayer for layer in layers) and not (
-        model.is_gradient_checkpointing
-    )
+    return all(type(layer) is DynamicLayer for layer in layers)
 
 
 def shared_prefixes(ids: list[list[int]], mask: list[list[int]]) -> list[tuple]:
-    """What rows may share: all before the last token of the prompt. That one stays with each row,
-    whose first sampled token it predicts."""
-    firsts = [row.index(1) if 1 in row else len(row) for row in mask]
-    return [tuple(row[: max(0, n - 1)]) for row, n in zip(ids, firsts, strict=True)]
+    """Returns what rows may share: all before the last token of the prompt. That one stays with
+    each row, whose first sampled token it predicts."""
+    prefixes = []
+    for row, row_mask in zip(ids, mask, strict=True):
+        prompt_length = row_mask.index(1) if 1 in row_mask else len(row)
+        prefixes.append(tuple(row[: max(0, prompt_length - 1)]))
+    return prefixes
 
 
 def hidden_states(model, ids, attention_mask, mask, position_ids):
-    """((B, R, H), (B,)): what the head is applied to, and how many columns on the left of each row
-    are left out of it.
+    """Runs the layers; returns what the head is applied to, (B, R, H), and how many columns on the
+    left of each row are left out of it, (B,). Without sharing R = T, and none are.
 
     The samples of a group begin with one prompt, often longer than all that follows: system, tool
     schemas, question. Each prompt that repeats goes through the layers once, forward and backward:
     its keys and values are kept, with their graph, in a cache that all its rows go on from. The
     function is the same and so is its gradient, for fewer tokens.
     """
-    from transformers.cache_utils import DynamicCache
+    prefixes = _prefixes_worth_sharing(model, ids, attention_mask, mask)
+    if not prefixes:
+        output = model.get_decoder()(
+            input_ids=ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        )
+        return output.last_hidden_state, ids.new_zeros(len(ids))
 
-    decoder, skipped = model.get_decoder(), ids.new_zeros(len(ids))
-    plain = {"input_ids": ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    # 1. every different prompt once, into a cache
+    prompts = sorted(set(prefixes))
+    cache, prompts_mask = _cache_of(model, prompts, ids)
+
+    # 2. each row gets the keys and values of its prompt
+    number_of = {prompt: number for number, prompt in enumerate(prompts)}
+    prompt_of_row = ids.new_tensor([number_of[prefix] for prefix in prefixes])  # (B,)
+    cache.batch_select_indices(prompt_of_row)
+
+    # 3. the rows go on from it
+    return _go_on(model, cache, prompts_mask[prompt_of_row], ids, attention_mask, position_ids)
+
+
+def _prefixes_worth_sharing(model, ids, attention_mask, mask) -> list[tuple]:
+    """Returns what each of the B rows begins with, or [] where none of it is to be shared."""
     # packed rows and rows padded on the left are not shared
     if attention_mask is None or len(ids) < 2 or not bool(attention_mask[:, 0].all()):
-        return decoder(**plain, use_cache=False).last_hidden_state, skipped
-    begins = shared_prefixes(ids.tolist(), mask.long().tolist())
-    rows = zip(attention_mask.sum(1).tolist(), map(len, begins), begins, strict=True)
-    *_, (_, shares) = tokens_through_layers(rows)
-    if not shares or not shares_prompts(model):
-        return decoder(**plain, use_cache=False).last_hidden_state, skipped
+        return []
+    prefixes = shared_prefixes(ids.tolist(), mask.long().tolist())
+    lengths = attention_mask.sum(1).tolist()
+    sequences = []
+    for length, prefix in zip(lengths, prefixes, strict=True):
+        sequences.append(Sequence(length, len(prefix), prefix))
+    *_, (_, are_shared) = tokens_through_layers(sequences)  # of all rows as one batch
+    if not are_shared or not shares_prompts(model):
+        return []
+    return prefixes
 
-    prompts = sorted(set(begins))
+
+def _cache_of(model, prompts: list[tuple], ids):
+    """Runs P prompts through the layers; returns the cache with their keys and values, and its
+    attention mask (P, W). ids: a tensor of the dtype and device to use."""
+    from transformers.cache_utils import DynamicCache
+
     width = max(map(len, prompts))
-    left = [[0] * (width - len(prompt)) for prompt in prompts]  # so that what follows is adjacent
-    pairs = list(zip(left, prompts, strict=True))
-    seen = ids.new_tensor([pad + [1] * len(prompt) for pad, prompt in pairs])  # (U, W): U prompts
+    padded = []
+    attention_mask = []
+    for prompt in prompts:
+        padding = [0] * (width - len(prompt))  # on the left, so that what follows is adjacent
+        padded.append(padding + list(prompt))
+        attention_mask.append(padding + [1] * len(prompt))
+    attention_mask = ids.new_tensor(attention_mask)
     cache = DynamicCache(config=model.config.get_text_config())
-    decoder(
-        input_ids=ids.new_tensor([pad + list(prompt) for pad, prompt in pairs]),
-        attention_mask=seen,
-        position_ids=(seen.cumsum(1) - 1).clamp(min=0),
+    model.get_decoder()(
+        input_ids=ids.new_tensor(padded),
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
         past_key_values=cache,
         use_cache=True,
     )
-    which = {prompt: i for i, prompt in enumerate(prompts)}
-    of_row = ids.new_tensor([which[begin] for begin in begins])
-    cache.batch_select_indices(of_row)
-    skipped = seen.sum(1)[of_row]
-    own = attention_mask.sum(1) - skipped  # tokens of each row that are left
-    columns = torch.arange(int(own.max()), device=ids.device)
-    real = (columns < own[:, None]).long()  # (B, R)
-    columns = (skipped[:, None] + columns).clamp(max=ids.shape[1] - 1)
-    hidden = decoder(
+    return cache, attention_mask
+
+
+def _go_on(model, cache, prompt_mask, ids, attention_mask, position_ids):
+    """Runs what follows the prompts, for a cache that holds the prompt of each row; returns its
+    hidden states (B, R, H) and the length of each prompt, (B,). prompt_mask: (B, W), the cache's;
+    ids, attention_mask and position_ids: (B, T), of the whole rows."""
+    prompt_lengths = prompt_mask.sum(1)  # (B,)
+    lengths = attention_mask.sum(1) - prompt_lengths  # (B,), of what follows
+    offsets = torch.arange(int(lengths.max()), device=ids.device)  # (R,)
+    is_token = (offsets < lengths[:, None]).long()  # (B, R), 0 = padding
+    columns = prompt_lengths[:, None] + offsets  # (B, R)
+    # what a short row has there is padding, but it has to exist
+    columns = columns.clamp(max=ids.shape[1] - 1)
+    output = model.get_decoder()(
         input_ids=ids.gather(1, columns),
-        attention_mask=torch.cat([seen[of_row], real], 1),
+        attention_mask=torch.cat([prompt_mask, is_token], 1),
         position_ids=position_ids.gather(1, columns),
         past_key_values=cache,
         use_cache=True,
-    ).last_hidden_state
-    return hidden, skipped
+    )
+    return output.last_hidden_state, prompt_lengths
+
+
+# -- both
 
 
 def token_logprobs(
@@ -179,7 +265,8 @@ def token_logprobs(
     chunk: int | None = None,
     position_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each token given those before it, and the entropy of its distribution.
+    """Returns the log-probability of each token given those before it, and the entropy of its
+    distribution.
 
     ids, attention_mask (1 = not padding), mask (1 = wanted): (B, T). Returns two float32 tensors
     (B, T), 0 where the mask is 0; only logprobs carries gradient. A token at position 0 has nothing
@@ -194,20 +281,26 @@ def token_logprobs(
     """
     if position_ids is None:
         position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    wanted = mask.bool() & (position_ids > 0)
+    wanted = mask.bool() & (position_ids > 0)  # (B, T)
     rows, columns = wanted.nonzero(as_tuple=True)  # (N,), (N,)
-    hidden, skipped = hidden_states(model, ids, attention_mask, wanted, position_ids)
+    hidden, left_out = hidden_states(model, ids, attention_mask, wanted, position_ids)
     # the hidden state at t - 1 predicts the token at t, unless a sample begins there
-    hidden, targets = hidden[rows, columns - 1 - skipped[rows]], ids[rows, columns]  # (N, H), (N,)
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    hidden = hidden[rows, columns - 1 - left_out[rows]]  # (N, H)
+    targets = ids[rows, columns]  # (N,)
+
+    head = model.get_output_embeddings()
+    config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
-    chunk = chunk or max(1, LOGITS_BYTES // (4 * config.vocab_size))
+    if chunk is None:
+        chunk = max(1, LOGITS_BYTES // (4 * config.vocab_size))
     # the very classes: adapters, 4 bits and sharding bring their own
-    linear = type(head) is torch.nn.Linear and type(head.weight) is torch.nn.Parameter
-    if linear and not softcap and not torch.is_autocast_enabled(hidden.device.type):
-        found = _LinearHead.apply(hidden, head.weight, head.bias, head, targets, temperature, chunk)
+    is_linear = type(head) is torch.nn.Linear and type(head.weight) is torch.nn.Parameter
+    if is_linear and not softcap and not torch.is_autocast_enabled(hidden.device.type):
+        logprobs, entropy = _LinearHead.apply(
+            hidden, head.weight, head.bias, head, targets, temperature, chunk
+        )
     else:
-        found = _any_head(hidden, head, softcap, targets, temperature, chunk)
+        logprobs, entropy = _any_head(hidden, head, softcap, targets, temperature, chunk)
+
     zeros = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-    logprobs, entropy = (zeros.masked_scatter(wanted, values) for values in found)
-    return logprobs, entropy
+    return zeros.masked_scatter(wanted, logprobs), zeros.masked_scatter(wanted, entropy)

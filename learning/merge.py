@@ -28,16 +28,22 @@ class Config:
 
 
 def merge(cfg: Config) -> None:
-    """Writes the merged model and its tokenizer to out_dir. UserError where there is no adapter."""
+    """Writes the merged model and its tokenizer to out_dir. Raises UserError where there is no
+    adapter."""
     if not cfg.adapter:
         raise UserError("adapter is missing: write --adapter=<folder of a run with tune=lora>")
     model, tokenizer = models.load(cfg.adapter, "none", cfg.dtype, "cpu")
     if not models.adapters_of(model):
         raise UserError(f"adapter = {cfg.adapter!r} is a whole model: there is nothing to merge")
     out_dir = config.fresh_dir(cfg.out_dir)
-    models.save(model.merge_and_unload(), tokenizer, out_dir)
+    merged = model.merge_and_unload()
+    models.save(merged, tokenizer, out_dir)
     print(f"saved: {out_dir}")
 
 
+def main(argv: list[str]) -> None:
+    merge(config.parse(Config, argv))
+
+
 if __name__ == "__main__":
-    config.main(lambda argv: merge(config.parse(Config, argv)))
+    config.main(main)

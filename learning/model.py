@@ -1,7 +1,6 @@
-"""Models: made from scratch, loaded (full, LoRA, QLoRA), saved; and the steps of their optimizers.
+"""Models: found, loaded (full, LoRA, QLoRA), changed for training, saved.
 
 policy, tokenizer = load("Qwen/Qwen2.5-0.5B-Instruct", tune="lora")
-optimizer, = optimizers(policy, "adamw", learning_rate=1e-5)
 """
 
 import contextlib
@@ -15,26 +14,38 @@ import torch
 from learning.logprobs import token_logprobs
 from run.config import UserError
 
+# -- where a model is
+
 
 def find(name: str) -> str:
-    """`name` if it is a folder that holds a model, or a hub id that answers; else UserError."""
+    """Returns `name` if it is a folder that holds a model, or a hub id that answers; raises
+    UserError if it is neither."""
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if any((folder / f).is_file() for f in ("config.json", "adapter_config.json")):
+        if (folder / "config.json").is_file() or is_adapter(name):
             return str(folder)
         raise UserError(f"model = {name!r}: that folder has no config.json: give one that has")
-    # What begins with a folder that exists here was meant as a path: nobody waits for a network.
+
     looks_like_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
-    if not looks_like_hub_id or ("/" in name and (folder.parent.is_dir() or name[:4] == "out/")):
+    # what begins with a folder that exists here was meant as a path: no network is asked
+    begins_like_a_path = "/" in name and (folder.parent.is_dir() or name.startswith("out/"))
+    if not looks_like_hub_id or begins_like_a_path:
         raise UserError(
             f"model = {name!r}: no such folder; train it first (`make demo` makes "
             "out/calc_sft and out/calc), or give another folder or hub id"
         )
+    _ask_hub(name)
+    return name
+
+
+def _ask_hub(name: str) -> None:
+    """Raises UserError where a hub id is neither in the cache nor known to the hub."""
     from huggingface_hub import HfApi, constants, errors, try_to_load_from_cache
 
-    cached = [try_to_load_from_cache(name, f) for f in ("config.json", "adapter_config.json")]
-    if any(isinstance(path, str) for path in cached):
-        return name
+    for file in ("config.json", "adapter_config.json"):
+        # it may also return a marker that is no path: known not to exist
+        if isinstance(try_to_load_from_cache(name, file), str):
+            return
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"model = {name!r}: no such folder, and not in the hub's cache (offline)")
     try:
@@ -44,38 +55,41 @@ def find(name: str) -> str:
             f"model = {name!r}: no such folder and no such model on the hub (or it is private)"
         ) from None
     except Exception as error:  # whatever stands between here and the hub
-        why = type(error).__name__
+        reason = type(error).__name__
         raise UserError(
-            f"model = {name!r}: no such folder, and the hub does not answer ({why})"
+            f"model = {name!r}: no such folder, and the hub does not answer ({reason})"
         ) from None
-    return name
 
 
 def is_adapter(name: str) -> bool:
-    """Whether `name` is the folder of an adapter."""
+    """Says whether `name` is the folder of an adapter."""
     return (Path(name).expanduser() / "adapter_config.json").is_file()
 
 
 def adapter_settings(name: str) -> dict:
-    """The adapter_config.json of a folder, {} where it holds a whole model."""
-    file = Path(name).expanduser() / "adapter_config.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    """Reads the adapter_config.json of a folder; {} where it holds a whole model."""
+    if not is_adapter(name):
+        return {}
+    return json.loads((Path(name).expanduser() / "adapter_config.json").read_text())
 
 
 def base_of(name: str) -> str:
-    """The model below an adapter; a whole model is its own."""
+    """Returns the model below an adapter; a whole model is its own."""
     return find(adapter_settings(name).get("base_model_name_or_path", name))
 
 
+# -- loading
+
+
 def load_tokenizer(name: str):
-    """The tokenizer of a folder or hub id; takes a moment, so a template is judged before weights
-    are loaded."""
+    """Loads the tokenizer of a folder or hub id. That takes a moment, so a template is judged
+    before weights are loaded."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(find(name))
     except (OSError, ValueError, KeyError) as error:  # a file is missing or broken
-        raise UserError(f"model = {name!r}: {' '.join(str(error).split())[:300]}") from None
+        raise _cannot_load(name, error) from None
 
 
 def load(
@@ -88,7 +102,7 @@ def load(
     lora_targets: tuple[str, ...] = ("all-linear",),
     seed: int = 0,
 ):
-    """(model, tokenizer) of a folder or hub id, in eval mode.
+    """Loads (model, tokenizer) of a folder or hub id, in eval mode.
 
     tune: "none" freezes all, "full" trains all, "lora" adds adapters to `lora_targets` and trains
     only them; "qlora" too, over a base of 4 bits a weight (NF4 with double quantisation, Dettmers
@@ -98,87 +112,114 @@ def load(
     is missing.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of the shards: it would tear our own bar
     # peft imports it, and on a CPU it then warns that a quicker kernel is not installed
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    name, lora = find(name), (lora_r, lora_alpha, lora_targets)
-    adapted, quantised = tune in ("lora", "qlora"), tune in ("qlora", "none4bit")
-    weights = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    name = find(name)
+    trains_adapter = tune in ("lora", "qlora")
+    weights_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        settings = adapter_settings(name)
-        base = _base(name, settings, tune, lora) if settings else name
-        tokenizer = load_tokenizer(name)
-        more = _four_bits(weights, device) if quantised else {}
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=weights, **more)
-        model = _one_function(model) if quantised else model.to(device)
-        if settings:
-            from peft import PeftModel
 
-            # without low_cpu_mem_usage random weights are drawn first: torch's generator moves
-            trained = {"is_trainable": adapted, "low_cpu_mem_usage": True}
-            model = PeftModel.from_pretrained(model, name, **trained)
+    # 1. the weights: of a whole model, or of the one below an adapter
+    try:
+        base = name
+        settings = adapter_settings(name)
+        if settings:
+            if tune == "full":
+                raise UserError(
+                    f"model = {name!r} is an adapter: use tune=lora, or give a whole model"
+                )
+            if trains_adapter:
+                _check_same_lora(name, settings, lora_r, lora_alpha, lora_targets)
+            base = find(settings["base_model_name_or_path"])
+        tokenizer = load_tokenizer(name)
+        model = _load_weights(base, weights_dtype, device, tune in ("qlora", "none4bit"))
+        if settings:
+            model = _load_adapter(model, name, trains_adapter)
     except (OSError, ValueError, KeyError, SafetensorError) as error:  # missing, broken, unknown
-        raise UserError(f"model = {name!r}: {' '.join(str(error).split())[:300]}") from None
-    if adapted and not settings:
-        model = _with_adapter(model, lora_r, lora_alpha, lora_targets, seed)
-    if not adapted:
+        raise _cannot_load(name, error) from None
+
+    # 2. what of it is trained
+    if trains_adapter and not settings:
+        model = _add_adapter(model, lora_r, lora_alpha, lora_targets, seed)
+    if not trains_adapter:
         model.requires_grad_(tune == "full")
     model.eval()
     if dtype == "mixed":
         in_dtype(model, dtype)
-    if adapted or tune == "full":
+    if trains_adapter or tune == "full":
         check_head(model, name)
     return model, tokenizer
 
 
-def _base(name: str, settings: dict, tune: str, lora: tuple[int, int, tuple[str, ...]]) -> str:
-    """The model below an adapter; UserError if the adapter cannot be trained in this way."""
-    if tune == "full":
-        raise UserError(f"model = {name!r} is an adapter: use tune=lora, or give a whole model")
-    r, alpha, targets = settings["r"], settings["lora_alpha"], settings["target_modules"]
-    if tune in ("lora", "qlora") and (r, alpha) != lora[:2]:
+def _cannot_load(name: str, error: Exception) -> UserError:
+    message = " ".join(str(error).split())[:300]
+    return UserError(f"model = {name!r}: {message}")
+
+
+def _check_same_lora(
+    name: str, settings: dict, lora_r: int, lora_alpha: int, lora_targets: tuple[str, ...]
+) -> None:
+    """Checks that an adapter can be trained on with these keys: they cannot change it. settings:
+    its adapter_config.json."""
+    r = settings["r"]
+    alpha = settings["lora_alpha"]
+    targets = settings["target_modules"]
+    if (r, alpha) != (lora_r, lora_alpha):
         raise UserError(
             f"model = {name!r} has lora_r = {r} and lora_alpha = {alpha}, and training it cannot "
             "change them: give the same"
         )
-    targets = {targets} if isinstance(targets, str) else set(targets)  # a pattern, or names
-    if tune in ("lora", "qlora") and lora[2] != ("all-linear",) and set(lora[2]) != targets:
+    if isinstance(targets, str):  # a pattern, and not a list of names
+        targets = [targets]
+    if lora_targets != ("all-linear",) and set(lora_targets) != set(targets):
         raise UserError(
-            f"model = {name!r} has lora_targets = {','.join(sorted(targets))}, and training it "
-            "cannot change them: give the same, or drop it"
+            f"model = {name!r} has lora_targets = {','.join(sorted(set(targets)))}, and training "
+            "it cannot change them: give the same, or drop it"
         )
-    return find(settings["base_model_name_or_path"])
 
 
-def _four_bits(compute: torch.dtype, device: str) -> dict:
-    """What from_pretrained needs to quantise the linear layers; the head and norms stay."""
-    _bitsandbytes("tune = qlora")  # transformers' own message names another way to get it
+def _load_weights(base: str, dtype: torch.dtype, device: str, four_bits: bool):
+    """Loads a whole model. four_bits: its linear layers are quantised, the head and norms stay, and
+    `dtype` is what they multiply in."""
+    from transformers import AutoModelForCausalLM
+
+    if not four_bits:
+        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device)
+
+    import_bitsandbytes("tune = qlora")  # transformers' own message names another way to get it
     from transformers import BitsAndBytesConfig
 
-    quantised = BitsAndBytesConfig(
+    quantisation = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_compute_dtype=dtype,
     )
-    return {"quantization_config": quantised, "device_map": {"": device}}
+    model = AutoModelForCausalLM.from_pretrained(
+        base,
+        dtype=dtype,
+        quantization_config=quantisation,
+        device_map={"": device},
+    )
+    _never_repack(model)
+    return model
 
 
-def _bitsandbytes(what: str):
-    """The package; UserError that says what needs it, and how to get it."""
+def import_bitsandbytes(user: str):
+    """Imports and returns the package; raises UserError that says who needs it (`user`, a key and
+    its value), and how to get it."""
     try:
         import bitsandbytes
     except ImportError:
-        raise UserError(f'{what} needs bitsandbytes: pip install -e ".[qlora]"') from None
+        raise UserError(f'{user} needs bitsandbytes: pip install -e ".[qlora]"') from None
     return bitsandbytes
 
 
-def _one_function(model):
+def _never_repack(model) -> None:
     """Switches off bitsandbytes' quick way on CPUs: it packs the weights in place when it first
     samples and rounds their scales, so that the sampler would not be the model that is trained."""
     from bitsandbytes.nn import Linear4bit
@@ -186,30 +227,79 @@ def _one_function(model):
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-    return model
+
+
+def _load_adapter(model, folder: str, is_trainable: bool):
+    """Puts the adapter of a folder on its base model."""
+    from peft import PeftModel
+
+    # without low_cpu_mem_usage random weights are drawn first: torch's generator moves
+    return PeftModel.from_pretrained(
+        model, folder, is_trainable=is_trainable, low_cpu_mem_usage=True
+    )
+
+
+def _add_adapter(model, lora_r: int, lora_alpha: int, lora_targets: tuple[str, ...], seed: int):
+    """Puts a new adapter on a model."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = "all-linear" if lora_targets == ("all-linear",) else list(lora_targets)
+    lora = LoraConfig(
+        r=lora_r, lora_alpha=lora_alpha, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    torch.manual_seed(seed)  # of the A matrices
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:  # no module of that name
+        raise UserError(f"lora_targets = {lora_targets}: {error}") from None
+
+
+def check_head(model, name: str) -> None:
+    """Checks, on eight tokens, that token_logprobs are those of the model's own logits; raises
+    UserError if not: some models (Granite, Cohere) scale what their head gives, each by a setting
+    of another name."""
+    ids = torch.arange(8, device=model.device)[None]  # (1, 8)
+    attention_mask = torch.ones_like(ids)
+    mask = (ids > 0).long()
+    with torch.no_grad():
+        ours, _ = token_logprobs(model, ids, attention_mask, mask)
+        logits = model(input_ids=ids, attention_mask=attention_mask).logits[:, :-1]
+    table = logits.float().log_softmax(-1)  # (1, 7, V)
+    theirs = table.gather(-1, ids[:, 1:, None])[..., 0]
+    difference = (ours[:, 1:] - theirs).abs().mean().item()
+    if difference > 0.1:  # bfloat16 alone makes a tenth of that
+        raise UserError(
+            f"model = {name!r}: its logprobs differ by {difference:.2g} from those that the loss "
+            "would train on, so it cannot be trained here: give a model of another family"
+        )
+
+
+# -- how it computes
 
 
 def in_dtype(model, dtype: str):
-    """The model, its weights in `dtype`. "mixed": in float32, but whoever calls the model, its
-    decoder or its head, to sample or to train, does so under autocast to bfloat16: sampler and
-    trainer must be one function."""
+    """Returns the model with its weights in `dtype`. "mixed": in float32, but whoever calls the
+    model, its decoder or its head, to sample or to train, does so under autocast to bfloat16:
+    sampler and trainer must be one function."""
     if dtype != "mixed":
         return model.to(getattr(torch, dtype))
     for part in (model, model.get_decoder(), model.get_output_embeddings()):
         # one autocast each: they nest, and one that is entered twice is never left
-        part.forward = torch.autocast(model.device.type, torch.bfloat16)(part.forward)
+        autocast = torch.autocast(model.device.type, torch.bfloat16)
+        part.forward = autocast(part.forward)
     return model
 
 
 def recompute_layers(model) -> None:
-    """Gradient checkpointing: keeps the input of each layer and makes the rest again in the
-    backward pass: a third more time, a fraction of the memory."""
+    """Switches gradient checkpointing on: it keeps the input of each layer and makes the rest again
+    in the backward pass: a third more time, a fraction of the memory."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def without_dropout(model) -> None:
-    """Eval mode, so that old, new and the engine's logprobs are of one function. But transformers
-    recomputes only layers that are in train mode: these alone, not what is inside of them."""
+    """Sets eval mode, so that old, new and the engine's logprobs are of one function. But
+    transformers recomputes only layers that are in train mode: these alone, not what is inside of
+    them."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     model.eval()
@@ -220,40 +310,20 @@ def without_dropout(model) -> None:
 
 
 def is_quantized(model) -> bool:
-    """Whether it was loaded with 4 bits a weight."""
+    """Says whether it was loaded with 4 bits a weight."""
     return bool(getattr(model, "is_loaded_in_4bit", False))
 
 
-def save_dequantized(model, name: str, dtype: str, folder) -> None:
-    """Writes the base of a model that was loaded from `name` with 4 bits a weight as a plain model:
-    the very numbers that it multiplies with, in `dtype`, without the adapter."""
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
-
-    plain, tokenizer = load(base_of(name), "none", dtype, "cpu")
-    base = model.get_base_model() if adapters_of(model) else model
-    for path, layer in base.named_modules():
-        if isinstance(layer, Linear4bit):
-            numbers = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-            target = plain.get_submodule(path.removesuffix(".base_layer"))
-            target.weight.data.copy_(numbers.reshape(target.weight.shape))
-    save(plain, tokenizer, folder)
-
-
-def weights_of(model) -> list[tuple[str, torch.Tensor]]:
-    """All weights of a whole model, under the names that its files have; tied ones once."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    kept = {name: w.detach() for name, w in model.named_parameters()}
-    kept |= {name: w for name, w in model.named_buffers() if name in model.state_dict()}
-    return list(revert_weight_conversion(model, kept).items())
+# -- the reference that `beta` compares with
 
 
 def load_reference(name: str, model, tune: str, dtype: str):
-    """The model that `beta` holds the policy to: what it was when training began. A frozen copy, or
-    the same model object where its adapters can be switched off or to those it began with."""
+    """Returns the model that `beta` holds the policy to: what it was when training began. A frozen
+    copy, or the same model object where its adapters can be switched off or to those it began
+    with."""
     if tune == "full":
-        return load(name, "none", dtype, str(model.device))[0]
+        reference, _ = load(name, "none", dtype, str(model.device))
+        return reference
     if is_adapter(name):
         model.load_adapter(find(name), adapter_name="reference")
     return model
@@ -261,7 +331,7 @@ def load_reference(name: str, model, tune: str, dtype: str):
 
 @contextlib.contextmanager
 def with_initial_weights(model):
-    """Inside, a model with adapters is the one that training began with."""
+    """Makes a model with adapters the one that training began with, inside."""
     adapters = adapters_of(model)
     if "reference" in adapters:
         model.set_adapter("reference")
@@ -276,39 +346,13 @@ def with_initial_weights(model):
         yield
 
 
-def _with_adapter(model, r: int, alpha: int, targets: tuple[str, ...], seed: int):
-    from peft import LoraConfig, get_peft_model
-
-    chosen = "all-linear" if targets == ("all-linear",) else list(targets)
-    lora = LoraConfig(r=r, lora_alpha=alpha, target_modules=chosen, task_type="CAUSAL_LM")
-    torch.manual_seed(seed)  # of the A matrices
-    try:
-        return get_peft_model(model, lora)
-    except ValueError as error:  # no module of that name
-        raise UserError(f"lora_targets = {targets}: {error}") from None
-
-
-def check_head(model, name: str) -> None:
-    """UserError if token_logprobs are not those of the model's own logits, on eight tokens: some
-    models (Granite, Cohere) scale what their head gives, each by a setting of another name."""
-    ids = torch.arange(8, device=model.device)[None]
-    mask = (ids > 0).long()
-    with torch.no_grad():
-        ours, _ = token_logprobs(model, ids, torch.ones_like(ids), mask)
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1]
-    theirs = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    difference = (ours[:, 1:] - theirs).abs().mean().item()
-    if difference > 0.1:  # bfloat16 alone makes a tenth of that
-        raise UserError(
-            f"model = {name!r}: its logprobs differ by {difference:.2g} from those that the loss "
-            "would train on, so it cannot be trained here: give a model of another family"
-        )
-
-
 def adapters_of(model) -> list[str]:
-    """The names of a model's LoRA adapters; [] for a plain model, which has no such attribute
-    (asking peft itself would import it, in two seconds)."""
+    """Returns the names of a model's LoRA adapters; [] for a plain model, which has no such
+    attribute (asking peft itself would import it, in two seconds)."""
     return list(getattr(model, "peft_config", ()))
+
+
+# -- what is written, or handed to an engine
 
 
 def save(model, tokenizer, folder) -> None:
@@ -316,7 +360,38 @@ def save(model, tokenizer, folder) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    # beside "default" there may be the adapter that `beta` compares with
-    only = {"selected_adapters": ["default"]} if "default" in adapters_of(model) else {}
-    model.save_pretrained(folder, **only)
+    if "default" in adapters_of(model):
+        # beside it there may be the adapter that `beta` compares with
+        model.save_pretrained(folder, selected_adapters=["default"])
+    else:
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def save_dequantized(model, name: str, dtype: str, folder) -> None:
+    """Writes the base of a model that was loaded from `name` with 4 bits a weight as a plain model:
+    the very numbers that it multiplies with, in `dtype`, without the adapter."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    plain, tokenizer = load(base_of(name), "none", dtype, "cpu")
+    base = model.get_base_model() if adapters_of(model) else model
+    for path, layer in base.named_modules():
+        if isinstance(layer, Linear4bit):
+            weights = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            # peft puts a layer with an adapter one level down
+            target = plain.get_submodule(path.removesuffix(".base_layer"))
+            target.weight.data.copy_(weights.reshape(target.weight.shape))
+    save(plain, tokenizer, folder)
+
+
+def weights_of(model) -> list[tuple[str, torch.Tensor]]:
+    """Returns all weights of a whole model, under the names that its files have; tied ones once."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    saved_names = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in saved_names:
+            weights[name] = buffer
+    return list(revert_weight_conversion(model, weights).items())

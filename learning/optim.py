@@ -5,29 +5,34 @@ import math
 
 import torch
 
-from learning.model import _bitsandbytes
+from learning.model import import_bitsandbytes
 from run.config import UserError
 
 
 def count(model) -> tuple[int, int]:
-    """(parameters that are trained, all parameters)."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+    """Returns how many parameters are trained, and how many there are."""
+    trained = 0
+    total = 0
+    for parameter in model.parameters():
+        total += parameter.numel()
+        if parameter.requires_grad:
+            trained += parameter.numel()
+    return trained, total
 
 
 def gpu_gib(phase: str) -> dict[str, float]:
-    """{"gpu_gib_<phase>": what was taken of the GPU}: by all processes now, and by this one at its
-    peak since the last call. {} without a GPU."""
+    """Returns {"gpu_gib_<phase>": what was taken of the GPU}: by all processes now, and by this one
+    at its peak since the last call. {} without a GPU."""
     if not torch.cuda.is_available():
         return {}
     free, total = torch.cuda.mem_get_info()
-    more = torch.cuda.max_memory_reserved() - torch.cuda.memory_reserved()
+    given_back = torch.cuda.max_memory_reserved() - torch.cuda.memory_reserved()  # since the peak
     torch.cuda.reset_peak_memory_stats()
-    return {f"gpu_gib_{phase}": (total - free + more) / 2**30}
+    return {f"gpu_gib_{phase}": (total - free + given_back) / 2**30}
 
 
 def optimizers(model, kind: str, learning_rate: float, weight_decay: float = 0.0) -> list:
-    """What to step and zero after each backward pass: AdamW over all that is trained, "adamw8bit",
+    """Makes what is stepped after each backward pass: AdamW over all that is trained, "adamw8bit",
     whose two moments take a byte each instead of four (Dettmers et al. 2021, arXiv:2110.02861), or
     "muon".
 
@@ -35,23 +40,36 @@ def optimizers(model, kind: str, learning_rate: float, weight_decay: float = 0.0
     scaled to the size of AdamW's, so both take the same learning rate. Norms and biases do not
     decay.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    inner = [p for name, p in named if p.ndim == 2 and ".layers." in name] if kind == "muon" else []
-    taken = {id(p) for p in inner}
-    rest = [p for _, p in named if id(p) not in taken]
+    for_muon = []
+    matrices = []
+    vectors = []  # norms and biases
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if kind == "muon" and parameter.ndim == 2 and ".layers." in name:
+            for_muon.append(parameter)
+        elif parameter.ndim >= 2:
+            matrices.append(parameter)
+        else:
+            vectors.append(parameter)
     groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
+
     if kind == "adamw8bit":
-        eight_bits = _bitsandbytes("optimizer = adamw8bit").optim.AdamW8bit
-        return [eight_bits(groups, lr=learning_rate, betas=(0.9, 0.95))]
-    made = [torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)]
-    if inner:
-        made.append(
-            torch.optim.Muon(inner, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
-    return made
+        bitsandbytes = import_bitsandbytes("optimizer = adamw8bit")
+        return [bitsandbytes.optim.AdamW8bit(groups, lr=learning_rate, betas=(0.9, 0.95))]
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    if not for_muon:
+        return [adamw]
+    muon = torch.optim.Muon(
+        for_muon,
+        lr=learning_rate,
+        weight_decay=weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return [adamw, muon]
 
 
 @contextlib.contextmanager
@@ -60,31 +78,34 @@ def memory_advice(*knobs: str):
     try:
         yield
     except torch.OutOfMemoryError as error:
-        what = " ".join(str(error).split())[:200]
-        raise UserError(f"out of memory: lower {', '.join(knobs)} ({what})") from None
+        message = " ".join(str(error).split())[:200]
+        raise UserError(f"out of memory: lower {', '.join(knobs)} ({message})") from None
 
 
 def step(model, optimizers: list, learning_rate: float, max_grad_norm: float) -> float:
-    """One step of all optimizers on the gradient, clipped to max_grad_norm; returns its norm."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-    if not math.isfinite(norm):  # a step with it would make every weight NaN
-        raise UserError(f"grad_norm = {norm}: training has diverged; lower learning_rate")
+    """Takes one step of all optimizers on the gradient, clipped to max_grad_norm; returns its norm
+    before that. Raises UserError where it is not finite."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    grad_norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm).item()
+    if not math.isfinite(grad_norm):  # a step with it would make every weight NaN
+        raise UserError(f"grad_norm = {grad_norm}: training has diverged; lower learning_rate")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
         optimizer.zero_grad()
-    return norm
+    return grad_norm
 
 
 def schedule(step: int, steps: int, kind: str, warmup: int) -> float:
-    """The share of the peak learning rate in step 0 .. steps - 1."""
+    """Returns the share of the peak learning rate in step 0 .. steps - 1. kind: "constant",
+    "linear" or "cosine"; warmup: steps in which it rises to the peak."""
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
-    return {
-        "constant": 1.0,
-        "linear": 1 - done,
-        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-    }[kind]
+    if kind == "constant":
+        return 1.0
+    if kind == "linear":
+        return 1 - done
+    assert kind == "cosine", f"schedule {kind!r}: expected constant, linear or cosine"
+    return 0.5 * (1 + math.cos(math.pi * done))

@@ -31,8 +31,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
-B, T, GROUP = 8, 24, 4  # sequences, tokens of the longest, sequences of a prompt
-CAP, BETA, LONGEST = 1.5, 0.1, 40  # of importance weights, of the KL, dr_grpo's constant
+B = 8  # sequences
+T = 24  # tokens of the longest
+GROUP_SIZE = 4  # sequences of a prompt
+CAP = 1.5  # of importance weights
+BETA = 0.1  # of the KL
+MAX_NEW_TOKENS = 40  # dr_grpo's constant
 CLIP = {"epsilon": 0.2, "epsilon_high": 0.28}
 TRLS = {  # what TRL calls our losses
     "grpo": {"loss_type": "grpo", **CLIP},
@@ -97,8 +101,8 @@ def trainer_for(tokenizer, tmp_path_factory):
         args = GRPOConfig(
             str(folder),
             gradient_accumulation_steps=accumulate,
-            num_generations=GROUP,
-            max_completion_length=LONGEST,
+            num_generations=GROUP_SIZE,
+            max_completion_length=MAX_NEW_TOKENS,
             use_cpu=True,
             bf16=False,
             report_to="none",
@@ -116,9 +120,9 @@ def trainer_for(tokenizer, tmp_path_factory):
 
 def scored(trainer, b):
     """What TRL makes of the batch before its loss: a dictionary of tensors."""
-    there = list(enumerate(b.lengths))
-    mask, logps = ([x[i, :n].tolist() for i, n in there] for x in (b.tool_mask, b.sampled))
-    ids = [[5] * n for n in b.lengths]
+    ids = [[5] * length for length in b.lengths]
+    mask = [b.tool_mask[i, :length].tolist() for i, length in enumerate(b.lengths)]
+    logps = [b.sampled[i, :length].tolist() for i, length in enumerate(b.lengths)]
     trainer._generate = lambda prompts: ([[3, 4]] * B, ids, mask, [""] * B, logps, {}, None, [])
     logps_of = {id(trainer.model): b.old, id(trainer.ref_model): b.ref}
     trainer._get_per_token_logps_and_entropies = lambda model, *_, **__: (
@@ -136,18 +140,22 @@ def scored(trainer, b):
 def trl_loss(trainer, inputs, logprobs):
     """TRL's loss, and its gradient with respect to logprobs."""
     leaf = logprobs.clone().requires_grad_()
-    said = SimpleNamespace(log_probs=leaf, entropy=torch.zeros_like(leaf))
-    loss = trainer._compute_loss(lambda **_: said, inputs)
-    return loss.item(), *torch.autograd.grad(loss, leaf)
+    output = SimpleNamespace(log_probs=leaf, entropy=torch.zeros_like(leaf))
+    loss = trainer._compute_loss(lambda **_: output, inputs)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.item(), gradient
 
 
-def our_loss(b, gain, kind, beta=0.0, weights=None, **options):
+def our_loss(b, advantage, kind, beta=0.0, weights=None, **options):
     """Our loss, its gradient with respect to logprobs, and the parts that are logged."""
     leaf = b.logprobs.clone().requires_grad_()
-    weights = sequence_weights(b.mask.sum(1), kind, LONGEST) if weights is None else weights
-    options |= {"beta": beta, "ref_logprobs": b.ref} if beta else {}
-    loss, parts = grpo_loss(leaf, b.old, b.mask, gain, weights, kind, **options)
-    return loss.item(), *torch.autograd.grad(loss, leaf), parts
+    if weights is None:
+        weights = sequence_weights(b.mask.sum(1), kind, MAX_NEW_TOKENS)
+    if beta:
+        options |= {"beta": beta, "ref_logprobs": b.ref}
+    loss, parts = grpo_loss(leaf, b.old, b.mask, advantage, weights, kind, **options)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.item(), gradient, parts
 
 
 def prefix(level):
@@ -173,12 +181,13 @@ def test_loss_and_gradient_are_trls(trainer_for, kind, beta, level):
     for seed in range(3):
         b = batch(seed)
         inputs = scored(trainer, b)
-        gain, weight = inputs["advantages"], None
-        assert min(gain) < 0 < max(gain)
+        advantage = inputs["advantages"]
+        assert min(advantage) < 0 < max(advantage)
+        weight = None
         if level:
             weight = importance(b.old, b.sampled, b.mask, f"{prefix(level)}truncate", CAP)
             assert weight.min() < 0.9 and weight.max() > 1.1
-        ours = our_loss(b, gain, kind, beta, importance=weight)
+        ours = our_loss(b, advantage, kind, beta, importance=weight)
         assert_same(ours, trl_loss(trainer, inputs, b.logprobs))
         assert not ours[1][b.mask == 0].any()
 
@@ -186,26 +195,32 @@ def test_loss_and_gradient_are_trls(trainer_for, kind, beta, level):
 @pytest.mark.parametrize("kind", TRLS)
 def test_the_clip_takes_the_gradient_where_trls_does(trainer_for, kind):
     """Both bounds, and both signs of the advantage: in the batches above the clip is at work."""
-    trainer, gains, losses = trainer_for(**TRLS[kind]), 0, 0
+    trainer = trainer_for(**TRLS[kind])
+    clipped_better = 0  # tokens with a positive advantage whose ratio was clipped
+    clipped_worse = 0  # with a negative one
     for seed in range(3):
         b = batch(seed)
         inputs = scored(trainer, b)
-        gain = inputs["advantages"]
+        advantage = inputs["advantages"]
         trl_loss(trainer, inputs, b.logprobs)
-        _, gradient, parts = our_loss(b, gain, kind)
-        clipped, better = parts["clipped"], gain[:, None] > 0
+        _, gradient, parts = our_loss(b, advantage, kind)
+        clipped = parts["clipped"]
+        better = advantage[:, None] > 0
         logged = {key: values[-1] for key, values in trainer._metrics["train"].items()}
-        gains, losses = gains + (clipped & better).sum(), losses + (clipped & ~better).sum()
+        clipped_better += (clipped & better).sum()
+        clipped_worse += (clipped & ~better).sum()
         if kind == "cispo":  # nothing loses its gradient, and TRL counts only the gains
-            share, expected = (clipped & better).sum() / b.mask.sum(), logged["cispo_clip_ratio"]
+            share = (clipped & better).sum() / b.mask.sum()
+            expected = logged["cispo_clip_ratio"]
             assert (gradient[clipped] != 0).all()
         else:
-            share, expected = clipped.sum() / b.mask.sum(), logged["clip_ratio/region_mean"]
+            share = clipped.sum() / b.mask.sum()
+            expected = logged["clip_ratio/region_mean"]
             assert not gradient[clipped].any()
         if kind == "gspo":  # a sequence is clipped or not
             share = clipped.any(1).float().mean()
         assert share.item() == pytest.approx(expected)
-    assert gains > 0 and losses > 0
+    assert clipped_better > 0 and clipped_worse > 0
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -247,9 +262,10 @@ def test_of_cispo_trl_takes_the_bound_and_we_one_more(trainer_for):
     b = batch(0)
     b.logprobs = b.logprobs + 1.5 * (b.logprobs > b.old)  # some ratios above 5
     inputs = scored(trainer, b)
-    theirs, gain = trl_loss(trainer, inputs, b.logprobs), inputs["advantages"]
-    assert_same(our_loss(b, gain, "cispo", clip_high=4.0), theirs)
-    loss, *_ = our_loss(b, gain, "cispo", clip_high=5.0)
+    theirs = trl_loss(trainer, inputs, b.logprobs)
+    advantage = inputs["advantages"]
+    assert_same(our_loss(b, advantage, "cispo", clip_high=4.0), theirs)
+    loss, *_ = our_loss(b, advantage, "cispo", clip_high=5.0)
     assert loss != pytest.approx(theirs[0], rel=1e-3)
 
 
@@ -275,9 +291,9 @@ def test_advantages_are_trls_but_for_what_it_adds_to_the_std(trainer_for, norm):
         b = batch(0)
         b.rewards = rewards
         theirs = scored(trainer, b)["advantages"]
-        ours, valid = advantages(rewards, [0] * GROUP + [1] * GROUP, norm)
+        ours, valid = advantages(rewards, [0] * GROUP_SIZE + [1] * GROUP_SIZE, norm)
         assert valid.tolist() == [reward is not None for reward in rewards]
-        plain, _ = advantages(rewards, [0] * GROUP + [1] * GROUP, "none")
+        plain, _ = advantages(rewards, [0] * GROUP_SIZE + [1] * GROUP_SIZE, "none")
         used = ours != 0
         std = plain[used] / ours[used]
         more = 0 if norm == "none" else 1e-4
@@ -293,11 +309,11 @@ def test_a_sequence_without_a_reward_leaves_our_denominators_only(trainer_for, k
     b.rewards[2] = None
     inputs = scored(trainer, b)
     loss, gradient = trl_loss(trainer, inputs, b.logprobs)
-    _, valid = advantages(b.rewards, [0] * GROUP + [1] * GROUP)
+    _, valid = advantages(b.rewards, [0] * GROUP_SIZE + [1] * GROUP_SIZE)
     counted = b.mask.sum(1) * valid
     by_token = kind in ("dapo", "cispo")
     more = (b.mask.sum() / counted.sum()).item() if by_token else B / (B - 1)
-    weights = sequence_weights(counted, kind, LONGEST)
+    weights = sequence_weights(counted, kind, MAX_NEW_TOKENS)
     ours = our_loss(b, inputs["advantages"], kind, weights=weights)
     assert_same(ours, (loss * more, gradient * more))
 
@@ -328,23 +344,31 @@ def test_four_micro_batches_are_trls_four_accumulation_steps(trainer_for, kind):
     theirs = sum(loss for loss, _ in theirs), torch.cat([gradient for _, gradient in theirs])
     assert_same(theirs, expected)
 
-    weights = sequence_weights(b.mask.sum(1), kind, LONGEST)
-    gain, loss, gradient = inputs["advantages"], 0.0, torch.zeros_like(b.logprobs)
+    weights = sequence_weights(b.mask.sum(1), kind, MAX_NEW_TOKENS)
+    advantage = inputs["advantages"]
+    loss = 0.0
+    gradient = torch.zeros_like(b.logprobs)
     for rows in ([0], [1, 2, 3, 4, 5], [6, 7]):
-        part = Batch([], *(x[rows] for x in tensors(b)), [])
-        part_loss, part_gradient, _ = our_loss(part, gain[rows], kind, BETA, weights[rows])
-        loss, gradient[rows] = loss + part_loss, part_gradient
+        part = Batch(
+            lengths=[],
+            tool_mask=b.tool_mask[rows],
+            mask=b.mask[rows],
+            logprobs=b.logprobs[rows],
+            old=b.old[rows],
+            sampled=b.sampled[rows],
+            ref=b.ref[rows],
+            rewards=[],
+        )
+        part_loss, part_gradient, _ = our_loss(part, advantage[rows], kind, BETA, weights[rows])
+        loss += part_loss
+        gradient[rows] = part_gradient
     assert_same((loss, gradient), expected)
-
-
-def tensors(b):
-    return b.tool_mask, b.mask, b.logprobs, b.old, b.sampled, b.ref
 
 
 def test_an_advantage_of_each_token_is_trls(trainer_for):
     """With turn_credit the turns of a sequence differ."""
     trainer = trainer_for(BETA, **TRLS["dapo"])
     b = batch(4)
-    gain = torch.randn(B, T)
-    inputs = scored(trainer, b) | {"advantages": gain}
-    assert_same(our_loss(b, gain, "dapo", BETA), trl_loss(trainer, inputs, b.logprobs))
+    advantage = torch.randn(B, T)
+    inputs = scored(trainer, b) | {"advantages": advantage}
+    assert_same(our_loss(b, advantage, "dapo", BETA), trl_loss(trainer, inputs, b.logprobs))

@@ -68,8 +68,11 @@ def test_without_a_chunk_as_many_logits_are_made_at_once_as_the_limit_holds(monk
     """And a vocabulary beyond the limit goes by single tokens."""
     model, _, ids, mask = stub(torch.nn.Linear)
     made = []
-    hook = lambda module, inputs, output: made.append(len(output))  # noqa: E731
-    model.get_output_embeddings().register_forward_hook(hook)
+
+    def count_rows(module, inputs, output):
+        made.append(len(output))
+
+    model.get_output_embeddings().register_forward_hook(count_rows)
     for numbers, expected in ((8 * VOCABULARY, [8, 8, 3]), (5, [1] * 19), (10**9, [19])):
         monkeypatch.setattr("learning.logprobs.LOGITS_BYTES", 4 * numbers)
         made.clear()
@@ -81,21 +84,26 @@ def test_without_a_chunk_as_many_logits_are_made_at_once_as_the_limit_holds(monk
 def test_both_ways_through_the_head_agree_and_either_part_may_be_frozen(bias):
     """Pitfalls 18, 34: under LoRA the head is frozen and only hidden states get a gradient."""
     for trained in (("states", "weight", "bias"), ("states",), ("weight",), ("states", "bias")):
-        found = []
-        for kind in HEADS:
-            model, states, ids, mask = stub(kind, bias=bias)
-            head = model.get_output_embeddings()
-            parts = {"states": states, "weight": head.weight, "bias": head.bias}
-            parts = {name: p for name, p in parts.items() if p is not None}
-            for name, p in parts.items():
-                p.requires_grad_(name in trained)
-            logprobs, _ = token_logprobs(model, ids, mask, mask, 1.3, 7)
-            (logprobs * weights(logprobs)).sum().backward()
-            assert [name for name, p in parts.items() if p.grad is None] == [
-                name for name in parts if name not in trained
-            ]
-            found.append((logprobs, *(p.grad for p in parts.values() if p.grad is not None)))
-        assert all(distance(a, b) < 2e-6 and b.norm() > 0 for a, b in zip(*found, strict=True))
+        linear, wrapped = (logprobs_and_gradients(kind, bias, trained) for kind in HEADS)
+        for a, b in zip(linear, wrapped, strict=True):
+            assert distance(a, b) < 2e-6 and b.norm() > 0
+
+
+def logprobs_and_gradients(kind, bias, trained) -> list:
+    """With these parts trained: the logprobs, and the gradient of each."""
+    model, states, ids, mask = stub(kind, bias=bias)
+    head = model.get_output_embeddings()
+    parts = {"states": states, "weight": head.weight}
+    if bias:
+        parts["bias"] = head.bias
+    for name, part in parts.items():
+        part.requires_grad_(name in trained)
+    logprobs, _ = token_logprobs(model, ids, mask, mask, 1.3, 7)
+    (logprobs * weights(logprobs)).sum().backward()
+    for name, part in parts.items():
+        assert (part.grad is not None) == (name in trained)
+    gradients = [part.grad for part in parts.values() if part.grad is not None]
+    return [logprobs, *gradients]
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -104,8 +112,10 @@ def test_autograd_grad_gives_what_backward_gives_and_gives_it_twice(kind):
     model, states, ids, mask = stub(kind)
     head = model.get_output_embeddings()
     logprobs, _ = token_logprobs(model, ids, mask, mask, chunk=7)
-    loss, parts = (logprobs * weights(logprobs)).sum(), (states, head.weight, head.bias)
-    first, second = (torch.autograd.grad(loss, parts, retain_graph=True) for _ in range(2))
+    loss = (logprobs * weights(logprobs)).sum()
+    parts = (states, head.weight, head.bias)
+    first = torch.autograd.grad(loss, parts, retain_graph=True)
+    second = torch.autograd.grad(loss, parts, retain_graph=True)
     loss.backward()
     for a, b, p in zip(first, second, parts, strict=True):
         assert torch.equal(a, b) and torch.equal(a, p.grad) and a.norm() > 0
@@ -151,7 +161,9 @@ class Alive(TorchDispatchMode):
 
     def __init__(self, size, *inputs):
         super().__init__()
-        self.size, self.seen, self.peak = size, {}, 0
+        self.size = size
+        self.seen = {}  # a storage: (a weak reference to it, how many numbers it holds)
+        self.peak = 0  # numbers
         self.inputs = {x.untyped_storage().data_ptr() for x in inputs}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -173,7 +185,9 @@ class Alive(TorchDispatchMode):
 @pytest.mark.parametrize("kind", HEADS)
 def test_memory_depends_on_the_chunk_and_not_on_the_number_of_tokens(kind):
     """Pitfalls 18, 19: and between forward and backward nothing as long as the vocabulary lives."""
-    vocabulary, hidden, peaks = 4096, 4, {}
+    vocabulary = 4096
+    hidden = 4
+    peaks = {}  # (tokens, chunk): numbers
     for tokens in (60, 240):
         for chunk in (8, 16):
             model, states, ids, mask = stub(kind, vocabulary, tokens, hidden, bias=False)
@@ -187,7 +201,9 @@ def test_memory_depends_on_the_chunk_and_not_on_the_number_of_tokens(kind):
             peaks[tokens, chunk] = alive.peak
     for chunk in (8, 16):
         assert peaks[60, chunk] == peaks[240, chunk]
-        rows = chunk + hidden if kind is torch.nn.Linear else 4 * chunk + 4 * hidden
+        rows = chunk + hidden
+        if kind is not torch.nn.Linear:
+            rows *= 4
         assert peaks[240, chunk] <= rows * vocabulary
 
 
@@ -216,7 +232,8 @@ def test_entropies_and_a_call_without_gradient_have_no_graph(kind):
 def test_a_logit_of_minus_infinity_leaves_all_else_finite(kind):
     """0 x -inf is NaN: a head that forbids tokens has the entropy of the others."""
     model, states, ids, mask = stub(kind)
-    head, allowed = model.get_output_embeddings(), VOCABULARY - 9
+    head = model.get_output_embeddings()
+    allowed = VOCABULARY - 9
     ids %= allowed
     with torch.no_grad():
         head.bias[allowed:] = -torch.inf
@@ -265,10 +282,11 @@ class Products(TorchDispatchMode):
 def test_the_head_multiplies_in_bfloat16_and_the_softmax_is_in_float32(name, how):
     """Pitfall 17: the same logprobs as of the model's own logits, in float32 from there on."""
     model, batch = MODELS[name]().eval(), sequences()
-    model = models.in_dtype(model, how) if how != "autocast" else model
     around = contextlib.nullcontext()
     if how == "autocast":
         around = torch.autocast("cpu", torch.bfloat16)
+    else:
+        model = models.in_dtype(model, how)
     with around:
         logprobs, entropy = token_logprobs(model, *batch, chunk=3)
         with torch.no_grad():

@@ -759,11 +759,9 @@ def sequences(pad="right"):
     lengths = torch.tensor([9, 6, 2])
     attention_mask = (torch.arange(9) < lengths[:, None]).long()
     if pad == "left":
-        shifts = (9 - lengths).tolist()
-        tensors = ids, attention_mask, mask
-        return tuple(
-            torch.stack([row.roll(n) for row, n in zip(x, shifts, strict=True)]) for x in tensors
-        )
+        for row, shift in enumerate((9 - lengths).tolist()):
+            for tensor in (ids, attention_mask, mask):
+                tensor[row] = tensor[row].roll(shift)
     return ids, attention_mask, mask
 
 
@@ -876,8 +874,8 @@ def test_no_more_than_a_chunk_of_logits_exists_and_none_are_kept_for_backward(ti
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         logprobs, _ = token_logprobs(tied, *batch, chunk=4)
-    wanted = int(batch[2].sum())  # the 10 tokens whose mask is 1, not all 27
-    chunks = [(4, VOCABULARY)] * (wanted // 4) + [(wanted % 4, VOCABULARY)] * (wanted % 4 > 0)
+    assert batch[2].sum() == 10  # tokens whose mask is 1, not all 27
+    chunks = [(4, VOCABULARY), (4, VOCABULARY), (2, VOCABULARY)]
     assert made == chunks and kept and not any(shape[-1:] == (VOCABULARY,) for shape in kept)
     logprobs.sum().backward()
     hook.remove()
@@ -919,38 +917,38 @@ def test_gradients_reach_both_matrices_of_an_adapter_and_nothing_else():
     assert all(torch.equal(value, now[name]) for name, value in frozen.items())
 
 
-# Batches, rates, optimizers
-
-
 # Prompts that are shared
 
 
 def groups_with_prompts(groups=3, size=5):
     """Trajectories of groups, each with a prompt of its own that is longer than what follows."""
-    rng, made = random.Random(7), []
+    rng = random.Random(7)
+    trajectories = []
     for group in range(groups):
         prompt = [rng.randrange(VOCABULARY) for _ in range(14 + group)]
         for k in range(size):
             t = trajectory(rng, group, rng.random(), turns=1 + k % 3, prompt=0, new=3)
             whole = Trajectory({}, group, stop="answered", reward=t.reward)
             whole.add(prompt, 0)
-            whole.ids, whole.mask = whole.ids + t.ids, whole.mask + t.mask
+            whole.ids += t.ids
+            whole.mask += t.mask
             whole.logprobs += t.logprobs
             whole.turn_starts = [len(prompt) + start for start in t.turn_starts]
-            made.append(whole)
-    return made
+            trajectories.append(whole)
+    return trajectories
 
 
 @pytest.fixture
-def seen_tokens(monkeypatch):
+def seen_tokens():
     """Lists the number of tokens of every forward pass through a model's layers."""
 
     def watch(model):
         sizes = []
-        model.get_decoder().register_forward_pre_hook(
-            lambda module, args, kwargs: sizes.append(kwargs["input_ids"].numel()),
-            with_kwargs=True,
-        )
+
+        def note(module, args, kwargs):
+            sizes.append(kwargs["input_ids"].numel())
+
+        model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
         return sizes
 
     return watch
@@ -966,16 +964,17 @@ def test_the_prompt_of_a_group_goes_through_the_layers_once_with_the_same_gradie
     batch, sizes = weighed(groups_with_prompts(), "dapo"), seen_tokens(model)
     shared, metrics = gradient(model, batch, how(token_budget=10**6))
     assert len(sizes) == 2  # the three prompts, then all rows go on from them
-    prompts, rest = sizes
-    assert prompts == 3 * 15 and rest <= 15 * max(
-        len(t.ids) - t.turn_starts[0] + 1 for t in batch[0]
-    )
+    prompts, continuations = sizes
+    assert prompts == 3 * 15
+    # the last token of a prompt goes with what follows it
+    assert continuations <= 15 * max(len(t.ids) - t.turn_starts[0] + 1 for t in batch[0])
     in_parts, _ = gradient(model, batch, how(token_budget=60))
     alone, _ = gradient(model, batch, how(token_budget=1))
     monkeypatch.setattr("learning.logprobs.shares_prompts", lambda model: False)
     sizes.clear()
     plain, plain_metrics = gradient(model, batch, how(token_budget=10**6))
-    assert sizes == [15 * max(len(t.ids) for t in batch[0])] and sizes[0] > 2 * (prompts + rest) / 2
+    assert sizes == [15 * max(len(t.ids) for t in batch[0])]
+    assert sizes[0] > prompts + continuations
     for other in (shared, in_parts, alone):
         assert distance(other, plain) <= 2e-6
     assert metrics == pytest.approx(plain_metrics, rel=1e-5, abs=1e-6)
@@ -1005,15 +1004,16 @@ def test_prompts_are_not_shared_where_that_would_be_another_function_or_nothing_
         sizes = seen_tokens(model)
         gradient(model, weighed(some, "dapo"), how(token_budget=10**6))
         assert len(sizes) == 1
-    model, width = qwen().eval(), max(len(t.ids) for t in rows)
-    left = torch.tensor([[0] * (width - len(t.ids)) + t.ids for t in rows])
-    real = torch.tensor([[0] * (width - len(t.ids)) + [1] * len(t.ids) for t in rows])
-    mask = torch.tensor([[0] * (width - len(t.ids)) + t.mask for t in rows])
+    model = qwen().eval()
+    # reversed, padded on the right, and reversed again
+    ids = pad([t.ids[::-1] for t in rows]).flip(1)
+    attention_mask = pad([[1] * len(t.ids) for t in rows]).flip(1)
+    mask = pad([t.mask[::-1] for t in rows]).flip(1)
     sizes = seen_tokens(model)
-    logprobs, _ = token_logprobs(model, left, real, mask)
-    assert sizes == [left.numel()]
-    for given, expected, t in zip(logprobs, score(model, rows), rows, strict=True):
-        assert torch.allclose(given[width - len(t.ids) :], expected, atol=1e-5)
+    logprobs, _ = token_logprobs(model, ids, attention_mask, mask)
+    assert sizes == [ids.numel()]
+    for row, expected, t in zip(logprobs, score(model, rows), rows, strict=True):
+        assert torch.allclose(row[-len(t.ids) :], expected, atol=1e-5)
 
 
 def test_a_budget_counts_equal_prompts_once():
@@ -1023,21 +1023,23 @@ def test_a_budget_counts_equal_prompts_once():
     parts = micro_batches(lengths, 60, prompts)
     assert sorted(sum(parts, [])) == list(range(30))
     for part in parts:
-        own = max(lengths[i] - len(prompts[i]) for i in part)
-        used = {prompts[i] for i in part}
-        assert own * len(part) + len(used) * max(map(len, used)) <= 60
+        continuation = max(lengths[i] - len(prompts[i]) for i in part)
+        different = {prompts[i] for i in part}
+        assert continuation * len(part) + len(different) * max(map(len, different)) <= 60
     assert len(parts) < len(micro_batches(lengths, 60))
 
 
-def unlike_groups(seed, groups=24, size=8, prompt=(20, 400), own=(3, 12)):
-    """(ids, mask) of rows in random order, of groups whose prompts differ in length."""
-    rng, rows = random.Random(seed), []
+def unlike_groups(seed, groups=24, size=8, prompt=(20, 400), new=(3, 12)):
+    """(ids, mask) of rows in random order, of groups whose prompts differ in length. prompt, new:
+    the least and the most tokens of each."""
+    rng = random.Random(seed)
+    rows = []
     for _ in range(groups):
         begin = [rng.randrange(VOCABULARY) for _ in range(rng.randint(*prompt))]
         for _ in range(size):
-            new = rng.randint(*own)
-            ids = begin + [rng.randrange(VOCABULARY) for _ in range(new)]
-            rows.append((ids, [0] * len(begin) + [1] * new))
+            count = rng.randint(*new)
+            ids = begin + [rng.randrange(VOCABULARY) for _ in range(count)]
+            rows.append((ids, [0] * len(begin) + [1] * count))
     rng.shuffle(rows)
     return rows
 
@@ -1047,26 +1049,32 @@ def test_the_tokens_that_go_through_the_layers_stay_within_the_budget(seen_token
     """Counted where they go in, padding too: prompts of one micro-batch are padded to the longest,
     as rows are where nothing is shared. Only a row that is longer than the budget passes it."""
     model = qwen().eval()
-    sizes, budget = seen_tokens(model), 1638
+    sizes = seen_tokens(model)
+    budget = 1638
     for rows in (
         unlike_groups(1),
-        unlike_groups(2, groups=6, prompt=(3, 9), own=(5, 60)),
+        unlike_groups(2, groups=6, prompt=(3, 9), new=(5, 60)),
         unlike_groups(3, groups=40, size=1),
         unlike_groups(4, groups=3, size=2, prompt=(budget, 2 * budget)),
     ):
-        lengths, spent = [len(ids) for ids, _ in rows], 0
-        begins = shared_prefixes(*map(list, zip(*rows, strict=True))) if shares else None
-        parts = micro_batches(lengths, budget, begins)
+        lengths = [len(ids) for ids, _ in rows]
+        prefixes = None
+        if shares:
+            prefixes = shared_prefixes([ids for ids, _ in rows], [mask for _, mask in rows])
+        parts = micro_batches(lengths, budget, prefixes)
         assert sorted(sum(parts, [])) == list(range(len(rows)))
+        spent = 0  # tokens through the layers
         for part in parts:
-            ids, mask = (pad([rows[i][k] for i in part]) for k in (0, 1))
+            ids = pad([rows[i][0] for i in part])
+            attention_mask = pad([[1] * lengths[i] for i in part])
+            mask = pad([rows[i][1] for i in part])
             sizes.clear()
             with torch.no_grad():
-                token_logprobs(model, ids, pad([[1] * lengths[i] for i in part]), mask)
+                token_logprobs(model, ids, attention_mask, mask)
             assert sum(sizes) <= budget or len(part) == 1
             spent += sum(sizes)
         assert spent < 1.5 * sum(lengths)
-        if shares and len(set(begins)) < len(rows) / 4 and max(map(len, begins)) > 50:
+        if shares and len(set(prefixes)) < len(rows) / 4 and max(map(len, prefixes)) > 50:
             assert spent < 0.4 * sum(lengths)
 
 
@@ -1076,9 +1084,9 @@ def test_rows_of_a_prompt_stay_together_only_where_that_is_fewer_tokens():
     prompts = [(group,) * 20 for group in range(16) for _ in range(8)]
     lengths = [20 + (400 if i % 8 == 0 else 30) for i in range(128)]
     parts = micro_batches(lengths, 4000, prompts)
-    own = [[lengths[i] - 20 for i in part] for part in parts]
-    padding = sum(len(part) * max(part) - sum(part) for part in own)
-    assert padding < 0.2 * sum(map(sum, own))
+    continuations = [[lengths[i] - 20 for i in part] for part in parts]
+    padding = sum(len(part) * max(part) - sum(part) for part in continuations)
+    assert padding < 0.2 * sum(map(sum, continuations))
     rng = random.Random(3)
     prompts = [(i,) * rng.randint(1, 300) for i in range(50)]
     lengths = [len(prompt) + rng.randint(1, 300) for prompt in prompts]
@@ -1118,15 +1126,14 @@ def test_pad_fills_the_right_side_with_the_value():
 
 
 def test_the_schedule_warms_up_to_the_peak_and_falls():
-    rates = {
-        kind: [optim.schedule(step, 10, kind, 2) for step in range(10)]
-        for kind in ("constant", "linear", "cosine")
-    }
-    assert all(values[:3] == [0.5, 1.0, 1.0] for values in rates.values())
-    assert rates["constant"][2:] == [1.0] * 8
-    assert rates["linear"][2:] == pytest.approx([1 - i / 8 for i in range(8)])
-    assert rates["cosine"][6] == pytest.approx(0.5) and rates["cosine"][9] > 0
-    for values in rates.values():
+    shares = {}  # of the peak
+    for kind in ("constant", "linear", "cosine"):
+        shares[kind] = [optim.schedule(step, 10, kind, 2) for step in range(10)]
+    assert all(values[:3] == [0.5, 1.0, 1.0] for values in shares.values())
+    assert shares["constant"][2:] == [1.0] * 8
+    assert shares["linear"][2:] == pytest.approx([1 - i / 8 for i in range(8)])
+    assert shares["cosine"][6] == pytest.approx(0.5) and shares["cosine"][9] > 0
+    for values in shares.values():
         assert values[2:] == sorted(values[2:], reverse=True) and min(values) > 0
     assert [optim.schedule(step, 3, "linear", 9) for step in range(3)] == [
         pytest.approx((step + 1) / 9) for step in range(3)

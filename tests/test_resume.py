@@ -45,6 +45,7 @@ from run.config import UserError
 from tasks import tiny as tiny_model
 
 STEPS = 8
+HANGS = 600  # seconds that no process takes on however busy a machine, unless it hangs
 REWARD = """
 def coin(trajectory, example):
     return float(sum(trajectory.ids) % 3 == 0)
@@ -97,6 +98,7 @@ def die(*_) -> None:
 
 
 def die_in_a_line(log, metrics) -> None:
+    """In the middle of it."""
     log.metrics.write(json.dumps(metrics)[:40])
     log.metrics.flush()
     die()
@@ -159,23 +161,29 @@ def command(script: str, argv: list[str], folder: str, point: str, call: int) ->
     os.dup2(output, 2)
     run_page.curves = lambda out_dir: None  # drawing takes longer than all else
     if point:
-        place, when, act, counts = POINTS[point]
-        owner, _, name = place.rpartition(".")
-        owner = pkgutil.resolve_name(owner)
-        real, calls = getattr(owner, name), itertools.count(1)
-
-        def wrapped(*args, **kwargs):
-            now = counts(*args, **kwargs) and next(calls) == call
-            if now and when == "before":
-                act(*args)
-            result = real(*args, **kwargs)
-            if now and when == "after":
-                act(*args)
-            return result
-
-        setattr(owner, name, wrapped)
+        lay_in_wait(point, call)
     sys.argv = [f"{script}.py", *argv]
     runpy.run_path(str(config.HERE / sys.argv[0]), run_name="__main__")
+
+
+def lay_in_wait(point: str, call: int) -> None:
+    """Wraps the function of a point, so that something happens at that call of it."""
+    function, when, act, counts = POINTS[point]
+    owner_name, _, name = function.rpartition(".")
+    owner = pkgutil.resolve_name(owner_name)
+    real = getattr(owner, name)
+    numbers = itertools.count(1)  # of the calls that count
+
+    def wrapped(*args, **kwargs):
+        is_now = counts(*args, **kwargs) and next(numbers) == call
+        if is_now and when == "before":
+            act(*args)
+        result = real(*args, **kwargs)
+        if is_now and when == "after":
+            act(*args)
+        return result
+
+    setattr(owner, name, wrapped)
 
 
 @pytest.fixture(scope="module")
@@ -199,13 +207,15 @@ def place(tmp_path_factory, tokenizer):
         models.save(tiny_model.tiny(tokenizer, 0, size, layers=1), tokenizer, folder / name)
     prompts = [f"{a} + {b}?" for a, b in itertools.product(range(2, 8), range(2, 7))]
     rows = [{"prompt": prompt, "answer": "4"} for prompt in prompts[:5]]
-    demos = [
-        {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": p[::-1]}]}
-        for p in prompts[:26]
-    ]
-    held = [{"prompt": prompt, "answer": "4"} for prompt in prompts[28:]]
-    for name, made in (("rows", rows), ("demos", demos), ("held", held)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    held_out = [{"prompt": prompt, "answer": "4"} for prompt in prompts[28:]]
+    demos = []
+    for prompt in prompts[:26]:
+        question = {"role": "user", "content": prompt}
+        answer = {"role": "assistant", "content": prompt[::-1]}
+        demos.append({"messages": [question, answer]})
+    for name, examples in (("rows", rows), ("demos", demos), ("held", held_out)):
+        text = "".join(json.dumps(example) + "\n" for example in examples)
+        (folder / f"{name}.jsonl").write_text(text)
     return folder
 
 
@@ -254,7 +264,7 @@ def run(start, place):
 
     def to_the_end(*args, **options):
         child = start(*args, **options)
-        child.join(60)
+        child.join(HANGS)
         return child.exitcode, (place / "log").read_text()
 
     return to_the_end
@@ -264,9 +274,12 @@ def run(start, place):
 
 
 def untimed(value):
+    """A nested value without its times."""
     if isinstance(value, dict):
         return {key: untimed(inner) for key, inner in value.items() if "seconds" not in key}
-    return [untimed(inner) for inner in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [untimed(inner) for inner in value]
+    return value
 
 
 def lines(path) -> list[dict]:
@@ -278,11 +291,13 @@ def flat(value, name="") -> dict:
     """Everything in a nested state under its own name, as bytes."""
     if isinstance(value, (dict, list, tuple)):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for key, inner in pairs for k, v in flat(inner, f"{name}.{key}").items()}
+        result = {}
+        for key, inner in pairs:
+            result |= flat(inner, f"{name}.{key}")
+        return result
     if isinstance(value, torch.Tensor):
-        return {
-            name: (value.dtype, value.shape, value.reshape(-1).view(torch.uint8).numpy().tobytes())
-        }
+        raw = value.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return {name: (value.dtype, value.shape, raw)}
     return {name: value}
 
 
@@ -383,7 +398,7 @@ def test_a_run_that_is_told_to_stop_finishes_its_step_and_saves(
     os.kill(child.pid, number)
     wait_for(place / "log", "finishing this step, then saving")
     (place / "go").touch()
-    child.join(60)
+    child.join(HANGS)
     assert child.exitcode == 128 + number
     done = len(lines(out_dir / "metrics.jsonl"))
     assert f"stopped after {done} of {STEPS} steps" in (place / "log").read_text()
@@ -400,11 +415,11 @@ def test_a_second_process_in_the_same_folder_is_refused(start, run, whole, place
     child = start("grpo", out_dir, "halt", 2 * UPDATES + 2)
     wait_for(place / "log", "halted")
     before = (out_dir / "config.py").read_text()
-    exitcode, log = run("grpo", out_dir, keep_last=5)
+    exitcode, log = run("grpo", out_dir, save_every=5)
     assert exitcode == 2 and f"out_dir '{out_dir}' is in use by another process: wait" in log
     assert (out_dir / "config.py").read_text() == before  # it is the other's
     os.kill(child.pid, signal.SIGKILL)
-    child.join(60)
+    child.join(HANGS)
     assert run("grpo", out_dir)[0] == 0
     assert_same(whole("grpo"), left_by(out_dir))
 
@@ -416,7 +431,7 @@ def test_a_run_that_is_told_twice_ends_at_once(start, run, whole, place):
     for said in ("finishing this step, then saving", "interrupted"):
         os.kill(child.pid, signal.SIGINT)
         wait_for(place / "log", said)
-    child.join(60)
+    child.join(HANGS)
     assert child.exitcode == 130 and "Traceback" not in (place / "log").read_text()
     assert newest(out_dir).name == "step-000002"
     assert run("grpo", out_dir)[0] == 0
@@ -424,7 +439,7 @@ def test_a_run_that_is_told_twice_ends_at_once(start, run, whole, place):
 
 
 def wait_for(path, text: str) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + HANGS
     while not path.exists() or text not in path.read_text():
         assert time.monotonic() < end, f"nobody said {text!r}: {path.read_text()}"
         time.sleep(0.01)
@@ -462,13 +477,20 @@ def nudge(model, optimizers) -> None:
 def laid(here, tmp_path):
     """laid(key=value, …): (run, (model, tokenizer, optimizers, log)), nothing restored yet."""
 
-    def lay(optimizer="adamw", **options):
+    def lay(optimizer="adamw", keep_last=2, **options):
         cfg = replace(configured("grpo", tmp_path / "out"), **options)
-        lora = cfg.lora_r, cfg.lora_alpha, cfg.lora_targets
-        model, tokenizer = models.load(cfg.model, cfg.tune, cfg.dtype, "cpu", *lora)
+        model, tokenizer = models.load(
+            cfg.model,
+            cfg.tune,
+            cfg.dtype,
+            "cpu",
+            lora_r=cfg.lora_r,
+            lora_alpha=cfg.lora_alpha,
+            lora_targets=cfg.lora_targets,
+        )
         optimizers = optim.optimizers(model, optimizer, cfg.learning_rate, 0.1)
         log = types.SimpleNamespace(sync=lambda: None, print=print)
-        return Run(cfg), (model, tokenizer, optimizers, log)
+        return Run(cfg, keep_last), (model, tokenizer, optimizers, log)
 
     return lay
 
@@ -617,7 +639,11 @@ def test_every_optimizer_goes_on_bit_for_bit(tune, optimizer, dtype, laid):
 
 
 def drawn() -> list:
-    return [random.random(), random.gauss(0, 1), numpy.random.rand(), numpy.random.randn()] + [
+    return [
+        random.random(),
+        random.gauss(0, 1),
+        numpy.random.rand(),
+        numpy.random.randn(),
         torch.rand(2).tolist(),
         torch.randn(3).tolist(),
     ]
@@ -723,11 +749,10 @@ def test_whatever_fails_in_a_checkpoint_the_older_ones_stay(writer, laid, monkey
         with pytest.raises(UserError, match="cannot save step 6 in .*No space left on device"):
             run.save(6, *parts, cursor=60)
     assert sorted(path.name for path in run.folder.iterdir()) == ["step-000002", "step-000004"]
-    assert not any(checkpoint._damaged(path) for path in run.folder.iterdir())
+    assert not any(checkpoint.damage_of(path) for path in run.folder.iterdir())
     run.save(6, *parts, cursor=60)
-    assert newest(run.out_dir).name == "step-000006" and not checkpoint._damaged(
-        newest(run.out_dir)
-    )
+    assert newest(run.out_dir).name == "step-000006"
+    assert not checkpoint.damage_of(newest(run.out_dir))
 
 
 def test_a_model_that_cannot_be_written_at_the_end_is_in_the_last_checkpoint(laid, monkeypatch):
@@ -742,11 +767,12 @@ def test_a_model_that_cannot_be_written_at_the_end_is_in_the_last_checkpoint(lai
             run.finish(*parts[:2])
     run, _ = laid(resume=True)
     run.finish(*parts[:2])
-    assert_same(*(flat(dict(models.load(str(d))[0].named_parameters())) for d in both(run)))
+    assert_same(weights_in(run.out_dir), weights_in(newest(run.out_dir)))
 
 
-def both(run) -> tuple[Path, Path]:
-    return run.out_dir, newest(run.out_dir)
+def weights_in(folder) -> dict:
+    model, _ = models.load(str(folder))
+    return flat(dict(model.named_parameters()))
 
 
 # What may be gone on with
@@ -773,7 +799,11 @@ def other(value, kind):
         return not value
     if isinstance(value, (int, float)):
         return value + 1
-    return 3 if value is None else value + ("x",) if isinstance(value, tuple) else f"{value}x"
+    if value is None:
+        return 3
+    if isinstance(value, tuple):
+        return (*value, "x")
+    return f"{value}x"
 
 
 @pytest.mark.parametrize("script", [train_grpo, train_sft], ids=lambda script: script.__name__)
@@ -794,7 +824,7 @@ def test_only_keys_that_change_nothing_that_is_learnt_may_change(script, tmp_pat
             continue
         with pytest.raises(UserError, match=f"^{key} = .*, but the run in .* has .*: give that, "):
             Run(changed)
-    assert {"resume", "save_every", "keep_last", "logger"} <= free
+    assert {"resume", "save_every", "logger"} <= free
     assert not {"learning_rate", "seed", "data", "model", "tune", "dtype"} & free
 
 
@@ -889,7 +919,6 @@ def test_a_run_goes_on_with_rewards_that_are_missing(value, here):
             "rewards": (f"{file}:coin",),
             "steps": 2,
             "warmup": 1,
-            "dynamic_attempts": 1,
             "beta": 0.0,
         }
         last = train_grpo.train(configured("grpo", out_dir, **options))

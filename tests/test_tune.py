@@ -40,19 +40,21 @@ def folder(tmp_path_factory):
 
 
 def load(folder, tune, dtype="float32", targets=("all-linear",)):
-    model, _ = models.load(str(folder), tune, dtype, "cpu", *LORA.values(), targets)
+    model, _ = models.load(str(folder), tune, dtype, "cpu", lora_targets=targets, **LORA)
     return model
 
 
 def trajectories(count=6):
-    rng, made = random.Random(1), []
+    rng = random.Random(1)
+    trajectories = []
     for i in range(count):
+        new_tokens = 3 + i
         t = Trajectory({}, i // 3, reward=float(i % 3), stop="answered")
         t.add([rng.randrange(250) for _ in range(4)], 0)
         t.turn_starts.append(4)
-        t.add([rng.randrange(250) for _ in range(3 + i)], 1, [-2.0] * (3 + i))
-        made.append(t)
-    return made
+        t.add([rng.randrange(250) for _ in range(new_tokens)], 1, [-2.0] * new_tokens)
+        trajectories.append(t)
+    return trajectories
 
 
 def logprobs(model, rows=None):
@@ -60,7 +62,7 @@ def logprobs(model, rows=None):
 
 
 def taught(model, steps=2, reference=None, **options):
-    """The model after some steps, and the metrics of the last one."""
+    """Trains the model for some steps; returns the metrics of the last one."""
     cfg = Config(learning_rate=0.02, **options)
     settings = LearnSettings.of(cfg)
     optimizers = optim.optimizers(model, cfg.optimizer, cfg.learning_rate)
@@ -77,13 +79,15 @@ def frozen_part(model):
 def test_only_adapters_are_trained_and_the_base_stays_bit_for_bit(folder, tune):
     """Pitfalls 31, 34: through learning, switching adapters off for the KL, saving and sampling."""
     model = load(folder, tune)
-    base, names = frozen_part(model), {n for n, p in model.named_parameters() if p.requires_grad}
+    base = frozen_part(model)
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
     assert names and all("lora_" in name for name in names)
     before = logprobs(model)
     metrics = taught(model, 3, beta=0.1, reference=model)
     assert metrics["kl"] > 0 and not torch.equal(logprobs(model), before)
     after = {n: p for n, p in model.named_parameters() if not p.requires_grad}
-    assert after.keys() == base.keys() and all(torch.equal(base[n], p) for n, p in after.items())
+    assert after.keys() == base.keys()
+    assert all(torch.equal(base[name], p) for name, p in after.items())
     assert {n for n, p in model.named_parameters() if p.requires_grad} == names
     with models.with_initial_weights(model):
         assert torch.equal(logprobs(model), before)
@@ -160,7 +164,7 @@ def test_the_reference_of_full_weights_is_a_frozen_copy(folder):
 @pytest.mark.parametrize("tune", ["lora", "qlora"])
 def test_the_reference_of_an_adapter_that_is_trained_on_is_that_adapter(folder, tmp_path, tune):
     """Pitfall 25: not the base without it."""
-    model, tokenizer = models.load(str(folder), tune, "float32", "cpu", *LORA.values())
+    model, tokenizer = models.load(str(folder), tune, "float32", "cpu", **LORA)
     base = logprobs(model)
     taught(model)
     models.save(model, tokenizer, tmp_path / "first")
@@ -186,7 +190,7 @@ def test_the_reference_of_an_adapter_that_is_trained_on_is_that_adapter(folder, 
 def test_an_adapter_is_trained_on_with_its_own_layers_or_refused(folder, tmp_path, tune):
     """Pitfalls 25, 55: other lora_targets would have no effect. Their order is no difference."""
     own = ("q_proj", "v_proj")
-    model, tokenizer = models.load(str(folder), tune, "float32", "cpu", *LORA.values(), own)
+    model, tokenizer = models.load(str(folder), tune, "float32", "cpu", lora_targets=own, **LORA)
     models.save(model, tokenizer, tmp_path)
     for targets in (("all-linear",), ("v_proj", "q_proj")):
         load(tmp_path, tune, targets=targets)
@@ -247,7 +251,7 @@ def test_a_merged_model_is_plain_and_says_what_base_and_adapter_say(folder, tmp_
     """Pitfall 31: never into four bits: the base is loaded again as it was saved."""
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer = models.load(str(folder), tune, "float32", "cpu", *LORA.values())
+    model, tokenizer = models.load(str(folder), tune, "float32", "cpu", **LORA)
     taught(model)
     models.save(model, tokenizer, tmp_path / "adapter")
     cfg = config.parse(
@@ -261,17 +265,16 @@ def test_a_merged_model_is_plain_and_says_what_base_and_adapter_say(folder, tmp_
     assert torch.allclose(logprobs(merged), logprobs(adapted), atol=1e-4)
     assert not torch.allclose(logprobs(merged), logprobs(load(folder, "none")), atol=1e-2)
     base = dict(load(folder, "none").named_parameters())
-    a, b = (
-        model.state_dict()[f"base_model.model.model.layers.0.mlp.up_proj.lora_{x}.default.weight"]
-        for x in "AB"
-    )
+    layer = "base_model.model.model.layers.0.mlp.up_proj"
+    a = model.state_dict()[f"{layer}.lora_A.default.weight"]
+    b = model.state_dict()[f"{layer}.lora_B.default.weight"]
     name = "model.layers.0.mlp.up_proj.weight"
     expected = base[name] + LORA["lora_alpha"] / LORA["lora_r"] * b @ a
     assert torch.allclose(dict(merged.named_parameters())[name], expected, atol=1e-6)
 
 
 def test_merging_is_bfloat16_unless_asked_and_refuses_what_is_no_adapter(folder, tmp_path):
-    model, tokenizer = models.load(str(folder), "lora", "float32", "cpu", *LORA.values())
+    model, tokenizer = models.load(str(folder), "lora", "float32", "cpu", **LORA)
     models.save(model, tokenizer, tmp_path / "adapter")
     merge.merge(merge.Config(adapter=f"{tmp_path}/adapter", out_dir=f"{tmp_path}/merged"))
     merged = load(tmp_path / "merged", "none", "bfloat16")
@@ -289,15 +292,26 @@ def test_merging_is_bfloat16_unless_asked_and_refuses_what_is_no_adapter(folder,
 def test_a_run_of_each_kind_of_tuning_trains_and_saves_what_it_trained(folder, tmp_path):
     """qlora, gradient_checkpointing, adamw8bit, mixed and beta together, from the command line."""
     (tmp_path / "mine.py").write_text("def spread(t, e): return sum(t.ids) % 7\n")
-    argv = [f"--model={folder}", "--steps=2", "--prompts_per_step=2", "--group_size=3"]
-    argv += ["--max_new_tokens=4", f"--rewards={tmp_path}/mine.py:spread", "--max_tokens=1200"]
-    argv += ["--learning_rate=1e-2", "--format=fence", "--tools=", "--beta=0.01"]
-    for name, more in {
+    common = [
+        f"--model={folder}",
+        "--steps=2",
+        "--prompts_per_step=2",
+        "--group_size=3",
+        "--max_new_tokens=4",
+        f"--rewards={tmp_path}/mine.py:spread",
+        "--max_tokens=1200",
+        "--learning_rate=1e-2",
+        "--format=fence",
+        "--tools=",
+        "--beta=0.01",
+    ]
+    kinds = {
         "qlora": ["--tune=qlora", "--lora_r=4", "--optimizer=adamw8bit"],
         "mixed": ["--dtype=mixed", "--gradient_checkpointing=true"],
-    }.items():
+    }
+    for name, options in kinds.items():
         out_dir = tmp_path / name
-        every = [*argv, *more, f"--out_dir={out_dir}"]
-        metrics = train_grpo.train(config.parse(Config, every, train_grpo.check))
+        argv = [*common, *options, f"--out_dir={out_dir}"]
+        metrics = train_grpo.train(config.parse(Config, argv, train_grpo.check))
         assert metrics["kl"] > 0 and metrics["grad_norm"] > 0
         assert not torch.equal(logprobs(load(out_dir, "none")), logprobs(load(folder, "none")))
