@@ -29,10 +29,14 @@ if __name__ == "__main__":
 import data
 import rewards as reward_functions
 import train_grpo
+from engines.base import Sampling
+from engines.chat_api import Endpoint
+from formats import Call, too_deep
 from player import running, setup, task
-from rollout import Settings, rollouts
+from rollout import Settings, ends, rollouts, run, seed_of
 from run import log as run_log
 from run.config import ROLLOUT_KEYS, UserError
+from run.http import key_from
 from run.loop import run_blocking
 from trajectory import Trajectory, stats
 
@@ -205,13 +209,10 @@ def player(cfg: train_grpo.Config, own: Config):
         with running(cfg, model, tokenizer, toolbox) as engine:
             yield chat, engine, None, toolbox, *rest
         return
-    from engines import chat_api
-
     toolbox, selected, rows = task(cfg, own.limit)
-    key = chat_api.key_of(own.key_env)
-    asked = chat_api.Endpoint(own.endpoint, cfg.model, toolbox.schemas, key)
+    asked = Endpoint(own.endpoint, cfg.model, toolbox.schemas, key_from(own.key_env))
     try:
-        yield asked, asked, chat_api.turn, toolbox, selected, rows
+        yield asked, asked, play_api_turn, toolbox, selected, rows
     finally:
         run_blocking(asked.close())
         run_blocking(toolbox.close())
@@ -261,6 +262,66 @@ def table(numbers: dict) -> None:
         shown = f"{value:.4f}" if isinstance(value, float) else str(value)
         out.add_row(key, shown)
     Console(highlight=False).print(out)
+
+
+async def play_api_turn(
+    trajectory: Trajectory,
+    chat,
+    endpoint: Endpoint,
+    session,
+    toolbox,
+    settings: Settings,
+    step: int,
+) -> None:
+    """Plays one message of the model behind an API, and its calls. Sets trajectory.stop if it was
+    the last."""
+    turn = len(trajectory.turn_starts)
+    where = (settings.seed, step, trajectory.group, trajectory.sample, turn)
+    sampling = Sampling(settings.temperature, settings.max_new_tokens, seed_of(*where))
+    is_final = settings.final_turn and turn == settings.max_turns
+    reply = await endpoint.ask(trajectory.messages, sampling, with_tools=not is_final)
+    if reply is None:
+        trajectory.stop = "length"
+        return
+    trajectory.turn_starts.append(0)  # of ids that nobody here sees
+    trajectory.unseen_tokens += reply.new_tokens
+    message = {"role": "assistant", "content": reply.text}
+    if reply.tool_calls:
+        message["tool_calls"] = reply.tool_calls
+    trajectory.messages.append(message)
+    calls = [_api_call(tool_call["function"]) for tool_call in reply.tool_calls]
+    if ends(trajectory, calls, reply.was_cut, toolbox, settings):
+        return
+    results = await run(trajectory, calls, session, toolbox, settings, None)
+    if trajectory.stop:
+        return
+    for tool_call, (call, result) in zip(reply.tool_calls, results, strict=True):
+        trajectory.messages.append(
+            {
+                "role": "tool",
+                "tool_call_id": tool_call.get("id", ""),
+                "name": call.name,
+                "content": result,
+            }
+        )
+    if reply.all_tokens >= settings.max_tokens:
+        trajectory.stop = "length"
+
+
+def _api_call(function: dict) -> Call:
+    """A native tool call, its arguments read from JSON."""
+    name = function["name"]
+    text = function.get("arguments") or "{}"
+    try:
+        arguments = json.loads(text) if isinstance(text, str) else text
+        if not isinstance(arguments, dict):
+            raise ValueError(f"an object is expected, not {str(text)[:40]}")
+        if too_deep(arguments):
+            raise ValueError("it is too deep")
+    except (ValueError, RecursionError) as error:
+        message = f"malformed call of {name}: its arguments are not JSON ({error})"
+        return Call(name, None, "bad_json", message, str(text))
+    return Call(name, arguments, raw=str(text))
 
 
 def main(argv: list[str]) -> None:

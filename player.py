@@ -6,9 +6,10 @@ import time
 from dataclasses import replace
 
 import data
-import engines
 import rewards as reward_functions
 from chat import Chat
+from engines.base import Engine, check_engine
+from engines.local import TransformersEngine
 from learning import model as models
 from rollout import Settings, rollouts
 from run import config
@@ -45,7 +46,7 @@ def _rows(cfg, source: str, split: str, limit: int | None, seed: int) -> list[di
 def setup(cfg, tune: str, limit: int | None = None):
     """(model, tokenizer, chat, toolbox, rewards, examples); what is cheap to check comes first. The
     model is None if only an engine elsewhere has to have it."""
-    engines.check(cfg.engine, cfg.urls, tune)
+    check_engine(cfg.engine, cfg.urls, tune)
     models.find(cfg.model)
     toolbox, selected, rows = task(cfg, limit)
     tokenizer = models.load_tokenizer(cfg.model)
@@ -91,11 +92,45 @@ def check_prompt(chat: Chat, example: dict, max_tokens: int) -> None:
         raise UserError(f"max_tokens = {max_tokens}: the first prompt alone has {length}")
 
 
+async def start_engine(cfg, model, tokenizer) -> Engine:
+    """Starts the engine that train_grpo's Config, or one like it, names; its first sync is to come.
+
+    model: the policy; only the transformers engine and a rounded base (qlora) need it, else it may
+    be None. UserError if the engine does not start.
+    """
+    if cfg.engine == "transformers":
+        return TransformersEngine(model, tokenizer, cfg.deterministic)
+    if cfg.engine == "server":
+        from engines import servers
+
+        return await servers.start(
+            cfg.urls, cfg.model, tokenizer, timeout=cfg.server_timeout, max_tokens=cfg.max_tokens
+        )
+    from engines import vllm as vllm_engine
+
+    is_trained = model is not None and any(p.requires_grad for p in model.parameters())
+    return await vllm_engine.start(
+        cfg.model,
+        model,
+        cfg.dtype,
+        full=is_trained and cfg.tune == "full",
+        lora_r=cfg.lora_r if is_trained and cfg.tune != "full" else 0,
+        sleeps=cfg.sleep and is_trained,
+        tensor_parallel_size=cfg.tensor_parallel_size,
+        kv_cache_gib=cfg.kv_cache_gib,
+        max_model_len=cfg.max_tokens,
+        max_num_seqs=cfg.max_concurrent,
+        gpu_memory_utilization=cfg.gpu_memory_utilization,
+        enforce_eager=cfg.enforce_eager,
+        seed=cfg.seed % 2**32,
+    )
+
+
 @contextlib.contextmanager
 def running(cfg, model, tokenizer, toolbox):
     """The engine that the config names. It and the tools are closed in the end, however it ends."""
     try:
-        engine = run_blocking(engines.start(cfg, model, tokenizer))
+        engine = run_blocking(start_engine(cfg, model, tokenizer))
         try:
             yield engine
         finally:

@@ -38,7 +38,7 @@ if __name__ == "__main__":
 import torch
 
 import data
-from engines.canary import Canary, synced
+from engines.canary import Canary, sync_and_check
 from learning import model as models
 from learning import optim
 from learning.batches import micro_batches, pad
@@ -369,7 +369,7 @@ def train(cfg: Config) -> dict:
             rate = cfg.learning_rate * optim.schedule(step, cfg.steps, cfg.schedule, cfg.warmup)
             kept, metrics = (model, tokenizer, optimizers, log), {"step": step}
             with run.rescue(step, *kept, cursor=cursor, metrics=last):
-                metrics |= run_blocking(synced(engine, model, step, canary))
+                metrics |= run_blocking(sync_and_check(engine, model, step, canary))
                 if val_rows and step % cfg.eval_every == 0:  # of the weights that `step` steps made
                     metrics |= validate(val_rows, cfg, chat, engine, toolbox, selected, log)
                 trajectories, played, cursor = batch_of_groups(
@@ -393,7 +393,7 @@ def train(cfg: Config) -> dict:
         run.finish(model, tokenizer)
         said = {"saved": str(run.out_dir), "reward": metrics["reward"]}
         if val_rows:
-            run_blocking(synced(engine, model, cfg.steps, canary))
+            run_blocking(sync_and_check(engine, model, cfg.steps, canary))
             said |= validate(val_rows, cfg, chat, engine, toolbox, selected, log)
         log.summary(said | {"known_results": toolbox.cache.hits})
     return metrics

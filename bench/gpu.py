@@ -27,7 +27,7 @@ import torch
 
 from engines import vllm as vllm_engine
 from engines.base import Sampling
-from engines.canary import Canary, synced
+from engines.canary import Canary, sync_and_check
 from learning import model as models
 from run.config import UserError
 from run.loop import run_blocking
@@ -85,15 +85,15 @@ def measure(name: str, tune: str, cfg: Config) -> dict:
             if version:
                 nudged(model, version)
             begin = time.perf_counter()
-            row[f"differs, {version}"] = run_blocking(synced(engine, model, version, canary))[
-                "canary"
-            ]
+            row[f"differs, {version}"] = run_blocking(
+                sync_and_check(engine, model, version, canary)
+            )["canary"]
             row["sync s"] = time.perf_counter() - begin
             if not version:
                 row["awake"] = used_gib()
             run_blocking(engine.sleep())
             row["asleep"] = used_gib()
-        run_blocking(synced(engine, model, 3, canary))
+        run_blocking(sync_and_check(engine, model, 3, canary))
         row["awake again"] = used_gib()
         row["tokens/s"] = speed(engine, cfg.requests)
     finally:

@@ -18,12 +18,13 @@ import pytest
 import torch
 
 from engines.base import Completion, Sampling
-from engines.canary import Canary, synced
+from engines.canary import Canary, sync_and_check
 from engines.local import TransformersEngine, _Request
 from engines.scripted import ScriptedEngine
 from learning.batches import pad
 from learning.logprobs import token_logprobs
 from run.config import UserError
+from run.loop import run_blocking
 from tasks import tiny as tiny_model
 
 PROMPTS = [[7], [9, 30, 41, 7, 55, 60], [9, 30, 41], [88, 12, 12, 5, 200, 31, 3, 77, 120, 11, 6]]
@@ -59,7 +60,7 @@ def others(tokenizer, kind):
 def engine(policy, tokenizer):
     made = TransformersEngine(policy, tokenizer)
     yield made
-    asyncio.run(made.close())
+    run_blocking(made.close())
 
 
 def sample(engine, requests):
@@ -74,7 +75,7 @@ def sample(engine, requests):
             for _ in requests:
                 engine.leave()
 
-    return asyncio.run(asyncio.wait_for(main(), 60))
+    return run_blocking(asyncio.wait_for(main(), 60))
 
 
 def greedy(n, **settings):
@@ -115,7 +116,7 @@ def test_greedy_tokens_are_those_of_transformers_own_generate(tokenizer, policy,
         )
         assert completion.ids == theirs[0, len(ids) :].tolist()
         assert (completion.finish, len(completion.logprobs)) == ("length", 24)
-    asyncio.run(engine.close())
+    run_blocking(engine.close())
 
 
 def test_the_cache_grows_past_its_block_while_rows_leave(engine, policy):
@@ -312,7 +313,7 @@ def test_a_finished_row_goes_on_while_the_others_are_sampled(engine, monkeypatch
         opened.set()
         return done, await long
 
-    short, long = asyncio.run(main())
+    short, long = run_blocking(main())
     assert len(short.ids) == 2 and len(long.ids) == 40
     monkeypatch.undo()
     engine.unfinished = 0
@@ -339,7 +340,7 @@ def test_more_rows_than_max_batch_are_sampled_in_parts(policy, tokenizer):
     small, large = (sample(engine, requests) for engine in engines)
     assert [c.ids for c in small] == [c.ids for c in large]
     for engine in engines:
-        asyncio.run(engine.close())
+        run_blocking(engine.close())
 
 
 def test_deterministic_waits_for_all_who_have_joined(engine):
@@ -362,7 +363,7 @@ def test_deterministic_waits_for_all_who_have_joined(engine):
         engine.leave()
         assert engine.unfinished == 0 and len(again.ids) == 2
 
-    asyncio.run(main())
+    run_blocking(main())
 
 
 def test_without_deterministic_nobody_waits(policy, tokenizer):
@@ -375,7 +376,7 @@ def test_without_deterministic_nobody_waits(policy, tokenizer):
         await engine.close()
 
     engine = TransformersEngine(policy, tokenizer, deterministic=False)
-    asyncio.run(main())
+    run_blocking(main())
 
 
 def test_turns_asked_for_during_a_batch_are_sampled_after_it(engine, monkeypatch):
@@ -391,7 +392,7 @@ def test_turns_asked_for_during_a_batch_are_sampled_after_it(engine, monkeypatch
         opened.set()
         return await asyncio.wait_for(asyncio.gather(first, *late), 10)
 
-    first, *late = asyncio.run(main())
+    first, *late = run_blocking(main())
     assert late[0].ids == first.ids and all(len(c.ids) == 2 for c in late)
 
 
@@ -414,7 +415,7 @@ def test_a_deadline_takes_its_row_out_of_the_batch_and_blocks_nobody(engine):
         engine.leave()
         return done, again
 
-    done, again = asyncio.run(main())
+    done, again = run_blocking(main())
     assert done.ids == again.ids and len(done.ids) == 8
 
 
@@ -432,7 +433,7 @@ def test_a_deadline_while_waiting_leaves_the_line(engine):
         await asyncio.wait_for(asyncio.gather(*others), 10)
         engine.leave(), engine.leave()
 
-    asyncio.run(main())
+    run_blocking(main())
     assert engine.unfinished == 0 and engine.waiting == []
 
 
@@ -453,22 +454,23 @@ def test_an_error_in_the_model_reaches_all_who_wait_and_the_next_turn_works(engi
         return await asyncio.wait_for(asyncio.gather(*turns, return_exceptions=True), 10)
 
     monkeypatch.setattr(engine, "_forward", breaks)
-    failed, *early, failed_too = asyncio.run(main())
+    failed, *early, failed_too = run_blocking(main())
     assert str(failed) == str(failed_too) == "out of memory"
     assert [len(c.ids) for c in early] == [2, 2, 2]  # they were done before
     engine.unfinished = 0
     assert len(sample(engine, [(PROMPTS[0], greedy(5))])[0].ids) == 5
 
 
-def test_an_engine_serves_one_event_loop_after_the_other(engine, monkeypatch):
-    """Also when the first was closed in the middle of a batch, whose end then nobody hears."""
+def test_a_batch_that_everybody_gave_up_blocks_nobody(engine, monkeypatch):
+    """It is in the middle of a forward, and whoever comes then is sampled after it."""
 
     async def first():
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(engine.generate(PROMPTS[0], [], greedy(9)), 0.1)
+        assert engine.is_decoding
 
     opened = gate(engine, monkeypatch, calls=1)
-    asyncio.run(first())
+    run_blocking(first())
     threading.Timer(0.1, opened.set).start()
     (done,) = sample(engine, [(PROMPTS[1], greedy(4))])
     assert len(done.ids) == 4
@@ -492,7 +494,7 @@ def test_a_closed_engine_says_so_and_leaves_nobody_waiting(engine, monkeypatch):
         with pytest.raises(RuntimeError, match="shutdown"):
             await asyncio.wait_for(engine.generate(PROMPTS[1], [], greedy(3)), 10)
 
-    asyncio.run(main())
+    run_blocking(main())
 
 
 def test_a_batch_that_had_not_begun_when_the_engine_was_closed_is_told(engine):
@@ -508,12 +510,12 @@ def test_a_batch_that_had_not_begun_when_the_engine_was_closed_is_told(engine):
             await asyncio.wait_for(turn, 5)
         blocked.set()
 
-    asyncio.run(main())
+    run_blocking(main())
 
 
 def test_images_are_refused_in_a_sentence(engine):
     with pytest.raises(ValueError, match="text-only engine: use a vision model"):
-        asyncio.run(engine.generate([1], ["an image"], Sampling()))
+        run_blocking(engine.generate([1], ["an image"], Sampling()))
     assert engine.waiting == []
 
 
@@ -522,7 +524,7 @@ def test_sync_samples_from_the_new_weights_and_in_eval_mode(engine, tokenizer):
     other = others(tokenizer, "llama")
     before = sample(engine, [(PROMPTS[1], greedy(8))])
     other.train()
-    asyncio.run(engine.sync(other, 3))
+    run_blocking(engine.sync(other, 3))
     after = sample(engine, [(PROMPTS[1], greedy(8))])
     assert engine.version == 3 and not other.training and after[0].ids != before[0].ids
 
@@ -531,7 +533,7 @@ def test_sync_samples_from_the_new_weights_and_in_eval_mode(engine, tokenizer):
 
 
 def run(engine, *settings, ids=(1, 2)):
-    return [asyncio.run(engine.generate(list(ids), [], s)) for s in settings]
+    return [run_blocking(engine.generate(list(ids), [], s)) for s in settings]
 
 
 def test_a_script_is_said_turn_by_turn_and_its_end_is_an_error():
@@ -579,7 +581,7 @@ def test_a_script_may_be_a_function_of_what_is_asked_and_slow():
         await engine.close()
         return done
 
-    assert [c.ids for c in asyncio.run(main())] == [[i, 9] for i in range(20)]
+    assert [c.ids for c in run_blocking(main())] == [[i, 9] for i in range(20)]
     assert engine.version == 4
 
 
@@ -608,25 +610,26 @@ def test_the_canary_is_silent_while_both_have_the_same_weights(policy, tokenizer
     model = policy
     for version, size in enumerate((0.0, 1e-6, 1e-4, 0.1)):
         model = drifted(model, size, version)
-        seen = asyncio.run(synced(engine, model, version, canary))
+        seen = run_blocking(sync_and_check(engine, model, version, canary))
         assert seen["canary"] < 1e-5 and engine.version == version
-    assert list(asyncio.run(synced(engine, model, 9, None))) == ["sync_seconds"]  # canary = false
-    asyncio.run(engine.close())
+    unchecked = run_blocking(sync_and_check(engine, model, 9, None))  # canary = false
+    assert list(unchecked) == ["sync_seconds"]
+    run_blocking(engine.close())
 
 
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 0.3])
 def test_the_canary_sees_weights_that_stayed_behind(policy, tokenizer, size):
     """Also an update so small that the difference is below the limit."""
     engine, canary = TransformersEngine(policy, tokenizer), Canary(PROMPTS[3], "float32")
-    asyncio.run(synced(engine, policy, 0, canary))
+    run_blocking(sync_and_check(engine, policy, 0, canary))
     with pytest.raises(UserError, match="sync 0: the engine"):
-        asyncio.run(canary.check(engine, drifted(policy, size)))
-    asyncio.run(engine.close())
+        run_blocking(canary.check(engine, drifted(policy, size)))
+    run_blocking(engine.close())
 
 
 def test_the_canary_sees_nan_and_one_odd_copy_among_several(policy, tokenizer):
     engine, canary = TransformersEngine(policy, tokenizer), Canary(PROMPTS[3], "float32")
-    (right,) = asyncio.run(engine.score(PROMPTS[3]))
+    (right,) = run_blocking(engine.score(PROMPTS[3]))
 
     class Copies(ScriptedEngine):
         scores = [right, right]
@@ -635,17 +638,17 @@ def test_the_canary_sees_nan_and_one_odd_copy_among_several(policy, tokenizer):
             return self.scores
 
     copies = Copies([])
-    assert asyncio.run(canary.check(copies, policy)) < 1e-5
+    assert run_blocking(canary.check(copies, policy)) < 1e-5
     for wrong in ([x - 1 for x in right], [float("nan")] * len(right)):
         copies.scores = [right, wrong, right]
         with pytest.raises(UserError, match="differ"):
-            asyncio.run(canary.check(copies, policy))
-    asyncio.run(engine.close())
+            run_blocking(canary.check(copies, policy))
+    run_blocking(engine.close())
 
 
 def test_scores_are_the_trainers_logprobs(engine, policy):
     ids = PROMPTS[3]
-    (scores,) = asyncio.run(engine.score(ids))
+    (scores,) = run_blocking(engine.score(ids))
     whole = torch.tensor([ids])
     ones = torch.ones_like(whole)
     with torch.no_grad():

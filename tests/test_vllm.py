@@ -27,7 +27,7 @@ import torch
 
 from chat import Chat
 from engines.base import Sampling
-from engines.canary import Canary, synced
+from engines.canary import Canary, sync_and_check
 from engines.local import TransformersEngine
 from formats import Call
 from learning import model as models
@@ -125,7 +125,7 @@ def three_versions(engine, model, tokenizer, tolerance):
     for version in range(3):
         if version:
             moved(model, version)
-        differs = run_blocking(synced(engine, model, version, canary))
+        differs = run_blocking(sync_and_check(engine, model, version, canary))
         assert engine.version == version and differs["canary"] < tolerance
         for temperature in (0.0, 0.7):
             compare(engine, model, tokenizer, temperature, tolerance)
@@ -176,7 +176,7 @@ def test_the_canary_sees_an_adapter_that_was_not_taken(lora, monkeypatch, size):
     """A skipped sync, by an update of any size: also one that is smaller than the limit."""
     engine, model = lora
     canary = Canary(PROMPTS[2], "float32")
-    run_blocking(synced(engine, model, 20, canary))
+    run_blocking(sync_and_check(engine, model, 20, canary))
 
     async def skipped(model, version):
         engine.version = version
@@ -184,7 +184,7 @@ def test_the_canary_sees_an_adapter_that_was_not_taken(lora, monkeypatch, size):
     moved(model, 21, size)
     monkeypatch.setattr(engine, "sync", skipped)
     with pytest.raises(UserError, match="the engine"):
-        run_blocking(synced(engine, model, 21, canary))
+        run_blocking(sync_and_check(engine, model, 21, canary))
 
 
 def test_the_canary_sees_an_old_adapter_and_half_of_one(lora, tmp_path):
@@ -192,7 +192,7 @@ def test_the_canary_sees_an_old_adapter_and_half_of_one(lora, tmp_path):
     model.save_pretrained(tmp_path / "old", selected_adapters=["default"])
     moved(model, 30)
     canary = Canary(PROMPTS[2], "float32")
-    run_blocking(synced(engine, model, 30, canary))
+    run_blocking(sync_and_check(engine, model, 30, canary))
     moved(model, 31)
     run_blocking(engine._adopt(str(tmp_path / "old"), 31))
     with pytest.raises(UserError, match="sync 31: the engine's logprobs differ"):
@@ -207,7 +207,7 @@ def test_the_canary_sees_an_old_adapter_and_half_of_one(lora, tmp_path):
     run_blocking(engine._adopt(str(tmp_path / "half"), 32))
     with pytest.raises(UserError, match="sync 32: the engine's logprobs differ"):
         run_blocking(canary.check(engine, model))
-    run_blocking(synced(engine, model, 33, canary))  # and goes on when it is right again
+    run_blocking(sync_and_check(engine, model, 33, canary))  # and goes on when it is right again
 
 
 def test_stop_strings_end_a_turn_and_its_ids_stay_as_sampled(lora, tokenizer):
@@ -326,16 +326,16 @@ def test_versions_of_full_weights_are_the_trainers(folders, tokenizer, kind, mon
         three_versions(engine, model, tokenizer, 1e-4)
         in_between(engine, model)
         canary = Canary(PROMPTS[2], "float32")
-        run_blocking(synced(engine, model, 3, canary))
+        run_blocking(sync_and_check(engine, model, 3, canary))
         weights_of = models.weights_of
         for version, half in enumerate(([0, 2], [1, 2]), 4):
             moved(model, version)
             part = slice(half[0], None, half[1])
             monkeypatch.setattr(models, "weights_of", lambda m, p=part: weights_of(m)[p])
             with pytest.raises(UserError, match=f"sync {version}: the engine"):
-                run_blocking(synced(engine, model, version, canary))
+                run_blocking(sync_and_check(engine, model, version, canary))
             monkeypatch.undo()
-            run_blocking(synced(engine, model, version, canary))  # and whole again
+            run_blocking(sync_and_check(engine, model, version, canary))  # and whole again
         moved(model, 9, 0.001)
         engine.version = 9
         with pytest.raises(UserError, match="sync 9: the engine"):
@@ -502,7 +502,7 @@ def test_one_of_two_servers_is_killed_and_all_trajectories_finish(caller, server
 
     canary = Canary(chat.prompt(example["messages"]), "float32")
     try:
-        run_blocking(synced(engine, model, 1, canary))
+        run_blocking(sync_and_check(engine, model, 1, canary))
         how = Settings(temperature=1.0, max_tokens=512, max_new_tokens=64, max_turns=3)
         box = Toolbox([add])
         played = run_blocking(

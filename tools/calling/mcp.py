@@ -48,8 +48,8 @@ import httpx2
 from PIL import Image, UnidentifiedImageError
 
 from run.config import UserError, near
+from run.http import TEMPORARY
 from tools.calling.base import NetworkError, ToolError
-from tools.calling.http import AGAIN
 from tools.calling.loading import Tool
 
 try:
@@ -436,7 +436,7 @@ class Connection:
             if asked.done():
                 return content(asked.result())
         except MCPError as error:
-            if error.code == types.INTERNAL_ERROR and errors and errors[-1] in AGAIN:
+            if error.code == types.INTERNAL_ERROR and errors and errors[-1] in TEMPORARY:
                 why = f"is busy (HTTP {errors[-1]}: {error.message})"
                 raise NetworkError(f"error: the MCP server {self.server.name!r} {why}") from None
             if error.code not in MAYBE_LOST or await _answers(client):  # its own answer: it is well
