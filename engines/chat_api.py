@@ -93,7 +93,8 @@ class ChatApi:
         try:
             return await self._post(body | {limit_name: max_new_tokens})
         except HttpError as error:
-            if NEWER_LIMIT not in error.text or limit_name == NEWER_LIMIT:
+            is_about_name = NEWER_LIMIT in error.text and error.kind not in ("nonsense", "too_long")
+            if not is_about_name or limit_name == NEWER_LIMIT:
                 raise
         self.limit_name = NEWER_LIMIT
         return await self._post(body | {NEWER_LIMIT: max_new_tokens})

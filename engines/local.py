@@ -67,7 +67,8 @@ class TransformersEngine(Engine):
     async def generate(self, ids: list[int], images: list, sampling: Sampling) -> Completion:
         refuse_images(images)
         future = asyncio.get_running_loop().create_future()
-        self.waiting.append(_Request(ids, sampling, future, random.Random(sampling.seed)))
+        rng = random.Random(sampling.seed)
+        self.waiting.append(_Request(ids, sampling, future, rng))
         self._start_batch()
         return await future
 
@@ -83,7 +84,8 @@ class TransformersEngine(Engine):
         cache = growing_cache(self.model.config)
         out = self._forward(tokens, attention_mask, positions, cache, 0)
         logprobs = out.logits[0, :-1].float().log_softmax(-1)  # (T - 1, V)
-        return logprobs.gather(-1, tokens[0, 1:, None])[:, 0].tolist()
+        next_tokens = tokens[0, 1:, None]
+        return logprobs.gather(-1, next_tokens)[:, 0].tolist()
 
     def _start_batch(self) -> None:
         """Decodes those who wait, unless a batch is running or somebody has to be waited for."""
@@ -94,7 +96,7 @@ class TransformersEngine(Engine):
         if self.deterministic and len(self.waiting) < self.unfinished:
             return
         # equal prompts become neighbours, and lengths that differ little share a batch
-        batch = sorted(self.waiting, key=lambda r: (len(r.ids), r.ids, r.sampling.seed))
+        batch = sorted(self.waiting, key=lambda r: (_length_first(r.ids), r.sampling.seed))
         loop = asyncio.get_running_loop()
         done = loop.run_in_executor(self.thread, self._run, batch)  # raises if the engine is closed
         self.is_decoding = True
@@ -120,7 +122,8 @@ class TransformersEngine(Engine):
         device = self.model.device
 
         # 1. prefill each distinct prompt once
-        prompts = sorted({tuple(row.ids) for row in rows}, key=lambda ids: (len(ids), ids))
+        distinct = {tuple(row.ids) for row in rows}
+        prompts = sorted(distinct, key=_length_first)
         ids, attention_mask = _pad_left(prompts)  # (P, T)
         ids = ids.to(device)
         attention_mask = attention_mask.to(device)
@@ -142,7 +145,8 @@ class TransformersEngine(Engine):
             # 3. sample the next token of each; rows that have ended, and are still here, get a 0
             index = torch.tensor(going_on, device=device)
             tokens = index.new_zeros(len(rows))  # (B,)
-            tokens[index] = self._sample(logits[index], [rows[i] for i in going_on])
+            drawing = [rows[i] for i in going_on]
+            tokens[index] = self._sample(logits[index], drawing)
 
             # 4. rows that ended leave: many at a time, because leaving copies the cache
             going_on = [i for i in going_on if not self._has_ended(rows[i])]
@@ -159,8 +163,10 @@ class TransformersEngine(Engine):
 
             # 5. one more forward
             positions = positions + 1
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], 1)
-            logits = self._forward(tokens[:, None], attention_mask, positions, cache).logits[:, -1]
+            column = attention_mask.new_ones(len(rows), 1)
+            attention_mask = torch.cat([attention_mask, column], dim=1)
+            out = self._forward(tokens[:, None], attention_mask, positions, cache)
+            logits = out.logits[:, -1]  # (B, V)
 
     def _forward(self, ids, attention_mask, positions, cache, logits_to_keep=1):
         return self.model(
@@ -184,8 +190,9 @@ class TransformersEngine(Engine):
 
         # in double precision: in single, the tail of a large vocabulary is lost in the sum
         cumulative = logprobs.double().exp().cumsum(-1)
-        uniform = torch.tensor([row.rng.random() for row in rows], dtype=torch.double)
-        targets = uniform.to(logits.device)[:, None] * cumulative[:, -1:]
+        noise = [row.rng.random() for row in rows]
+        uniform = torch.tensor(noise, dtype=torch.double).to(logits.device)
+        targets = uniform[:, None] * cumulative[:, -1:]  # the sum is not quite 1
         drawn = torch.searchsorted(cumulative, targets, right=True)[:, 0]
         drawn = drawn.clamp(max=logits.shape[-1] - 1)
         tokens = torch.where(is_greedy, logits.argmax(-1), drawn)
@@ -193,7 +200,8 @@ class TransformersEngine(Engine):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         if chosen.isnan().any():  # else every next token would be the last of the vocabulary
             raise UserError("the model's logits are NaN: its weights have diverged or are broken")
-        for row, token, logprob in zip(rows, tokens.tolist(), chosen.tolist(), strict=True):
+        samples = zip(rows, tokens.tolist(), chosen.tolist(), strict=True)
+        for row, token, logprob in samples:
             row.new.append(token)
             row.logprobs.append(logprob)
         return tokens
@@ -206,6 +214,11 @@ class TransformersEngine(Engine):
             row.future.get_loop().call_soon_threadsafe(_resolve, row.future, completion)
             return True
         return row.future.cancelled()
+
+
+def _length_first(ids):
+    """Orders prompts so that neighbours differ little in length."""
+    return len(ids), ids
 
 
 def _pad_left(prompts: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -257,8 +270,11 @@ def growing_cache(model_config, block: int = 128):
             used = old.shape[-2] if old.numel() else 0
             total = used + new.shape[-2]
             # after a row has left the batch, `old` is a tensor of its own and no view of the store
-            if store is None or store.data_ptr() != old.data_ptr() or total > store.shape[-2]:
-                store = new.new_empty(*new.shape[:-2], total + block, new.shape[-1])
+            is_view = store is not None and store.data_ptr() == old.data_ptr()
+            if not is_view or total > store.shape[-2]:
+                shape = list(new.shape)
+                shape[-2] = total + block
+                store = new.new_empty(shape)
                 if used:
                     store[..., :used, :] = old
             store[..., used:total, :] = new

@@ -352,7 +352,7 @@ class VllmEngine(Engine):
         with _folder(sum(weight.nbytes for weight in weights.values())) as folder:
             file = Path(folder) / "weights.safetensors"
             save_file(weights, file)
-            del weights  # vLLM reads them while they would still be here
+            del weights  # or they would be here, in the file, and in vLLM at once
             await self._alive(self.llm.collective_rpc("take_weights", args=(str(file),)))
 
     def _weights(self, model) -> list[tuple[str, torch.Tensor]]:

@@ -96,6 +96,10 @@ def failures_explained():
         yield
     except httpx.LocalProtocolError:  # its text quotes the key
         raise HttpError("key_unsendable", "the key cannot be sent") from None
+    except UnicodeEncodeError as error:
+        if error.encoding != "ascii":  # the body's: headers, where keys are, have to be ASCII
+            raise
+        raise HttpError("key_unsendable", "the key cannot be sent") from None
     except (httpx.RequestError, httpx.InvalidURL) as error:
         raise HttpError("unreachable", f"{type(error).__name__} {error}".strip()) from None
 

@@ -134,6 +134,7 @@ def test_calls_that_are_wrong_are_told_so_and_counted(api):
         ([say("", ("add", '{"a": 1, "b": 1}'))] * 3, {"max_tool_calls": 1}, "max_tool_calls"),
         ([say("", ("add", '{"a": 1, "b": 1}'), total=900)], {"max_tokens": 800}, "length"),
         ([(400, {"message": "maximum context length is 100"})], {}, "length"),
+        ([(400, {"e": "context_length_exceeded: lower max_completion_tokens"})], {}, "length"),
     ],
 )
 def test_limits_are_those_of_a_rollout(api, script, settings, stop):
@@ -236,9 +237,10 @@ def test_the_key_comes_from_the_environment(api, monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret\r\n")  # as a file with CRLF gives it
     episode(api, [say("x")], key=key_from("MY_KEY"))
     assert api.headers[0]["Authorization"] == "Bearer secret"
-    with pytest.raises(UserError, match="the key cannot be sent: see --key_env") as caught:
-        episode(api, [say("x")], key="my-\nsecret")
-    assert "my-" not in str(caught.value) and len(api.requests) == 1
+    for key in ("my-\nsecret", "my-schlüssel"):
+        with pytest.raises(UserError, match="the key cannot be sent: see --key_env") as caught:
+            episode(api, [say("x")], key=key)
+        assert "my-" not in str(caught.value) and len(api.requests) == 1
     assert key_from("") == key_from("NOT_THERE") == ""
 
 
