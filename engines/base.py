@@ -38,7 +38,8 @@ class Completion:
 
 
 class Engine:
-    """Samples turns. An engine gives generate, score and sync; the rest does nothing by default."""
+    """Samples turns. An engine gives generate, prompt_logprobs and sync; the rest of it does
+    nothing by default."""
 
     version: int = 0  # of the weights it samples from
 
@@ -46,10 +47,10 @@ class Engine:
         """Samples the turn that follows the prompt `ids`."""
         raise NotImplementedError(f"{type(self).__name__} cannot sample")
 
-    async def score(self, ids: list[int]) -> list[list[float]]:
+    async def prompt_logprobs(self, ids: list[int]) -> list[list[float]]:
         """Computes the logprobs of ids[1:] at temperature 1, once for each copy of the weights:
         several servers have several, so the result is (copies, T - 1)."""
-        raise NotImplementedError(f"{type(self).__name__} cannot score")
+        raise NotImplementedError(f"{type(self).__name__} cannot compute logprobs")
 
     async def sync(self, model, version: int) -> None:
         """Takes over the weights of `model`: from now on, it samples from them."""

@@ -30,7 +30,7 @@ class Canary:
     async def check(self, engine: Engine, model) -> float:
         """Returns the difference; UserError if it says that the engine has other weights."""
         ours = self._trainer_logprobs(model)  # (T - 1,)
-        theirs = _worst(torch.tensor(await engine.score(self.ids)), ours)  # (T - 1,)
+        theirs = _worst(torch.tensor(await engine.prompt_logprobs(self.ids)), ours)  # (T - 1,)
         difference = _distance(theirs, ours)
         if math.isnan(difference) or difference > self.limit:
             raise UserError(

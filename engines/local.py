@@ -72,12 +72,12 @@ class TransformersEngine(Engine):
         self._start_batch()
         return await future
 
-    async def score(self, ids: list[int]) -> list[list[float]]:
+    async def prompt_logprobs(self, ids: list[int]) -> list[list[float]]:
         loop = asyncio.get_running_loop()
-        return [await loop.run_in_executor(self.thread, self._prompt_logprobs, ids)]
+        return [await loop.run_in_executor(self.thread, self._logprobs_of_prompt, ids)]
 
     @torch.inference_mode()
-    def _prompt_logprobs(self, ids: list[int]) -> list[float]:
+    def _logprobs_of_prompt(self, ids: list[int]) -> list[float]:
         tokens = torch.tensor([ids], device=self.model.device)  # (1, T)
         attention_mask = torch.ones_like(tokens)
         positions = torch.arange(len(ids), device=tokens.device)[None]

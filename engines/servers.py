@@ -106,7 +106,7 @@ class ServerEngine(Engine):
         finish = turn_end(choice["finish_reason"], choice["stop_reason"])
         return Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], finish)
 
-    async def score(self, ids: list[int]) -> list[list[float]]:
+    async def prompt_logprobs(self, ids: list[int]) -> list[list[float]]:
         options = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
         scores = []
         while not scores:  # _living ends it when no server comes back in time

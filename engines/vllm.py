@@ -252,7 +252,7 @@ class VllmEngine(Engine):
         logprobs = [by_token[token].logprob for token, by_token in pairs]
         return Completion(new, logprobs, finish)
 
-    async def score(self, ids: list[int]) -> list[list[float]]:
+    async def prompt_logprobs(self, ids: list[int]) -> list[list[float]]:
         from vllm import SamplingParams
 
         params = SamplingParams(

@@ -543,7 +543,7 @@ def test_sync_samples_from_the_new_weights_and_in_eval_mode(engine, tokenizer):
 
 
 def test_an_engine_that_holds_nothing_and_waits_for_nobody_need_not_say_so(tokenizer):
-    """What a new one has to give is generate, score and sync; what it lacks it names."""
+    """What a new one has to give is generate, prompt_logprobs and sync; what it lacks it names."""
 
     class Bare(Engine):
         async def generate(self, ids, images, sampling):
@@ -555,7 +555,11 @@ def test_an_engine_that_holds_nothing_and_waits_for_nobody_need_not_say_so(token
     for nothing in (bare.sleep, bare.wake, bare.close):
         run_blocking(nothing())
     assert bare.version == 0 and run_blocking(bare.generate([1], [], Sampling())).ids == [5]
-    for missing in (bare.score([1]), bare.sync(None, 1), Engine().generate([1], [], Sampling())):
+    for missing in (
+        bare.prompt_logprobs([1]),
+        bare.sync(None, 1),
+        Engine().generate([1], [], Sampling()),
+    ):
         with pytest.raises(NotImplementedError, match="cannot"):
             run_blocking(missing)
 
@@ -662,12 +666,12 @@ def test_the_canary_sees_weights_that_stayed_behind(policy, tokenizer, size):
 
 def test_the_canary_sees_nan_and_one_odd_copy_among_several(policy, tokenizer):
     engine, canary = TransformersEngine(policy, tokenizer), Canary(PROMPTS[3], "float32")
-    (right,) = run_blocking(engine.score(PROMPTS[3]))
+    (right,) = run_blocking(engine.prompt_logprobs(PROMPTS[3]))
 
     class Copies(ScriptedEngine):
         scores = [right, right]
 
-        async def score(self, ids):
+        async def prompt_logprobs(self, ids):
             return self.scores
 
     copies = Copies([])
@@ -681,7 +685,7 @@ def test_the_canary_sees_nan_and_one_odd_copy_among_several(policy, tokenizer):
 
 def test_scores_are_the_trainers_logprobs(engine, policy):
     ids = PROMPTS[3]
-    (scores,) = run_blocking(engine.score(ids))
+    (scores,) = run_blocking(engine.prompt_logprobs(ids))
     whole = torch.tensor([ids])
     ones = torch.ones_like(whole)
     with torch.no_grad():

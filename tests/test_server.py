@@ -191,7 +191,7 @@ def test_what_shapes_a_distribution_is_sent_and_not_left_to_the_server(fakes, to
             engine.generate([5, 6], [], Sampling(temperature=0.7, max_new_tokens=2, seed=3))
         )
         run_blocking(engine.sync(Adapted(), 1))
-        run_blocking(engine.score([5, 6, 7]))
+        run_blocking(engine.prompt_logprobs([5, 6, 7]))
     first = one.bodies[0]
     assert (first["temperature"], first["seed"], first["ignore_eos"]) == (0.7, 3, True)
     assert len(one.bodies) == 4 and all(off.items() <= body.items() for body in one.bodies)
@@ -311,10 +311,10 @@ def test_full_weights_do_not_go_to_servers(fakes, tokenizer):
 def test_each_server_is_scored_so_that_an_odd_one_is_seen(fakes, tokenizer):
     one, two = fakes()
     with engine_of((one, two), tokenizer) as engine:
-        assert run_blocking(engine.score([5, 6, 7])) == [[-6.0, -7.0]] * 2
+        assert run_blocking(engine.prompt_logprobs([5, 6, 7])) == [[-6.0, -7.0]] * 2
         honest = two.completion
         two.completion = lambda body: _louder(honest(body))
-        assert run_blocking(engine.score([5, 6, 7])) == [[-6.0, -7.0], [-12.0, -14.0]]
+        assert run_blocking(engine.prompt_logprobs([5, 6, 7])) == [[-6.0, -7.0], [-12.0, -14.0]]
 
 
 def _louder(answer):

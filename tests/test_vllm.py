@@ -410,7 +410,7 @@ def serve(folder, port):
     options = "--enforce-eager --enable-lora --max-lora-rank 8 --max-loras 2 --dtype float32"
     options += " --logprobs-mode processed_logprobs --generation-config vllm --max-num-seqs 64"
     options += " --kv-cache-memory-bytes 268435456 --enable-auto-tool-choice"
-    options += " --no-enable-chunked-prefill --max-model-len 512"  # see engine_vllm.py
+    options += " --no-enable-chunked-prefill --max-model-len 512"  # see engines/vllm.py
     options += " --tool-call-parser hermes --served-model-name base --host 127.0.0.1"
     # what `vllm serve` runs; that command itself asks for its version under a name that the package
     # of the CPU build does not have
