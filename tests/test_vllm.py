@@ -485,12 +485,12 @@ def test_servers_are_evaluated_with_native_calls_and_with_ours(caller, servers, 
 def test_one_of_two_servers_is_killed_and_all_trajectories_finish(caller, servers, capsys):
     """64 trajectories with adapters of version 1 in both: none is lost, none counted twice, the
     log says what happened, and each is what the trainer would have sampled."""
-    from engines import servers
+    from engines import servers as server_engine
 
     model, tokenizer = models.load(str(caller / "model"), "lora", lora_r=4, lora_alpha=8)
     moved(model, 1, 0.02)
     urls = tuple(f"http://127.0.0.1:{port}" for port in servers)
-    engine = run_blocking(servers.start(urls, str(caller / "model"), tokenizer, 20.0, 512))
+    engine = run_blocking(server_engine.start(urls, str(caller / "model"), tokenizer, 20.0, 512))
     chat = Chat(tokenizer, "hermes", Toolbox([add]).schemas)
     example = {"messages": [{"role": "user", "content": "add 2 and 3"}], "answer": "5", "id": 0}
     port, done = next(iter(servers)), []
