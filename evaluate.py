@@ -27,12 +27,14 @@ if __name__ == "__main__":
 import data
 import rewards as reward_functions
 import train_grpo
-from engines import chat_api
 from engines.base import Sampling
+from engines.chat_api import Endpoint
+from formats import Call, too_deep
 from player import Player, prepare_task
 from rollout import Settings, run_calls, seed_of, stop_before_calls
 from run import log as run_log
 from run.config import UserError
+from run.http import key_from
 from trajectory import Trajectory, mean, stats
 
 
@@ -224,8 +226,8 @@ def open_player(cfg: train_grpo.Config, given: Config) -> Player:
     if not given.endpoint:
         return Player.of(cfg, limit=given.limit)
     toolbox, rewards, examples = prepare_task(cfg, given.limit)
-    key = chat_api.key_of(given.key_env)
-    api = chat_api.Endpoint(given.endpoint, cfg.model, toolbox.schemas, key)
+    key = key_from(given.key_env)
+    api = Endpoint(given.endpoint, cfg.model, toolbox.schemas, key)
     settings = Settings.of(cfg)
     return Player(api, api, toolbox, rewards, settings, play_api_turn, examples=examples)
 
@@ -233,7 +235,7 @@ def open_player(cfg: train_grpo.Config, given: Config) -> Player:
 async def play_api_turn(
     trajectory: Trajectory,
     chat,
-    endpoint: chat_api.Endpoint,
+    endpoint: Endpoint,
     session,
     toolbox,
     settings: Settings,
@@ -246,25 +248,20 @@ async def play_api_turn(
     where = (settings.seed, step, trajectory.group, trajectory.sample, turn)
     sampling = Sampling(settings.temperature, settings.max_new_tokens, seed_of(*where))
     is_final = settings.final_turn and turn == settings.max_turns
-    answer = await endpoint.ask(trajectory.messages, sampling, tools=not is_final)
-    if answer is None:  # the conversation is longer than its context
+    reply = await endpoint.ask(trajectory.messages, sampling, with_tools=not is_final)
+    if reply is None:  # the conversation is longer than its context
         trajectory.stop = "length"
         return
-    choice = answer["choices"][0]
-    usage = answer.get("usage") or {}
-    message = choice["message"]
     trajectory.turn_starts.append(0)  # of ids that nobody here sees
-    trajectory.unseen_tokens += usage.get("completion_tokens") or 0
+    trajectory.unseen_tokens += reply.new_tokens
 
     # 2. which calls did it make, and are they to be run?
-    tool_calls = message.get("tool_calls") or []
-    said = {"role": "assistant", "content": message.get("content") or ""}
-    if tool_calls:
-        said["tool_calls"] = tool_calls
-    trajectory.messages.append(said)
-    calls = [chat_api.read_call(tool_call["function"]) for tool_call in tool_calls]
-    was_cut = choice.get("finish_reason") == "length"
-    trajectory.stop = stop_before_calls(trajectory, calls, was_cut, toolbox, settings)
+    message = {"role": "assistant", "content": reply.text}
+    if reply.tool_calls:
+        message["tool_calls"] = reply.tool_calls
+    trajectory.messages.append(message)
+    calls = [read_api_call(tool_call["function"]) for tool_call in reply.tool_calls]
+    trajectory.stop = stop_before_calls(trajectory, calls, reply.was_cut, toolbox, settings)
     if trajectory.stop:
         return
 
@@ -272,11 +269,28 @@ async def play_api_turn(
     results = await run_calls(trajectory, calls, session, toolbox, settings, tokenizer=None)
     if trajectory.stop:
         return
-    for tool_call, (call, result) in zip(tool_calls, results, strict=True):
+    for tool_call, (call, result) in zip(reply.tool_calls, results, strict=True):
         told = {"role": "tool", "tool_call_id": tool_call.get("id", ""), "name": call.name}
         trajectory.messages.append(told | {"content": result})
-    if (usage.get("total_tokens") or 0) >= settings.max_tokens:
+    if reply.all_tokens >= settings.max_tokens:
         trajectory.stop = "length"
+
+
+def read_api_call(function: dict) -> Call:
+    """Reads a native tool call; what is wrong with it is for the model to be told, not for the
+    user."""
+    name = function["name"]
+    text = function.get("arguments") or "{}"
+    try:
+        arguments = json.loads(text) if isinstance(text, str) else text
+        if not isinstance(arguments, dict):
+            raise ValueError(f"an object is expected, not {str(text)[:40]}")
+        if too_deep(arguments):
+            raise ValueError("it is too deep")
+    except (ValueError, RecursionError) as error:
+        message = f"malformed call of {name}: its arguments are not JSON ({error})"
+        return Call(name, None, "bad_json", message, str(text))
+    return Call(name, arguments, raw=str(text))
 
 
 # ---- the evaluation

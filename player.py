@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 import data
 import rewards as reward_functions
 from chat import Chat
-from engines import check as check_engine
-from engines.base import Engine
+from engines.base import Engine, check_engine
 from engines.local import TransformersEngine
 from engines.options import read_options
 from learning import model as models

@@ -39,7 +39,7 @@ if __name__ == "__main__":
 import torch
 
 import data
-from engines.canary import Canary, synced
+from engines.canary import Canary, sync_and_check
 from engines.options import read_options
 from learning import model as models
 from learning import optim
@@ -548,7 +548,7 @@ def train(cfg: Config) -> dict:
             with run.rescue(step, *kept, cursor=cursor, metrics=last_metrics):
                 # 3. sample from the weights of the last update; the canary proves that the engine
                 # has them
-                metrics |= run_blocking(synced(player.engine, model, step, canary))
+                metrics |= run_blocking(sync_and_check(player.engine, model, step, canary))
                 if held_out and step % cfg.eval_every == 0:
                     metrics |= validate(player, held_out, log)
                 sampling_started = time.monotonic()
@@ -585,7 +585,7 @@ def train(cfg: Config) -> dict:
         run.finish(model, tokenizer)
         summary = {"saved": str(run.out_dir), "reward": metrics["reward"]}
         if held_out:
-            run_blocking(synced(player.engine, model, cfg.steps, canary))
+            run_blocking(sync_and_check(player.engine, model, cfg.steps, canary))
             summary |= validate(player, held_out, log)
         log.summary(summary | {"known_results": player.toolbox.cache.hits})
     return metrics

@@ -27,7 +27,7 @@ import torch
 
 from engines import vllm as vllm_engine
 from engines.base import Sampling
-from engines.canary import Canary, synced
+from engines.canary import Canary, sync_and_check
 from learning import model as models
 from run.config import UserError
 from run.loop import run_blocking
@@ -91,14 +91,14 @@ def measure(name: str, tune: str, cfg: Config) -> dict:
             if version:
                 nudge(model, version)
             begin = time.perf_counter()
-            metrics = run_blocking(synced(engine, model, version, canary))
+            metrics = run_blocking(sync_and_check(engine, model, version, canary))
             row[f"differs, {version}"] = metrics["canary"]
             row["sync s"] = time.perf_counter() - begin
             if version == 0:
                 row["awake"] = used_gib()
             run_blocking(engine.sleep())
             row["asleep"] = used_gib()
-        run_blocking(synced(engine, model, 3, canary))
+        run_blocking(sync_and_check(engine, model, 3, canary))
         row["awake again"] = used_gib()
         row["tokens/s"] = speed(engine, cfg.requests)
     finally:

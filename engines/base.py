@@ -1,7 +1,18 @@
-"""What every engine is: token ids in, token ids out."""
+"""What every engine is: token ids in, token ids out.
 
+    completion = await engine.generate(ids, images, sampling)
+
+`engines.local` needs no extra install: a decode loop over the trajectories that wait. It is the
+default on a CPU and for the tiny tasks. `engines.vllm` has vLLM beside the trainer,
+`engines.servers` vLLM servers elsewhere. `engines.scripted` says what a test tells it to, so that
+loop, masks and loss are testable in milliseconds. `engines.canary` proves after every sync that an
+engine samples from the trainer's weights.
+"""
+
+import importlib.util
 from dataclasses import dataclass
-from typing import Protocol
+
+from run.config import UserError
 
 
 @dataclass(frozen=True)
@@ -11,7 +22,7 @@ class Sampling:
 
     temperature: float = 1.0  # 0 = greedy; its logprobs are those at temperature 1
     max_new_tokens: int = 256
-    seed: int = 0  # of this one turn; nobody else's noise depends on it, nor it on theirs
+    seed: int = 0  # of this one turn; no other turn's noise depends on it, nor it on theirs
     stop_ids: tuple[int, ...] = ()  # a sampled stop token ends the turn and is part of it
     stop_strings: tuple[str, ...] = ()  # text formats; the ids that made the string stay as sampled
     session: int = 0  # the same for all turns of a group: which server has their beginning cached
@@ -19,40 +30,96 @@ class Sampling:
 
 @dataclass
 class Completion:
+    """One sampled turn."""
+
     ids: list[int]  # as sampled, the stop token included
     logprobs: list[float]  # of each, at the temperature used
     finish: str  # "stop" (a stop token), "stop_string", or "length"
 
 
-class Engine(Protocol):
-    version: int  # of the weights it samples from
+class Engine:
+    """Samples turns. An engine gives generate, prompt_logprobs and sync; the rest of it does
+    nothing by default."""
 
-    def join(self) -> None: ...  # a trajectory starts: it will call generate
-    def leave(self) -> None: ...  # and ends: nobody needs to wait for it any more
-    async def generate(self, ids: list[int], images: list, sampling: Sampling) -> Completion: ...
-    # logprobs of ids[1:] at temperature 1, from each copy of the weights: several servers have some
-    async def score(self, ids: list[int]) -> list[list[float]]: ...
-    async def sync(self, model, version: int) -> None: ...  # from now on, sample from these weights
-    async def sleep(self) -> None: ...  # give the GPU's memory to the trainer
-    async def wake(self) -> None: ...  # take it back
-    async def close(self) -> None: ...
+    version: int = 0  # of the weights it samples from
+
+    async def generate(self, ids: list[int], images: list, sampling: Sampling) -> Completion:
+        """Samples the turn that follows the prompt `ids`."""
+        raise NotImplementedError(f"{type(self).__name__} cannot sample")
+
+    async def prompt_logprobs(self, ids: list[int]) -> list[list[float]]:
+        """Computes the logprobs of ids[1:] at temperature 1, once for each copy of the weights:
+        several servers have several, so the result is (copies, T - 1)."""
+        raise NotImplementedError(f"{type(self).__name__} cannot compute logprobs")
+
+    async def sync(self, model, version: int) -> None:
+        """Takes over the weights of `model`: from now on, it samples from them."""
+        raise NotImplementedError(f"{type(self).__name__} cannot take weights")
+
+    def join(self) -> None:
+        """Hears that a trajectory starts, which will call generate."""
+
+    def leave(self) -> None:
+        """Hears that a trajectory has ended: no batch needs to wait for it any more."""
+
+    async def sleep(self) -> None:
+        """Gives the GPU's memory to the trainer."""
+
+    async def wake(self) -> None:
+        """Takes it back."""
+
+    async def close(self) -> None:
+        """Gives back all it holds."""
 
 
-def finished(new: list[int], sampling: Sampling, tokenizer) -> str:
-    """Why a turn ends after the tokens `new`, or "" if it goes on."""
+def check_engine(name: str, urls: tuple[str, ...], tune: str) -> None:
+    """Checks, before anything slow, that the engine can be started, as far as that is known then.
+
+    tune: what will be synced, "none" for nothing. UserError if it cannot.
+    """
+    if name == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "engine = 'vllm' needs vLLM: pip install -e \".[vllm]\" on a machine with a GPU; "
+            "`make test-vllm` installs the build for CPUs"
+        )
+    if name == "server" and tune == "full":
+        raise UserError("engine = 'server' takes adapters only: use --tune=lora or qlora")
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"urls = {url!r}: expected http://host:port")
+
+
+def refuse_images(images: list) -> None:
+    """ValueError if there are any: no engine can show them to a model yet."""
+    if images:
+        raise ValueError("images were given to a text-only engine: use a vision model")
+
+
+def finish_reason(new: list[int], sampling: Sampling, tokenizer) -> str:
+    """Says why a turn ends after the tokens `new`; "" if it goes on."""
     if new and new[-1] in sampling.stop_ids:
         return "stop"
-    if sampling.stop_strings and new:
-        # A token is at least a byte, so the string cannot have begun before this window.
-        window = 4 * max(map(len, sampling.stop_strings))
-        tail = tokenizer.decode(new[-window:], skip_special_tokens=False)
-        if any(string in tail for string in sampling.stop_strings):
-            return "stop_string"
-    return "length" if len(new) >= sampling.max_new_tokens else ""
+    if new and _has_stop_string(new, sampling.stop_strings, tokenizer):
+        return "stop_string"
+    if len(new) >= sampling.max_new_tokens:
+        return "length"
+    return ""
 
 
-def ended(finish_reason: str, stop_reason: int | str | None) -> str:
-    """The `finish` of a Completion, of what vLLM says of a turn; RuntimeError if it gave it up."""
-    if finish_reason not in ("stop", "length"):
-        raise RuntimeError(f"vLLM ended a turn with {finish_reason!r}")
-    return "stop_string" if isinstance(stop_reason, str) else finish_reason
+def _has_stop_string(new: list[int], stop_strings: tuple[str, ...], tokenizer) -> bool:
+    if not stop_strings:
+        return False
+    # A token is at least a byte, so the string cannot have begun before this window.
+    window = 4 * max(len(string) for string in stop_strings)
+    tail = tokenizer.decode(new[-window:], skip_special_tokens=False)
+    return any(string in tail for string in stop_strings)
+
+
+def turn_end(vllm_finish: str, vllm_stop: int | str | None) -> str:
+    """Turns what vLLM says of the end of a turn (its finish_reason and stop_reason) into
+    Completion.finish. RuntimeError if it gave the turn up."""
+    if vllm_finish not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a turn with {vllm_finish!r}")
+    if isinstance(vllm_stop, str):
+        return "stop_string"
+    return vllm_finish

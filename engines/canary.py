@@ -9,53 +9,76 @@ from engines.base import Engine
 from learning.logprobs import token_logprobs
 from run.config import UserError
 
+ADVICE = "so nothing was learnt from it; canary=false would go on regardless"
+
 
 class Canary:
     """Proves after a sync that the engine samples from the trainer's weights: both score the same
     fixed ids. A sync that was skipped, is half done or has an old adapter ends the run; otherwise
-    it would go on, and learn from samples of a policy that is not the one it trains."""
+    it would go on, and learn from samples of a policy that is not the one it trains.
+
+    Differences are means of |difference of logprobs| over the ids.
+    """
 
     def __init__(self, ids: list[int], dtype: str):
         self.ids = ids[:512]
-        # of means over the ids: float32 rounds by 1e-6, two implementations in bfloat16 by 1e-2
+        # float32 rounds by 1e-6, two implementations in bfloat16 by 1e-2
         self.limit = 1e-4 if dtype == "float32" else 0.1
-        self.noise, self.before = 1e-6, None  # seen at most; the trainer's own at the last sync
+        self.noise = 1e-6  # the largest difference so far that was rounding
+        self.before = None  # the trainer's logprobs (T - 1,) at the last sync
 
     async def check(self, engine: Engine, model) -> float:
-        """The mean difference of their logprobs; UserError if it says that the engine has other
-        weights."""
-        ids = torch.tensor([self.ids], device=model.device)
-        with torch.no_grad():
-            mask = torch.ones_like(ids)
-            ours = token_logprobs(model, ids, mask, mask)[0][0, 1:].cpu()
-        theirs = torch.tensor(await engine.score(self.ids))  # (copies, T - 1)
-        theirs = theirs[(theirs - ours).abs().mean(1).nan_to_num(math.inf).argmax()]  # the worst
-        difference = (theirs - ours).abs().mean().item()
-        advice = "so nothing was learnt from it; canary=false would go on regardless"
-        if not difference <= self.limit:  # NaN too
+        """Returns the difference; UserError if it says that the engine has other weights."""
+        ours = self._trainer_logprobs(model)  # (T - 1,)
+        theirs = _worst(torch.tensor(await engine.prompt_logprobs(self.ids)), ours)  # (T - 1,)
+        difference = _distance(theirs, ours)
+        if math.isnan(difference) or difference > self.limit:
             raise UserError(
                 f"sync {engine.version}: the engine's logprobs differ from the trainer's by "
                 f"{difference:.2g} on average (rounding makes {self.limit:g} at most): it samples "
-                f"from other weights, {advice}"
+                f"from other weights, {ADVICE}"
             )
         if self.before is not None:
             # within the limit, yet far more than rounding, and towards where it was before
-            moved = (ours - self.before).abs().mean().item()
-            behind = (theirs - self.before).abs().mean().item()
+            moved = _distance(ours, self.before)
+            behind = _distance(theirs, self.before)
             if moved > 10 * self.noise and behind < difference:
                 raise UserError(
                     f"sync {engine.version}: the engine still has the weights before the last "
                     f"update (its logprobs differ by {behind:.2g} from theirs, by "
-                    f"{difference:.2g} from the trainer's), {advice}"
+                    f"{difference:.2g} from the trainer's), {ADVICE}"
                 )
-        self.noise, self.before = max(self.noise, difference), ours
+        self.noise = max(self.noise, difference)
+        self.before = ours
         return difference
 
+    @torch.no_grad()
+    def _trainer_logprobs(self, model) -> torch.Tensor:
+        ids = torch.tensor([self.ids], device=model.device)  # (1, T)
+        mask = torch.ones_like(ids)
+        logprobs, _ = token_logprobs(model, ids, mask, mask)
+        return logprobs[0, 1:].cpu()
 
-async def synced(engine: Engine, model, version: int, canary: Canary | None) -> dict[str, float]:
-    """Syncs, wakes the engine and asks the canary; returns their metrics."""
+
+def _worst(copies: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+    """The copy (T - 1,) of `copies` (copies, T - 1) that differs most from `ours`; NaN is most."""
+    differences = (copies - ours).abs().mean(1).nan_to_num(math.inf)
+    return copies[differences.argmax()]
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return (one - other).abs().mean().item()
+
+
+async def sync_and_check(
+    engine: Engine, model, version: int, canary: Canary | None
+) -> dict[str, float]:
+    """Gives the engine the weights of `model`, wakes it and asks the canary; returns metrics."""
     started = time.monotonic()
     await engine.sync(model, version)
     await engine.wake()
-    seen = {"canary": await canary.check(engine, model)} if canary else {}
-    return seen | {"sync_seconds": time.monotonic() - started}
+    metrics = {}
+    if canary:
+        metrics["canary"] = await canary.check(engine, model)
+    metrics["sync_seconds"] = time.monotonic() - started
+    return metrics

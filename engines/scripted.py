@@ -3,11 +3,11 @@
 import asyncio
 from collections.abc import Callable, Sequence
 
-from engines.base import Completion, Sampling, finished
+from engines.base import Completion, Engine, Sampling, finish_reason
 
 
-class ScriptedEngine:
-    """Says what it is told: for tests, and to try a config without a model.
+class ScriptedEngine(Engine):
+    """Says what it is told.
 
     script: a list of turns, said one after the other whoever asks, or a function (ids, sampling) ->
     turn, for many trajectories at once; it may be async, to be slow. A turn is a list of token ids
@@ -16,44 +16,36 @@ class ScriptedEngine:
     """
 
     def __init__(self, script: Sequence | Callable, tokenizer=None):
-        self.script, self.tokenizer = script, tokenizer
-        self.version, self.requests = 0, []
-
-    def join(self) -> None:
-        """Nobody waits for anybody here."""
-
-    def leave(self) -> None:
-        """Nobody waits for anybody here."""
+        self.script = script
+        self.tokenizer = tokenizer
+        self.requests = []
 
     async def generate(self, ids: list[int], images: list, sampling: Sampling) -> Completion:
         self.requests.append((list(ids), sampling))
-        if callable(self.script):
-            turn = self.script(ids, sampling)
-            turn = await turn if asyncio.iscoroutine(turn) else turn
-        elif len(self.requests) > len(self.script):
-            raise IndexError(f"the script has {len(self.script)} turns and one more was asked for")
-        else:
-            turn = self.script[len(self.requests) - 1]
+        turn = await self._next_turn(ids, sampling)
         if isinstance(turn, Completion):
             return turn
-        new, finish = [], ""
+        new = []
+        finish = ""
         for token in turn:
             new.append(token)
-            if finish := finished(new, sampling, self.tokenizer):
+            finish = finish_reason(new, sampling, self.tokenizer)
+            if finish:
                 break
         return Completion(new, [-1.0] * len(new), finish or "stop")
 
-    async def score(self, ids: list[int]) -> list[list[float]]:
+    async def _next_turn(self, ids: list[int], sampling: Sampling):
+        if callable(self.script):
+            turn = self.script(ids, sampling)
+            if asyncio.iscoroutine(turn):
+                turn = await turn
+            return turn
+        if len(self.requests) > len(self.script):
+            raise IndexError(f"the script has {len(self.script)} turns and one more was asked for")
+        return self.script[len(self.requests) - 1]
+
+    async def prompt_logprobs(self, ids: list[int]) -> list[list[float]]:
         return [[-1.0] * (len(ids) - 1)]
 
     async def sync(self, model, version: int) -> None:
         self.version = version
-
-    async def sleep(self) -> None:
-        """It holds no memory."""
-
-    async def wake(self) -> None:
-        """It holds no memory."""
-
-    async def close(self) -> None:
-        """It holds nothing."""

@@ -14,7 +14,6 @@ vLLM runs in a process of its own that ends with this one, however this one ends
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import select
@@ -28,16 +27,16 @@ from pathlib import Path
 
 import torch
 
-from engines.base import Completion, Sampling, ended
+from engines.base import Completion, Engine, Sampling, refuse_images, turn_end
 from learning import model as models
 from learning import optim
 from run.config import UserError
 
-RANKS = 8, 16, 32, 64, 128, 256, 320, 512  # of adapters, that vLLM has room for
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of adapters, that vLLM has room for
 
 
 def _package():
-    """vllm, imported as it has to be."""
+    """Imports vllm as it has to be."""
     # Read when vllm is imported, and by its processes. No statistics are sent to anybody.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -89,43 +88,60 @@ async def start(
     sleeps: bool = True,
     tensor_parallel_size: int = 1,
     kv_cache_gib: float = 0.0,
-    **more,
+    **vllm_options,
 ) -> "VllmEngine":
-    """vLLM on the model `name`, or on an adapter and its base; takes half a minute.
+    """Starts vLLM on the model `name`, or on an adapter and its base; takes half a minute.
 
     policy: the model that is trained, or None; needed where its base is rounded (qlora). full:
     whole weights will be synced; lora_r: adapters of this rank will be. sleeps: gives its GPU
     memory away between rollouts. kv_cache_gib: 0 is what gpu_memory_utilization leaves on a GPU,
-    and 1 on a CPU. more: options of vLLM's own. To be awaited on the event loop on which the engine
-    will be used. UserError if it does not start.
+    and 1 on a CPU. vllm_options: of vLLM's own, max_model_len among them. To be awaited on the
+    event loop on which the engine will be used. UserError if it does not start.
     """
     vllm = _package()
-    cuda, adapter = torch.cuda.is_available(), models.is_adapter(name)
-    kind = torch.float32 if dtype == "float32" else torch.bfloat16  # mixed: its products
-    sleeps, by_ipc = sleeps and cuda, full and cuda and tensor_parallel_size == 1
-    options = {"tokenizer": models.find(name), "dtype": str(kind).removeprefix("torch.")}
-    options |= {"tensor_parallel_size": tensor_parallel_size, "enable_sleep_mode": sleeps, **more}
-    options |= _always(cuda, kv_cache_gib, more["max_model_len"])
-    options |= _room(lora_r or (models.adapter_settings(name)["r"] if adapter else 0))
+    has_gpu = torch.cuda.is_available()
+    is_adapter = models.is_adapter(name)
+    compute_dtype = torch.float32 if dtype == "float32" else torch.bfloat16  # mixed: its products
+    sleeps = sleeps and has_gpu
+    by_ipc = full and has_gpu and tensor_parallel_size == 1
+
+    rank = lora_r
+    if is_adapter and not rank:
+        rank = models.adapter_settings(name)["r"]
+    options = {
+        "tokenizer": models.find(name),
+        "dtype": _name_of(compute_dtype),
+        "tensor_parallel_size": tensor_parallel_size,
+        "enable_sleep_mode": sleeps,
+        **vllm_options,
+        **_fixed_options(has_gpu, kv_cache_gib, vllm_options["max_model_len"]),
+        **_adapter_options(rank),
+    }
     if by_ipc:  # its handles are pickled, between processes of one user on one machine
         os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
         options["weight_transfer_config"] = vllm.config.WeightTransferConfig(backend="ipc")
-    rounded = policy is not None and models.is_quantized(policy)
-    # two 4-bit weights count as one; written out, each takes four bytes at most
-    with _folder(8 * optim.count(policy)[1]) if rounded else contextlib.nullcontext() as folder:
-        if rounded:
+
+    if policy is not None and models.is_quantized(policy):
+        # two 4-bit weights count as one; written out, each takes four bytes at most
+        with _folder(8 * optim.count(policy)[1]) as folder:
             models.save_dequantized(policy, name, dtype, folder)
-        llm = _started(options | {"model": folder or models.base_of(name)})
-    engine = VllmEngine(llm, kind, full, sleeps, by_ipc)
+            llm = _started(options | {"model": folder})
+    else:
+        llm = _started(options | {"model": models.base_of(name)})
+    engine = VllmEngine(llm, compute_dtype, full, sleeps, by_ipc)
     try:
-        await engine.begin(models.find(name) if adapter else "")
+        await engine.begin(models.find(name) if is_adapter else "")
     except BaseException:
         await engine.close()
         raise
     return engine
 
 
-def _always(cuda: bool, kv_cache_gib: float, max_model_len: int) -> dict:
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _fixed_options(has_gpu: bool, kv_cache_gib: float, max_model_len: int) -> dict:
     """Options that do not depend on the model."""
     options = {
         "enable_prefix_caching": True,
@@ -135,28 +151,33 @@ def _always(cuda: bool, kv_cache_gib: float, max_model_len: int) -> dict:
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
-    if not cuda:
+    if not has_gpu:
         # A prompt in chunks ends vLLM's process on a CPU, where noise has a seed for each request
         # ("CPU Generator does not use offset", 0.32).
         options["enable_chunked_prefill"] = False
         options["max_num_batched_tokens"] = max(2048, max_model_len)
-    if kv_cache_gib or not cuda:
+    if kv_cache_gib or not has_gpu:
         options["kv_cache_memory_bytes"] = int((kv_cache_gib or 1) * 2**30)
     return options
 
 
-def _room(rank: int) -> dict:
+def _adapter_options(rank: int) -> dict:
     """Options for adapters of this rank; none for 0."""
     if rank > RANKS[-1]:
         raise UserError(f"lora_r = {rank}: vLLM takes at most {RANKS[-1]}")
     if not rank:
         return {}
-    room = next(size for size in RANKS if size >= rank)
-    # two: requests that are still being sampled keep the adapter that they began with
-    return {"enable_lora": True, "max_lora_rank": room, "max_loras": 2, "max_cpu_loras": 2}
+    return {
+        "enable_lora": True,
+        "max_lora_rank": next(size for size in RANKS if size >= rank),
+        # two: requests that are still being sampled keep the adapter that they began with
+        "max_loras": 2,
+        "max_cpu_loras": 2,
+    }
 
 
 def _started(options: dict):
+    """vLLM's AsyncLLM; UserError if it does not start."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -177,13 +198,18 @@ def _started(options: dict):
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class VllmEngine:
-    """vLLM's AsyncLLM behind the interface of engine.py, made by `start`."""
+class VllmEngine(Engine):
+    """vLLM's AsyncLLM as an engine, made by `start`."""
 
     def __init__(self, llm, dtype: torch.dtype, full: bool, sleeps: bool, by_ipc: bool):
-        self.llm, self.dtype, self.full = llm, dtype, full
-        self.sleeps, self.by_ipc, self.asleep = sleeps, by_ipc, False
-        self.version, self.requests, self.adapters = 0, 0, 0
+        self.llm = llm
+        self.dtype = dtype  # of its weights
+        self.full = full
+        self.sleeps = sleeps
+        self.by_ipc = by_ipc
+        self.asleep = False
+        self.requests = 0  # so far: each has a number
+        self.adapters = 0  # so far: each has a number
         self.adapter = None  # vLLM's LoRARequest of the version in use
         self.flying = Counter()  # requests that are being sampled, by version
         self.ready = asyncio.Event()  # clear while full weights are exchanged
@@ -202,17 +228,10 @@ class VllmEngine:
         if adapter:
             await self._adopt(adapter, 0)
 
-    def join(self) -> None:
-        """Nobody waits for anybody: vLLM batches whatever is there."""
-
-    def leave(self) -> None:
-        """Nobody waits for anybody."""
-
     async def generate(self, ids: list[int], images: list, sampling: Sampling) -> Completion:
         from vllm import SamplingParams
 
-        if images:
-            raise ValueError("images were given to a text-only engine: use a vision model")
+        refuse_images(images)
         params = SamplingParams(
             temperature=sampling.temperature,
             top_p=1.0,
@@ -226,14 +245,14 @@ class VllmEngine:
             logprobs=0,  # of the sampled token alone
             output_kind=_final_only(),
         )
-        out = await self._ask(ids, params)
-        done = out.outputs[0]
-        finish, new = ended(done.finish_reason, done.stop_reason), list(done.token_ids)
-        logprobs = [seen[token].logprob for token, seen in zip(new, done.logprobs, strict=True)]
+        out = (await self._ask(ids, params)).outputs[0]
+        finish = turn_end(out.finish_reason, out.stop_reason)
+        new = list(out.token_ids)
+        pairs = zip(new, out.logprobs, strict=True)
+        logprobs = [by_token[token].logprob for token, by_token in pairs]
         return Completion(new, logprobs, finish)
 
-    async def score(self, ids: list[int]) -> list[list[float]]:
-        """The logprob of each of ids[1:], at temperature 1, with the weights in use."""
+    async def prompt_logprobs(self, ids: list[int]) -> list[list[float]]:
         from vllm import SamplingParams
 
         params = SamplingParams(
@@ -241,12 +260,13 @@ class VllmEngine:
         )
         out = await self._ask(ids, params)
         pairs = zip(ids[1:], out.prompt_logprobs[1:], strict=True)
-        return [[seen[token].logprob for token, seen in pairs]]
+        return [[by_token[token].logprob for token, by_token in pairs]]
 
     async def _ask(self, ids: list[int], params):
         """vLLM's last word on one request."""
         await self.ready.wait()
-        version, adapter = self.version, self.adapter
+        version = self.version
+        adapter = self.adapter
         self.requests += 1
         # salted: whatever another version has left in the prefix cache is never used
         prompt = {"prompt_token_ids": ids, "cache_salt": f"version {version}"}
@@ -287,15 +307,18 @@ class VllmEngine:
             torch.cuda.empty_cache()  # what the trainer has kept for its next step
             await self._alive(self.llm.wake_up(["weights"]))
         if models.adapters_of(model):
-            trained = (p.nbytes for p in model.parameters() if p.requires_grad)
-            with _folder(sum(trained)) as folder:
+            size = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+            with _folder(size) as folder:
                 model.save_pretrained(folder, selected_adapters=["default"])
                 await self._adopt(folder, version)
         else:
             self.ready.clear()
             try:
                 await self._drain(self.version)
-                await (self._hand_over(model) if self.by_ipc else self._write(model))
+                if self.by_ipc:
+                    await self._hand_over(model)
+                else:
+                    await self._write(model)
                 self.version = version
             finally:
                 self.ready.set()
@@ -305,46 +328,56 @@ class VllmEngine:
         """Samples from the adapter in `folder`, and drops the one before it when nobody uses it."""
         from vllm.lora.request import LoRARequest
 
-        before, old = self.adapter, self.version
+        old_adapter = self.adapter
+        old_version = self.version
         self.adapters += 1  # a number never stands for two adapters
         adapter = LoRARequest(f"version-{version}-{self.adapters}", self.adapters, folder)
         await self._alive(self.llm.add_lora(adapter))
-        self.adapter, self.version = adapter, version
-        if before:
-            await self._drain(old)
-            await self._alive(self.llm.remove_lora(before.lora_int_id))
+        self.adapter = adapter
+        self.version = version
+        if old_adapter:
+            await self._drain(old_version)
+            await self._alive(self.llm.remove_lora(old_adapter.lora_int_id))
 
     async def _drain(self, version: int) -> None:
+        """Waits until nobody is sampled from this version any more."""
         while self.flying[version]:
             await asyncio.sleep(0.01)
 
     async def _write(self, model) -> None:
-        """Full weights through a file in memory."""
+        """Gives vLLM full weights through a file in memory."""
         from safetensors.torch import save_file
 
-        weights = {name: w.to(self.dtype).contiguous() for name, w in models.weights_of(model)}
-        with _folder(sum(w.nbytes for w in weights.values())) as folder:
-            save_file(weights, Path(folder) / "weights.safetensors")
-            del weights
-            file = str(Path(folder) / "weights.safetensors")
-            await self._alive(self.llm.collective_rpc("take_weights", args=(file,)))
+        weights = dict(self._weights(model))
+        with _folder(sum(weight.nbytes for weight in weights.values())) as folder:
+            file = Path(folder) / "weights.safetensors"
+            save_file(weights, file)
+            del weights  # or they would be here, in the file, and in vLLM at once
+            await self._alive(self.llm.collective_rpc("take_weights", args=(str(file),)))
+
+    def _weights(self, model) -> list[tuple[str, torch.Tensor]]:
+        """(name, weight) of all weights, as vLLM takes them."""
+        return [
+            (name, weight.to(self.dtype).contiguous()) for name, weight in models.weights_of(model)
+        ]
 
     async def _hand_over(self, model) -> None:
-        """Full weights from GPU memory to GPU memory, by handles to it."""
+        """Gives vLLM full weights from GPU memory to GPU memory, by handles to it."""
         from torch.multiprocessing.reductions import reduce_tensor
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         gpu = str(torch.cuda.get_device_properties(model.device).uuid)
-        pairs = [(name, w.to(self.dtype).contiguous()) for name, w in models.weights_of(model)]
+        pairs = self._weights(model)
         info = {
             "names": [name for name, _ in pairs],
-            "dtype_names": [str(self.dtype).removeprefix("torch.")] * len(pairs),
+            "dtype_names": [_name_of(self.dtype)] * len(pairs),
             "shapes": [list(weight.shape) for _, weight in pairs],
             "ipc_handles": [{gpu: reduce_tensor(weight)[1]} for _, weight in pairs],
         }
         torch.cuda.synchronize()
+        request = WeightTransferUpdateRequest(update_info=info)
         await self._alive(self.llm.start_weight_update())
-        await self._alive(self.llm.update_weights(WeightTransferUpdateRequest(update_info=info)))
+        await self._alive(self.llm.update_weights(request))
         await self._alive(self.llm.finish_weight_update())
         del pairs  # not before: a handle does not keep the memory that it points to
         torch.cuda.ipc_collect()
@@ -381,8 +414,11 @@ def _dead() -> UserError:
 
 
 def _folder(size: int) -> tempfile.TemporaryDirectory:
-    """A folder in memory if `size` bytes fit twice, else on the disk, as in a container whose
+    """Makes a folder in memory if `size` bytes fit twice, else on the disk, as in a container whose
     /dev/shm is too small for anything."""
-    shm = Path("/dev/shm")
-    free = shutil.disk_usage(shm).free if shm.is_dir() and os.access(shm, os.W_OK) else 0
-    return tempfile.TemporaryDirectory(prefix="nanotool-", dir=shm if free > 2 * size else None)
+    memory = Path("/dev/shm")
+    place = None  # the disk
+    if memory.is_dir() and os.access(memory, os.W_OK):
+        if shutil.disk_usage(memory).free > 2 * size:
+            place = memory
+    return tempfile.TemporaryDirectory(prefix="nanotool-", dir=place)

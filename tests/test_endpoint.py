@@ -5,10 +5,8 @@
 The endpoint here is a fake on 127.0.0.1; tests/test_vllm.py asks a real one.
 """
 
-import asyncio
 import json
 import threading
-from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -17,11 +15,14 @@ import evaluate
 import rewards
 from engines import chat_api
 from engines.base import Sampling
-from engines.chat_api import Endpoint, turn
+from engines.chat_api import ChatApi, Endpoint
+from evaluate import play_api_turn
 from rollout import Settings, rollouts
 from run.config import UserError
+from run.http import TEMPORARY, key_from
 from run.loop import run_blocking
-from tools import Toolbox
+from tools import NetworkError, Toolbox
+from tools.ask import ask
 
 
 def add(a: int, b: int) -> int:
@@ -51,7 +52,8 @@ def api():
     """script(list of (code, body) or a function of the request); then .requests and .url."""
 
     class Api:
-        requests, script, headers, codes = [], [], [], Counter()
+        requests, script, headers, clients = [], [], [], []
+        headers_of_answers = {}
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -63,16 +65,19 @@ def api():
             asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
             made.requests.append(asked)
             made.headers.append(dict(self.headers))
+            made.clients.append(self.client_address)
             said = made.script(asked) if callable(made.script) else made.script.pop(0)
             text = json.dumps(said[1]).encode()
             self.send_response(said[0])
             self.send_header("content-type", "application/json")
+            for name, value in made.headers_of_answers.items():
+                self.send_header(name, value)
             self.send_header("content-length", str(len(text)))
             self.end_headers()
             self.wfile.write(text)
 
     made = Api()
-    made.requests, made.headers = [], []
+    made.requests, made.headers, made.clients = [], [], []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -93,7 +98,9 @@ def episode(api, script, samples=1, pause=0.01, key="", **settings):
     try:
         how = Settings(**settings)
         selected = rewards.select(("correct",))
-        played = rollouts([EXAMPLE], asked, asked, box, how, 0, samples, selected, turn=turn)
+        played = rollouts(
+            [EXAMPLE], asked, asked, box, how, 0, samples, selected, turn=play_api_turn
+        )
         return run_blocking(played)
     finally:
         run_blocking(asked.close())
@@ -127,6 +134,7 @@ def test_calls_that_are_wrong_are_told_so_and_counted(api):
         ([say("", ("add", '{"a": 1, "b": 1}'))] * 3, {"max_tool_calls": 1}, "max_tool_calls"),
         ([say("", ("add", '{"a": 1, "b": 1}'), total=900)], {"max_tokens": 800}, "length"),
         ([(400, {"message": "maximum context length is 100"})], {}, "length"),
+        ([(400, {"e": "context_length_exceeded: lower max_completion_tokens"})], {}, "length"),
     ],
 )
 def test_limits_are_those_of_a_rollout(api, script, settings, stop):
@@ -168,12 +176,45 @@ def test_calls_without_an_id_or_too_deep_do_not_end_the_run(api):
     assert [c.error for c in t.calls] == [None, "bad_json", "bad_json"] and t.reward == 1.0
 
 
-def test_an_endpoint_is_used_from_one_event_loop_after_the_other(api):
+def test_a_connection_is_kept_between_questions_and_closed_at_the_end(api):
     asked = Endpoint(api.url, "gpt", [])
-    for _ in range(2):
+    run_blocking(asked.close())  # before there is one
+    for _ in range(3):
         api.script = [say("hello")]
-        asking = asked.ask([{"role": "user", "content": "x"}], Sampling(), tools=False)
-        assert asyncio.run(asking)["choices"][0]["message"]["content"] == "hello"
+        asking = asked.ask([{"role": "user", "content": "x"}], Sampling(), with_tools=False)
+        assert run_blocking(asking).text == "hello"
+    assert len(set(api.clients)) == 1
+    run_blocking(asked.close())
+    assert asked.api.http.connections.is_closed
+
+
+def test_a_busy_endpoint_says_itself_how_long_it_wants_to_be_left_alone(api, monkeypatch):
+    """One that says nonsense, or much too long, is not obeyed."""
+    waits = []
+
+    async def note(seconds):
+        waits.append(seconds)
+
+    monkeypatch.setattr(chat_api.asyncio, "sleep", note)
+    for wanted in ("7", "2.5", "100000", "tomorrow"):
+        api.headers_of_answers = {"retry-after": wanted}
+        api.script = [(429, {}), say("hello")]
+        asked = ChatApi(api.url, "gpt", pause=0.01)
+        assert run_blocking(asked.ask([], 0.0, 9)).text == "hello"
+        run_blocking(asked.close())
+    assert waits[:3] == [7.0, 2.5, 60.0] and waits[3] < 0.02
+
+
+@pytest.mark.parametrize("status", TEMPORARY)
+def test_evaluation_the_judge_and_the_ask_tool_agree_on_what_is_worth_asking_again(api, status):
+    """They ask through one client."""
+    api.script = [(status, {}), say("hello")]
+    asked = ChatApi(api.url, "gpt", pause=0.001)
+    assert run_blocking(asked.ask([], 0.0, 9)).text == "hello"
+    api.script = [(status, {})]
+    with pytest.raises(NetworkError, match=f"is busy .HTTP {status}"):
+        run_blocking(ask(api.url, "gpt")("2 and 2?"))
+    run_blocking(asked.close())
 
 
 def test_refusals_say_what_to_do(api):
@@ -194,12 +235,13 @@ def test_newer_endpoints_want_another_name_for_the_limit(api):
 
 def test_the_key_comes_from_the_environment(api, monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret\r\n")  # as a file with CRLF gives it
-    episode(api, [say("x")], key=chat_api.key_of("MY_KEY"))
+    episode(api, [say("x")], key=key_from("MY_KEY"))
     assert api.headers[0]["Authorization"] == "Bearer secret"
-    with pytest.raises(UserError, match="the key cannot be sent: see --key_env") as caught:
-        episode(api, [say("x")], key="my-\nsecret")
-    assert "my-" not in str(caught.value) and len(api.requests) == 1
-    assert chat_api.key_of("") == chat_api.key_of("NOT_THERE") == ""
+    for key in ("my-\nsecret", "my-schlüssel"):
+        with pytest.raises(UserError, match="the key cannot be sent: see --key_env") as caught:
+            episode(api, [say("x")], key=key)
+        assert "my-" not in str(caught.value) and len(api.requests) == 1
+    assert key_from("") == key_from("NOT_THERE") == ""
 
 
 def test_evaluate_writes_the_same_files_for_an_endpoint(api, tmp_path):

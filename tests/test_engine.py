@@ -11,21 +11,22 @@ import asyncio
 import copy
 import random
 import threading
-import time
 from collections import Counter
 
 import pytest
 import torch
 
-from engines.base import Completion, Sampling
-from engines.canary import Canary, synced
+from engines.base import Completion, Engine, Sampling
+from engines.canary import Canary, sync_and_check
 from engines.local import TransformersEngine, _Request
 from engines.scripted import ScriptedEngine
 from learning.batches import pad
 from learning.logprobs import token_logprobs
 from run.config import UserError
+from run.loop import run_blocking
 from tasks import tiny as tiny_model
 
+GUARD = 60  # seconds, after which a test is said to hang
 PROMPTS = [[7], [9, 30, 41, 7, 55, 60], [9, 30, 41], [88, 12, 12, 5, 200, 31, 3, 77, 120, 11, 6]]
 
 
@@ -59,7 +60,7 @@ def others(tokenizer, kind):
 def engine(policy, tokenizer):
     made = TransformersEngine(policy, tokenizer)
     yield made
-    asyncio.run(made.close())
+    run_blocking(made.close())
 
 
 def sample(engine, requests):
@@ -74,7 +75,7 @@ def sample(engine, requests):
             for _ in requests:
                 engine.leave()
 
-    return asyncio.run(asyncio.wait_for(main(), 60))
+    return run_blocking(asyncio.wait_for(main(), GUARD))
 
 
 def greedy(n, **settings):
@@ -82,17 +83,28 @@ def greedy(n, **settings):
 
 
 def gate(engine, monkeypatch, calls):
-    """The model waits, from its n-th forward on, until the event that this returns is set."""
-    opened, forward, count = threading.Event(), engine._forward, []
+    """The model waits, from its n-th forward on, until the event that this returns is set. Its
+    attribute `reached` is set when the model waits."""
+    forward = engine._forward
+    opened = threading.Event()
+    opened.reached = threading.Event()
+    count = []
 
     def slow(*args):
         count.append(1)
         if len(count) > calls:
-            assert opened.wait(20)
+            opened.reached.set()
+            assert opened.wait(GUARD)
         return forward(*args)
 
     monkeypatch.setattr(engine, "_forward", slow)
     return opened
+
+
+async def until(is_true):
+    """Lets the others of the loop go on until is_true()."""
+    while not is_true():
+        await asyncio.sleep(0.01)
 
 
 # The distribution
@@ -115,7 +127,7 @@ def test_greedy_tokens_are_those_of_transformers_own_generate(tokenizer, policy,
         )
         assert completion.ids == theirs[0, len(ids) :].tolist()
         assert (completion.finish, len(completion.logprobs)) == ("length", 24)
-    asyncio.run(engine.close())
+    run_blocking(engine.close())
 
 
 def test_the_cache_grows_past_its_block_while_rows_leave(engine, policy):
@@ -307,12 +319,12 @@ def test_a_finished_row_goes_on_while_the_others_are_sampled(engine, monkeypatch
         long = asyncio.create_task(engine.generate(PROMPTS[1], [], greedy(40)))
         short = asyncio.create_task(engine.generate(PROMPTS[2], [], greedy(2)))
         engine.join(), engine.join()
-        done = await asyncio.wait_for(short, 10)
+        done = await asyncio.wait_for(short, GUARD)
         assert not long.done()
         opened.set()
         return done, await long
 
-    short, long = asyncio.run(main())
+    short, long = run_blocking(main())
     assert len(short.ids) == 2 and len(long.ids) == 40
     monkeypatch.undo()
     engine.unfinished = 0
@@ -339,7 +351,7 @@ def test_more_rows_than_max_batch_are_sampled_in_parts(policy, tokenizer):
     small, large = (sample(engine, requests) for engine in engines)
     assert [c.ids for c in small] == [c.ids for c in large]
     for engine in engines:
-        asyncio.run(engine.close())
+        run_blocking(engine.close())
 
 
 def test_deterministic_waits_for_all_who_have_joined(engine):
@@ -354,15 +366,15 @@ def test_deterministic_waits_for_all_who_have_joined(engine):
         await asyncio.sleep(0.1)
         assert not first.done() and not second.done() and len(engine.waiting) == 2
         engine.leave()  # the third one has ended without another turn
-        await asyncio.wait_for(asyncio.gather(first, second), 10)
+        await asyncio.wait_for(asyncio.gather(first, second), GUARD)
         engine.leave()
         (again,) = await asyncio.wait_for(
-            asyncio.gather(engine.generate(PROMPTS[2], [], greedy(2))), 10
+            asyncio.gather(engine.generate(PROMPTS[2], [], greedy(2))), GUARD
         )
         engine.leave()
         assert engine.unfinished == 0 and len(again.ids) == 2
 
-    asyncio.run(main())
+    run_blocking(main())
 
 
 def test_without_deterministic_nobody_waits(policy, tokenizer):
@@ -371,11 +383,11 @@ def test_without_deterministic_nobody_waits(policy, tokenizer):
     async def main():
         for _ in range(3):
             engine.join()
-        await asyncio.wait_for(engine.generate(PROMPTS[0], [], greedy(2)), 10)
+        await asyncio.wait_for(engine.generate(PROMPTS[0], [], greedy(2)), GUARD)
         await engine.close()
 
     engine = TransformersEngine(policy, tokenizer, deterministic=False)
-    asyncio.run(main())
+    run_blocking(main())
 
 
 def test_turns_asked_for_during_a_batch_are_sampled_after_it(engine, monkeypatch):
@@ -384,14 +396,13 @@ def test_turns_asked_for_during_a_batch_are_sampled_after_it(engine, monkeypatch
     async def main():
         opened = gate(engine, monkeypatch, calls=1)
         first = asyncio.create_task(engine.generate(PROMPTS[0], [], greedy(2)))
-        await asyncio.sleep(0.05)
+        await until(opened.reached.is_set)
         late = [asyncio.create_task(engine.generate(p, [], greedy(2))) for p in PROMPTS]
-        await asyncio.sleep(0.05)
-        assert len(engine.waiting) == 4
+        await until(lambda: len(engine.waiting) == 4)
         opened.set()
-        return await asyncio.wait_for(asyncio.gather(first, *late), 10)
+        return await asyncio.wait_for(asyncio.gather(first, *late), GUARD)
 
-    first, *late = asyncio.run(main())
+    first, *late = run_blocking(main())
     assert late[0].ids == first.ids and all(len(c.ids) == 2 for c in late)
 
 
@@ -405,16 +416,16 @@ def test_a_deadline_takes_its_row_out_of_the_batch_and_blocks_nobody(engine):
         engine.join(), engine.join()
         endless = asyncio.create_task(engine.generate(PROMPTS[0], [], greedy(10**9)))
         other = engine.generate(PROMPTS[1], [], greedy(8))
-        done = await asyncio.wait_for(other, 10)
+        done = await asyncio.wait_for(other, GUARD)
         endless.cancel()
         with pytest.raises(asyncio.CancelledError):
             await endless
         engine.leave()
-        again = await asyncio.wait_for(engine.generate(PROMPTS[1], [], greedy(8)), 10)
+        again = await asyncio.wait_for(engine.generate(PROMPTS[1], [], greedy(8)), GUARD)
         engine.leave()
         return done, again
 
-    done, again = asyncio.run(main())
+    done, again = run_blocking(main())
     assert done.ids == again.ids and len(done.ids) == 8
 
 
@@ -429,10 +440,10 @@ def test_a_deadline_while_waiting_leaves_the_line(engine):
         await asyncio.sleep(0.05)
         assert not any(task.done() for task in others)
         engine.leave()
-        await asyncio.wait_for(asyncio.gather(*others), 10)
+        await asyncio.wait_for(asyncio.gather(*others), GUARD)
         engine.leave(), engine.leave()
 
-    asyncio.run(main())
+    run_blocking(main())
     assert engine.unfinished == 0 and engine.waiting == []
 
 
@@ -450,28 +461,32 @@ def test_an_error_in_the_model_reaches_all_who_wait_and_the_next_turn_works(engi
         turns = [engine.generate(p, [], greedy(2 if i else 9)) for i, p in enumerate(PROMPTS)]
         turns += [engine.generate(PROMPTS[0], [], greedy(7))]
         engine.unfinished = 5
-        return await asyncio.wait_for(asyncio.gather(*turns, return_exceptions=True), 10)
+        return await asyncio.wait_for(asyncio.gather(*turns, return_exceptions=True), GUARD)
 
     monkeypatch.setattr(engine, "_forward", breaks)
-    failed, *early, failed_too = asyncio.run(main())
+    failed, *early, failed_too = run_blocking(main())
     assert str(failed) == str(failed_too) == "out of memory"
     assert [len(c.ids) for c in early] == [2, 2, 2]  # they were done before
     engine.unfinished = 0
     assert len(sample(engine, [(PROMPTS[0], greedy(5))])[0].ids) == 5
 
 
-def test_an_engine_serves_one_event_loop_after_the_other(engine, monkeypatch):
-    """Also when the first was closed in the middle of a batch, whose end then nobody hears."""
+def test_a_batch_that_everybody_gave_up_blocks_nobody(engine, monkeypatch):
+    """It is in the middle of a forward, and whoever comes then is sampled after it."""
 
-    async def first():
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(engine.generate(PROMPTS[0], [], greedy(9)), 0.1)
+    async def main():
+        opened = gate(engine, monkeypatch, calls=1)
+        given_up = asyncio.create_task(engine.generate(PROMPTS[0], [], greedy(9)))
+        await until(opened.reached.is_set)
+        given_up.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+        turn = asyncio.create_task(engine.generate(PROMPTS[1], [], greedy(4)))
+        await until(lambda: engine.waiting)
+        opened.set()
+        return await asyncio.wait_for(turn, GUARD)
 
-    opened = gate(engine, monkeypatch, calls=1)
-    asyncio.run(first())
-    threading.Timer(0.1, opened.set).start()
-    (done,) = sample(engine, [(PROMPTS[1], greedy(4))])
-    assert len(done.ids) == 4
+    assert len(run_blocking(main()).ids) == 4
 
 
 def test_a_closed_engine_says_so_and_leaves_nobody_waiting(engine, monkeypatch):
@@ -480,19 +495,19 @@ def test_a_closed_engine_says_so_and_leaves_nobody_waiting(engine, monkeypatch):
     async def main():
         opened = gate(engine, monkeypatch, calls=1)
         running = asyncio.create_task(engine.generate(PROMPTS[0], [], greedy(3)))
-        await asyncio.sleep(0.05)
+        await until(opened.reached.is_set)
         waiting = asyncio.create_task(engine.generate(PROMPTS[1], [], greedy(3)))
-        await asyncio.sleep(0.05)
+        await until(lambda: engine.waiting)
         await engine.close()
         with pytest.raises(RuntimeError, match="closed"):
-            await asyncio.wait_for(waiting, 10)
+            await asyncio.wait_for(waiting, GUARD)
         opened.set()
         assert len((await asyncio.wait_for(running, 10)).ids) == 3
-        await asyncio.sleep(0.05)
+        await until(lambda: not engine.is_decoding)
         with pytest.raises(RuntimeError, match="shutdown"):
-            await asyncio.wait_for(engine.generate(PROMPTS[1], [], greedy(3)), 10)
+            await asyncio.wait_for(engine.generate(PROMPTS[1], [], greedy(3)), GUARD)
 
-    asyncio.run(main())
+    run_blocking(main())
 
 
 def test_a_batch_that_had_not_begun_when_the_engine_was_closed_is_told(engine):
@@ -500,20 +515,20 @@ def test_a_batch_that_had_not_begun_when_the_engine_was_closed_is_told(engine):
 
     async def main():
         blocked = threading.Event()
-        engine.thread.submit(blocked.wait, 10)
+        engine.thread.submit(blocked.wait, GUARD)
         turn = asyncio.create_task(engine.generate(PROMPTS[0], [], greedy(3)))
-        await asyncio.sleep(0.05)
+        await until(lambda: engine.is_decoding)
         await engine.close()
         with pytest.raises(RuntimeError, match="closed"):
-            await asyncio.wait_for(turn, 5)
+            await asyncio.wait_for(turn, GUARD)
         blocked.set()
 
-    asyncio.run(main())
+    run_blocking(main())
 
 
 def test_images_are_refused_in_a_sentence(engine):
     with pytest.raises(ValueError, match="text-only engine: use a vision model"):
-        asyncio.run(engine.generate([1], ["an image"], Sampling()))
+        run_blocking(engine.generate([1], ["an image"], Sampling()))
     assert engine.waiting == []
 
 
@@ -522,16 +537,38 @@ def test_sync_samples_from_the_new_weights_and_in_eval_mode(engine, tokenizer):
     other = others(tokenizer, "llama")
     before = sample(engine, [(PROMPTS[1], greedy(8))])
     other.train()
-    asyncio.run(engine.sync(other, 3))
+    run_blocking(engine.sync(other, 3))
     after = sample(engine, [(PROMPTS[1], greedy(8))])
     assert engine.version == 3 and not other.training and after[0].ids != before[0].ids
+
+
+def test_an_engine_that_holds_nothing_and_waits_for_nobody_need_not_say_so(tokenizer):
+    """What a new one has to give is generate, prompt_logprobs and sync; what it lacks it names."""
+
+    class Bare(Engine):
+        async def generate(self, ids, images, sampling):
+            return Completion([5], [-1.0], "stop")
+
+    bare = Bare()
+    bare.join()
+    bare.leave()
+    for nothing in (bare.sleep, bare.wake, bare.close):
+        run_blocking(nothing())
+    assert bare.version == 0 and run_blocking(bare.generate([1], [], Sampling())).ids == [5]
+    for missing in (
+        bare.prompt_logprobs([1]),
+        bare.sync(None, 1),
+        Engine().generate([1], [], Sampling()),
+    ):
+        with pytest.raises(NotImplementedError, match="cannot"):
+            run_blocking(missing)
 
 
 # The scripted engine
 
 
 def run(engine, *settings, ids=(1, 2)):
-    return [asyncio.run(engine.generate(list(ids), [], s)) for s in settings]
+    return [run_blocking(engine.generate(list(ids), [], s)) for s in settings]
 
 
 def test_a_script_is_said_turn_by_turn_and_its_end_is_an_error():
@@ -562,24 +599,26 @@ def test_a_script_is_cut_where_a_model_would_have_been_stopped(tokenizer):
 
 
 def test_a_script_may_be_a_function_of_what_is_asked_and_slow():
+    all_ask = asyncio.Event()
+
     async def script(ids, sampling):
-        await asyncio.sleep(0.05)
+        if len(engine.requests) == 20:
+            all_ask.set()
+        await all_ask.wait()  # which none would pass if one waited for the other
         return [*ids, sampling.seed]
 
     engine = ScriptedEngine(script)
 
     async def main():
-        began = time.monotonic()
         turns = [engine.generate([i], [], Sampling(seed=9)) for i in range(20)]
-        done = await asyncio.gather(*turns)
-        assert time.monotonic() - began < 0.7
+        done = await asyncio.wait_for(asyncio.gather(*turns), GUARD)
         await engine.sync(None, 4)
         await engine.sleep()
         await engine.wake()
         await engine.close()
         return done
 
-    assert [c.ids for c in asyncio.run(main())] == [[i, 9] for i in range(20)]
+    assert [c.ids for c in run_blocking(main())] == [[i, 9] for i in range(20)]
     assert engine.version == 4
 
 
@@ -608,44 +647,45 @@ def test_the_canary_is_silent_while_both_have_the_same_weights(policy, tokenizer
     model = policy
     for version, size in enumerate((0.0, 1e-6, 1e-4, 0.1)):
         model = drifted(model, size, version)
-        seen = asyncio.run(synced(engine, model, version, canary))
+        seen = run_blocking(sync_and_check(engine, model, version, canary))
         assert seen["canary"] < 1e-5 and engine.version == version
-    assert list(asyncio.run(synced(engine, model, 9, None))) == ["sync_seconds"]  # canary = false
-    asyncio.run(engine.close())
+    unchecked = run_blocking(sync_and_check(engine, model, 9, None))  # canary = false
+    assert list(unchecked) == ["sync_seconds"]
+    run_blocking(engine.close())
 
 
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 0.3])
 def test_the_canary_sees_weights_that_stayed_behind(policy, tokenizer, size):
     """Also an update so small that the difference is below the limit."""
     engine, canary = TransformersEngine(policy, tokenizer), Canary(PROMPTS[3], "float32")
-    asyncio.run(synced(engine, policy, 0, canary))
+    run_blocking(sync_and_check(engine, policy, 0, canary))
     with pytest.raises(UserError, match="sync 0: the engine"):
-        asyncio.run(canary.check(engine, drifted(policy, size)))
-    asyncio.run(engine.close())
+        run_blocking(canary.check(engine, drifted(policy, size)))
+    run_blocking(engine.close())
 
 
 def test_the_canary_sees_nan_and_one_odd_copy_among_several(policy, tokenizer):
     engine, canary = TransformersEngine(policy, tokenizer), Canary(PROMPTS[3], "float32")
-    (right,) = asyncio.run(engine.score(PROMPTS[3]))
+    (right,) = run_blocking(engine.prompt_logprobs(PROMPTS[3]))
 
     class Copies(ScriptedEngine):
         scores = [right, right]
 
-        async def score(self, ids):
+        async def prompt_logprobs(self, ids):
             return self.scores
 
     copies = Copies([])
-    assert asyncio.run(canary.check(copies, policy)) < 1e-5
+    assert run_blocking(canary.check(copies, policy)) < 1e-5
     for wrong in ([x - 1 for x in right], [float("nan")] * len(right)):
         copies.scores = [right, wrong, right]
         with pytest.raises(UserError, match="differ"):
-            asyncio.run(canary.check(copies, policy))
-    asyncio.run(engine.close())
+            run_blocking(canary.check(copies, policy))
+    run_blocking(engine.close())
 
 
 def test_scores_are_the_trainers_logprobs(engine, policy):
     ids = PROMPTS[3]
-    (scores,) = asyncio.run(engine.score(ids))
+    (scores,) = run_blocking(engine.prompt_logprobs(ids))
     whole = torch.tensor([ids])
     ones = torch.ones_like(whole)
     with torch.no_grad():

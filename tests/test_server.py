@@ -153,6 +153,14 @@ def play(engine, tokenizer, samples=8, on_done=None):
     return run_blocking(played)
 
 
+def wait_for_line(engine, text):
+    """Until one of the engine's events has the text in it."""
+    deadline = time.monotonic() + 60
+    while not any(text in line for line in engine.events):
+        assert time.monotonic() < deadline, f"no event says {text!r}"
+        time.sleep(0.05)
+
+
 class Adapted:
     """What a sync needs of a model with adapters: it writes nothing but its version."""
 
@@ -183,7 +191,7 @@ def test_what_shapes_a_distribution_is_sent_and_not_left_to_the_server(fakes, to
             engine.generate([5, 6], [], Sampling(temperature=0.7, max_new_tokens=2, seed=3))
         )
         run_blocking(engine.sync(Adapted(), 1))
-        run_blocking(engine.score([5, 6, 7]))
+        run_blocking(engine.prompt_logprobs([5, 6, 7]))
     first = one.bodies[0]
     assert (first["temperature"], first["seed"], first["ignore_eos"]) == (0.7, 3, True)
     assert len(one.bodies) == 4 and all(off.items() <= body.items() for body in one.bodies)
@@ -193,7 +201,9 @@ def test_what_a_dying_server_had_is_sampled_again_by_the_other(fakes, tokenizer,
     """64 trajectories, none lost, none twice, and each as if nothing had happened."""
     with engine_of(fakes(), tokenizer) as engine:
         undisturbed = play(engine, tokenizer)
-    (one,), (two,) = fakes(1, delay=0.5), fakes(1, delay=0.02)
+    one, two = fakes()
+    answered = one.completion
+    one.completion = lambda body: (one.deaf.wait(60), answered(body))[1]  # not before it dies
     done = []
 
     def on_done(trajectory):
@@ -215,13 +225,10 @@ def test_a_server_that_comes_back_is_given_the_adapter_before_it_is_asked(fakes,
     with engine_of((one, two), tokenizer) as engine:
         run_blocking(engine.sync(Adapted(), 1))
         one.die()
-        run_blocking(asyncio.sleep(1.5))
+        wait_for_line(engine, "was lost")
         run_blocking(engine.sync(Adapted(), 2))  # while it is away
         back = Fake(tokenizer, port=one.port)
-        deadline = time.monotonic() + 10
-        while not any("is back" in line for line in engine.events):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for_line(engine, "is back")
         play(engine, tokenizer)
         name = engine.name
         assert back.adapters == [name] and set(back.models) <= {name} and back.models
@@ -232,17 +239,14 @@ def test_a_server_that_comes_back_is_given_the_adapter_before_it_is_asked(fakes,
 def test_without_any_server_the_run_stops_in_time_with_one_sentence(fakes, tokenizer):
     (one,) = fakes(1, delay=0.05)
     with engine_of([one], tokenizer, timeout=1.0) as engine:
-        started = time.monotonic()
         with pytest.raises(UserError, match="none of the servers .* has answered for 1 s.*resume"):
             play(engine, tokenizer, on_done=lambda t: one.deaf.is_set() or one.die())
-        assert time.monotonic() - started < 10
 
 
 def test_one_that_never_answers_is_named_at_the_start(tokenizer):
-    started = time.monotonic()
+    starting = server_engine.start(("http://127.0.0.1:9",), "x", tokenizer, 0.5)
     with pytest.raises(UserError, match="none of the servers \\(http://127.0.0.1:9\\)"):
-        run_blocking(server_engine.start(("http://127.0.0.1:9",), "x", tokenizer, 0.5))
-    assert time.monotonic() - started < 5
+        run_blocking(asyncio.wait_for(starting, 60))
 
 
 def test_a_server_error_counts_as_lost_and_a_refusal_ends_the_run(fakes, tokenizer):
@@ -258,13 +262,15 @@ def test_a_server_error_counts_as_lost_and_a_refusal_ends_the_run(fakes, tokeniz
 
 def test_a_server_that_hangs_is_lost_by_its_health(fakes, tokenizer, monkeypatch):
     """Its turns do not wait for an answer that never comes."""
-    monkeypatch.setattr(server_engine, "PATIENCE", 0.5)
+    monkeypatch.setattr(server_engine, "PATIENCE", 2.0)
     one, two = fakes()
-    with engine_of((one, two), tokenizer) as engine:
+    with engine_of((one, two), tokenizer, timeout=60) as engine:
         said = one.said
-        one.said = lambda path, body: (time.sleep(60), said(path, body))[1]
-        started = time.monotonic()
-        assert len(play(engine, tokenizer)) == 64 and time.monotonic() - started < 10
+        woken = threading.Event()
+        one.said = lambda path, body: (woken.wait(120), said(path, body))[1]
+        assert len(play(engine, tokenizer)) == 64
+        assert any(f"{one.url} was lost" in line for line in engine.events)
+        woken.set()
 
 
 def test_servers_that_would_train_wrongly_are_refused(fakes, tokenizer):
@@ -305,10 +311,10 @@ def test_full_weights_do_not_go_to_servers(fakes, tokenizer):
 def test_each_server_is_scored_so_that_an_odd_one_is_seen(fakes, tokenizer):
     one, two = fakes()
     with engine_of((one, two), tokenizer) as engine:
-        assert run_blocking(engine.score([5, 6, 7])) == [[-6.0, -7.0]] * 2
+        assert run_blocking(engine.prompt_logprobs([5, 6, 7])) == [[-6.0, -7.0]] * 2
         honest = two.completion
         two.completion = lambda body: _louder(honest(body))
-        assert run_blocking(engine.score([5, 6, 7])) == [[-6.0, -7.0], [-12.0, -14.0]]
+        assert run_blocking(engine.prompt_logprobs([5, 6, 7])) == [[-6.0, -7.0], [-12.0, -14.0]]
 
 
 def _louder(answer):
@@ -343,7 +349,7 @@ def test_nobody_samples_before_all_servers_have_the_adapter(fakes, tokenizer):
     one, two = fakes()
     quick, go = two.said, threading.Event()
     two.said = lambda path, body: (
-        not path.startswith("/v1/load") or go.wait(10),
+        not path.startswith("/v1/load") or go.wait(60),
         quick(path, body),
     )[1]
     with engine_of((one, two), tokenizer) as engine:

@@ -27,7 +27,7 @@ import torch
 
 from chat import Chat
 from engines.base import Sampling
-from engines.canary import Canary, synced
+from engines.canary import Canary, sync_and_check
 from engines.local import TransformersEngine
 from formats import Call
 from learning import model as models
@@ -125,7 +125,7 @@ def three_versions(engine, model, tokenizer, tolerance):
     for version in range(3):
         if version:
             moved(model, version)
-        differs = run_blocking(synced(engine, model, version, canary))
+        differs = run_blocking(sync_and_check(engine, model, version, canary))
         assert engine.version == version and differs["canary"] < tolerance
         for temperature in (0.0, 0.7):
             compare(engine, model, tokenizer, temperature, tolerance)
@@ -176,7 +176,7 @@ def test_the_canary_sees_an_adapter_that_was_not_taken(lora, monkeypatch, size):
     """A skipped sync, by an update of any size: also one that is smaller than the limit."""
     engine, model = lora
     canary = Canary(PROMPTS[2], "float32")
-    run_blocking(synced(engine, model, 20, canary))
+    run_blocking(sync_and_check(engine, model, 20, canary))
 
     async def skipped(model, version):
         engine.version = version
@@ -184,7 +184,7 @@ def test_the_canary_sees_an_adapter_that_was_not_taken(lora, monkeypatch, size):
     moved(model, 21, size)
     monkeypatch.setattr(engine, "sync", skipped)
     with pytest.raises(UserError, match="the engine"):
-        run_blocking(synced(engine, model, 21, canary))
+        run_blocking(sync_and_check(engine, model, 21, canary))
 
 
 def test_the_canary_sees_an_old_adapter_and_half_of_one(lora, tmp_path):
@@ -192,7 +192,7 @@ def test_the_canary_sees_an_old_adapter_and_half_of_one(lora, tmp_path):
     model.save_pretrained(tmp_path / "old", selected_adapters=["default"])
     moved(model, 30)
     canary = Canary(PROMPTS[2], "float32")
-    run_blocking(synced(engine, model, 30, canary))
+    run_blocking(sync_and_check(engine, model, 30, canary))
     moved(model, 31)
     run_blocking(engine._adopt(str(tmp_path / "old"), 31))
     with pytest.raises(UserError, match="sync 31: the engine's logprobs differ"):
@@ -207,7 +207,7 @@ def test_the_canary_sees_an_old_adapter_and_half_of_one(lora, tmp_path):
     run_blocking(engine._adopt(str(tmp_path / "half"), 32))
     with pytest.raises(UserError, match="sync 32: the engine's logprobs differ"):
         run_blocking(canary.check(engine, model))
-    run_blocking(synced(engine, model, 33, canary))  # and goes on when it is right again
+    run_blocking(sync_and_check(engine, model, 33, canary))  # and goes on when it is right again
 
 
 def test_stop_strings_end_a_turn_and_its_ids_stay_as_sampled(lora, tokenizer):
@@ -326,16 +326,16 @@ def test_versions_of_full_weights_are_the_trainers(folders, tokenizer, kind, mon
         three_versions(engine, model, tokenizer, 1e-4)
         in_between(engine, model)
         canary = Canary(PROMPTS[2], "float32")
-        run_blocking(synced(engine, model, 3, canary))
+        run_blocking(sync_and_check(engine, model, 3, canary))
         weights_of = models.weights_of
         for version, half in enumerate(([0, 2], [1, 2]), 4):
             moved(model, version)
             part = slice(half[0], None, half[1])
             monkeypatch.setattr(models, "weights_of", lambda m, p=part: weights_of(m)[p])
             with pytest.raises(UserError, match=f"sync {version}: the engine"):
-                run_blocking(synced(engine, model, version, canary))
+                run_blocking(sync_and_check(engine, model, version, canary))
             monkeypatch.undo()
-            run_blocking(synced(engine, model, version, canary))  # and whole again
+            run_blocking(sync_and_check(engine, model, version, canary))  # and whole again
         moved(model, 9, 0.001)
         engine.version = 9
         with pytest.raises(UserError, match="sync 9: the engine"):
@@ -410,7 +410,7 @@ def serve(folder, port):
     options = "--enforce-eager --enable-lora --max-lora-rank 8 --max-loras 2 --dtype float32"
     options += " --logprobs-mode processed_logprobs --generation-config vllm --max-num-seqs 64"
     options += " --kv-cache-memory-bytes 268435456 --enable-auto-tool-choice"
-    options += " --no-enable-chunked-prefill --max-model-len 512"  # see engine_vllm.py
+    options += " --no-enable-chunked-prefill --max-model-len 512"  # see engines/vllm.py
     options += " --tool-call-parser hermes --served-model-name base --host 127.0.0.1"
     # what `vllm serve` runs; that command itself asks for its version under a name that the package
     # of the CPU build does not have
@@ -485,12 +485,12 @@ def test_servers_are_evaluated_with_native_calls_and_with_ours(caller, servers, 
 def test_one_of_two_servers_is_killed_and_all_trajectories_finish(caller, servers, capsys):
     """64 trajectories with adapters of version 1 in both: none is lost, none counted twice, the
     log says what happened, and each is what the trainer would have sampled."""
-    from engines import servers
+    from engines import servers as server_engine
 
     model, tokenizer = models.load(str(caller / "model"), "lora", lora_r=4, lora_alpha=8)
     moved(model, 1, 0.02)
     urls = tuple(f"http://127.0.0.1:{port}" for port in servers)
-    engine = run_blocking(servers.start(urls, str(caller / "model"), tokenizer, 20.0, 512))
+    engine = run_blocking(server_engine.start(urls, str(caller / "model"), tokenizer, 20.0, 512))
     chat = Chat(tokenizer, "hermes", Toolbox([add]).schemas)
     example = {"messages": [{"role": "user", "content": "add 2 and 3"}], "answer": "5", "id": 0}
     port, done = next(iter(servers)), []
@@ -502,7 +502,7 @@ def test_one_of_two_servers_is_killed_and_all_trajectories_finish(caller, server
 
     canary = Canary(chat.prompt(example["messages"]), "float32")
     try:
-        run_blocking(synced(engine, model, 1, canary))
+        run_blocking(sync_and_check(engine, model, 1, canary))
         how = Settings(temperature=1.0, max_tokens=512, max_new_tokens=64, max_turns=3)
         box = Toolbox([add])
         played = run_blocking(

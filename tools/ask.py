@@ -7,9 +7,12 @@ The key is in the environment variable `key_env`. Each question stands alone: th
 run at once, and for how long, are the tool's options concurrency and timeout.
 """
 
+from engines.chat_api import ChatApi
 from run.config import UserError
-from tools import ToolError
-from tools.calling.http import fetch, key_for, not_understood, plain, secure
+from run.http import HttpError, required_key
+from tools.calling.http import check_address, not_understood, plain, tool_error
+
+OTHER = "the other model"
 
 
 class ask:
@@ -32,12 +35,13 @@ class ask:
                 f"ask.max_tokens = {max_tokens}, ask.temperature = {temperature}: "
                 "expected 1 or more, and 0 or more"
             )
-        self.tls = secure(url)
-        key = key_for(url, key_env, "ask")
-        self.url = url.rstrip("/") + "/chat/completions"
-        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.model, self.system, self.temperature = model, system, temperature
-        self.max_tokens, self.limit_name = max_tokens, "max_tokens"
+        check_address(url)
+        key = required_key(url, key_env, "ask")
+        # one attempt: a NetworkError is tried again by the toolbox, as often as ask.retries says
+        self.api = ChatApi(url, model, key, attempts=1)
+        self.system = system
+        self.max_tokens = max_tokens
+        self.temperature = temperature
 
     async def __call__(self, question: str) -> str:
         """Ask another model a question. It knows nothing of this conversation.
@@ -45,28 +49,20 @@ class ask:
         Args:
             question: The whole question, with all that is needed to answer it.
         """
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        messages = [*system, {"role": "user", "content": plain(question)}]
-        limit_name = self.limit_name
+        messages = []
+        if self.system:
+            messages.append({"role": "system", "content": self.system})
+        messages.append({"role": "user", "content": plain(question)})
         try:
-            answer = await self._post(messages, limit_name)
-        except ToolError as error:
-            newer = "max_completion_tokens"  # how newer models of some endpoints want it named
-            if newer not in error.text or limit_name == newer:
-                raise
-            self.limit_name = newer
-            answer = await self._post(messages, newer)
-        try:
-            choice = answer["choices"][0]
-            text = (choice["message"].get("content") or "").strip()
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise not_understood("the other model", str(answer)) from None
-        if choice.get("finish_reason") == "length":
+            reply = await self.api.ask(messages, self.temperature, self.max_tokens)
+        except HttpError as error:
+            raise tool_error(OTHER, error) from None
+        if not isinstance(reply.text, str):
+            raise not_understood(OTHER, str(reply.text))
+        text = reply.text.strip()
+        if reply.was_cut:
             text += f"\n[... cut at {self.max_tokens} tokens ...]"
         return text or "(the other model said nothing)"
 
-    async def _post(self, messages, limit_name):
-        body = {"model": self.model, "messages": messages, "temperature": self.temperature}
-        body[limit_name] = self.max_tokens
-        request = {"json": body, "headers": self.headers}
-        return await fetch("the other model", "POST", self.url, request, self.tls)
+    async def close(self) -> None:
+        await self.api.close()

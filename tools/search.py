@@ -35,7 +35,7 @@ from typing import Literal
 
 from run.config import UserError
 from tools import ToolError
-from tools.calling.http import fetch, not_understood, plain, secure
+from tools.calling.http import ToolClient, not_understood, plain
 
 VERSION = 1  # of the index's form: an older one is made anew
 STAMP = "nanotool-bm25.json"  # in the index: what corpus it was made from
@@ -98,7 +98,7 @@ class search:
             self.secret = os.environ.get(key_name, "").strip()
             if not self.secret:
                 raise UserError(f"search.web = {web!r} needs a key: export {key_name}=...")
-        self.tls = secure(self.url)
+        self.server = ToolClient("the search server", self.url)
 
     async def __call__(self, query: str) -> str:
         """Search for passages about something.
@@ -123,7 +123,11 @@ class search:
         return "\n".join(lines) or f"(nothing found for {query.strip()[:100]!r})"
 
     async def _ask(self, method, request):
-        return await fetch("the search server", method, self.url, request, self.tls)
+        return await self.server.fetch(method, **request)
+
+    async def close(self) -> None:
+        if self.network:
+            await self.server.close()
 
 
 def _shown(number, contents, chars):

@@ -1,75 +1,56 @@
-"""One request to a server, for tools: what goes wrong becomes an error that the model can read."""
-
-import ipaddress
-import os
-import ssl
-from urllib.parse import urlsplit
-
-import httpx2 as httpx
+"""Requests to a server, for tools: what goes wrong becomes an error that the model can read."""
 
 from run.config import UserError
+from run.http import HttpClient, HttpError, address_problem
 from tools.calling.base import NetworkError, ToolError
 
-AGAIN = 408, 425, 429, 500, 502, 503, 504, 529  # worth asking again: busy, or for a moment away
-PATIENCE = httpx.Timeout(600.0, connect=10.0)  # the deadline of the call is usually shorter
+
+class ToolClient:
+    """Asks one server for a tool. Its connections are kept until close()."""
+
+    def __init__(self, server: str, url: str):
+        """server: what messages call it. UserError if the address is none."""
+        check_address(url)
+        self.server = server
+        self.url = url
+        self.http = HttpClient()
+
+    async def fetch(self, method: str, **content) -> dict | list | str | int | float | bool | None:
+        """The server's answer, from JSON. content: headers, params and json of the request.
+        NetworkError if trying again may help, else ToolError."""
+        try:
+            return await self.http.request(method, self.url, **content)
+        except HttpError as error:
+            raise tool_error(self.server, error) from None
+
+    async def close(self) -> None:
+        await self.http.close()
 
 
-def secure(url: str) -> ssl.SSLContext:
-    """Checks the address; what fetch() wants as `tls`, made once: it takes longer than a call.
-    UserError if that is no address."""
-    if not url.startswith(("http://", "https://")):
-        raise UserError(f"{url!r} is no address: expected http(s)://host/path")
-    try:
-        httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise UserError(f"{url!r} is no address: {error}") from None
-    return httpx.create_ssl_context()
+def check_address(url: str) -> None:
+    """UserError if `url` is no address of a server."""
+    problem = address_problem(url)
+    if problem:
+        raise UserError(f"{url!r} is no address: {problem}")
 
 
-def key_for(url: str, name: str, who: str) -> str:
-    """The key in the environment variable `name`; "" if there is none, which only a server on this
-    machine may do without, or one for which the name is "". who: "ask" or such: what has the
-    options url and key_env. UserError if it is missing."""
-    key = os.environ.get(name, "").strip() if name else ""  # of a file with CRLF, a CR stays
-    host = urlsplit(url).hostname or ""
-    try:
-        here = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        here = host == "localhost"
-    if name and not key and not here:
-        way_out = f"export {name}=..., or give {who}.key_env= if it wants none"
-        raise UserError(f"{who}.url = {url!r} needs a key, and {name} is not set: {way_out}")
-    return key
+def tool_error(server: str, error: HttpError) -> ToolError:
+    """What a failed request is to the model: a NetworkError if trying again may help."""
+    if error.kind == "unreachable":
+        return NetworkError(f"error: {server} does not answer ({error.detail})")
+    if error.kind == "busy":
+        return NetworkError(f"error: {server} is busy ({error.detail})")
+    if error.kind == "key_unsendable":
+        return ToolError("network", f"error: {server} cannot be asked with the key as it is")
+    if error.kind == "key_refused":
+        return ToolError("network", f"error: {server} refuses the key ({error.detail})")
+    if error.kind == "nonsense":
+        return not_understood(server, error.text)
+    return ToolError("network", f"error: {server} refuses the request ({error.detail})")
 
 
-async def fetch(
-    who: str, method: str, url: str, request: dict, tls: ssl.SSLContext
-) -> dict | list | str | int | float | bool | None:
-    """The server's answer, from JSON. request: headers, params and json of the request. who: the
-    server, for messages. NetworkError if trying again may help, else ToolError."""
-    try:  # a client for the call: several event loops may use a tool, one after the other
-        async with httpx.AsyncClient(timeout=PATIENCE, verify=tls) as client:
-            answer = await client.request(method, url, **request)
-    except httpx.LocalProtocolError:  # its text quotes the key
-        raise ToolError("network", f"error: {who} cannot be asked with the key as it is") from None
-    except httpx.RequestError as error:
-        why = f"{type(error).__name__} {error}".strip()
-        raise NetworkError(f"error: {who} does not answer ({why})") from None
-    why = f"HTTP {answer.status_code}: {' '.join(answer.text.split())[:200]}"
-    if answer.status_code in AGAIN:
-        raise NetworkError(f"error: {who} is busy ({why})")
-    if answer.status_code in (401, 403):
-        raise ToolError("network", f"error: {who} refuses the key ({why})")
-    if answer.status_code != 200:
-        raise ToolError("network", f"error: {who} refuses the request ({why})")
-    try:
-        return answer.json()
-    except ValueError:
-        raise not_understood(who, answer.text) from None
-
-
-def not_understood(who: str, text: str) -> ToolError:
-    return ToolError("network", f"error: the answer of {who} makes no sense: {text[:200]}")
+def not_understood(server: str, text: str) -> ToolError:
+    return ToolError("network", f"error: the answer of {server} makes no sense: {text[:200]}")
 
 
 def plain(text: str) -> str:

@@ -41,8 +41,8 @@ from functools import cache, partial
 import httpx2
 
 from run.config import UserError, near
+from run.http import TEMPORARY
 from tools.calling.base import NetworkError, Tool, ToolError
-from tools.calling.http import AGAIN
 from tools.calling.mcp_file import Server, read
 
 try:
@@ -202,7 +202,7 @@ class Connection:
             if request.done():
                 return content(request.result())
         except MCPError as error:
-            is_busy = http_errors and http_errors[-1] in AGAIN
+            is_busy = http_errors and http_errors[-1] in TEMPORARY
             if error.code == types.INTERNAL_ERROR and is_busy:
                 why = f"is busy (HTTP {http_errors[-1]}: {error.message})"
                 raise NetworkError(f"error: the MCP server {self.server.name!r} {why}") from None

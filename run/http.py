@@ -1,0 +1,162 @@
+"""Requests over HTTP whose answers are JSON: addresses, keys, and what can go wrong.
+
+Everything asynchronous runs on one event loop (run/loop.py), so connections are kept between calls.
+"""
+
+import contextlib
+import ipaddress
+import os
+from urllib.parse import urlsplit
+
+import httpx2 as httpx
+
+from run.config import UserError
+
+# What a server answers that is busy, or for a moment away: worth asking again.
+TEMPORARY = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+# seconds; the deadline of a call is usually shorter, and that nobody is there is known soon
+PATIENCE = httpx.Timeout(600.0, connect=10.0)
+UNLIMITED = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+QUOTED = 300  # characters of an answer that stand in an error
+LONGEST_WAIT = 60.0  # seconds, whatever a server wants
+
+
+class HttpError(Exception):
+    """A request without an answer that can be used.
+
+    kind: "key_unsendable", "unreachable", "busy", "key_refused", "refused", or "nonsense" (an
+    answer, but not the JSON that was wanted). detail: a line for messages, which never has the key
+    in it. text: the whole answer. retry_after: seconds that the server wants to be left alone.
+    """
+
+    def __init__(self, kind: str, detail: str, text: str = "", retry_after: float = 0.0):
+        super().__init__(detail)
+        self.kind = kind
+        self.detail = detail
+        self.text = text
+        self.retry_after = retry_after
+
+
+def one_line(text: str, limit: int = QUOTED) -> str:
+    """The beginning of an answer, to be quoted in a message."""
+    return " ".join(text.split())[:limit]
+
+
+def address_problem(url: str, expected: str = "http(s)://host/path") -> str:
+    """Says what is wrong with the address of a server; "" if nothing is."""
+    if not url.startswith(("http://", "https://")):
+        return f"expected {expected}"
+    try:
+        httpx.URL(url)
+    except httpx.InvalidURL as error:
+        return str(error)
+    return ""
+
+
+def is_on_this_machine(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
+
+
+def key_from(variable: str) -> str:
+    """Reads a key from an environment variable; "" for none, and if `variable` is ""."""
+    if not variable:
+        return ""
+    return os.environ.get(variable, "").strip()  # of a file with CRLF, a CR stays
+
+
+def required_key(url: str, variable: str, owner: str) -> str:
+    """Reads the key for a server from an environment variable.
+
+    "" if there is none: a server on this machine may do without, and so may one for which
+    `variable` is "". owner: what has the options url and key_env, "ask" or such. UserError if the
+    key is missing.
+    """
+    key = key_from(variable)
+    if variable and not key and not is_on_this_machine(url):
+        way_out = f"export {variable}=..., or give {owner}.key_env= if it wants none"
+        raise UserError(f"{owner}.url = {url!r} needs a key, and {variable} is not set: {way_out}")
+    return key
+
+
+def bearer(key: str) -> dict[str, str]:
+    """The headers that carry a key; none for ""."""
+    if not key:
+        return {}
+    return {"Authorization": f"Bearer {key}"}
+
+
+@contextlib.contextmanager
+def failures_explained():
+    """Turns what httpx raises into an HttpError."""
+    try:
+        yield
+    except httpx.LocalProtocolError:  # its text quotes the key
+        raise HttpError("key_unsendable", "the key cannot be sent") from None
+    except UnicodeEncodeError as error:
+        if error.encoding != "ascii":  # the body's: headers, where keys are, have to be ASCII
+            raise
+        raise HttpError("key_unsendable", "the key cannot be sent") from None
+    except (httpx.RequestError, httpx.InvalidURL) as error:
+        raise HttpError("unreachable", f"{type(error).__name__} {error}".strip()) from None
+
+
+def check_status(answer: httpx.Response) -> None:
+    """HttpError unless the answer has status 200."""
+    status = answer.status_code
+    if status == 200:
+        return
+    if status in TEMPORARY:
+        kind = "busy"
+    elif status in (401, 403):
+        kind = "key_refused"
+    else:
+        kind = "refused"
+    detail = f"HTTP {status}: {one_line(answer.text)}"
+    raise HttpError(kind, detail, answer.text, _retry_after(answer))
+
+
+def _retry_after(answer: httpx.Response) -> float:
+    """Seconds after which the server wants to be asked again; 0 if it does not say a number."""
+    header = answer.headers.get("retry-after", "")
+    if not header.replace(".", "", 1).isdigit():
+        return 0.0
+    return min(LONGEST_WAIT, float(header))
+
+
+class HttpClient:
+    """Asks servers for JSON, and keeps the connections to them between requests."""
+
+    def __init__(self, headers: dict[str, str] | None = None):
+        """headers: of every request."""
+        self.headers = headers or {}
+        self._connections = None  # made at first use: its TLS context takes longer than a request
+
+    @property
+    def connections(self) -> httpx.AsyncClient:
+        if self._connections is None:
+            self._connections = httpx.AsyncClient(
+                headers=self.headers, timeout=PATIENCE, limits=UNLIMITED
+            )
+        return self._connections
+
+    async def request(
+        self, method: str, url: str, **content
+    ) -> dict | list | str | int | float | bool | None:
+        """The server's answer, from JSON. content: headers, params and json of the request.
+        HttpError if there is none that can be used."""
+        with failures_explained():
+            answer = await self.connections.request(method, url, **content)
+        check_status(answer)
+        try:
+            return answer.json()
+        except ValueError:
+            detail = f"an answer that is not JSON: {one_line(answer.text)}"
+            raise HttpError("nonsense", detail, answer.text) from None
+
+    async def close(self) -> None:
+        if self._connections is not None:
+            await self._connections.aclose()
