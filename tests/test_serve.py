@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 pytest.importorskip("mcp", reason='no MCP here: pip install -e ".[mcp]"')
 
@@ -145,7 +146,7 @@ def remote(tools_file):
 async def client(url, token="the secret", mode="auto"):
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     limits = httpx2.Limits(max_connections=None)
-    async with httpx2.AsyncClient(headers=headers, limits=limits, timeout=30) as session:
+    async with httpx2.AsyncClient(headers=headers, limits=limits, timeout=PATIENCE) as session:
         async with Client(streamable_http_client(url, http_client=session), mode=mode) as made:
             yield made
 
@@ -312,13 +313,13 @@ def test_a_server_killed_and_restarted_on_its_port_is_found_again(
     (What calls in flight and calls while it is away get: test_mcp.py.)"""
     monkeypatch.setenv("MY_TOKEN", "abc")
     option = f"--tool_options=counter.log={tmp_path}/log"
+    port = free_port()
 
     async def scene():
-        with http(tools_file, ["counter"], option, token="abc") as (_, url):
+        with http(tools_file, ["counter"], option, token="abc", port=port) as (_, url):
             box = Toolbox([mcp_file(tmp_path, url)])
             session = box.open({})
             assert (await session.call("counter", {"step": 5}))[:2] == ("5", None)
-        port = url.split(":")[2].removesuffix("/mcp")
         with http(tools_file, ["counter"], option, token="abc", port=port) as (_, again):
             assert again == url
             text, error, _ = await session.call("counter", {"step": 1})
