@@ -9,6 +9,7 @@ changes nothing.
 
 import asyncio
 import contextlib
+import itertools
 import json
 import threading
 import time
@@ -235,8 +236,17 @@ def test_a_server_that_comes_back_is_given_the_adapter_before_it_is_asked(fakes,
 
 
 def test_without_any_server_the_run_stops_in_time_with_one_sentence(fakes, tokenizer):
-    (one,) = fakes(1, delay=0.05)
+    (one,) = fakes(1)
+    answered = one.completion
+    numbers = itertools.count()
+
+    def first_alone(body):
+        if next(numbers) > 0:
+            one.deaf.wait(PATIENCE)  # not before it dies, which is when the first turn is done
+        return answered(body)
+
     with engine_of([one], tokenizer, timeout=1.0) as engine:
+        one.completion = first_alone
         with pytest.raises(UserError, match="none of the servers .* has answered for 1 s.*resume"):
             play(engine, tokenizer, on_done=lambda t: one.deaf.is_set() or one.die())
 
