@@ -1,8 +1,13 @@
 """Fixtures for every test: `tokenizer`, made here, with a ChatML template that has tools."""
 
 import os
+import signal
 
 import pytest
+
+# A script that starts the tests in its background has them ignore Ctrl-C, and some are about it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tiny tensors: a second thread gains nothing, and on a busy machine waiting costs 100 times.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
