@@ -82,6 +82,8 @@ async def in_thread(function: Callable, abandoned: list, late: Callable | None =
         result, error = await outcome
     except asyncio.CancelledError:
         _abandon(thread, abandoned)
+        if not outcome.cancelled():  # it came at the very moment of the deadline
+            deliver(*outcome.result())
         raise
     if error is None:
         return result
