@@ -165,9 +165,7 @@ class Session:
             except ToolError as raised:
                 content = raised.text
                 error = raised.kind
-            except (
-                UserError
-            ):  # of the run's configuration or data, not of the model: it ends the run
+            except UserError:  # of the run's configuration or data, not of the model: ends the run
                 raise
             except Exited as exited:
                 content = f"error: {tool.name} raised {shown(exited.error)}"
