@@ -28,7 +28,6 @@ import json
 import re
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import replace
 from datetime import datetime
 from itertools import groupby
 from operator import itemgetter
@@ -36,7 +35,7 @@ from operator import itemgetter
 import jinja2
 
 from formats import FORMATS, Call
-from formats.base import any_of, as_json, call_ids
+from formats.base import any_of, as_json, with_ids
 from formats.messages import assistant_message, calls_of, openai_call
 from formats.proof import (
     QUESTION,
@@ -147,15 +146,15 @@ class Chat:
         results: in call order; a content is a string, or a list of content parts if the template
         takes them. closed: the turn ended in one of stop_ids. If not, the missing close comes
         first, or an inline format goes on."""
-        # 1. the results as messages, with the ids that the template writes for their calls
+        # 1. the results as messages, each with the name and the id of its call
         messages = []
-        ids = call_ids([call for call, _ in results])
-        for id, (call, content) in zip(ids, results, strict=True):
+        calls = with_ids([call for call, _ in results])
+        for call, (_, content) in zip(calls, results, strict=True):
             message = {
                 "role": "tool",
                 "name": call.name,
                 "content": content,
-                "tool_call_id": id,
+                "tool_call_id": call.id,
             }
             messages.append(message)
 
@@ -326,17 +325,18 @@ class Chat:
     def name_results(self, messages: list[dict]) -> list[dict]:
         """Gives each result the name of its call, and its id as the template is to write it."""
         named = []
-        waiting = []  # [(id, call)] of the last turn's calls that have no result yet
+        # the last turn's calls that have no result yet, each as the template writes it and as given
+        waiting = []
         for message in messages:
             if message["role"] == "assistant":
                 text, calls = read_message(message)
                 calls = calls or self.format.parse(text)  # malformed calls stay in the text
-                waiting = list(zip(call_ids(calls), calls, strict=True))
+                waiting = list(zip(with_ids(calls), calls, strict=True))
             elif message["role"] == "tool":
-                id, call = call_of_result(message, waiting)
-                waiting = [pair for pair in waiting if pair[1] is not call]
+                call = call_of_result(message, waiting)
+                waiting = [pair for pair in waiting if pair[0] is not call]
                 name = message.get("name") or call.name
-                message = message | {"name": name, "tool_call_id": id}
+                message = message | {"name": name, "tool_call_id": call.id}
             named.append(message)
         return named
 
@@ -401,14 +401,22 @@ class Chat:
             role = message["role"]
             content = message.get("content")
             new = {"role": role}
+
+            # the calls it makes, or the call it answers
             if role == "assistant":
                 content, calls = read_message(message)
                 if calls:
-                    new["tool_calls"] = self._tool_calls(calls)
+                    new["tool_calls"] = []
+                for call in with_ids(calls):
+                    tool_call = openai_call(call)
+                    if self.facts.json_arguments:
+                        tool_call["function"]["arguments"] = as_json(call.arguments)
+                    new["tool_calls"].append(tool_call)
             elif role == "tool":
                 new["name"] = message.get("name") or "unknown"
                 new["tool_call_id"] = message["tool_call_id"]
 
+            # what it says
             if isinstance(content, list):
                 new["content"] = []
                 for part in content:
@@ -420,15 +428,6 @@ class Chat:
                 new["content"] = [{"type": "text", "text": text}] if self.facts.as_parts else text
             formed.append(new)
         return formed
-
-    def _tool_calls(self, calls) -> list[dict]:
-        tool_calls = []
-        for id, call in zip(call_ids(calls), calls, strict=True):
-            tool_call = openai_call(replace(call, id=id))
-            if self.facts.json_arguments:
-                tool_call["function"]["arguments"] = as_json(call.arguments)
-            tool_calls.append(tool_call)
-        return tool_calls
 
     # Text to ids.
 
@@ -512,10 +511,11 @@ def next_turn(messages: list[dict], start: int) -> int:
     return len(messages)
 
 
-def call_of_result(message: dict, waiting: list[tuple[str, Call]]) -> tuple[str, Call]:
-    """Finds which of the waiting calls a result is for: the one of its id, or else the first."""
+def call_of_result(message: dict, waiting: list[tuple[Call, Call]]) -> Call:
+    """Finds which of the waiting calls a result is for: the one of its id, be that the one written
+    or the one given, or else the first."""
     wanted = message.get("tool_call_id") or None
-    for id, call in waiting:
-        if wanted in (id, call.id):
-            return id, call
-    return waiting[0] if waiting else ("call00000", Call("", None))
+    for written, given in waiting:
+        if wanted in (written.id, given.id):
+            return written
+    return waiting[0][0] if waiting else Call("", None, id="call00000")

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from run.config import UserError
 
@@ -72,13 +72,15 @@ def write_object(call: Call, arguments_key: str) -> str:
     return f'{{"name": "{call.name}", "{arguments_key}": {as_json(call.arguments)}}}'
 
 
-def call_ids(calls: list[Call]) -> list[str]:
-    """Gives each call its own id, or its place. Mistral's templates want 9 letters or digits."""
-    ids = []
+def with_ids(calls: list[Call]) -> list[Call]:
+    """Gives the calls as a template is to write them: each with its own id, or its place as one.
+    Mistral's templates want 9 letters or digits."""
+    written = []
     for place, call in enumerate(calls):
         is_good = GOOD_ID.fullmatch(call.id)
-        ids.append(call.id if is_good else f"call{place:05d}")
-    return ids
+        id = call.id if is_good else f"call{place:05d}"
+        written.append(replace(call, id=id))
+    return written
 
 
 def quote_start(text: str) -> str:
