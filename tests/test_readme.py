@@ -140,6 +140,7 @@ FIGURES = (
     ("README", "0.318 (0.279 - 0.360) -> 0.998", "tasks/facts-seed0-summary", "after: +0.9980"),
     ("README", "0.314 (0.276 - 0.356) -> 1.000", "tasks/shop-seed0-summary", "after: +1.0000"),
     ("README", "0.281 (0.244 - 0.322) -> 0.996", "tasks/multi-seed0-summary", "after: +0.9961"),
+    ("results", "memory on calc is 0.90 GB", "calc/seed0-peak", "peak_memory_gb: +0.8974"),
     ("memory", "1,212 trained tokens/s, 0.53 GiB", "bench/train_step_5m", "1,212 +546 "),
     ("memory", "249, and 265 trained tokens/s", "bench/train_step_5m", "16 rows .+ 249 +5,646 "),
     ("memory", "5.5, and 4.2 GiB", "bench/train_step_5m", "8 rows .+ 265 +4,332 "),
@@ -458,6 +459,16 @@ def test_twelve_lines_train(mine):
     assert done.returncode == 0, done.stderr[-2000:]
     (row,) = run_page.read(mine / "out" / "mine" / "metrics.jsonl")
     assert row["rollouts"] == 4 and "reward_names_it" in row
+
+
+def test_twelve_lines_are_played_without_a_model(mine):
+    """As the lines below them say: the same keys, and --made_up=true."""
+    arguments = shlex.split(block("README.md", "mine.py:names_it", "bash"))[2:]
+    arguments = [argument for argument in arguments if not argument.startswith("--out_dir")]
+    command = [sys.executable, str(ROOT / "play.py"), *arguments, "--made_up=true"]
+    done = subprocess.run(command, cwd=mine, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "How is the weather in Rome?" in done.stdout and "turn 0: weather(" in done.stdout
 
 
 def test_the_tool_of_the_twelve_lines_is_a_tool(mine):
