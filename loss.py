@@ -160,7 +160,9 @@ def sampler_mismatch(gaps: torch.Tensor) -> dict[str, float]:
     sizes = gaps.abs()
     sorted_sizes = sizes.sort().values
     at_95_percent = int(0.95 * (len(gaps) - 1))
-    k3 = gaps.clamp(-20, 20).exp() - 1 - gaps  # (N,)
+    # in double, and by expm1: exp(gap) - 1 - gap of a tiny gap loses its digits, and fell below 0
+    exact = gaps.double()
+    k3 = torch.expm1(exact.clamp(-20, 20)) - exact  # (N,)
     return {
         "sampler_logprob_diff": sizes.mean().item(),
         "sampler_logprob_diff_p95": sorted_sizes[at_95_percent].item(),

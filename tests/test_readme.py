@@ -16,6 +16,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from until import PATIENCE
 
 import demo
 import evaluate
@@ -582,7 +583,7 @@ def test_the_mcp_server_of_tools_md_is_a_set_of_tools(tmp_path, monkeypatch):
     (tmp_path / "servers.json").write_text(text)
 
     async def call():
-        box = Toolbox([f"mcp:{tmp_path}/servers.json"], timeout=20.0)
+        box = Toolbox([f"mcp:{tmp_path}/servers.json"], timeout=PATIENCE)
         try:
             return await box.open().call("get_current_time", {"timezone": "UTC"})
         finally:
