@@ -554,6 +554,13 @@ def test_the_fields_of_rewards_md_are_those_of_a_trajectory():
     assert fields == set(ToolCall.__dataclass_fields__)
 
 
+def test_the_task_of_task_md_was_learnt_as_it_says():
+    rows = run_page.read(ROOT / "evidence" / "tasks" / "dice-seed0-grpo.jsonl")
+    assert len(rows) == 40
+    first, last = rows[0]["accuracy"], rows[-1]["accuracy"]
+    assert f"went from {first:.2f} to {last:.2f}\n" in PAGES["task.md"]
+
+
 def test_the_task_of_task_md_is_a_task(tmp_path):
     code = block("task.md", "def demos(")
     assert max(map(len, code.splitlines())) <= 100
