@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from engines.base import Completion, Engine, Sampling, finish_reason, refuse_images
+from learning.batches import pad
 from run.config import UserError
 
 
@@ -96,7 +97,7 @@ class TransformersEngine(Engine):
         if self.deterministic and len(self.waiting) < self.unfinished:
             return
         # equal prompts become neighbours, and lengths that differ little share a batch
-        batch = sorted(self.waiting, key=lambda r: (_length_first(r.ids), r.sampling.seed))
+        batch = sorted(self.waiting, key=lambda row: (len(row.ids), row.ids, row.sampling.seed))
         loop = asyncio.get_running_loop()
         done = loop.run_in_executor(self.thread, self._run, batch)  # raises if the engine is closed
         self.is_decoding = True
@@ -123,10 +124,10 @@ class TransformersEngine(Engine):
 
         # 1. prefill each distinct prompt once
         distinct = {tuple(row.ids) for row in rows}
-        prompts = sorted(distinct, key=_length_first)
-        ids, attention_mask = _pad_left(prompts)  # (P, T)
-        ids = ids.to(device)
-        attention_mask = attention_mask.to(device)
+        prompts = sorted(distinct, key=lambda ids: (len(ids), ids))
+        ids = pad(prompts, device=device, on_left=True)  # (P, T)
+        ones = [[1] * len(prompt) for prompt in prompts]
+        attention_mask = pad(ones, device=device, on_left=True)  # (P, T)
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # the first real token is at 0
         cache = growing_cache(self.model.config)
         out = self._forward(ids, attention_mask, positions, cache)
@@ -148,10 +149,22 @@ class TransformersEngine(Engine):
             drawing = [rows[i] for i in going_on]
             tokens[index] = self._sample(logits[index], drawing)
 
-            # 4. rows that ended leave: many at a time, because leaving copies the cache
-            going_on = [i for i in going_on if not self._has_ended(rows[i])]
+            # 4. where a turn has ended, its trajectory goes on now
+            drawn = going_on
+            going_on = []
+            for i in drawn:
+                row = rows[i]
+                finish = finish_reason(row.new, row.sampling, self.tokenizer)
+                if finish:
+                    completion = Completion(row.new, row.logprobs, finish)
+                    loop = row.future.get_loop()
+                    loop.call_soon_threadsafe(_resolve, row.future, completion)
+                elif not row.future.cancelled():
+                    going_on.append(i)
             if not going_on:
                 return
+
+            # 5. rows that have ended leave: many at a time, because leaving copies the cache
             if len(going_on) <= 0.75 * len(rows):
                 index = torch.tensor(going_on, device=device)
                 cache.batch_select_indices(index)
@@ -161,7 +174,7 @@ class TransformersEngine(Engine):
                 rows = [rows[i] for i in going_on]
                 going_on = list(range(len(rows)))
 
-            # 5. one more forward
+            # 6. one more forward
             positions = positions + 1
             column = attention_mask.new_ones(len(rows), 1)
             attention_mask = torch.cat([attention_mask, column], dim=1)
@@ -205,31 +218,6 @@ class TransformersEngine(Engine):
             row.new.append(token)
             row.logprobs.append(logprob)
         return tokens
-
-    def _has_ended(self, row: _Request) -> bool:
-        """Whether the row has just ended; if so, its trajectory goes on now."""
-        finish = finish_reason(row.new, row.sampling, self.tokenizer)
-        if finish:
-            completion = Completion(row.new, row.logprobs, finish)
-            row.future.get_loop().call_soon_threadsafe(_resolve, row.future, completion)
-            return True
-        return row.future.cancelled()
-
-
-def _length_first(ids):
-    """Orders prompts so that neighbours differ little in length."""
-    return len(ids), ids
-
-
-def _pad_left(prompts: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask, (P, T) each."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    attention_mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, longest - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[i, longest - len(prompt) :] = 1
-    return ids, attention_mask
 
 
 def _resolve(future: asyncio.Future, completion: Completion) -> None:
