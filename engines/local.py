@@ -75,7 +75,8 @@ class TransformersEngine(Engine):
 
     async def prompt_logprobs(self, ids: list[int]) -> list[list[float]]:
         loop = asyncio.get_running_loop()
-        return [await loop.run_in_executor(self.thread, self._logprobs_of_prompt, ids)]
+        logprobs = await loop.run_in_executor(self.thread, self._logprobs_of_prompt, ids)
+        return [logprobs]  # of the only copy
 
     @torch.inference_mode()
     def _logprobs_of_prompt(self, ids: list[int]) -> list[float]:
@@ -84,9 +85,11 @@ class TransformersEngine(Engine):
         positions = torch.arange(len(ids), device=tokens.device)[None]
         cache = growing_cache(self.model.config)
         out = self._forward(tokens, attention_mask, positions, cache, 0)
-        logprobs = out.logits[0, :-1].float().log_softmax(-1)  # (T - 1, V)
+        logits = out.logits[0, :-1].float()  # (T - 1, V)
+        logprobs = logits.log_softmax(-1)
         next_tokens = tokens[0, 1:, None]
-        return logprobs.gather(-1, next_tokens)[:, 0].tolist()
+        logprobs = logprobs.gather(-1, next_tokens)[:, 0]
+        return logprobs.tolist()
 
     def _start_batch(self) -> None:
         """Decodes those who wait, unless a batch is running or somebody has to be waited for."""
@@ -198,7 +201,8 @@ class TransformersEngine(Engine):
         temperatures = [row.sampling.temperature for row in rows]
         temperatures = torch.tensor(temperatures, device=logits.device)
         is_greedy = temperatures == 0
-        logits = logits.float() / torch.where(is_greedy, 1.0, temperatures)[:, None]
+        divisors = torch.where(is_greedy, 1.0, temperatures)
+        logits = logits.float() / divisors[:, None]
         logprobs = logits.log_softmax(-1)  # (B, V)
 
         # in double precision: in single, the tail of a large vocabulary is lost in the sum
@@ -213,8 +217,7 @@ class TransformersEngine(Engine):
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         if chosen.isnan().any():  # else every next token would be the last of the vocabulary
             raise UserError("the model's logits are NaN: its weights have diverged or are broken")
-        samples = zip(rows, tokens.tolist(), chosen.tolist(), strict=True)
-        for row, token, logprob in samples:
+        for row, token, logprob in zip(rows, tokens.tolist(), chosen.tolist(), strict=True):
             row.new.append(token)
             row.logprobs.append(logprob)
         return tokens
@@ -247,14 +250,15 @@ def growing_cache(model_config, block: int = 128):
         def update(self, key_states, value_states, *args, **kwargs):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-            self.key_store, self.keys = self._append(self.key_store, self.keys, key_states)
-            self.value_store, self.values = self._append(
-                self.value_store, self.values, value_states
-            )
+            self.key_store = self._append(self.key_store, self.keys, key_states)
+            self.value_store = self._append(self.value_store, self.values, value_states)
+            total = self.get_seq_length() + key_states.shape[-2]
+            self.keys = self.key_store[..., :total, :]
+            self.values = self.value_store[..., :total, :]
             return self.keys, self.values
 
         def _append(self, store, old, new):
-            """The store with `new` behind `old`, and the view of what is in it."""
+            """The store, or a larger one, with `new` behind `old`."""
             used = old.shape[-2] if old.numel() else 0
             total = used + new.shape[-2]
             # after a row has left the batch, `old` is a tensor of its own and no view of the store
@@ -266,7 +270,7 @@ def growing_cache(model_config, block: int = 128):
                 if used:
                     store[..., :used, :] = old
             store[..., used:total, :] = new
-            return store, store[..., :total, :]
+            return store
 
     cache = DynamicCache(config=model_config.get_text_config())
     for number, layer in enumerate(cache.layers):

@@ -36,11 +36,11 @@ class _LinearHead(torch.autograd.Function):
         hidden: (N, H); weight: (V, H) and bias: (V,) or None, given apart from the head so that
         autograd sees them; targets: (N,); chunk: how many tokens have logits at once.
         """
-        per_token = {"size": (len(hidden), 1), "dtype": torch.float32, "device": hidden.device}
-        top = torch.empty(**per_token)  # the highest logit of each token
-        total = torch.empty(**per_token)  # sum of exp(logits - top) over the vocabulary
-        target_logits = torch.empty(**per_token)  # that of the target, less top
-        entropy_sums = torch.empty(**per_token)  # sum of -e log e, e = exp(logits - top)
+        # of each token, (N, 1): the highest logit
+        top = hidden.new_empty(len(hidden), 1, dtype=torch.float32)
+        total = torch.empty_like(top)  # sum of exp(logits - top) over the vocabulary
+        target_logits = torch.empty_like(top)  # that of the target, less top
+        entropy_sums = torch.empty_like(top)  # sum of -e log e, e = exp(logits - top)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = head(hidden[part]).float().div_(temperature)  # (chunk, V)
@@ -90,7 +90,8 @@ class _LinearHead(torch.autograd.Function):
             logits = logits.float().div_(ctx.temperature)
 
             # 2. in their memory their gradient: -p everywhere, and 1 more at the target
-            logits.sub_(top[part]).exp_().mul_(-gradient[part] / total[part])
+            minus_p_per_e = -gradient[part] / total[part]  # (chunk, 1)
+            logits.sub_(top[part]).exp_().mul_(minus_p_per_e)
             logits.scatter_add_(-1, targets[part, None], gradient[part])
             logits_gradient = logits.to(dtype)
 
@@ -125,7 +126,8 @@ def _any_head(hidden, head, softcap, targets, temperature, chunk):
 
     logprobs = []
     entropies = []
-    for hidden_chunk, target_chunk in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+    chunks = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    for hidden_chunk, target_chunk in chunks:
         chunk_values, chunk_entropies = torch.utils.checkpoint.checkpoint(
             chunk_logprobs, hidden_chunk, target_chunk, use_reentrant=False
         )
@@ -224,8 +226,9 @@ def hidden_states(model, ids, attention_mask, mask, position_ids):
 
 def _prefixes_worth_sharing(model, ids, attention_mask, mask) -> list[tuple]:
     """Returns what each of the B rows begins with, or [] where none of it is to be shared."""
-    # packed rows and rows padded on the left are not shared
-    if attention_mask is None or len(ids) < 2 or not bool(attention_mask[:, 0].all()):
+    if attention_mask is None or len(ids) < 2:  # packed rows, or only one
+        return []
+    if not attention_mask[:, 0].all():  # rows that are padded on the left
         return []
     prefixes = shared_prefixes(ids.tolist(), mask.long().tolist())
     lengths = attention_mask.sum(1).tolist()
@@ -280,7 +283,8 @@ def token_logprobs(
         chunk = max(1, LOGITS_BYTES // (4 * config.vocab_size))
     # the very classes: adapters, 4 bits and sharding bring their own
     is_linear = type(head) is torch.nn.Linear and type(head.weight) is torch.nn.Parameter
-    if is_linear and not softcap and not torch.is_autocast_enabled(hidden.device.type):
+    is_autocast = torch.is_autocast_enabled(hidden.device.type)
+    if is_linear and not softcap and not is_autocast:
         logprobs, entropy = _LinearHead.apply(
             hidden, head.weight, head.bias, head, targets, temperature, chunk
         )
@@ -288,4 +292,6 @@ def token_logprobs(
         logprobs, entropy = _any_head(hidden, head, softcap, targets, temperature, chunk)
 
     zeros = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-    return zeros.masked_scatter(wanted, logprobs), zeros.masked_scatter(wanted, entropy)
+    logprobs = zeros.masked_scatter(wanted, logprobs)
+    entropy = zeros.masked_scatter(wanted, entropy)
+    return logprobs, entropy
