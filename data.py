@@ -18,6 +18,7 @@ from pathlib import Path
 
 from formats.messages import calls_of, openai_call
 from run.config import UserError, near
+from tools import sql
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -153,8 +154,7 @@ def _database(row, template, prompt_template):
         raise UserError(f"its database {path!r} is no file: check database = {template!r}")
     if "{schema}" not in prompt_template:
         return {"database": path}
-    from tools import sql  # what the model reads of a database is the tool's affair
-
+    # what the model reads of a database is the tool's affair
     return {"database": path, "schema": sql.describe(path)}
 
 

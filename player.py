@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import data
 import rewards as reward_functions
 from chat import Chat
+from engines import servers, vllm
 from engines.base import Engine, check_engine
 from engines.local import TransformersEngine
 from engines.options import read_options
@@ -179,17 +180,13 @@ async def start_engine(cfg, model, tokenizer) -> Engine:
         return TransformersEngine(model, tokenizer, options.deterministic)
 
     if cfg.engine == "server":
-        from engines import servers
-
         return await servers.start(
             cfg.urls, cfg.model, tokenizer, options.timeout, max_tokens=cfg.max_tokens
         )
 
-    from engines import vllm as vllm_engine
-
     is_trained = model is not None and any(p.requires_grad for p in model.parameters())
     has_adapter = is_trained and cfg.tune != "full"
-    return await vllm_engine.start(
+    return await vllm.start(
         cfg.model,
         model,
         cfg.dtype,

@@ -237,6 +237,9 @@ class Reward:
 
     def __post_init__(self):
         self.slots = asyncio.Semaphore(self.concurrency)
+        # a function, or an object whose __call__ is one
+        candidates = (self.function, type(self.function).__call__)
+        self.is_async = any(map(inspect.iscoroutinefunction, candidates))
 
     def __call__(self, trajectory, example):
         return self.function(trajectory, example)
@@ -401,7 +404,7 @@ async def _value_in_time(name, reward, trajectory, example):
     call = functools.partial(reward.function, trajectory, example)
     async with reward.slots:
         try:
-            work = call() if _is_async(reward.function) else in_thread(call, reward.abandoned)
+            work = call() if reward.is_async else in_thread(call, reward.abandoned)
             is_done, value = await in_time(work, reward.timeout, reward.abandoned)
             if is_done:
                 return _numbers(name, value, trajectory)
@@ -411,12 +414,6 @@ async def _value_in_time(name, reward, trajectory, example):
             _end_run(name, error, example)
     trajectory.reward_timeouts.append(name)
     return None
-
-
-def _is_async(function):
-    if inspect.iscoroutinefunction(function):
-        return True
-    return inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _end_run(name, error, example):

@@ -9,7 +9,7 @@ from engines.base import Engine
 from learning.logprobs import token_logprobs
 from run.config import UserError
 
-ADVICE = "so nothing was learnt from it; canary=false would go on regardless"
+ADVICE = "so nothing was learnt from it; --engine_options=canary=false would go on regardless"
 
 
 class Canary:

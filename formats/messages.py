@@ -16,26 +16,25 @@ def calls_of(message: dict) -> list[Call]:
     """Reads a message's `tool_calls`: of each its name, its arguments as an object, and its id, ""
     where it has none. Without the wrapping {"function": …} it is a call, too. UserError, which
     shows it, for what is none."""
-    calls = message.get("tool_calls") or []
-    if not isinstance(calls, list):
-        raise UserError(f"its tool_calls {calls!r:.160}: expected a list of {FORM}")
-    return [_read_call(call) for call in calls]
-
-
-def _read_call(call) -> Call:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        raise UserError(f"its tool call {call!r:.160}: expected {FORM}")
-    name = function.get("name")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            arguments = None  # refused below
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise UserError(f"its tool call {call!r:.160}: expected {FORM}")
-    return Call(name, arguments, id=call.get("id") or "")
+    entries = message.get("tool_calls") or []
+    if not isinstance(entries, list):
+        raise UserError(f"its tool_calls {entries!r:.160}: expected a list of {FORM}")
+    calls = []
+    for entry in entries:
+        function = entry.get("function", entry) if isinstance(entry, dict) else None
+        if not isinstance(function, dict):
+            raise UserError(f"its tool call {entry!r:.160}: expected {FORM}")
+        name = function.get("name")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:
+                arguments = None  # refused below
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            raise UserError(f"its tool call {entry!r:.160}: expected {FORM}")
+        calls.append(Call(name, arguments, id=entry.get("id") or ""))
+    return calls
 
 
 def openai_call(call: Call) -> dict:
@@ -43,14 +42,6 @@ def openai_call(call: Call) -> dict:
     function = {"name": call.name, "arguments": call.arguments}
     written = {"type": "function", "function": function}
     return {"id": call.id, **written} if call.id else written
-
-
-def user_message(text: str) -> dict:
-    return {"role": "user", "content": text}
-
-
-def tool_message(name: str, content) -> dict:
-    return {"role": "tool", "name": name, "content": content}
 
 
 def assistant_message(text: str, calls: list[Call] = ()) -> dict:

@@ -81,13 +81,27 @@ def _last_text(trajectory, example):
     messages = trajectory.messages[len(example["messages"]) :]  # few-shot answers are not its own
     if not messages or messages[-1]["role"] != "assistant":
         return ""
-    texts = [_content(message) for message in messages if message["role"] == "assistant"]
-    if _is_a_thought(texts):
+    texts = []
+    for message in messages:
+        if message["role"] != "assistant":
+            continue
+        text = message.get("content") or ""
+        if isinstance(text, list):  # content parts, as vision models have them
+            text = "\n".join(part["text"] for part in text if part["type"] == "text")
+        texts.append(text)
+
+    # A thought that was never closed: what follows is still thought, so nothing is answered. Of all
+    # turns, because in some formats a call inside of a thought is run.
+    behind = _THOUGHT_END.split("\n".join(texts))[-1]
+    if "<think>" in behind or "[THINK]" in behind:
         return ""
     text = _THOUGHT_END.split(texts[-1])[-1]  # the prompt may have opened the first one
-    thought = _json_thought(text)
-    if thought is not None:
-        return _CALL.sub("", thought)
+
+    # what is said in json_actions, or in plain text: without the calls
+    if text.lstrip().startswith("{") and '"actions"' in text:
+        thought = _json_thought(text)
+        if thought is not None:
+            return _CALL.sub("", thought)
     text = _CALL.sub("", text)
     if trajectory.stop == "answered" and trajectory.answer is None:  # it made no call
         return text
@@ -99,24 +113,8 @@ def _last_text(trajectory, example):
     return text
 
 
-def _is_a_thought(texts):
-    """Whether a thought was never closed: what follows is still thought, so nothing is answered. Of
-    all turns, because in some formats a call inside of a thought is run."""
-    behind = _THOUGHT_END.split("\n".join(texts))[-1]
-    return "<think>" in behind or "[THINK]" in behind
-
-
-def _content(message):
-    text = message.get("content") or ""
-    if isinstance(text, list):  # content parts, as vision models have them
-        text = "\n".join(part["text"] for part in text if part["type"] == "text")
-    return text
-
-
 def _json_thought(text):
-    """What an answer in the format json_actions says, None for a text that is none."""
-    if not text.lstrip().startswith("{") or '"actions"' not in text:
-        return None
+    """What an answer in the format json_actions says, None for an object that is none."""
     try:
         turn = json.loads(text)
     except (ValueError, RecursionError):
@@ -172,8 +170,8 @@ def equal(given, gold):
     math-verify."""
     if max(len(given), len(gold)) > LONGEST:
         return False
-    given = _without_math_marks(given)
-    gold = _without_math_marks(gold)
+    given = _MATH_MARKS.sub("", given).strip()
+    gold = _MATH_MARKS.sub("", gold).strip()
 
     # as numbers
     given_unit = _unit(given)
@@ -208,6 +206,7 @@ def equal(given, gold):
     return _same_math(given, gold)
 
 
+_MATH_MARKS = re.compile(r"\\[()\[\]]")  # around mathematics
 _SPACES = re.compile(r"\\[,;:! ]|\\q?quad\b|[\s~\u00a0\u202f]+")
 _TEXT = re.compile(r"\\(?:text|mathrm|mbox|textbf|mathbf)\s*\{([^{}]*)\}")
 _UNITS = re.compile(
@@ -246,11 +245,6 @@ _OPERATIONS = [  # those that math-verify does; one kind each
         r"\\(?:ln|log|lg)(?![A-Za-z])",
     )
 ]
-
-
-def _without_math_marks(text):
-    r"""Text without the \( \) or \[ \] around it."""
-    return re.sub(r"\\[()\[\]]", "", text).strip()
 
 
 def _unit(text):

@@ -23,6 +23,7 @@ from grading.answers import program
 from run.config import UserError
 from tools import ToolError
 from tools.calling.base import DEADLINE
+from tools.python import NO_OUTPUT, python
 
 ROOM = 60_000  # bytes of a test, written as python: with the program it must fit into one call
 LONGEST_OUTPUT = 15_000  # characters: the sandbox cuts longer ones
@@ -100,8 +101,6 @@ async def code_tests(
 async def _run(code, until):
     """Runs code in the sandbox, up to the time `until` of the event loop. Returns its output, also
     that of one that failed, and whether it ended well."""
-    from tools.python import python
-
     left = until - asyncio.get_running_loop().time()
     DEADLINE.set(max(1.0, left))
     try:
@@ -188,8 +187,6 @@ def _main(solution, given):
 
 async def _run_pairs(code, pairs, partial, until):
     """(tests passed, tests): a process for each, whose output is compared here."""
-    from tools.python import NO_OUTPUT
-
     pairs = [pair for pair in pairs if _fits(*pair)]
     passed = 0
     for given, expected in pairs:

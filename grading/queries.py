@@ -12,6 +12,7 @@ import re
 from grading.answers import answer, program
 from run.config import UserError
 from tools import ToolError
+from tools.sql import execute
 
 # ---- the reward
 
@@ -32,8 +33,6 @@ def sql_match(
     42`) earn nothing, since a tool may have shown the result, but a model can hide them in a query
     that reads a table. A gold query without rows is matched by any other: leave such rows out.
     """
-    from tools.sql import execute  # here: only who uses it needs it
-
     row_number = example["id"] + 1
     file = example.get(database)
     golds = example.get("answer")
@@ -63,8 +62,6 @@ def sql_match(
 
 def _gold_result(file, query, rows, seconds, row_number):
     """(columns, rows) of a gold query; UserError if it fails or gives more than `rows` rows."""
-    from tools.sql import execute
-
     what = f"reward sql_match: the gold query of row {row_number}"
     try:
         result = execute(file, query, rows + 1, seconds)

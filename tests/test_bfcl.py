@@ -20,8 +20,7 @@ from transformers.utils.chat_parsing import parse_response
 
 from chat import Call, Chat
 from formats import FORMATS
-from rollout import Settings
-from rollout import run as run_calls
+from rollout import Settings, run_calls
 from run.config import UserError
 from tools import Tool, Toolbox
 from tools.calling.schema import wrong_arguments

@@ -131,7 +131,7 @@ def test_a_query_that_does_not_end_earns_nothing(shop, monkeypatch):
         limits.append(seconds)
         return execute(path, query, rows, seconds)
 
-    monkeypatch.setattr("tools.sql.execute", recorded)
+    monkeypatch.setattr("grading.queries.execute", recorded)
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n) SELECT max(i) FROM n"
     assert matches(endless, "SELECT name FROM items", shop, seconds="0.3") == 0.0
     assert limits == [0.3, 0.3]  # of the gold query and of the model's

@@ -262,14 +262,17 @@ def test_evaluate_writes_the_same_files_for_an_endpoint(api, tmp_path):
 
 def test_a_run_is_evaluated_with_another_engine_than_it_was_trained_with(tmp_path):
     """Options of the run's engine are dropped, those that are given with the other one are not."""
-    text = 'engine = "vllm"\nkv_cache_gib = 2.0\nsleep = False\nis_cap = 3.0\noversample = 2\n'
+    text = 'engine = "vllm"\nengine_options = ("kv_cache_gib=2.0", "sleep=false")\n'
     (tmp_path / "config.py").write_text(text)
-    own = evaluate.Config(run=str(tmp_path))
-    kept = evaluate.load_config([], own)
-    assert (kept.engine, kept.kv_cache_gib, kept.model) == ("vllm", 2.0, str(tmp_path))
-    cfg = evaluate.load_config(["--engine=transformers", "--deterministic=false"], own)
-    assert cfg.engine == "transformers" and cfg.kv_cache_gib == 0 and not cfg.deterministic
-    cfg = evaluate.load_config(["--engine=server", "--urls=http://127.0.0.1:1"], own)
-    assert cfg.urls == ("http://127.0.0.1:1",) and cfg.kv_cache_gib == 0
-    with pytest.raises(UserError, match="kv_cache_gib has no effect with engine=transformers"):
-        evaluate.load_config(["--engine=transformers", "--kv_cache_gib=1"], own)
+    given = evaluate.Config(run=str(tmp_path))
+    kept = evaluate.load_config([], given)
+    assert (kept.engine, kept.model) == ("vllm", str(tmp_path))
+    assert kept.engine_options == ("kv_cache_gib=2.0", "sleep=false")
+    argv = ["--engine=transformers", "--engine_options=deterministic=false"]
+    cfg = evaluate.load_config(argv, given)
+    assert cfg.engine == "transformers" and cfg.engine_options == ("deterministic=false",)
+    cfg = evaluate.load_config(["--engine=server", "--urls=http://127.0.0.1:1"], given)
+    assert cfg.urls == ("http://127.0.0.1:1",) and cfg.engine_options == ()
+    with pytest.raises(UserError, match="transformers has no option 'kv_cache_gib'"):
+        argv = ["--engine=transformers", "--engine_options=kv_cache_gib=1"]
+        evaluate.load_config(argv, given)

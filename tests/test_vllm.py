@@ -525,7 +525,7 @@ def test_one_of_two_servers_is_killed_and_all_trajectories_finish(caller, server
 def test_without_servers_the_run_stops_and_goes_on_when_one_is_back(caller, servers, tmp_path):
     """After the test above one of the two is gone; the run begins with the other, which is killed
     too: one sentence, within the time limit, and the checkpoint is whole."""
-    argv = [*of_caller(caller, servers), "--server_timeout=5", "--tune=lora", "--lora_r=4"]
+    argv = [*of_caller(caller, servers), "--engine_options=timeout=5", "--tune=lora", "--lora_r=4"]
     argv += ["--lora_alpha=8", "--steps=40", "--save_every=2", "--prompts_per_step=4"]
     argv += ["--group_size=4", f"--out_dir={tmp_path / 'run'}", "--learning_rate=1e-3"]
     command = [sys.executable, "train_grpo.py", *argv]
@@ -580,8 +580,7 @@ def settings_of(folders, tmp_path, tune, steps):
         model = {folders["tied"]!r}
         tune = {tune!r}
         engine = "vllm"
-        kv_cache_gib = 0.25
-        enforce_eager = True
+        engine_options = ("kv_cache_gib=0.25", "enforce_eager=true")
         data = "task:calc"
         steps = {steps}
         save_every = 1
@@ -677,8 +676,7 @@ def test_an_evaluation_loads_the_model_into_vllm_only(folders, tmp_path, monkeyp
     monkeypatch.setattr(models, "load", lambda *a, **k: loaded.append(a))
     argv = [f"--model={folders['tied']}", "--data=task:calc", "--engine=vllm", "--limit=8"]
     argv += [
-        "--kv_cache_gib=0.25",
-        "--enforce_eager=true",
+        "--engine_options=kv_cache_gib=0.25,enforce_eager=true",
         "--max_tokens=448",
         "--max_new_tokens=8",
     ]
