@@ -67,9 +67,11 @@ class TransformersEngine(Engine):
 
     async def generate(self, ids: list[int], images: list, sampling: Sampling) -> Completion:
         refuse_images(images)
-        future = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
         rng = random.Random(sampling.seed)
-        self.waiting.append(_Request(ids, sampling, future, rng))
+        request = _Request(ids, sampling, future, rng)
+        self.waiting.append(request)
         self._start_batch()
         return await future
 
@@ -82,14 +84,14 @@ class TransformersEngine(Engine):
     def _logprobs_of_prompt(self, ids: list[int]) -> list[float]:
         tokens = torch.tensor([ids], device=self.model.device)  # (1, T)
         attention_mask = torch.ones_like(tokens)
-        positions = torch.arange(len(ids), device=tokens.device)[None]
+        positions = attention_mask.cumsum(1) - 1
         cache = growing_cache(self.model.config)
         out = self._forward(tokens, attention_mask, positions, cache, 0)
         logits = out.logits[0, :-1].float()  # (T - 1, V)
         logprobs = logits.log_softmax(-1)
         next_tokens = tokens[0, 1:, None]
-        logprobs = logprobs.gather(-1, next_tokens)[:, 0]
-        return logprobs.tolist()
+        logprobs = logprobs.gather(-1, next_tokens)  # (T - 1, 1)
+        return logprobs[:, 0].tolist()
 
     def _start_batch(self) -> None:
         """Decodes those who wait, unless a batch is running or somebody has to be waited for."""
@@ -118,7 +120,8 @@ class TransformersEngine(Engine):
     def _run(self, batch: list[_Request]) -> None:
         self.model.eval()  # dropout would make other logprobs than the trainer's
         for start in range(0, len(batch), self.max_batch):
-            self._decode(batch[start : start + self.max_batch])
+            rows = batch[start : start + self.max_batch]
+            self._decode(rows)
 
     @torch.inference_mode()
     def _decode(self, rows: list[_Request]) -> None:
@@ -198,8 +201,9 @@ class TransformersEngine(Engine):
         """Draws the next tokens (B,) and appends them to the rows. Each row draws one uniform
         number and inverts its own distribution, so its noise is the same whoever else is in the
         batch. UserError if logits (B, V) are NaN."""
+        device = logits.device
         temperatures = [row.sampling.temperature for row in rows]
-        temperatures = torch.tensor(temperatures, device=logits.device)
+        temperatures = torch.tensor(temperatures, device=device)
         is_greedy = temperatures == 0
         divisors = torch.where(is_greedy, 1.0, temperatures)
         logits = logits.float() / divisors[:, None]
@@ -208,16 +212,21 @@ class TransformersEngine(Engine):
         # in double precision: in single, the tail of a large vocabulary is lost in the sum
         cumulative = logprobs.double().exp().cumsum(-1)
         noise = [row.rng.random() for row in rows]
-        uniform = torch.tensor(noise, dtype=torch.double).to(logits.device)
-        targets = uniform[:, None] * cumulative[:, -1:]  # the sum is not quite 1
-        drawn = torch.searchsorted(cumulative, targets, right=True)[:, 0]
-        drawn = drawn.clamp(max=logits.shape[-1] - 1)
-        tokens = torch.where(is_greedy, logits.argmax(-1), drawn)
+        noise = torch.tensor(noise, dtype=torch.double, device=device)
+        total = cumulative[:, -1]  # not quite 1
+        targets = noise * total
+        drawn = torch.searchsorted(cumulative, targets[:, None], right=True)
+        last_token = logits.shape[-1] - 1
+        drawn = drawn[:, 0].clamp(max=last_token)
+        greedy = logits.argmax(-1)
+        tokens = torch.where(is_greedy, greedy, drawn)
 
-        chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
+        chosen = logprobs.gather(-1, tokens[:, None])
+        chosen = chosen[:, 0]
         if chosen.isnan().any():  # else every next token would be the last of the vocabulary
             raise UserError("the model's logits are NaN: its weights have diverged or are broken")
-        for row, token, logprob in zip(rows, tokens.tolist(), chosen.tolist(), strict=True):
+        samples = zip(rows, tokens.tolist(), chosen.tolist(), strict=True)
+        for row, token, logprob in samples:
             row.new.append(token)
             row.logprobs.append(logprob)
         return tokens
