@@ -6,9 +6,9 @@ configs, as metrics and as the sha256 of the weights, recorded before and compar
 
 Each case runs a checkout's own scripts as a user would, so the two sides need share no python
 names. Equal means: every metric but times, and every byte of what was saved as the model. That
-holds on one machine with one set of packages; elsewhere, record anew. One thread is used: two add up
-in another order than one, and of older commits the weights then differed from run to run on a busy
-machine (dev/log.md, "Two threads").
+holds on one machine with one set of packages; elsewhere, record anew. One thread is used: two add
+up in another order than one, and of older commits the weights then differed from run to run on a
+busy machine (dev/log.md, "Two threads").
 """
 
 import argparse
