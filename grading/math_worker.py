@@ -1,6 +1,6 @@
 """What runs inside of a worker process: comparing two expressions by math-verify.
 
-grading/answers.py is the other side. run/worker.py loads this file, calls prepare(), once, and
+grading/equality.py is the other side. run/worker.py loads this file, calls prepare(), once, and
 answer(). It has a process of its own because math-verify has no deadline in a thread, and nothing
 but the end of its process stops the 9**9**9**9 that a model may write.
 """

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from grading.answers import _same_math, answer, equal, f1, program, words
+from grading.answers import answer, f1, last_turn, program, words
+from grading.equality import _same_math, equal
 from rewards import correct
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
@@ -469,3 +470,135 @@ def test_every_accepted_answer_of_natural_questions_is_right():
         assert all(is_correct(f"<answer>{a}</answer>", answers) == 1.0 for a in answers)
         if not set(answers) & set(others):
             assert is_correct(f"The answer is {others[0]}", answers) == 0.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The answer is:\n\n$$\n18\n$$",
+        "The answer is:\n\\[\n18\n\\]",
+        "The answer is \\[ 18 \\]",
+        "The answer is $$18$$.",
+        "**Answer**: 18",
+        "**Final Answer**: 18",
+        "**Final Answer:** 18",
+        "__Answer__: 18",
+        "## Final Answer\n\n18",
+        "**Final Answer**\n\n$$\n18\n$$",
+        "The answer is 18, because 3 times 6 is 18.",
+        "The answer is 18 because 3 * 6 = 18.",
+        "The answer is **18**, since 20 - 2 is that.",
+        "The answer is $18$, so we are done.",
+        "The answer is 18 (since 3 * 6 = 18).",
+        "Final Answer: The final answer is $18$. I hope it is correct.",
+        "The answer is 17. No, the answer is 18.",
+        "Answer = 18",
+    ],
+)
+def test_an_answer_may_stand_in_a_display_in_bold_or_before_its_reason(text):
+    """A6."""
+    assert is_correct(text) == 1.0
+    assert is_correct(text.replace("18", "19")) == 0.0
+
+
+@pytest.mark.parametrize(
+    "text, gold",
+    [
+        ("The answer is Paris, because it is the capital.", "Paris"),
+        ("**Answer**: Because of Winn-Dixie", "Because of Winn-Dixie"),
+        ("The answer is As Good as It Gets.", "As Good as It Gets"),
+        ("The answer is 1, 2 and 3, as was said.", "1, 2, 3"),
+        ("The answer is 18, or 19.", "18, or 19"),
+    ],
+)
+def test_a_reason_is_cut_off_and_nothing_else(text, gold):
+    """A6."""
+    assert is_correct(text, gold) == 1.0
+
+
+DOCUMENTED = '''\
+def f(x):
+    """Squares.
+
+    ```
+    f(2)
+    ```
+    """
+    return x * x
+'''
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        DOCUMENTED,
+        "def f(x):\n    return '```' * x\n",
+        "s = '```'\nprint(s)\n",
+        "s = 'a```b'  # see ```f```\nprint(s)\n",
+        "s = '''x\n    ```python\n    y\n    ```'''\n",
+        "# ends with ```\nx = 1\n",
+    ],
+)
+def test_a_fence_closes_at_the_start_of_a_line(code):
+    """A7: ``` in a string or a docstring of the program does not end it."""
+    row = example()
+    text = f"So:\n```python\n{code}```\nThat is it: ```f(x)``` is the square."
+    assert program(trajectory(row, text), row, ("python",)) == code
+    first = f"```python\nx\n```\nNo, rather\n{text}"
+    assert program(trajectory(row, first), row, ("python",)) == code
+    inside = text.replace("x", r"\boxed{17}").partition("\nThat")[0]
+    assert r"\boxed{17}" not in last_turn(trajectory(row, inside), row)
+
+
+def test_a_block_that_is_not_closed_is_no_program():
+    """A7."""
+    row = example()
+    for text in (f"```python\n{DOCUMENTED}", "```python\nx\n  y ```z", "```python\n`` `\n"):
+        assert program(trajectory(row, text), row, ("python",)) is None
+
+
+# separated by bars, with \n for the end of a line
+HOSTILE = r"""
+answer|answer is|The answer is|answer:|**Answer**:|answer is \n|answer $$|answer \[|## answer\n
+#|####|#### 1\n|*|**|_| |\n|\t|\|<a>|<a|<|</a>|<answer>|</answer>|<tool_call>|<tool_response>
+[THINK]|<think>|</think>|[TOOL_CALLS]|{|}|\boxed{|\boxed {|\boxed|\text{
+```|```x\n|```x|x```\n|``` ``` |`
+ ```\n|$|$$|1.|1, |1. ,|score|score =|Score: 0-|because |, because|is|e|^{9|\frac{
+answer**|answer:answer
+"""
+HOSTILE = (
+    HOSTILE.strip("\n").replace("\n", "|").replace(r"\n", "\n").replace(r"\t", "\t").split("|")
+)
+
+
+def program_of(played, row):
+    return program(played, row, ("python",))
+
+
+@pytest.mark.parametrize("read", [correct, program_of])
+@pytest.mark.parametrize("after", ["", " " * 40_000])
+@pytest.mark.parametrize("stop", ["answered", "length"])
+def test_no_text_takes_long_to_read(stop, after, read):
+    """C4: 100,000 characters of any pattern in less than 0.2 s of CPU time."""
+    assert len(set(HOSTILE)) >= 50
+    row = example()
+    for pattern in HOSTILE:
+        text = pattern * ((100_000 - len(after)) // len(pattern)) + after
+        spent = []
+        for _ in range(5):  # CPU time, and the best of five: a busy machine fails nothing
+            start = time.process_time()
+            read(trajectory(row, text, stop=stop), row)
+            spent.append(time.process_time() - start)
+            if spent[-1] < 0.2:
+                break
+        assert min(spent) < 0.2, f"{pattern!r} takes {min(spent):.2f} s"
+
+
+@pytest.mark.parametrize("pattern", ["<x{}>", "<x{0}></x{0}>", "answer is {}, ", "```x{}\n"])
+def test_no_text_of_many_names_takes_long_to_read(pattern):
+    """C4."""
+    row = example()
+    text = "".join(pattern.format(number) for number in range(100_000 // len(pattern)))
+    start = time.process_time()
+    correct(trajectory(row, text, stop="length"), row)
+    assert time.process_time() - start < 1.0  # 0.1 in truth; quadratic: minutes
