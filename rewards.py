@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from grading.answers import answer, last_turn, places, words
 from grading.answers import f1 as f1_of
-from grading.equality import equal
+from grading.equality import NotCompared, equal
 from grading.judge import judge
 from grading.programs import code_tests
 from grading.queries import sql_match
@@ -45,6 +45,8 @@ def correct(trajectory, example):
     number has to be written as one, or as 1.8e3 or `1.8 \\times 10^3`: `\\boxed{34*27}` or
     `\\boxed{10/2}` is the question again, not its answer. So is what is left to be done (`\\int`,
     `\\lim`, `\\cos`, …: equality._OPERATIONS) where the right answer has nothing of that kind.
+    None, which is not learnt from, where there was no time to compare it, as many other answers had
+    taken too long.
     Not covered: `\\sqrt{50}` is `5\\sqrt{2}`, so a task to simplify or to expand can be answered by
     its question.
     """
@@ -52,7 +54,14 @@ def correct(trajectory, example):
     text = answer(trajectory, example)
     if text is None:
         return 0.0
-    return float(any(equal(text, gold) for gold in golds))
+    was_compared = True
+    for gold in golds:
+        try:
+            if equal(text, gold):
+                return 1.0
+        except NotCompared:
+            was_compared = False
+    return 0.0 if was_compared else None
 
 
 def exact_match(trajectory, example):

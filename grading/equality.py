@@ -8,20 +8,26 @@ have to be the same. Then each step either knows or leaves it to the next one.
 """
 
 import functools
+import os
 import re
+import threading
+import time
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
-from run.worker import Worker, WorkerDied
+from run.worker import WorkerDied, Workers
 
 LONGEST = 300  # characters: nobody's answer is longer, and all but equal text takes time to compare
-DEADLINE = 2  # seconds that math-verify has for one comparison
+
+
+class NotCompared(Exception):
+    """There was no time to compare two answers: others had taken too long."""
 
 
 def equal(given, gold):
     """Says whether two answers are the same: exactly as numbers, else as text, else by
-    math-verify."""
+    math-verify. Raises NotCompared."""
     if given.strip() == gold.strip():
         return bool(gold.strip())
     if max(len(given), len(gold)) > LONGEST:
@@ -507,15 +513,72 @@ def _spelled_out(match):
     return rf"{mantissa} \times 10^{{{int(exponent)}}}"
 
 
-_math_worker = Worker(Path(__file__).with_name("math_worker.py"), packages=True)
+# ---- math-verify
+
+QUICK = 0.2  # seconds of the processor that a comparison has; most need 0.1
+SLOW = 2.0  # and that it has in a second try
+WASTED = 4.0  # seconds of second tries that may come to nothing in a minute; then there are none
+PATIENCE = 60.0  # seconds, by the clock, after which a worker is taken for dead
+WORKERS = min(4, os.cpu_count() or 1)
 
 
-@functools.lru_cache(maxsize=10_000)
+class _Comparer:
+    """Asks math-verify, and limits what answers that never end can cost all others."""
+
+    def __init__(self):
+        self.workers = Workers(Path(__file__).with_name("math_worker.py"), WORKERS, packages=True)
+        self.slow = threading.Semaphore(max(1, WORKERS // 2))  # some stay free for quick ones
+        self.wasted = []  # the times at which second tries came to nothing
+
+    def same(self, said, gold):
+        """Whether two expressions are equal; False where that takes too long. Raises NotCompared
+        if others have taken too long of late."""
+        verdict = self.ask(said, gold, QUICK)
+        if verdict is not None:
+            return verdict
+        with self.slow:
+            minute_ago = time.monotonic() - 60
+            self.wasted = [moment for moment in self.wasted if moment > minute_ago]
+            if len(self.wasted) * SLOW >= WASTED:
+                raise NotCompared
+            verdict = self.ask(said, gold, SLOW)
+            if verdict is None:
+                self.wasted.append(time.monotonic())
+        return bool(verdict)
+
+    def ask(self, said, gold, seconds):
+        """Whether they are equal; None if it is not known after so many seconds."""
+        request = {"said": said, "gold": gold, "seconds": seconds}
+        try:
+            return self.workers.ask(request, PATIENCE)["same"]
+        except (TimeoutError, WorkerDied):
+            return None
+        except RuntimeError:
+            raise RuntimeError("math-verify does not start: pip install math-verify") from None
+
+
+_compared = functools.lru_cache(maxsize=10_000)(_Comparer().same)
+
+
 def _same_math(said, gold):
     """Whether math-verify finds two expressions equal; False where it does not end in time."""
-    try:
-        return _math_worker.ask({"said": said, "gold": gold}, DEADLINE)["same"]
-    except (TimeoutError, WorkerDied):
+    if _is_huge(said) and not _is_huge(gold):
         return False
-    except RuntimeError:
-        raise RuntimeError("math-verify does not start: pip install math-verify") from None
+    return _compared(said, gold)
+
+
+_HUGE = re.compile(r"\^\s*[{(]*\s*-?\d{5,}|\d{5,}\s*[})]*\s*!")
+_TOWER = re.compile(r"\d\s*\^\s*[{(]*\s*(\d+)\s*\^\s*[{(]*\s*(\d+)")
+LARGEST_EXPONENT = 10_000
+
+
+def _is_huge(text):
+    """Whether it has a number that no computer writes down, such as 9^{9^9}."""
+    if _HUGE.search(text):
+        return True
+    for match in _TOWER.finditer(text):
+        base = min(int(match[1]), LARGEST_EXPONENT)
+        exponent = min(int(match[2]), 20)
+        if base**exponent > LARGEST_EXPONENT:
+            return True
+    return False

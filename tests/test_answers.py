@@ -6,13 +6,24 @@ pytest tests/test_answers.py
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import rewards
 from grading.answers import answer, f1, last_turn, program, words
-from grading.equality import _same_math, equal
+from grading.equality import (
+    QUICK,
+    SLOW,
+    WASTED,
+    NotCompared,
+    _compared,
+    _Comparer,
+    _is_huge,
+    equal,
+)
 from rewards import correct
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
@@ -408,19 +419,83 @@ def test_an_operation_that_the_right_answer_has_may_be_in_the_answer(gold, said)
     assert equal(said, gold)
 
 
+BOMB = "(a+b+c+d+f+g)^{400}"
+
+
 def test_an_expression_that_never_ends_is_cut_at_the_deadline_also_in_a_thread():
-    """Pitfall 43: a model may write 9^9^9^9, and a thread cannot be stopped."""
+    """Pitfall 43: a model may write it, and a thread cannot be stopped."""
     answers = []
-    bomb = "9^{9^{9^{9}}}"
-    thread = threading.Thread(target=lambda: answers.append(equal(bomb, "x+1")), daemon=True)
+    thread = threading.Thread(target=lambda: answers.append(equal(BOMB, "x+1")), daemon=True)
     thread.start()
     thread.join(timeout=300)  # a busy machine's; without a deadline it would never end
     assert answers == [False]
-    asked = _same_math.cache_info().misses
-    assert not equal(bomb, "x+1")  # remembered
+    asked = _compared.cache_info().misses
+    assert not equal(BOMB, "x+1")  # remembered
     assert not equal("x" + "+1" * 10_000, "x+1")  # too long
-    assert _same_math.cache_info().misses == asked
+    assert not equal("9^{9^{9^{9}}}", "x+1")  # no computer writes it down
+    assert _compared.cache_info().misses == asked
     assert equal("1+x", "x+1")  # and the next comparison works again
+
+
+@pytest.mark.parametrize(
+    "text, is_huge",
+    [
+        ("9^{9^{9^{9}}}+x", True),
+        ("9^{9^9}", True),
+        ("(x+1)^{99999999}", True),
+        ("100000!", True),
+        ("2^{2^3}", False),
+        ("10^{100}", False),
+        ("x^{2^{10}}", False),
+        ("20!", False),
+    ],
+)
+def test_a_number_that_nobody_can_write_down_is_seen_at_once(text, is_huge):
+    """B7."""
+    assert _is_huge(text) == is_huge
+    assert equal(text, text)
+
+
+def test_what_there_was_no_time_for_is_none_and_not_wrong(monkeypatch):
+    """B7."""
+
+    def no_time(given, gold):
+        if gold == "x+1":
+            raise NotCompared
+        return given == gold
+
+    monkeypatch.setattr(rewards, "equal", no_time)
+    assert is_correct(r"\boxed{y}", "x+1") is None
+    assert is_correct(r"\boxed{y}", ["x+1", "z"]) is None
+    assert is_correct(r"\boxed{y}", ["x+1", "y"]) == 1.0
+    assert is_correct(r"\boxed{y}", ["z"]) == 0.0
+
+
+def test_answers_that_never_end_do_not_keep_others_waiting():
+    """B7: 64 of them, and 64 that are right; counted is the time of the processor that they have,
+    which on two cores is 10 s by the clock."""
+    asked = []
+
+    class Recorded(_Comparer):
+        def ask(self, said, gold, seconds):
+            asked.append(seconds)
+            return None if "400" in said else said == "1+x"
+
+    comparer = Recorded()
+
+    def compare(number):
+        said = f"{BOMB}+{number}" if number % 2 else "1+x"
+        try:
+            return comparer.same(said, "x+1")
+        except NotCompared:
+            return None
+
+    with ThreadPoolExecutor(16) as threads:
+        verdicts = list(threads.map(compare, range(128)))
+    assert verdicts[::2] == [True] * 64  # None is: not compared
+    assert set(verdicts[1::2]) == {False, None}
+    assert sum(asked) - 64 * QUICK <= 64 * QUICK + WASTED + 2 * SLOW  # two may be on their way
+    assert 64 * QUICK + WASTED <= 20
 
 
 def test_a_plain_answer_costs_microseconds_and_no_text_much_more():
