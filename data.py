@@ -132,7 +132,11 @@ def _fill(template, row, prompt_column, answer_column):
 def _answer(value, column, after):
     """The answer of a row: text, or a list of accepted texts."""
     if isinstance(value, list):
-        return [_answer(item, column, after) for item in value]
+        # parquet and data frames fill lists with null and NaN
+        items = [item for item in value if item is not None and item == item]
+        if not items:
+            raise UserError(f"its {column!r} is empty")
+        return [_answer(item, column, after) for item in items]
     if isinstance(value, dict):
         raise UserError(f"{column!r} is an object: expected text, a number or a list of them")
     text = str(value)

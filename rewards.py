@@ -21,8 +21,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
-from grading.answers import answer, equal, last_turn, places, words
+from grading.answers import answer, last_turn, places, words
 from grading.answers import f1 as f1_of
+from grading.equality import NotCompared, equal
 from grading.judge import judge
 from grading.programs import code_tests
 from grading.queries import sql_match
@@ -39,18 +40,28 @@ OPTIONS = "reward_options"  # the config key, for messages
 def correct(trajectory, example):
     """1.0 if the model's answer equals example["answer"], or one of them if it is a list.
 
-    A percent sign, a currency sign and units in `\\text{}` are dropped: 50% is 50, not 0.5. A word
-    such as dollars or cm (answers._UNIT_WORD) is, where only one of the two has it. A whole number
-    has to be written as one: `\\boxed{34*27}` or `\\boxed{10/2}` is the question again, not its
-    answer. So is what is left to be done (`\\int`, `\\lim`, `\\cos`, …: answers._OPERATIONS) where
-    the right answer has nothing of that kind. Not covered: `\\sqrt{50}` is `5\\sqrt{2}`, so a task
-    to simplify or to expand can be answered by its question.
+    A unit (a percent or currency sign, words in `\\text{}`, or such as dollars or cm without it) is
+    dropped where only one of the two has it: 50% is 50, not 0.5; two have to be the same. A whole
+    number has to be written as one, or as 1.8e3 or `1.8 \\times 10^3`: `\\boxed{34*27}` or
+    `\\boxed{10/2}` is the question again, not its answer. So is what is left to be done (`\\int`,
+    `\\lim`, `\\cos`, …: equality._OPERATIONS) where the right answer has nothing of that kind.
+    None, which is not learnt from, where there was no time to compare it, as many other answers had
+    taken too long.
+    Not covered: `\\sqrt{50}` is `5\\sqrt{2}`, so a task to simplify or to expand can be answered by
+    its question.
     """
     golds = _golds(example, "correct")
     text = answer(trajectory, example)
     if text is None:
         return 0.0
-    return float(any(equal(text, gold) for gold in golds))
+    was_compared = True
+    for gold in golds:
+        try:
+            if equal(text, gold):
+                return 1.0
+        except NotCompared:
+            was_compared = False
+    return 0.0 if was_compared else None
 
 
 def exact_match(trajectory, example):
@@ -77,9 +88,12 @@ def f1(trajectory, example):
 def _golds(example, reward):
     """The right answers, at least one. A row without one stops the run: it cannot be judged."""
     golds = example["answer"]
+    if not isinstance(golds, list):
+        golds = [golds]
+    golds = [gold for gold in golds if gold]  # data sets fill lists with null
     if not golds:
         raise UserError(f"reward {reward} needs an answer, row {example['id'] + 1} has none")
-    return golds if isinstance(golds, list) else [golds]
+    return golds
 
 
 def oracle(name: str, example: dict) -> str | None:

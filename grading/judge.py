@@ -38,7 +38,15 @@ Is the reply right, that is, does it agree with the reference? Think about it in
 Then write as the last line "Score: x", where x is a number from 0 (wrong) to {scale} (right).
 """
 FIELD = re.compile(r"\{(question|answer|said|scale)\}")
-SCORE = re.compile(r"\bscore[\"'*\s]*[:=][\"'*\s]*(-?\d+(?:\.\d+)?)", re.I)
+# "max score: 1" is no verdict.
+SCORE = re.compile(
+    r"(\b(?:max|min|possible|full|perfect|high|low|top|best|pass)\w*[\s_*-]++)?"
+    r"\bscore[\"'*_\s]*+[:=][\"'*_\s]*+(-?(?:\d++(?:[.,]\d++)?|\.\d++))",
+    re.I,
+)
+OUT_OF = re.compile(r"[\"'*_\s]*+(?:/|out of|of)[*_\s]*+(\d+(?:\.\d+)?)", re.I)
+# Behind a number that is no score: of a range, "0-1", a share, "50%", or of a longer number.
+NO_SCORE = re.compile(r"\s*+(?:(?:[-–—]|to\b|or\b)\s*+\d|%|[.,]\d|\d|e[-+]?\d)", re.I)
 HOPELESS = 20  # verdicts without a score, and none with one: then the run stops
 RETRY_TEMPERATURE = 0.7  # the same question to a greedy judge has one answer
 
@@ -123,10 +131,13 @@ class judge:
         text = text.rpartition("</think>")[2]
         if "<think>" in text:
             return None
-        scores = SCORE.findall(text)
+        scores = [match for match in SCORE.finditer(text) if not match[1]]
         if not scores:
             return None
-        score = float(scores[-1]) / self.scale
+        number = _number_at(scores[-1], self.scale)
+        if number is None:
+            return None
+        score = number / self.scale
         return score if 0 <= score <= 1 else None
 
     def _stop_if_hopeless(self, last_text: str) -> None:
@@ -138,6 +149,20 @@ class judge:
             f"{self.scale:g}, last {last_text[-200:]!r}: see judge.prompt, judge.scale and "
             "judge.max_new_tokens"
         )
+
+
+def _number_at(match, scale: float) -> float | None:
+    """The number of a score; None if it is one of a range, or out of another number than scale."""
+    text = match.string
+    if NO_SCORE.match(text, match.end()):
+        return None
+    out_of = OUT_OF.match(text, match.end())
+    if out_of and float(out_of[1]) != scale:
+        return None
+    whole, comma, decimals = match[2].partition(",")
+    if len(decimals) > 2:  # 1,000 may be a thousand
+        return None
+    return float(f"{whole}.{decimals}") if comma else float(whole)
 
 
 def _read_prompt(prompt: str) -> str:

@@ -480,3 +480,24 @@ def test_aime_and_natural_questions_load_as_they_are():
     assert all(0 <= int(e["answer"]) <= 999 for e in aime)
     nq = data.load(str(SHARED / "nq_open_dev.jsonl"), prompt_column="question", limit=100)
     assert len(nq) == 100 and nq[0]["answer"] == ["14 December 1972 UTC", "December 1972"]
+
+
+@pytest.mark.parametrize(
+    "answers, kept",
+    [
+        (["Arsenal", None], ["Arsenal"]),
+        ([None, "Arsenal", float("nan")], ["Arsenal"]),
+        ([18, None], ["18"]),
+        ([None], None),
+        ([float("nan"), None], None),
+    ],
+)
+def test_null_in_a_list_of_answers_is_dropped(tmp_path, answers, kept):
+    """A11: it was the answer None."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "Who?", "answer": answers}))
+    if kept is None:
+        with pytest.raises(UserError, match="its 'answer' is empty"):
+            data.load(str(path))
+    else:
+        assert data.load(str(path))[0]["answer"] == kept

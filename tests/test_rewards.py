@@ -131,6 +131,16 @@ def test_correct_refuses_a_row_without_an_answer():
         is_correct("18", "")
 
 
+def test_null_is_no_right_answer():
+    """A11."""
+    for name in ("correct", "exact_match", "f1"):
+        row = example(["Arsenal", None])
+        assert value(name, trajectory(row, r"\boxed{None}"), row) == 0.0
+        assert value(name, trajectory(row, r"\boxed{Arsenal}"), row) == 1.0
+        with pytest.raises(UserError, match="needs an answer"):
+            value(name, trajectory(row, r"\boxed{None}"), example([None]))
+
+
 def test_select_reads_names_weights_and_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_rewards.py").write_text(
