@@ -165,6 +165,7 @@ def render(
                 data.check_ids(row, tokenizer)
                 samples.append((row["ids"], row["mask"]))
                 continue
+            data.check_answers(row["messages"])
             shown = tools if row["tools"] is None else row["tools"]
             data.check_calls(row["messages"], [tool["function"]["name"] for tool in shown])
             key = json.dumps(shown)

@@ -585,6 +585,28 @@ def test_a_template_that_cannot_be_proved_for_the_tools_of_a_row_is_refused(toke
     assert len(train_sft.render(rows[:1], deaf, "hermes", [], "x")) == 1
 
 
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {"content": ""},
+        {"content": None},
+        {"content": " \n"},
+        {"content": []},
+        {"content": "<think>\nHm.\n</think>\n\n"},
+        {"reasoning_content": "Hm."},
+    ],
+)
+def test_an_assistant_that_says_nothing_is_refused(folder, nothing, tmp_path):
+    """A17: it would be trained to stop at once. A row that its reward leaves out may have it."""
+    asked = {"role": "user", "content": "2 + 3?"}
+    empty = {"messages": [asked, {"role": "assistant", **nothing}], "reward": 0.0}
+    path = write(tmp_path / "x.jsonl", [conversation(reward=1.0), empty])
+    says = f"{path}, row 2: message 2, of the assistant, says nothing and calls nothing, so that"
+    assert complaint(folder, path, tmp_path / "out", batch_size=1).startswith(says)
+    last = train_sft.train(settings(folder, path, tmp_path / "out", batch_size=1, min_reward=1.0))
+    assert last["trained_tokens"] > 1
+
+
 def test_a_saved_config_is_the_config(folder, demos, tmp_path):
     cfg = settings(folder, demos[0], tmp_path / "out", packing=True, val_rows=2, epochs=0.4)
     train_sft.train(cfg)
