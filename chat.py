@@ -8,9 +8,11 @@
 A trajectory is a concatenation: prompt, sampled turn, observation, sampled turn, ... Sampled ids
 are never decoded and encoded again. An observation is the *suffix* that the template writes after
 a closed assistant turn: the glue behind its stop token (Qwen's newline), the tool messages, the
-next generation prompt. To get it, a dummy conversation that ends in these tool messages is
-rendered, and what follows the dummy's turn is kept. That takes 0.1 ms, as long as encoding the
-text, so nothing is cached, and whatever a template does to a result (trim, quote) is simply done.
+next generation prompt. To get it, a conversation is rendered that begins with the row's own
+prompt, in which a template may look for a flag such as /no_think, goes on with a dummy's turn and
+ends in these tool messages; what follows the dummy's turn is kept. That takes 0.1 ms, as long as
+encoding the text, so nothing is cached, and whatever a template does to a result (trim, quote) is
+simply done.
 `render` makes the ids and the mask of SFT from the same pieces.
 
 Is that concatenation what the model was trained to read? `Chat(...)` proves it on a few dummy
@@ -64,7 +66,8 @@ class Chat:
     stop_ids: ids that close an assistant turn. stop_strings: text that ends a turn in an inline
     format; the ids stay as sampled even if the last token goes on behind it. differences:
     sentences on where the template itself would write a conversation in another way. options: of
-    the template, such as "enable_thinking=false" for Qwen3.
+    the template, such as "enable_thinking=false" for Qwen3. eos_ids: further ids that end a turn,
+    those of the model's generation_config.
     UserError: the template cannot be proved, or does not know an option."""
 
     def __init__(
@@ -73,11 +76,13 @@ class Chat:
         format: str = "hermes",
         tools: list[dict] = (),
         options: Sequence[str] = (),
+        eos_ids: Sequence[int] = (),
     ):
         if format not in (*FORMATS, "auto"):
             raise UserError(f"format = {format!r}: expected one of auto, {', '.join(FORMATS)}")
         self.tokenizer = tokenizer
         self.tools = list(tools)
+        self.eos_ids = tuple(eos_ids)
         self.format_name = format
         self.format = FORMATS["hermes" if format == "auto" else format](self.tools)
         try:
@@ -114,7 +119,7 @@ class Chat:
         """Makes this chat with other tools, for rows that bring their own. The proof is the
         template's and takes tens of milliseconds: only that all tools are shown is repeated."""
         if not self.tools or not tools:  # a template may be another one without tools
-            return Chat(self.tokenizer, self.format_name, tools, self.options)
+            return Chat(self.tokenizer, self.format_name, tools, self.options, self.eos_ids)
         other = copy(self)
         other.tools = list(tools)
         other.format = FORMATS[self.format_name](other.tools)
@@ -140,12 +145,14 @@ class Chat:
             return text, []
         return text, self.format.parse(self.facts.opening + text)
 
-    def observation(self, results: list[tuple[Call, str]], closed: bool) -> list[int]:
+    def observation(
+        self, results: list[tuple[Call, str]], closed: bool, prompt: Sequence[dict] = (QUESTION,)
+    ) -> list[int]:
         """Encodes what comes between a turn and the next (mask 0).
 
         results: in call order; a content is a string, or a list of content parts if the template
         takes them. closed: the turn ended in one of stop_ids. If not, the missing close comes
-        first, or an inline format goes on."""
+        first, or an inline format goes on. prompt: the messages before the first turn."""
         # 1. the results as messages, each with the name and the id of its call
         messages = []
         calls = with_ids([call for call, _ in results])
@@ -167,7 +174,7 @@ class Chat:
             messages = [{"role": "user", "content": text}]
 
         # 3. what the template writes around them
-        text = self._between(messages, closed)
+        text = self._between(messages, closed, prompt)
         return self.encode(text)
 
     def render(self, messages: list[dict]) -> tuple[list[int], list[int]]:
@@ -229,8 +236,8 @@ class Chat:
         if self.format.inline:
             messages = self.results_as_user(messages)
         at = next_turn(messages, 0)
-        prompt = self.text_of(messages[:at], generate=True, start=True)
-        pieces = [(prompt, 0)]
+        prompt = messages[:at]  # what the turns from here on answer
+        pieces = [(self.text_of(prompt, generate=True, start=True), 0)]
         goes_on = False  # in an open turn, behind an inline result
         while at < len(messages):
             end = next_turn(messages, at + 1)
@@ -249,8 +256,10 @@ class Chat:
             # speaks: then the close that nobody sampled comes first.
             is_last = end == len(messages)
             if between or not (is_last or goes_on):
-                pieces.append((self._between(between, closed=not goes_on), 0))
+                pieces.append((self._between(between, not goes_on, prompt), 0))
                 goes_on = False
+            if any(message["role"] == "user" for message in between):
+                prompt = messages[:end]
             at = end
         return pieces
 
@@ -287,9 +296,10 @@ class Chat:
                     f"back as {back.name}({read[:80]}); change the row, or take another format"
                 )
 
-    def _between(self, messages, closed) -> str:
+    def _between(self, messages, closed, prompt) -> str:
         """Writes the text from the end of a turn to the next, generation prompt included: what the
-        template writes behind a dummy turn, whose calls these messages answer."""
+        template writes behind a dummy turn, which answers the prompt, and whose calls these
+        messages answer."""
         calls = []
         for message in messages:
             if message["role"] == "tool":
@@ -297,7 +307,9 @@ class Chat:
                 id = message.get("tool_call_id", "")
                 calls.append(Call(name, {"x": SENTINEL}, id=id))
         turn = assistant_message("" if calls else SENTINEL, calls)
-        text = self.text_of([QUESTION, turn, *messages], generate=True)
+        system, others = split_system(prompt)
+        beginning = self.put_in_front(system, others or [QUESTION])
+        text = self.text_of([*beginning, turn, *messages], generate=True)
         sentinels = len(calls) or 1
         tail = text.split(SENTINEL, sentinels)[-1]
         close = self.facts.close
@@ -376,15 +388,17 @@ class Chat:
     def with_system_prompt(self, messages: list[dict]) -> list[dict]:
         """Puts the tools of an inline format into the system prompt, and that at the head of the
         first user message if the template has no system role."""
-        system = ""
-        others = messages
-        if messages and messages[0]["role"] == "system":
-            system = flat_text(messages[0]["content"])
-            others = messages[1:]
+        system, others = split_system(messages)
         if self.format.inline and self.tools:
             system = f"{system}\n\n{self.format.describe()}".lstrip("\n")
         if not system or not others:
             return messages
+        return self.put_in_front(system, others)
+
+    def put_in_front(self, system: str, others: list[dict]) -> list[dict]:
+        """Puts a system prompt, if there is one, in front of the other messages."""
+        if not system:
+            return others
         if self.facts.has_system:
             return [{"role": "system", "content": system}, *others]
         content = others[0]["content"]
@@ -501,6 +515,13 @@ def flat_text(content) -> str:
     if isinstance(content, list):
         return "".join(part.get("text", "") for part in content)
     return content or ""
+
+
+def split_system(messages: Sequence[dict]) -> tuple[str, list[dict]]:
+    """Takes a system prompt off the others -> its text, "" if there is none, and the others."""
+    if messages and messages[0]["role"] == "system":
+        return flat_text(messages[0]["content"]), list(messages[1:])
+    return "", list(messages)
 
 
 def next_turn(messages: list[dict], start: int) -> int:

@@ -55,7 +55,8 @@ class Player:
 
         # 2. the chat template, proved before any weights are loaded
         tokenizer = models.load_tokenizer(cfg.model)
-        chat = Chat(tokenizer, cfg.format, toolbox.schemas, cfg.template_options)
+        eos_ids = models.eos_ids(cfg.model)
+        chat = Chat(tokenizer, cfg.format, toolbox.schemas, cfg.template_options, eos_ids)
         check_prompt(chat, examples[0], cfg.max_tokens)
 
         # 3. the weights, unless an engine elsewhere has them
@@ -72,6 +73,7 @@ class Player:
                 lora_targets=cfg.lora_targets,
                 seed=cfg.seed,
             )
+            models.set_stop_ids(model, chat.stop_ids)
         settings = Settings.of(cfg)
         return cls(chat, None, toolbox, rewards, settings, None, model, examples, cfg)
 

@@ -226,7 +226,8 @@ async def play_turn(
 
     # 5. append what they said, unless no token could follow it
     was_closed = completion.finish == "stop"
-    observation = chat.observation(results, closed=was_closed)
+    prompt = trajectory.example["messages"]
+    observation = chat.observation(results, closed=was_closed, prompt=prompt)
     if len(trajectory.ids) + len(observation) >= settings.max_tokens:
         trajectory.stop = "length"
         return

@@ -12,12 +12,17 @@ import random
 
 import pytest
 import torch
+from conftest import CHATML, make_tokenizer
 
 import data
+import train_grpo
 import train_sft
 from chat import Chat
 from engines.scripted import ScriptedEngine
 from learning import model as models
+from learning.merge import Config as MergeConfig
+from learning.merge import merge
+from player import Player
 from rollout import Settings, rollouts
 from run import config
 from run import log as run_log
@@ -531,6 +536,68 @@ def test_the_last_step_is_always_measured(folder, demos, tmp_path, capsys):
     summary = said[said.index("---") :]
     for key in ("val_loss", "val_token_accuracy"):
         assert f"{key + ':':24} {last[key]:.4f}" in summary
+
+
+# What ends a turn of the trained model
+
+
+def eos_of(folder):
+    return json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_base_model_that_learnt_chatml_is_saved_with_what_ends_its_turns(demos, tune, tmp_path):
+    """A19: its own eos is <|endoftext|>; elsewhere it would never stop at <|im_end|>."""
+    plain = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+    special = ["<|im_start|>", "<|im_end|>"]
+    tokenizer = make_tokenizer(CHATML, special, plain, eos="<|endoftext|>")
+    model = tiny_model.tiny(tokenizer, seed=1, hidden_size=32, layers=2)
+    models.save(model, tokenizer, tmp_path / "base")
+    end, own = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert eos_of(tmp_path / "base") == own and models.eos_ids(str(tmp_path / "base")) == [own]
+
+    out = tmp_path / "out"
+    train_sft.train(settings(tmp_path / "base", demos[0], out, tune=tune))
+    assert eos_of(out) == models.eos_ids(str(out)) == [end, own]
+    model, _ = models.load(str(out), device="cpu")
+    if tune == "lora":
+        merge(MergeConfig(adapter=str(out), out_dir=str(tmp_path / "merged")))
+        assert eos_of(tmp_path / "merged") == [end, own]
+    else:
+        assert model.generation_config.eos_token_id == [end, own]
+
+
+def test_what_ends_a_turn_of_a_model_is_read_where_it_stands(folder, tokenizer, tmp_path):
+    """A19: in generation_config.json, or in config.json where there is none."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    name = str(tmp_path)
+    end, other = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [other, end]}))
+    assert models.eos_ids(name) == [other, end]
+    player = Player.of(train_grpo.Config(model=name, data="task:calc"), limit=1)
+    assert player.chat.stop_ids == (end, other)
+    assert player.model.generation_config.eos_token_id == [other, end]
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.7}')
+    assert models.eos_ids(name) == [tokenizer.eos_token_id]
+    (tmp_path / "generation_config.json").unlink()
+    assert models.eos_ids(name) == [tokenizer.eos_token_id]
+
+
+def test_recorded_rows_leave_what_ends_a_turn_as_it_is(folder, played, tokenizer, tmp_path):
+    """A19."""
+    run_log.write_rollouts(tmp_path / "r.jsonl", played[1:], tokenizer)
+    recorded = tmp_path / "r.jsonl"
+    train_sft.train(
+        train_sft.Config(
+            model=str(folder),
+            data=str(recorded),
+            out_dir=str(tmp_path / "out"),
+            batch_size=2,
+            warmup=0,
+        )
+    )
+    assert eos_of(tmp_path / "out") == eos_of(folder)
 
 
 # What is refused
