@@ -47,6 +47,7 @@ from formats.proof import (
     check_tools,
     find_facts,
     find_format,
+    find_opening,
 )
 from run.config import UserError
 
@@ -135,15 +136,23 @@ class Chat:
         """Encodes the messages before the first sampled turn, tool schemas, generation prompt."""
         return self.encode(self.text_of(messages, generate=True, start=True), first=True)
 
-    def parse(self, ids: list[int]) -> tuple[str, list[Call]]:
+    def opening_behind(self, ids: list[int]) -> str:
+        """Finds the thinking that is open at the end of a context: by its generation prompt, which
+        may depend on a flag in the row's own prompt, and not behind an inline result."""
+        tail = self.tokenizer.decode(ids[-8:], clean_up_tokenization_spaces=False)
+        return find_opening(tail)
+
+    def parse(self, ids: list[int], opening: str | None = None) -> tuple[str, list[Call]]:
         """Reads a sampled turn -> its text without the stop token, and its calls in order. A tool
-        response that the model wrote itself is text like any other."""
+        response that the model wrote itself is text like any other. opening: of its context; None:
+        as for most rows."""
         if ids and ids[-1] in self.stop_ids:
             ids = ids[:-1]
         text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         if not self.tools:
             return text, []
-        return text, self.format.parse(self.facts.opening + text)
+        opening = self.facts.opening if opening is None else opening
+        return text, self.format.parse(opening + text)
 
     def observation(
         self, results: list[tuple[Call, str]], closed: bool, prompt: Sequence[dict] = (QUESTION,)
@@ -188,13 +197,11 @@ class Chat:
             mask += [bit] * len(piece)
         return ids, mask
 
-    def message(self, text: str, calls: list[Call], goes_on: bool = False) -> dict:
+    def message(self, text: str, calls: list[Call], opening: str | None = None) -> dict:
         """Makes the message of a sampled turn, in OpenAI form. Its calls stay in the text if the
         format is inline, or if tool_calls would not say exactly the same (malformed calls, words
-        between them). goes_on: it goes on behind an inline result, where no generation prompt
-        was."""
-        if not goes_on:
-            text = self.facts.opening + text
+        between them). opening: as for `parse`."""
+        text = (self.facts.opening if opening is None else opening) + text
         is_malformed = any(call.error for call in calls)
         if not calls or self.format.inline or is_malformed:
             return assistant_message(text)
@@ -242,7 +249,7 @@ class Chat:
         while at < len(messages):
             end = next_turn(messages, at + 1)
             between = messages[at + 1 : end]
-            text = self._turn(messages[at], goes_on)
+            text = self._turn(messages[at], goes_on, opening=find_opening(pieces[-1][0]))
             # The turn: closed, or left open for a result that is written in it.
             goes_on = self.format.in_place and bool(between) and between[0]["role"] == "tool"
             if goes_on:
@@ -263,7 +270,7 @@ class Chat:
             at = end
         return pieces
 
-    def _turn(self, message, goes_on) -> str:
+    def _turn(self, message, goes_on, opening) -> str:
         """Writes what the model is to write for this message, without the stop token."""
         content, calls = read_message(message)
         written = self.format.write(content, calls)
@@ -273,14 +280,15 @@ class Chat:
             self._check_calls(calls, parsed)
             begins_with_call = bool(parsed) and written.lstrip().startswith(parsed[0].raw)
         text = self._guard(written, "assistant")
-        opening = self.facts.opening
         if goes_on:
-            return text.removeprefix(opening)
+            return text.removeprefix(self.facts.opening)
         if opening:
             for thinking in (opening, "<think>"):  # the generation prompt has it already
                 if text.startswith(thinking):
                     return text.removeprefix(thinking)
             return f"\n</think>\n\n{text}"
+        if self.facts.opening:
+            return text  # this row's prompt closed the thinking
         lead = self.facts.call_lead if begins_with_call else self.facts.lead
         return text if text.startswith(lead) else lead + text
 

@@ -52,7 +52,6 @@ class Trajectory:
     # what was said and done
     messages: list[dict] = field(default_factory=list)  # for rewards and people, never for ids
     calls: list[ToolCall] = field(default_factory=list)
-    goes_on: bool = False  # its next turn goes on behind a result, in the same message
     stop: str = ""  # "answered" "length" "max_turns" "max_tool_calls" "timeout" "error"
     answer: str | None = None  # what it gave to a tool that ends the episode (tools/finish.py)
     version: int = 0  # of the weights that sampled it

@@ -662,3 +662,47 @@ def test_a_flag_of_a_later_user_is_seen_from_there_on():
         pieces = chat.pieces([*talk, again, called, result, talk[-1]])
         ends = [text.endswith(CLOSED) for text, bit in pieces if not bit]
         assert ends == [False, False, is_closed, is_closed]
+
+
+@pytest.mark.parametrize("flag, opening", [("/no_think", ""), ("", "<think>\n")])
+def test_a_call_is_not_in_a_thought_that_the_prompt_has_closed(flag, opening):
+    """A18: with most rows the prompt opens a thought, with a flag it does not."""
+    chat = flagged_chat(NEMOTRON)
+    prompt = [{"role": "system", "content": flag}, USER]
+    context = chat.prompt(prompt)
+    assert chat.facts.opening == "<think>\n" and chat.opening_behind(context) == opening
+    thought = "Hm.\n</think>\n\n" if opening else ""
+    sampled = encode(chat, f"{thought}{CALL}<|im_end|>")
+    text, calls = chat.parse(sampled, chat.opening_behind(context))
+    assert [(call.name, call.arguments, call.error) for call in calls] == [
+        ("add", {"a": 2, "b": 3}, "")
+    ]
+    message = chat.message(text, calls, opening)
+    assert message["content"].strip() == (opening + thought).strip() and "tool_calls" in message
+    # and demonstrations are written as they would be sampled
+    pieces = chat.pieces([*prompt, message])
+    assert pieces == [(chat.tokenizer.decode(context), 0), (f"{thought}{CALL}<|im_end|>", 1)]
+
+
+def test_a_rollout_with_a_flag_in_its_prompt_runs_its_calls():
+    """A18: the whole loop."""
+
+    def add(a: int, b: int) -> str:
+        """Adds.
+
+        Args:
+            a: A number.
+            b: A number.
+        """
+        return str(a + b)
+
+    chat = flagged_chat(NEMOTRON)
+    turns = [encode(chat, f"{CALL}<|im_end|>"), encode(chat, "5<|im_end|>")]
+    for flag, is_closed in (("/no_think", True), ("", False)):
+        engine = ScriptedEngine(turns)
+        example = {"id": 0, "messages": [{"role": "system", "content": flag}, USER]}
+        played = rollouts([example], chat, engine, Toolbox([add]), Settings())
+        (trajectory,) = asyncio.run(played)
+        assert len(trajectory.calls) == is_closed  # else the call is in a thought that never ends
+        text = chat.tokenizer.decode(trajectory.ids)
+        assert text.count(CLOSED) == 2 * is_closed
