@@ -183,9 +183,10 @@ def show(trajectory: Trajectory, tokenizer, console=None) -> None:
         line.append(f" in {1000 * call.seconds:.0f} ms")
         console.print(line)
 
-    rewards = ", ".join(f"{name} {value}" for name, value in trajectory.rewards.items())
-    answer = trajectory.example.get("answer")
-    console.print(Text(f"reward   {trajectory.reward} ({rewards}); the answer is {answer!r}"))
+    if trajectory.rewards:  # a demonstration has none
+        rewards = ", ".join(f"{name} {value}" for name, value in trajectory.rewards.items())
+        answer = trajectory.example.get("answer")
+        console.print(Text(f"reward   {trajectory.reward} ({rewards}); the answer is {answer!r}"))
     line = Text(f"stop     {trajectory.stop}, {len(trajectory.turn_starts)} turns, ")
     line.append(f"{len(trajectory.ids)} tokens of which ")
     line.append(f"{trajectory.new_tokens} trained", style="green")

@@ -5,7 +5,6 @@ pytest tests/test_rewards.py
 
 import asyncio
 import math
-import re
 import threading
 import time
 from pathlib import Path
