@@ -253,7 +253,9 @@ def rewarded(rows, min_reward, name) -> list[dict]:
     return reached
 
 
-def check_calls(messages, shown) -> None:
+def check_calls(
+    messages, shown, remedy="name it in --tools=…, or give the row a `tools` column"
+) -> None:
     """Refuses a conversation that calls a tool which is not among those shown in its prompt. Where
     none is, the template is not proved for calls and results: then it may have neither."""
     called = [call.name for message in messages for call in calls_of(message)]
@@ -262,7 +264,6 @@ def check_calls(messages, shown) -> None:
         unknown.append("a tool")
     if unknown:
         there = ", ".join(shown) or "none"
-        remedy = "name it in --tools=…, or give the row a `tools` column"
         raise UserError(f"it calls {unknown[0]}, the tools of its prompt are {there}: {remedy}")
 
 

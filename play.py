@@ -36,7 +36,7 @@ import train_sft
 from chat import Chat
 from engines.scripted import ScriptedEngine
 from formats.messages import calls_of
-from player import Player, check_prompt, prepare_task, validation_examples
+from player import Player, check_prompts, prepare_task, validation_examples
 from rollout import Settings
 from run.config import UserError
 from tasks import tiny
@@ -77,7 +77,7 @@ def play_made_up(cfg: train_grpo.Config) -> Trajectory:
         conversation = example["messages"] + turns
         tokenizer, cfg = local_tokenizer(cfg, [conversation], toolbox.schemas, notes)
         chat = Chat(tokenizer, cfg.format, toolbox.schemas, cfg.template_options)
-        check_prompt(chat, example, cfg.max_tokens)
+        check_prompts(chat, examples, cfg.max_tokens)
 
         # 3. the oracle's words as a model would sample them
         engine = ScriptedEngine(sampled_turns(chat, example["messages"], turns), tokenizer)

@@ -16,6 +16,7 @@ from chat import Call, Chat
 from engines.scripted import ScriptedEngine
 from formats.messages import assistant_message
 from grading.answers import answer
+from player import check_prompts
 from rollout import Settings, rollouts
 from run.config import UserError
 from tools import Toolbox
@@ -706,3 +707,28 @@ def test_a_rollout_with_a_flag_in_its_prompt_runs_its_calls():
         assert len(trajectory.calls) == is_closed  # else the call is in a thought that never ends
         text = chat.tokenizer.decode(trajectory.ids)
         assert text.count(CLOSED) == 2 * is_closed
+
+
+def test_prompts_of_every_shape_are_rendered_before_the_run():
+    """A16: what a template does not take is said at the start, with the row."""
+    twice = "not loop.first and m.role == 'user' and loop.previtem.role == 'user'"
+    refuses = "{%- if " + twice + " -%}{{ raise_exception('alternate!') }}{%- endif -%}"
+    user = "{%- if m.role == 'user'"
+    chat = flagged_chat(CHATML.replace(user, refuses + user, 1))
+    called = assistant_message("", [ADD_CALL])
+    result = {"role": "tool", "name": "add", "content": "5"}
+    prompts = [[USER], [SYSTEM, USER], [USER, called, result, called, result], [USER] * 2]
+    examples = [{"id": n, "messages": prompt} for n, prompt in enumerate(prompts)]
+    check_prompts(chat, examples[:3], 512)
+    with pytest.raises(UserError, match="^row 4: the chat template of .* it raises 'alternate!'"):
+        check_prompts(chat, examples, 512)
+    other = assistant_message("", [Call("find", {})])
+    examples[3] = {"id": 3, "messages": [USER, other, result]}
+    says = "^row 4: it calls find, the tools of its prompt are add: name it in --tools=…$"
+    with pytest.raises(UserError, match=says):
+        check_prompts(chat, examples, 512)
+    without = Chat(chat.tokenizer, "hermes", [])
+    with pytest.raises(UserError, match="^row 3: it calls add, the tools of its prompt are none: "):
+        check_prompts(without, examples, 512)
+    with pytest.raises(UserError, match="^max_tokens = 5: the first prompt alone has "):
+        check_prompts(chat, examples, 5)
