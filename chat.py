@@ -8,9 +8,11 @@
 A trajectory is a concatenation: prompt, sampled turn, observation, sampled turn, ... Sampled ids
 are never decoded and encoded again. An observation is the *suffix* that the template writes after
 a closed assistant turn: the glue behind its stop token (Qwen's newline), the tool messages, the
-next generation prompt. To get it, a dummy conversation that ends in these tool messages is
-rendered, and what follows the dummy's turn is kept. That takes 0.1 ms, as long as encoding the
-text, so nothing is cached, and whatever a template does to a result (trim, quote) is simply done.
+next generation prompt. To get it, a conversation is rendered that begins with the row's own
+prompt, in which a template may look for a flag such as /no_think, goes on with a dummy's turn and
+ends in these tool messages; what follows the dummy's turn is kept. That takes 0.1 ms, as long as
+encoding the text, so nothing is cached, and whatever a template does to a result (trim, quote) is
+simply done.
 `render` makes the ids and the mask of SFT from the same pieces.
 
 Is that concatenation what the model was trained to read? `Chat(...)` proves it on a few dummy
@@ -45,6 +47,7 @@ from formats.proof import (
     check_tools,
     find_facts,
     find_format,
+    find_opening,
 )
 from run.config import UserError
 
@@ -64,7 +67,8 @@ class Chat:
     stop_ids: ids that close an assistant turn. stop_strings: text that ends a turn in an inline
     format; the ids stay as sampled even if the last token goes on behind it. differences:
     sentences on where the template itself would write a conversation in another way. options: of
-    the template, such as "enable_thinking=false" for Qwen3.
+    the template, such as "enable_thinking=false" for Qwen3. eos_ids: further ids that end a turn,
+    those of the model's generation_config.
     UserError: the template cannot be proved, or does not know an option."""
 
     def __init__(
@@ -73,11 +77,13 @@ class Chat:
         format: str = "hermes",
         tools: list[dict] = (),
         options: Sequence[str] = (),
+        eos_ids: Sequence[int] = (),
     ):
         if format not in (*FORMATS, "auto"):
             raise UserError(f"format = {format!r}: expected one of auto, {', '.join(FORMATS)}")
         self.tokenizer = tokenizer
         self.tools = list(tools)
+        self.eos_ids = tuple(eos_ids)
         self.format_name = format
         self.format = FORMATS["hermes" if format == "auto" else format](self.tools)
         try:
@@ -114,7 +120,7 @@ class Chat:
         """Makes this chat with other tools, for rows that bring their own. The proof is the
         template's and takes tens of milliseconds: only that all tools are shown is repeated."""
         if not self.tools or not tools:  # a template may be another one without tools
-            return Chat(self.tokenizer, self.format_name, tools, self.options)
+            return Chat(self.tokenizer, self.format_name, tools, self.options, self.eos_ids)
         other = copy(self)
         other.tools = list(tools)
         other.format = FORMATS[self.format_name](other.tools)
@@ -130,22 +136,32 @@ class Chat:
         """Encodes the messages before the first sampled turn, tool schemas, generation prompt."""
         return self.encode(self.text_of(messages, generate=True, start=True), first=True)
 
-    def parse(self, ids: list[int]) -> tuple[str, list[Call]]:
+    def opening_behind(self, ids: list[int]) -> str:
+        """Finds the thinking that is open at the end of a context: by its generation prompt, which
+        may depend on a flag in the row's own prompt, and not behind an inline result."""
+        tail = self.tokenizer.decode(ids[-8:], clean_up_tokenization_spaces=False)
+        return find_opening(tail)
+
+    def parse(self, ids: list[int], opening: str | None = None) -> tuple[str, list[Call]]:
         """Reads a sampled turn -> its text without the stop token, and its calls in order. A tool
-        response that the model wrote itself is text like any other."""
+        response that the model wrote itself is text like any other. opening: of its context; None:
+        as for most rows."""
         if ids and ids[-1] in self.stop_ids:
             ids = ids[:-1]
         text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         if not self.tools:
             return text, []
-        return text, self.format.parse(self.facts.opening + text)
+        opening = self.facts.opening if opening is None else opening
+        return text, self.format.parse(opening + text)
 
-    def observation(self, results: list[tuple[Call, str]], closed: bool) -> list[int]:
+    def observation(
+        self, results: list[tuple[Call, str]], closed: bool, prompt: Sequence[dict] = (QUESTION,)
+    ) -> list[int]:
         """Encodes what comes between a turn and the next (mask 0).
 
         results: in call order; a content is a string, or a list of content parts if the template
         takes them. closed: the turn ended in one of stop_ids. If not, the missing close comes
-        first, or an inline format goes on."""
+        first, or an inline format goes on. prompt: the messages before the first turn."""
         # 1. the results as messages, each with the name and the id of its call
         messages = []
         calls = with_ids([call for call, _ in results])
@@ -167,7 +183,7 @@ class Chat:
             messages = [{"role": "user", "content": text}]
 
         # 3. what the template writes around them
-        text = self._between(messages, closed)
+        text = self._between(messages, closed, prompt)
         return self.encode(text)
 
     def render(self, messages: list[dict]) -> tuple[list[int], list[int]]:
@@ -181,13 +197,11 @@ class Chat:
             mask += [bit] * len(piece)
         return ids, mask
 
-    def message(self, text: str, calls: list[Call], goes_on: bool = False) -> dict:
+    def message(self, text: str, calls: list[Call], opening: str | None = None) -> dict:
         """Makes the message of a sampled turn, in OpenAI form. Its calls stay in the text if the
         format is inline, or if tool_calls would not say exactly the same (malformed calls, words
-        between them). goes_on: it goes on behind an inline result, where no generation prompt
-        was."""
-        if not goes_on:
-            text = self.facts.opening + text
+        between them). opening: as for `parse`."""
+        text = (self.facts.opening if opening is None else opening) + text
         is_malformed = any(call.error for call in calls)
         if not calls or self.format.inline or is_malformed:
             return assistant_message(text)
@@ -229,13 +243,13 @@ class Chat:
         if self.format.inline:
             messages = self.results_as_user(messages)
         at = next_turn(messages, 0)
-        prompt = self.text_of(messages[:at], generate=True, start=True)
-        pieces = [(prompt, 0)]
+        prompt = messages[:at]  # what the turns from here on answer
+        pieces = [(self.text_of(prompt, generate=True, start=True), 0)]
         goes_on = False  # in an open turn, behind an inline result
         while at < len(messages):
             end = next_turn(messages, at + 1)
             between = messages[at + 1 : end]
-            text = self._turn(messages[at], goes_on)
+            text = self._turn(messages[at], goes_on, opening=find_opening(pieces[-1][0]))
             # The turn: closed, or left open for a result that is written in it.
             goes_on = self.format.in_place and bool(between) and between[0]["role"] == "tool"
             if goes_on:
@@ -249,12 +263,14 @@ class Chat:
             # speaks: then the close that nobody sampled comes first.
             is_last = end == len(messages)
             if between or not (is_last or goes_on):
-                pieces.append((self._between(between, closed=not goes_on), 0))
+                pieces.append((self._between(between, not goes_on, prompt), 0))
                 goes_on = False
+            if any(message["role"] == "user" for message in between):
+                prompt = messages[:end]
             at = end
         return pieces
 
-    def _turn(self, message, goes_on) -> str:
+    def _turn(self, message, goes_on, opening) -> str:
         """Writes what the model is to write for this message, without the stop token."""
         content, calls = read_message(message)
         written = self.format.write(content, calls)
@@ -264,14 +280,15 @@ class Chat:
             self._check_calls(calls, parsed)
             begins_with_call = bool(parsed) and written.lstrip().startswith(parsed[0].raw)
         text = self._guard(written, "assistant")
-        opening = self.facts.opening
         if goes_on:
-            return text.removeprefix(opening)
+            return text.removeprefix(self.facts.opening)
         if opening:
             for thinking in (opening, "<think>"):  # the generation prompt has it already
                 if text.startswith(thinking):
                     return text.removeprefix(thinking)
             return f"\n</think>\n\n{text}"
+        if self.facts.opening:
+            return text  # this row's prompt closed the thinking
         lead = self.facts.call_lead if begins_with_call else self.facts.lead
         return text if text.startswith(lead) else lead + text
 
@@ -287,9 +304,10 @@ class Chat:
                     f"back as {back.name}({read[:80]}); change the row, or take another format"
                 )
 
-    def _between(self, messages, closed) -> str:
+    def _between(self, messages, closed, prompt) -> str:
         """Writes the text from the end of a turn to the next, generation prompt included: what the
-        template writes behind a dummy turn, whose calls these messages answer."""
+        template writes behind a dummy turn, which answers the prompt, and whose calls these
+        messages answer."""
         calls = []
         for message in messages:
             if message["role"] == "tool":
@@ -297,7 +315,9 @@ class Chat:
                 id = message.get("tool_call_id", "")
                 calls.append(Call(name, {"x": SENTINEL}, id=id))
         turn = assistant_message("" if calls else SENTINEL, calls)
-        text = self.text_of([QUESTION, turn, *messages], generate=True)
+        system, others = split_system(prompt)
+        beginning = self.put_in_front(system, others or [QUESTION])
+        text = self.text_of([*beginning, turn, *messages], generate=True)
         sentinels = len(calls) or 1
         tail = text.split(SENTINEL, sentinels)[-1]
         close = self.facts.close
@@ -376,15 +396,17 @@ class Chat:
     def with_system_prompt(self, messages: list[dict]) -> list[dict]:
         """Puts the tools of an inline format into the system prompt, and that at the head of the
         first user message if the template has no system role."""
-        system = ""
-        others = messages
-        if messages and messages[0]["role"] == "system":
-            system = flat_text(messages[0]["content"])
-            others = messages[1:]
+        system, others = split_system(messages)
         if self.format.inline and self.tools:
             system = f"{system}\n\n{self.format.describe()}".lstrip("\n")
         if not system or not others:
             return messages
+        return self.put_in_front(system, others)
+
+    def put_in_front(self, system: str, others: list[dict]) -> list[dict]:
+        """Puts a system prompt, if there is one, in front of the other messages."""
+        if not system:
+            return others
         if self.facts.has_system:
             return [{"role": "system", "content": system}, *others]
         content = others[0]["content"]
@@ -501,6 +523,13 @@ def flat_text(content) -> str:
     if isinstance(content, list):
         return "".join(part.get("text", "") for part in content)
     return content or ""
+
+
+def split_system(messages: Sequence[dict]) -> tuple[str, list[dict]]:
+    """Takes a system prompt off the others -> its text, "" if there is none, and the others."""
+    if messages and messages[0]["role"] == "system":
+        return flat_text(messages[0]["content"]), list(messages[1:])
+    return "", list(messages)
 
 
 def next_turn(messages: list[dict], start: int) -> int:

@@ -30,9 +30,14 @@ from grading.queries import sql_match
 from run import plugins
 from run.config import UserError, near
 from run.deadline import Exited, in_thread, in_time
-from trajectory import MALFORMED
+from trajectory import MALFORMED, ToolCall, Trajectory
 
 OPTIONS = "reward_options"  # the config key, for messages
+# The fields of a trajectory that a reward may read, in the order of docs/rewards.md.
+READABLE = (
+    "messages", "stop", "answer", "calls", "new_tokens", "turn_starts", "ids", "mask", "logprobs",
+    "group", "sample", "seconds", "version", "example",
+)  # fmt: skip
 
 # ---- outcome
 
@@ -438,8 +443,27 @@ def _end_run(name, error, example):
     at = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     raise UserError(
         f"reward {name} failed on row {example['id'] + 1}: {type(error).__name__}: {error}{at}: "
-        "let it return None where there is no reward"
+        f"{_remedy(error, example)}"
     ) from error
+
+
+def _remedy(error, example):
+    """What to do about an error of a reward: where it read what is not there, what is there."""
+    if isinstance(error, AttributeError):
+        wanted = error.obj
+        if isinstance(wanted, dict) and "role" in wanted:
+            return f"a message is a dict, write message[{error.name!r}]; it has {', '.join(wanted)}"
+        if isinstance(wanted, dict) and wanted.keys() >= {"id", "messages"}:
+            return f"the row is a dict, write example[{error.name!r}]; it has {', '.join(wanted)}"
+        if isinstance(wanted, Trajectory):
+            return f"a trajectory has {', '.join(READABLE)}: see docs/rewards.md"
+        if isinstance(wanted, ToolCall):
+            names = [field.name for field in fields(ToolCall)]
+            return f"a call has {', '.join(names)}: see docs/rewards.md"
+    remedy = "let it return None where there is no reward"
+    if isinstance(error, KeyError):
+        return f"{remedy}; the row has {', '.join(example)}"
+    return remedy
 
 
 def _numbers(name, value, trajectory):

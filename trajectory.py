@@ -52,7 +52,6 @@ class Trajectory:
     # what was said and done
     messages: list[dict] = field(default_factory=list)  # for rewards and people, never for ids
     calls: list[ToolCall] = field(default_factory=list)
-    goes_on: bool = False  # its next turn goes on behind a result, in the same message
     stop: str = ""  # "answered" "length" "max_turns" "max_tool_calls" "timeout" "error"
     answer: str | None = None  # what it gave to a tool that ends the episode (tools/finish.py)
     version: int = 0  # of the weights that sampled it
@@ -184,9 +183,10 @@ def show(trajectory: Trajectory, tokenizer, console=None) -> None:
         line.append(f" in {1000 * call.seconds:.0f} ms")
         console.print(line)
 
-    rewards = ", ".join(f"{name} {value}" for name, value in trajectory.rewards.items())
-    answer = trajectory.example.get("answer")
-    console.print(Text(f"reward   {trajectory.reward} ({rewards}); the answer is {answer!r}"))
+    if trajectory.rewards:  # a demonstration has none
+        rewards = ", ".join(f"{name} {value}" for name, value in trajectory.rewards.items())
+        answer = trajectory.example.get("answer")
+        console.print(Text(f"reward   {trajectory.reward} ({rewards}); the answer is {answer!r}"))
     line = Text(f"stop     {trajectory.stop}, {len(trajectory.turn_starts)} turns, ")
     line.append(f"{len(trajectory.ids)} tokens of which ")
     line.append(f"{trajectory.new_tokens} trained", style="green")

@@ -114,8 +114,11 @@ def find_close(chat, after: str) -> str:
 
 
 def find_stop_tokens(chat, close: str) -> tuple[str, ...]:
-    """Lists what a model may end its turn with: the template's own token, the eos token."""
+    """Lists what a model may end its turn with: the template's own token, the eos token, and those
+    of its generation_config, of which Qwen has two."""
     candidates = [chat.tokenizer.eos_token or ""]
+    names = {id: token.content for id, token in chat.tokenizer.added_tokens_decoder.items()}
+    candidates += [names.get(id, "") for id in chat.eos_ids]
     if chat.format_name in ("llama3", "auto"):
         candidates.append("<|eom_id|>")  # Llama ends a call with it, where it has python
     stops = [close]
