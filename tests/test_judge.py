@@ -132,6 +132,45 @@ def test_the_last_score_of_the_reply_counts(api, reply, is_worth):
     assert len(api.asked) == (3 if is_worth is None else 1)
 
 
+@pytest.mark.parametrize(
+    "reply, scale, is_worth",
+    [
+        ("**Score: 0** (max score: 1)", 1, 0.0),
+        ("Score: 3 (maximum possible score: 10)", 10, 0.3),
+        ('{"score": 0, "max score": 1}', 1, 0.0),
+        ("Best score = 10.\nScore: 4\n(highest score: 10)", 10, 0.4),
+        ("Score: 7,5", 10, 0.75),
+        ("Score: 0,5", 1, 0.5),
+        ("Score: .5", 1, 0.5),
+        ("Score (0-10): 7", 10, 0.7),
+        ("**Score:**\n0.5\n- 2 steps were right", 1, 0.5),
+        ("Score: 1 - the reply is right.", 1, 1.0),
+        ("Score: 7 out of 10", 10, 0.7),
+        ("Score: 80%", 100, 0.8),
+        # what can be read in two ways, or is of another scale, is none
+        ("Score: 0-1", 1, None),
+        ("Score: 0 \u2013 1", 1, None),
+        ("Score: 0 to 1", 1, None),
+        ("Score: [0, 1]", 1, None),
+        ("Score: 1 or 2", 10, None),
+        ("Score: 1/10", 1, None),
+        ("Score: 1 out of 10", 1, None),
+        ("Score: 1 point out of 10", 1, None),
+        ("Score: 1%", 1, None),
+        ("Score: 1e-1", 1, None),
+        ("Score: 1,000", 1, None),
+        ("Score: 1.0.1", 10, None),
+        ("Score: 1\nScore: high", 1, None),
+        ("Score: 0 (wrong), score: 1 (right)", 1, None),
+        ("score" + " " * 100_000 + ":" + "score: " * 10_000, 1, None),
+    ],
+)
+def test_a_score_that_can_be_read_in_two_ways_is_none(api, reply, scale, is_worth):
+    """A10: only what is one number of the scale is a score; silence is better than a wrong one."""
+    api.replies = [reply]
+    assert judged(api, played("5"), scale=str(scale)) == [is_worth]
+
+
 def test_a_reply_without_a_score_is_asked_for_again_and_otherwise(api):
     api.replies = ["Hm.", (200, {"error": "?"}), "Score: 0.5"]
     assert judged(api, played("5")) == [0.5]
