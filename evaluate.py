@@ -31,7 +31,7 @@ import data
 import rewards as reward_functions
 import train_grpo
 from engines.base import Sampling
-from engines.chat_api import Endpoint
+from engines.chat_api import Endpoint, sendable_call
 from formats import Call, too_deep
 from player import Player, prepare_task
 from rollout import Settings, run_calls, seed_of, stop_before_calls
@@ -332,18 +332,21 @@ async def play_api_turn(
     sampling = Sampling(settings.temperature, settings.max_new_tokens, seed_of(*where))
     is_final = settings.final_turn and turn == settings.max_turns
     reply = await endpoint.ask(trajectory.messages, sampling, with_tools=not is_final)
-    if reply is None:  # the conversation is longer than its context
-        trajectory.stop = "length"
+    if isinstance(reply, str):  # why there is none
+        trajectory.stop = reply
         return
     trajectory.turn_starts.append(0)  # of ids that nobody here sees
     trajectory.unseen_tokens += reply.new_tokens
 
     # 2. which calls did it make, and are they to be run?
-    message = {"role": "assistant", "content": reply.text}
-    if reply.tool_calls:
-        message["tool_calls"] = reply.tool_calls
-    trajectory.messages.append(message)
     calls = [read_api_call(tool_call["function"]) for tool_call in reply.tool_calls]
+    message = {"role": "assistant", "content": reply.text} | reply.thoughts
+    if calls:
+        message["tool_calls"] = [
+            sendable_call(tool_call, is_readable=call.arguments is not None)
+            for tool_call, call in zip(reply.tool_calls, calls, strict=True)
+        ]
+    trajectory.messages.append(message)
     trajectory.stop = stop_before_calls(trajectory, calls, reply.was_cut, toolbox, settings)
     if trajectory.stop:
         return
@@ -352,28 +355,36 @@ async def play_api_turn(
     results = await run_calls(trajectory, calls, session, toolbox, settings, tokenizer=None)
     if trajectory.stop:
         return
-    for tool_call, (call, result) in zip(reply.tool_calls, results, strict=True):
-        told = {"role": "tool", "tool_call_id": tool_call.get("id", ""), "name": call.name}
+    for tool_call, (_, result) in zip(message["tool_calls"], results, strict=True):
+        told = {"role": "tool", "tool_call_id": tool_call["id"]}
+        told["name"] = tool_call["function"]["name"]
         trajectory.messages.append(told | {"content": result})
     if reply.all_tokens >= settings.max_tokens:
         trajectory.stop = "length"
 
 
 def read_api_call(function: dict) -> Call:
-    """Reads a native tool call; what is wrong with it is for the model to be told, not for the
-    user."""
+    """Reads the function of a Reply's tool call; what is wrong with it is for the model to be told,
+    not for the user."""
     name = function["name"]
-    text = function.get("arguments") or "{}"
+    text = function["arguments"]
+    if not name:
+        return Call("", None, "bad_json", "malformed call: it names no function", text)
     try:
-        arguments = json.loads(text) if isinstance(text, str) else text
+        arguments = json.loads(text, parse_constant=refuse_constant)
         if not isinstance(arguments, dict):
-            raise ValueError(f"an object is expected, not {str(text)[:40]}")
+            raise ValueError(f"an object is expected, not {text[:40]}")
         if too_deep(arguments):
             raise ValueError("it is too deep")
     except (ValueError, RecursionError) as error:
         message = f"malformed call of {name}: its arguments are not JSON ({error})"
-        return Call(name, None, "bad_json", message, str(text))
-    return Call(name, arguments, raw=str(text))
+        return Call(name, None, "bad_json", message, text)
+    return Call(name, arguments, raw=text)
+
+
+def refuse_constant(name: str) -> None:
+    """ValueError for NaN and Infinity, which only python takes for JSON."""
+    raise ValueError(f"{name} is no number of JSON")
 
 
 # ---- the evaluation
@@ -400,6 +411,8 @@ def evaluate(cfg: train_grpo.Config, given: Config) -> dict:
     if origin:
         numbers["rows"] = origin
     numbers |= summarize(trajectories, player.outcome, given.k, given.pass_at)
+    if given.endpoint:
+        numbers |= player.engine.report()
     try:
         save_whole(folder / "eval.json", json.dumps(numbers, indent=2) + "\n")
     except OSError as error:

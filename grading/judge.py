@@ -65,7 +65,7 @@ RETRY_TEMPERATURE = 0.7  # the same question to a greedy judge has one answer
 class judge:
     """0 to 1: the score that the judge gives to the last message of the model, without its
     thoughts, or to what it gave to a tool that ends the episode. 0.0 for an empty one. None, which
-    is not learnt from, if the judge gives no score or the text is too long for it."""
+    is not learnt from, if the judge gives no score, or refuses this text and answers others."""
 
     def __init__(
         self,
@@ -104,18 +104,21 @@ class judge:
             return 0.0
         messages = [{"role": "user", "content": self._prompt_for(example, reply)}]
         for attempt in range(self.attempts):
+            question = {
+                "temperature": RETRY_TEMPERATURE if attempt else 0.0,
+                "max_new_tokens": self.max_new_tokens,
+                "seed": attempt,
+            }
             try:
-                verdict = await self.api.ask(
-                    messages,
-                    RETRY_TEMPERATURE if attempt else 0.0,
-                    self.max_new_tokens,
-                    seed=attempt,
-                )
+                verdict = await self.api.ask(messages, **question)
             except HttpError as error:
-                if error.kind == "too_long":
-                    return None
-                refusal = self.api.refusal(error, "judge.key_env")
-                raise UserError(f"reward judge: {refusal}") from None
+                is_long = error.kind == "too_long"
+                if not is_long and not await self.api.answers_others(error, **question):
+                    refusal = self.api.refusal(error, "judge.key_env")
+                    raise UserError(f"reward judge: {refusal}") from None
+                self.without_score += 1
+                self._stop_if_hopeless(error.detail)
+                return None
             # one that was cut may be a thought that the prompt opened, and its "Score: 1" the begin
             # of "Score: 10"
             score = None if verdict.was_cut else self._score(verdict.text)

@@ -213,6 +213,49 @@ def test_a_busy_judge_is_asked_again_and_one_that_refuses_stops_the_run(api):
     assert judged(api, played("5")) == [None]
 
 
+@pytest.mark.parametrize(
+    "odd, is_worth",
+    [
+        ({"message": {"content": [{"type": "text", "text": "Score: 1"}]}}, 1.0),
+        ({"message": {"content": [{"type": "thinking", "thinking": "Score: 0"}, "Score: 1"]}}, 1.0),
+        ({"message": {"content": 1}}, None),
+        ({"message": {"content": None}}, None),
+        ({"message": {"content": "\ud800 Score: 1"}}, 1.0),
+        ({"message": {"content": ""}, "finish_reason": "content_filter"}, None),
+        ((400, {"error": {"code": "content_filter"}}), None),
+        ((422, {"error": "I do not like this text"}), None),
+        ((400, {"error": "prompt is too long: 9 tokens > 8 maximum"}), None),
+    ],
+)
+def test_what_the_judge_does_not_grade_is_none_and_no_end_of_the_run(api, odd, is_worth):
+    """B2: whatever the API makes of one text, the next one is judged."""
+    answer = odd if isinstance(odd, tuple) else (200, {"choices": [odd]})
+
+    def reply(body):
+        return answer if "strange" in json.dumps(body) else "Score: 1"
+
+    api.replies = [reply]
+    assert judged(api, played("5"), played("strange"), played("5")) == [1.0, is_worth, 1.0]
+
+
+@pytest.mark.parametrize("name", ["temperature", "seed"])
+def test_a_judge_that_takes_no_temperature_or_seed_is_asked_without(api, name):
+    """B2."""
+    api.replies = [
+        lambda body: (400, {"error": f"Unsupported: {name}"}) if name in body else "Score: 1"
+    ]
+    assert judged(api, played("5"), played("6")) == [1.0, 1.0]
+    assert name not in api.asked[-1]
+
+
+def test_a_judge_that_refuses_every_text_stops_the_run(api):
+    """Pitfall 42, B2: None for one is well, None for all would teach nothing, in silence."""
+    filtered = (400, {"error": {"code": "content_filter"}})
+    api.replies = [filtered]
+    with pytest.raises(UserError, match="replied 20 times without a score.*content_filter"):
+        judged(api, *[played("5")] * 25)
+
+
 def test_only_so_many_are_asked_at_once_and_each_has_its_own_deadline(api):
     def slow(_):
         time.sleep(1.2)
