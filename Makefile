@@ -17,7 +17,7 @@ demo: .venv/installed
 test: .venv/installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(RUN) -m pytest -q -m "not vllm"
+	$(RUN) -m pytest -q -m "not vllm" -n 2 --dist loadfile
 
 test-vllm: .venv/installed-vllm
 	$(RUN) -m pytest -q -m vllm

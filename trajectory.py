@@ -213,7 +213,12 @@ def stats(trajectories: list[Trajectory], outcome: str) -> dict:
     late = sum(len(t.reward_timeouts) for t in trajectories)
     if late:
         metrics["reward_timeouts"] = late
-    metrics["equal_groups"] = equal_groups(trajectories)
+    rewards_of_group: dict[int, set] = {t.group: set() for t in trajectories}
+    for t in trajectories:
+        if t.reward is not None:
+            rewards_of_group[t.group].add(t.reward)
+    # the share of groups from which nothing can be learnt
+    metrics["equal_groups"] = mean([len(values) < 2 for values in rewards_of_group.values()])
 
     # calls
     calls = [call for t in trajectories for call in t.calls]
@@ -237,16 +242,6 @@ def stats(trajectories: list[Trajectory], outcome: str) -> dict:
     for stop, number in sorted(stops.items()):
         metrics[f"stop_{stop}"] = number / count
     return metrics
-
-
-def equal_groups(trajectories: list[Trajectory]) -> float:
-    """The share of groups whose rewards are all equal, from which nothing can be learnt."""
-    rewards_of: dict[int, set] = {}
-    for t in trajectories:
-        seen = rewards_of.setdefault(t.group, set())
-        if t.reward is not None:
-            seen.add(t.reward)
-    return mean([len(seen) < 2 for seen in rewards_of.values()])
 
 
 def stats_by_tool(calls: list[ToolCall]) -> dict:

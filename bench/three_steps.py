@@ -5,9 +5,10 @@ configs, as metrics and as the sha256 of the weights, recorded before and compar
     python bench/three_steps.py --compare=evidence/house/three_steps.json
 
 Each case runs a checkout's own scripts as a user would, so the two sides need share no python
-names. Equal means: every metric but times, and every byte of what was saved as the model. That
-holds on one machine with one set of packages; elsewhere, record anew. One thread is used: with two,
-on a busy machine, the same code does not always add up in the same order.
+names. Equal means: every metric but times and what INTENDED allows, and every byte of the model.
+That holds on one machine with one set of packages; elsewhere, record anew. One thread is used: two
+add up in another order than one, and of older commits the weights then differed from run to run on
+a busy machine (dev/log.md, "Two threads").
 """
 
 import argparse
@@ -39,6 +40,10 @@ CASES = {
 }
 # of the clock or of the memory, and so never the same twice
 NOT_COMPARED = ("seconds", "tools_leaked", "gpu_gib")
+# Intended changes since the recording, and by how much at most: a new recording can empty this.
+INTENDED = {
+    "mismatch_kl": 1e-8,  # computed in double now, by expm1: it was noise here, and sometimes < 0
+}
 
 
 def run(checkout: Path, script: str, arguments: list[str]) -> None:
@@ -65,15 +70,28 @@ def outcome(out_dir: Path) -> dict:
     return {"metrics": metrics, "weights": weights}
 
 
-def print_differences(name: str, before: dict, after: dict) -> None:
-    """Prints which metrics and files are not the same."""
+def is_same(key: str, old, new) -> bool:
+    """Says whether two values of a metric are equal, or differ as intended."""
+    if key in INTENDED and old is not None and new is not None:
+        return abs(old - new) <= INTENDED[key]
+    return old == new
+
+
+def differences(before: dict, after: dict) -> list[str]:
+    """Says which metrics and files of two outcomes are not the same; nothing where all are."""
+    lines = []
+    if before["weights"].keys() != after["weights"].keys():
+        lines.append(f"files were {list(before['weights'])}, are {list(after['weights'])}")
     for file, digest in after["weights"].items():
         if before["weights"].get(file) != digest:
-            print(f"{name}: {file} has other bytes")
-    for old, new in zip(before["metrics"], after["metrics"], strict=True):
+            lines.append(f"{file} has other bytes")
+    if len(before["metrics"]) != len(after["metrics"]):
+        lines.append(f"{len(before['metrics'])} steps were, {len(after['metrics'])} are")
+    for old, new in zip(before["metrics"], after["metrics"], strict=False):
         for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                print(f"{name}, step {old['step']}: {key} was {old.get(key)}, is {new.get(key)}")
+            if not is_same(key, old.get(key), new.get(key)):
+                lines.append(f"step {old['step']}: {key} was {old.get(key)}, is {new.get(key)}")
+    return lines
 
 
 def warm_start(checkout: Path, folder: Path, name: str) -> Path:
@@ -110,11 +128,11 @@ def main() -> None:
         before = json.loads(Path(arguments.compare).read_text())
         all_equal = True
         for name in CASES:
-            equal = outcomes[name] == before[name]
-            all_equal = all_equal and equal
-            print(f"{name + ':':12} {'equal' if equal else 'DIFFERS'}")
-            if not equal:
-                print_differences(name, before[name], outcomes[name])
+            lines = differences(before[name], outcomes[name])
+            print(f"{name + ':':12} {'DIFFERS' if lines else 'equal'}")
+            for line in lines:
+                all_equal = False
+                print(f"  {line}")
         sys.exit(0 if all_equal else 1)
 
 

@@ -77,9 +77,9 @@ def with_ids(calls: list[Call]) -> list[Call]:
     Mistral's templates want 9 letters or digits."""
     written = []
     for place, call in enumerate(calls):
-        is_good = GOOD_ID.fullmatch(call.id)
-        id = call.id if is_good else f"call{place:05d}"
-        written.append(replace(call, id=id))
+        if not GOOD_ID.fullmatch(call.id):
+            call = replace(call, id=f"call{place:05d}")
+        written.append(call)
     return written
 
 

@@ -7,6 +7,36 @@ import pytest
 # Tiny tensors: a second thread gains nothing, and on a busy machine waiting costs 100 times.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# What `pytest -m quick` runs: pure and fast, for whoever edits the loop, the mask, the loss, a
+# format, a reward or a key. No process, no network, no training run.
+QUICK = {
+    "test_chat.py",
+    "test_config.py",
+    "test_deadline.py",
+    "test_formats.py",
+    "test_house.py",
+    "test_logprobs.py",
+    "test_loss.py",
+    "test_messages.py",
+    "test_rewards.py",
+    "test_rollout.py",
+    "test_schema.py",
+}
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leaves the other files alone for `-m quick`: what they import takes longer than its tests."""
+    if config.option.markexpr == "quick" and collection_path.suffix == ".py":
+        return collection_path.name not in QUICK
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in QUICK:
+            item.add_marker("quick")
+
+
 # A ChatML template in the manner of Qwen2.5: schemas in the system prompt, calls in <tool_call>,
 # consecutive results in one user turn, a line break after every <|im_end|>.
 CHATML = """\

@@ -170,7 +170,7 @@ MEMORY = {
     "compressed bomb": Program(
         "import zlib\nd = zlib.compressobj(1)\n"
         "b = b''.join(d.compress(bytes(10**7)) for _ in range(60))"
-        " + d.flush()\nlen(zlib.decompress(b))", "exception", "MemoryError", 25,
+        " + d.flush()\nlen(zlib.decompress(b))", "exception", "MemoryError",
         layers=("limit_memory",),
     ),
     "raises its limits": Program(
@@ -582,6 +582,8 @@ async def calls(tool, codes, deadline):
     for code in codes:
         text, error, _ = await session.call(tool, {word: code})
         results.append((text, error))
+        if error == "timeout":
+            box.timeout = PATIENCE  # the one that hangs has been stopped: those after it end
     await session.close()
     assert not box.leaked and not box.errors["close"]
     return results

@@ -258,12 +258,12 @@ def test_a_judge_that_refuses_every_text_stops_the_run(api):
 
 def test_only_so_many_are_asked_at_once_and_each_has_its_own_deadline(api):
     def slow(_):
-        time.sleep(1.2)
+        time.sleep(0.4)
         return "Score: 1"
 
     api.replies = [slow]
-    # three rounds take longer than the deadline of a call, which begins with the call
-    assert judged(api, *[played("5")] * 9, concurrency="3", timeout="3") == [1.0] * 9
+    # eight rounds take longer than the deadline of a call, which begins with the call
+    assert judged(api, *[played("5")] * 24, concurrency="3", timeout="3") == [1.0] * 24
     assert api.most <= 3
     late = [played("5"), played("5")]
     assert judged(api, *late, timeout="0.05") == [None, None]

@@ -26,6 +26,7 @@ pytest.importorskip("mcp", reason='no MCP here: pip install -e ".[mcp]"')
 
 from mcp import types
 from PIL import Image
+from ports import free_port
 from until import until
 
 from run.config import UserError
@@ -172,17 +173,17 @@ def served(transport, port):
         process.wait()
 
 
+async def have_been_sent(session):
+    """Waits until the server has the calls before this one: it answers what came after them."""
+    for _ in range(3):
+        assert (await session.call("echo", {"message": "x"}))[:2] == ("Echo: x", None)
+
+
 def listens(port):
     with contextlib.suppress(OSError):
         socket.create_connection(("127.0.0.1", port)).close()
         return True
     return False
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 @pytest.mark.parametrize("transport", ["streamableHttp", "sse"])
@@ -208,7 +209,7 @@ def test_a_server_over_http_is_called_lost_and_found_again(toolbox, transport):
             long = {"duration": 20, "steps": 2}
             calls = [session.call("trigger-long-running-operation", long) for _ in range(3)]
             calls = [asyncio.ensure_future(call) for call in calls]
-            await asyncio.sleep(0.3)
+            await have_been_sent(session)
             process.kill()
             for text, error, _ in await asyncio.gather(*calls):
                 assert error == "server" and "'remote' ended during the call" in text
@@ -233,7 +234,7 @@ def test_a_killed_server_is_an_observation_and_is_started_again(toolbox, caplog)
             long = {"duration": 20, "steps": 2}
             calls = [session.call("trigger-long-running-operation", long) for _ in range(3)]
             calls = [asyncio.ensure_future(call) for call in calls]
-            await asyncio.sleep(0.3)
+            await have_been_sent(session)
             for pid in children() - before:
                 os.kill(pid, signal.SIGKILL)
             for text, error, _ in await asyncio.gather(*calls):

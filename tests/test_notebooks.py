@@ -1,8 +1,11 @@
 """Both notebooks run, their outputs are stored, and what 02 computes by hand is what learn() does.
 
-pytest tests/test_notebooks.py        # about half a minute
+pytest tests/test_notebooks.py
 """
 
+import asyncio
+import contextlib
+import io
 from pathlib import Path
 
 import pytest
@@ -47,11 +50,6 @@ def test_one_rollout_runs():
     assert "mask 1" in text and "answered, 2 turns" in text
 
 
-def test_grpo_by_hand_runs():
-    text = printed(executed(BY_HAND))
-    assert "p(<tool_call>) after" in text and "nan" not in text.split("p(<tool_call>)")[0]
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_outputs_are_stored_and_small(path):
     notebook = read(path)
@@ -94,19 +92,31 @@ def gradient_of_learn(model, trajectories):
     """What train_grpo.learn() hands to its optimizer, unclipped."""
     recorder = Recorder(model)
     cfg = train_grpo.Config(max_grad_norm=1e9)
-    train_grpo.learn(model, [recorder], trajectories, cfg.learning_rate, cfg)
+    settings = train_grpo.LearnSettings.of(cfg)
+    train_grpo.learn(model, [recorder], trajectories, cfg.learning_rate, settings)
     return recorder.gradient
 
 
 @pytest.fixture(scope="module")
 def by_hand():
-    """The names of notebook 02 after all its cells were run, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        names = {}
+    """The names of notebook 02 after all its cells were run here, and `printed`, what they print.
+    An event loop is running, as it is in a kernel."""
+    names = {}
+    output = io.StringIO()
+
+    async def run_cells():
         for cell in code_cells(read(BY_HAND)):
             exec(compile(cell.source, str(BY_HAND), "exec"), names)
-    return names
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        patch.chdir(ROOT / "notebooks")  # where a kernel starts
+        asyncio.run(run_cells())
+    return names | {"printed": output.getvalue()}
+
+
+def test_grpo_by_hand_runs(by_hand):
+    text = by_hand["printed"]
+    assert "p(<tool_call>) after" in text and "nan" not in text.split("p(<tool_call>)")[0]
 
 
 def test_its_gradient_is_that_of_learn(by_hand):

@@ -119,17 +119,20 @@ def test_a_crash_loses_the_state_and_the_next_call_says_so(way, code, kind, show
 
 
 def test_a_time_out_loses_the_state_and_the_next_call_says_so(way):
-    run("1")  # the server has started
-
     async def scene():
-        session = toolbox(4.0).open()
-        results = await play(session, "y = 1", "while True: pass", "'y' in globals()")
+        box = toolbox()
+        session = box.open()
+        await play(session, "y = 1")
+        box.timeout = 0.5
+        stopped = await play(session, "while True: pass")
+        box.timeout = PATIENCE
+        after = await play(session, "'y' in globals()")
         await session.close()
-        return results
+        return stopped + after
 
-    results = asyncio.run(scene())
-    assert results[1] == ("error: python_session took longer than 4 s and was stopped", "timeout")
-    assert results[2] == (f"{LOST}\nFalse", None)
+    stopped, after = asyncio.run(scene())
+    assert stopped == ("error: python_session took longer than 0.5 s and was stopped", "timeout")
+    assert after == (f"{LOST}\nFalse", None)
     assert nothing_left()
 
 

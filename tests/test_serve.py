@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 pytest.importorskip("mcp", reason='no MCP here: pip install -e ".[mcp]"')
 
@@ -102,7 +103,6 @@ class file:
         with open(self.path) as file:
             return file.read()
 '''
-STATELESS = ["picture", "noise", "double"]
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +112,27 @@ def tools_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def counts(tools_file):
+    """Where the counter of `stateful` writes."""
+    return tools_file.with_name("counts")
+
+
+@pytest.fixture(scope="module")
+def text_file(tools_file):
+    """What the tool `file` of `stateful` reads."""
+    path = tools_file.with_name("text")
+    path.write_text("hello")
+    return path
+
+
 def command(tools_file, names, *arguments):
     named = [f"{tools_file}:{name}" for name in names]
     return [sys.executable, "-m", "serve.mcp_server", *named, *arguments]
 
 
 @contextlib.contextmanager
-def http(tools_file, names=STATELESS, *arguments, token="", port=0):
+def http(tools_file, names, *arguments, token="", port=0):
     """A server over HTTP -> its process and its URL."""
     started = command(tools_file, names, "--http", f"--port={port}", *arguments)
     env = {**os.environ, "NANOTOOL_TOKEN": token}
@@ -137,7 +151,16 @@ def http(tools_file, names=STATELESS, *arguments, token="", port=0):
 @pytest.fixture(scope="module")
 def remote(tools_file):
     """A server that several tests share: with a token, its tools have no state."""
-    with http(tools_file, token="the secret\r\n") as (_, url):  # as a file with CRLF gives it
+    token = "the secret\r\n"  # as a file with CRLF gives it
+    with http(tools_file, ["picture", "noise", "double"], token=token) as (_, url):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def stateful(tools_file, counts, text_file):
+    """Another one, whose tools have a state for each session."""
+    options = f"--tool_options=counter.log={counts},file.path={text_file}"
+    with http(tools_file, ["counter", "file", "double"], options) as (_, url):
         yield url
 
 
@@ -145,7 +168,7 @@ def remote(tools_file):
 async def client(url, token="the secret", mode="auto"):
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     limits = httpx2.Limits(max_connections=None)
-    async with httpx2.AsyncClient(headers=headers, limits=limits, timeout=30) as session:
+    async with httpx2.AsyncClient(headers=headers, limits=limits, timeout=PATIENCE) as session:
         async with Client(streamable_http_client(url, http_client=session), mode=mode) as made:
             yield made
 
@@ -287,45 +310,43 @@ def test_our_client_gives_its_token_and_is_told_when_it_is_wrong(remote, tmp_pat
     asyncio.run(scene())
 
 
-def test_sessions_have_a_state_each_and_close_it(tools_file, tmp_path):
+def test_sessions_have_a_state_each_and_close_it(stateful, counts):
     """Pitfall 40, for two clients of one server; by each protocol that the client may know."""
-    log = tmp_path / "log"
-    with http(tools_file, ["counter"], f"--tool_options=counter.log={log}") as (process, url):
 
-        async def scene():
-            async with client(url, mode="legacy") as one, client(url, mode="auto") as other:
-                for step, count in ((1, "1"), (1, "2"), (3, "5")):
-                    assert text_of(await one.call_tool("counter", {"step": step})) == count
-                assert text_of(await other.call_tool("counter", {"step": 10})) == "10"
+    async def scene():
+        async with client(stateful, mode="legacy") as one, client(stateful, mode="auto") as other:
+            for step, count in ((1, "1"), (1, "2"), (3, "5")):
+                assert text_of(await one.call_tool("counter", {"step": step})) == count
+            assert text_of(await other.call_tool("counter", {"step": 10})) == "10"
 
-        asyncio.run(scene())
-        assert until(lambda: log.exists() and len(log.read_text().splitlines()) == 2)
-        assert sorted(log.read_text().splitlines()) == ["closed at 10", "closed at 5"]
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=PATIENCE) is not None
+    asyncio.run(scene())
+    assert until(lambda: counts.exists() and len(counts.read_text().splitlines()) == 2)
+    assert sorted(counts.read_text().splitlines()) == ["closed at 10", "closed at 5"]
 
 
 def test_a_server_killed_and_restarted_on_its_port_is_found_again(
     tools_file, tmp_path, monkeypatch
 ):
     """The new process does not know the session: one call is told so, and the next has a new one.
-    (What calls in flight and calls while it is away get: test_mcp.py.)"""
+    It ends by SIGTERM. (What calls in flight and calls while it is away get: test_mcp.py.)"""
     monkeypatch.setenv("MY_TOKEN", "abc")
     option = f"--tool_options=counter.log={tmp_path}/log"
+    port = free_port()
 
     async def scene():
-        with http(tools_file, ["counter"], option, token="abc") as (_, url):
+        with http(tools_file, ["counter"], option, token="abc", port=port) as (_, url):
             box = Toolbox([mcp_file(tmp_path, url)])
             session = box.open({})
             assert (await session.call("counter", {"step": 5}))[:2] == ("5", None)
-        port = url.split(":")[2].removesuffix("/mcp")
-        with http(tools_file, ["counter"], option, token="abc", port=port) as (_, again):
+        with http(tools_file, ["counter"], option, token="abc", port=port) as (process, again):
             assert again == url
             text, error, _ = await session.call("counter", {"step": 1})
             assert error == "server" and "without its state" in text
             assert (await session.call("counter", {"step": 2}))[:2] == ("2", None)
             await session.close()
             await box.close()
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=PATIENCE)
 
     asyncio.run(scene())
 
@@ -368,19 +389,15 @@ def test_a_tool_that_no_session_could_have_is_refused_at_the_start(tools_file, m
         assert said == "tool 'file' cannot be made: IsADirectoryError: a folder"
 
 
-def test_what_is_gone_later_is_an_error_of_the_call(tools_file, tmp_path):
-    path = tmp_path / "text"
-    path.write_text("hello")
-    with http(tools_file, ["file", "double"], f"--tool_options=file.path={path}") as (_, url):
+def test_what_is_gone_later_is_an_error_of_the_call(stateful, text_file):
+    async def scene():
+        async with client(stateful, mode="legacy") as one:
+            text_file.unlink()
+            result = await one.call_tool("file", {})
+            assert result.is_error and text_of(result) == f"error: there is no {text_file}"
+            assert text_of(await one.call_tool("double", {"number": 2})) == "4"
 
-        async def scene():
-            async with client(url, mode="legacy") as one:
-                path.unlink()
-                result = await one.call_tool("file", {})
-                assert result.is_error and text_of(result) == f"error: there is no {path}"
-                assert text_of(await one.call_tool("double", {"number": 2})) == "4"
-
-        asyncio.run(scene())
+    asyncio.run(scene())
 
 
 def test_help_is_printed(capsys):

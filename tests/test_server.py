@@ -9,6 +9,7 @@ changes nothing.
 
 import asyncio
 import contextlib
+import itertools
 import json
 import threading
 import time
@@ -16,6 +17,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from until import PATIENCE, until
 
 from chat import Chat
 from engines import servers as server_engine
@@ -137,7 +139,7 @@ def fakes(tokenizer):
 
 
 @contextlib.contextmanager
-def engine_of(servers, tokenizer, timeout=2.0, max_tokens=512, name="nowhere"):
+def engine_of(servers, tokenizer, timeout=PATIENCE, max_tokens=512, name="nowhere"):
     urls = tuple(server.url for server in servers)
     engine = run_blocking(server_engine.start(urls, name, tokenizer, timeout, max_tokens))
     try:
@@ -155,10 +157,7 @@ def play(engine, tokenizer, samples=8, on_done=None):
 
 def wait_for_line(engine, text):
     """Until one of the engine's events has the text in it."""
-    deadline = time.monotonic() + 60
-    while not any(text in line for line in engine.events):
-        assert time.monotonic() < deadline, f"no event says {text!r}"
-        time.sleep(0.05)
+    assert until(lambda: any(text in line for line in engine.events)), f"no event says {text!r}"
 
 
 class Adapted:
@@ -211,7 +210,7 @@ def test_what_a_dying_server_had_is_sampled_again_by_the_other(fakes, tokenizer,
         if len(done) == 10:
             one.die()
 
-    with engine_of((one, two), tokenizer, timeout=20) as engine:
+    with engine_of((one, two), tokenizer) as engine:
         played = play(engine, tokenizer, on_done=on_done)
         events = list(engine.events)
     assert len(done) == len(set(done)) == len(played) == 64
@@ -237,8 +236,17 @@ def test_a_server_that_comes_back_is_given_the_adapter_before_it_is_asked(fakes,
 
 
 def test_without_any_server_the_run_stops_in_time_with_one_sentence(fakes, tokenizer):
-    (one,) = fakes(1, delay=0.05)
+    (one,) = fakes(1)
+    answered = one.completion
+    numbers = itertools.count()
+
+    def first_alone(body):
+        if next(numbers) > 0:
+            one.deaf.wait(PATIENCE)  # not before it dies, which is when the first turn is done
+        return answered(body)
+
     with engine_of([one], tokenizer, timeout=1.0) as engine:
+        one.completion = first_alone
         with pytest.raises(UserError, match="none of the servers .* has answered for 1 s.*resume"):
             play(engine, tokenizer, on_done=lambda t: one.deaf.is_set() or one.die())
 
@@ -246,7 +254,7 @@ def test_without_any_server_the_run_stops_in_time_with_one_sentence(fakes, token
 def test_one_that_never_answers_is_named_at_the_start(tokenizer):
     starting = server_engine.start(("http://127.0.0.1:9",), "x", tokenizer, 0.5)
     with pytest.raises(UserError, match="none of the servers \\(http://127.0.0.1:9\\)"):
-        run_blocking(asyncio.wait_for(starting, 60))
+        run_blocking(asyncio.wait_for(starting, PATIENCE))
 
 
 def test_a_server_error_counts_as_lost_and_a_refusal_ends_the_run(fakes, tokenizer):
@@ -264,7 +272,7 @@ def test_a_server_that_hangs_is_lost_by_its_health(fakes, tokenizer, monkeypatch
     """Its turns do not wait for an answer that never comes."""
     monkeypatch.setattr(server_engine, "PATIENCE", 2.0)
     one, two = fakes()
-    with engine_of((one, two), tokenizer, timeout=60) as engine:
+    with engine_of((one, two), tokenizer) as engine:
         said = one.said
         woken = threading.Event()
         one.said = lambda path, body: (woken.wait(120), said(path, body))[1]
@@ -279,10 +287,10 @@ def test_servers_that_would_train_wrongly_are_refused(fakes, tokenizer):
     (other,) = fakes(1)
     other.tokenizer = _Reversed()
     with pytest.raises(UserError, match="another tokenizer"):
-        run_blocking(server_engine.start((other.url,), "x", tokenizer, 2.0))
+        run_blocking(server_engine.start((other.url,), "x", tokenizer, PATIENCE))
     (small,) = fakes(1, room=100)
     with pytest.raises(UserError, match="max_model_len = 100.*--max-model-len=512"):
-        run_blocking(server_engine.start((small.url,), "x", tokenizer, 2.0, 512))
+        run_blocking(server_engine.start((small.url,), "x", tokenizer, PATIENCE, 512))
     (fixed,) = fakes(1)
     fixed.runtime = False
     with engine_of([fixed], tokenizer) as engine:
@@ -327,14 +335,23 @@ def _louder(answer):
 
 def test_a_turn_keeps_its_adapter_while_the_next_one_is_loaded(fakes, tokenizer):
     """Pitfall 32."""
-    (one,) = fakes(1, delay=0.3)
+    (one,) = fakes(1)
     with engine_of([one], tokenizer) as engine:
         run_blocking(engine.sync(Adapted(), 1))
         first = engine.name
+        answered, begun = one.completion, threading.Event()
+
+        def held(body):
+            begun.set()
+            if body["model"] == first:
+                assert until(lambda: len(one.adapters) == 2)  # the next one has been loaded
+            return answered(body)
+
+        one.completion = held
 
         async def both():
             turn = asyncio.create_task(engine.generate([5, 6], [], Sampling(max_new_tokens=2)))
-            await asyncio.sleep(0.1)
+            assert await asyncio.to_thread(begun.wait, PATIENCE)
             await engine.sync(Adapted(), 2)
             assert turn.done()  # before its adapter is dropped
             await engine.generate([5, 6], [], Sampling(max_new_tokens=2))

@@ -22,7 +22,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from until import until
+from until import PATIENCE, until
 
 from run.config import UserError
 from tools import Toolbox, ToolError
@@ -60,7 +60,7 @@ def shop(tmp_path):
     return str(path)
 
 
-def refused(path, query, seconds=5.0, **more):
+def refused(path, query, seconds=PATIENCE, **more):
     """-> kind, text of the error."""
     with pytest.raises(ToolError) as caught:
         sql({"database": path}, seconds=seconds, **more)(query)
@@ -173,7 +173,7 @@ def test_a_query_cannot_take_all_memory(shop, query, kind, text):
     assert sql({}, shop)("SELECT 1") == "1\n1"
     peaks = [peak(pid) for pid in workers()]
     with pytest.raises(ToolError, match=text) as caught:
-        execute(shop, query, rows=1_000_000, seconds=20.0)
+        execute(shop, query, rows=1_000_000, seconds=PATIENCE)
     assert caught.value.kind == kind
     assert all(peak(pid) < 400 for pid in workers()), f"MB of the workers, before: {peaks}"
 
@@ -379,7 +379,7 @@ def test_a_broken_database_is_an_error_and_no_crash(shop, tmp_path):
 def test_queries_run_at_the_same_time_and_their_workers_are_used_again(shop, monkeypatch):
     """Pitfall 38: none of eight queries waits for another one, or for another one's worker."""
     tool = sql({}, shop, seconds=0.5)
-    all_are_there = threading.Barrier(8, timeout=60)
+    all_are_there = threading.Barrier(8, timeout=PATIENCE)
     asked = []
     late = []
     ask = module.Worker.ask

@@ -10,6 +10,7 @@ import time
 from typing import Literal
 
 import pytest
+from until import until
 
 from run.config import UserError
 from tools import Toolbox, ToolError
@@ -73,15 +74,6 @@ def making(result):
         return result
 
     return make
-
-
-def wait_until(condition):
-    """Until it holds: for what ends in a thread or a process of its own."""
-    for _ in range(6000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it never came")
 
 
 def call(box, name, arguments):
@@ -341,7 +333,7 @@ def test_a_hung_thread_is_left_at_the_deadline_and_counted_until_it_ends():
     assert content == "error: hang took longer than 0.1 s and was stopped" and error == "timeout"
     assert seconds >= 0.1 and box.leaked == 1
     released.set()
-    wait_until(lambda: box.leaked == 0)
+    assert until(lambda: box.leaked == 0)
 
 
 def test_an_async_tool_is_cancelled_and_one_that_swallows_it_is_counted():
@@ -405,7 +397,7 @@ def test_the_deadline_covers_making_and_closing_an_instance(monkeypatch):
     assert call(box, "SlowClose", {})[:2] == ("done", None)
     assert box.errors["close"] == 1
     released.set()
-    wait_until(lambda: box.leaked == 0)
+    assert until(lambda: box.leaked == 0)
 
 
 def test_cancelling_the_caller_cancels_the_tool():
@@ -477,10 +469,10 @@ def test_waiting_for_a_slot_is_not_on_the_tools_clock():
     """Pitfall 38: the deadline starts with the tool."""
 
     async def run():
-        box = Toolbox([nap], concurrency=1, timeout=2.0)
-        calls = [box.open().call("nap", {"seconds": 0.5}) for _ in range(5)]
+        box = Toolbox([nap], concurrency=1, timeout=2.5)
+        calls = [box.open().call("nap", {"seconds": 0.25}) for _ in range(12)]
         results = await asyncio.gather(*calls)
-        assert {error for _, error, _ in results} == {None}  # the last one began after 2 seconds
+        assert {error for _, error, _ in results} == {None}  # the last one began after 2.75 s
 
     asyncio.run(run())
 
