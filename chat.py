@@ -8,9 +8,11 @@
 A trajectory is a concatenation: prompt, sampled turn, observation, sampled turn, ... Sampled ids
 are never decoded and encoded again. An observation is the *suffix* that the template writes after
 a closed assistant turn: the glue behind its stop token (Qwen's newline), the tool messages, the
-next generation prompt. To get it, a dummy conversation that ends in these tool messages is
-rendered, and what follows the dummy's turn is kept. That takes 0.1 ms, as long as encoding the
-text, so nothing is cached, and whatever a template does to a result (trim, quote) is simply done.
+next generation prompt. To get it, a conversation is rendered that begins with the row's own
+prompt, in which a template may look for a flag such as /no_think, goes on with a dummy's turn and
+ends in these tool messages; what follows the dummy's turn is kept. That takes 0.1 ms, as long as
+encoding the text, so nothing is cached, and whatever a template does to a result (trim, quote) is
+simply done.
 `render` makes the ids and the mask of SFT from the same pieces.
 
 Is that concatenation what the model was trained to read? `Chat(...)` proves it on a few dummy
@@ -26,27 +28,26 @@ passes on what the model has to be told is wrong (tests/test_formats.py shows bo
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import copy
 from datetime import datetime
 from itertools import groupby
+from operator import itemgetter
 
 import jinja2
 
 from formats import FORMATS, Call
-from formats.base import (
-    any_of,
-    as_json,
-    call_ids,
-)
-from formats.messages import assistant_message, calls_of, tool_message, user_message
+from formats.base import any_of, as_json, with_ids
+from formats.messages import assistant_message, calls_of, openai_call
 from formats.proof import (
+    QUESTION,
     SENTINEL,
     TemplateFacts,
     check_conversations,
     check_tools,
     find_facts,
     find_format,
+    find_opening,
 )
 from run.config import UserError
 
@@ -66,7 +67,8 @@ class Chat:
     stop_ids: ids that close an assistant turn. stop_strings: text that ends a turn in an inline
     format; the ids stay as sampled even if the last token goes on behind it. differences:
     sentences on where the template itself would write a conversation in another way. options: of
-    the template, such as "enable_thinking=false" for Qwen3.
+    the template, such as "enable_thinking=false" for Qwen3. eos_ids: further ids that end a turn,
+    those of the model's generation_config.
     UserError: the template cannot be proved, or does not know an option."""
 
     def __init__(
@@ -75,11 +77,13 @@ class Chat:
         format: str = "hermes",
         tools: list[dict] = (),
         options: Sequence[str] = (),
+        eos_ids: Sequence[int] = (),
     ):
         if format not in (*FORMATS, "auto"):
             raise UserError(f"format = {format!r}: expected one of auto, {', '.join(FORMATS)}")
         self.tokenizer = tokenizer
         self.tools = list(tools)
+        self.eos_ids = tuple(eos_ids)
         self.format_name = format
         self.format = FORMATS["hermes" if format == "auto" else format](self.tools)
         try:
@@ -108,28 +112,20 @@ class Chat:
         if "strftime_now" in template:
             self.facts.declare(f"the date in prompts is always {TODAY:%d %b %Y}")
         check_conversations(self)
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        return self.facts.stop_ids
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return self.format.stop_strings
-
-    @property
-    def differences(self) -> tuple[str, ...]:
-        return tuple(self.facts.differences)
+        self.stop_ids = self.facts.stop_ids
+        self.stop_strings = self.format.stop_strings
+        self.differences = tuple(self.facts.differences)
 
     def with_tools(self, tools: list[dict]) -> "Chat":
         """Makes this chat with other tools, for rows that bring their own. The proof is the
         template's and takes tens of milliseconds: only that all tools are shown is repeated."""
         if not self.tools or not tools:  # a template may be another one without tools
-            return Chat(self.tokenizer, self.format_name, tools, self.options)
+            return Chat(self.tokenizer, self.format_name, tools, self.options, self.eos_ids)
         other = copy(self)
         other.tools = list(tools)
         other.format = FORMATS[self.format_name](other.tools)
         other.format.style = self.format.style
+        other.stop_strings = other.format.stop_strings
         if not other.format.inline:
             check_tools(other)
         return other
@@ -140,33 +136,55 @@ class Chat:
         """Encodes the messages before the first sampled turn, tool schemas, generation prompt."""
         return self.encode(self.text_of(messages, generate=True, start=True), first=True)
 
-    def parse(self, ids: list[int]) -> tuple[str, list[Call]]:
+    def opening_behind(self, ids: list[int]) -> str:
+        """Finds the thinking that is open at the end of a context: by its generation prompt, which
+        may depend on a flag in the row's own prompt, and not behind an inline result."""
+        tail = self.tokenizer.decode(ids[-8:], clean_up_tokenization_spaces=False)
+        return find_opening(tail)
+
+    def parse(self, ids: list[int], opening: str | None = None) -> tuple[str, list[Call]]:
         """Reads a sampled turn -> its text without the stop token, and its calls in order. A tool
-        response that the model wrote itself is text like any other."""
+        response that the model wrote itself is text like any other. opening: of its context; None:
+        as for most rows."""
         if ids and ids[-1] in self.stop_ids:
             ids = ids[:-1]
         text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         if not self.tools:
             return text, []
-        return text, self.format.parse(self.facts.opening + text)
+        opening = self.facts.opening if opening is None else opening
+        return text, self.format.parse(opening + text)
 
-    def observation(self, results: list[tuple[Call, str]], closed: bool) -> list[int]:
+    def observation(
+        self, results: list[tuple[Call, str]], closed: bool, prompt: Sequence[dict] = (QUESTION,)
+    ) -> list[int]:
         """Encodes what comes between a turn and the next (mask 0).
 
         results: in call order; a content is a string, or a list of content parts if the template
         takes them. closed: the turn ended in one of stop_ids. If not, the missing close comes
-        first, or an inline format goes on."""
+        first, or an inline format goes on. prompt: the messages before the first turn."""
+        # 1. the results as messages, each with the name and the id of its call
         messages = []
-        ids = call_ids([call for call, _ in results])
-        for (call, content), id in zip(results, ids, strict=True):
-            messages.append(tool_message(call.name, content) | {"tool_call_id": id})
-        if not self.format.inline:
-            return self.encode(self._between(messages, closed))
-        text = self._inline_results(messages)
-        if self.format.in_place and not closed:
-            return self.encode(text)
-        # In a turn that the model closed itself the result has to come as a user's message.
-        return self.encode(self._between([user_message(text)], closed))
+        calls = with_ids([call for call, _ in results])
+        for call, (_, content) in zip(calls, results, strict=True):
+            message = {
+                "role": "tool",
+                "name": call.name,
+                "content": content,
+                "tool_call_id": call.id,
+            }
+            messages.append(message)
+
+        # 2. as text, if the format is inline: the turn goes on behind it, or, where its calls or
+        # the model itself closed it, it is a user's message
+        if self.format.inline:
+            text = self._inline_results(messages)
+            if self.format.in_place and not closed:
+                return self.encode(text)
+            messages = [{"role": "user", "content": text}]
+
+        # 3. what the template writes around them
+        text = self._between(messages, closed, prompt)
+        return self.encode(text)
 
     def render(self, messages: list[dict]) -> tuple[list[int], list[int]]:
         """Encodes a whole conversation -> ids, and a mask: 1 on what the model is to write, stop
@@ -179,13 +197,11 @@ class Chat:
             mask += [bit] * len(piece)
         return ids, mask
 
-    def message(self, text: str, calls: list[Call], goes_on: bool = False) -> dict:
+    def message(self, text: str, calls: list[Call], opening: str | None = None) -> dict:
         """Makes the message of a sampled turn, in OpenAI form. Its calls stay in the text if the
         format is inline, or if tool_calls would not say exactly the same (malformed calls, words
-        between them). goes_on: it goes on behind an inline result, where no generation prompt
-        was."""
-        if not goes_on:
-            text = self.facts.opening + text
+        between them). opening: as for `parse`."""
+        text = (self.facts.opening if opening is None else opening) + text
         is_malformed = any(call.error for call in calls)
         if not calls or self.format.inline or is_malformed:
             return assistant_message(text)
@@ -203,8 +219,10 @@ class Chat:
         beginning, with the tools described. UserError: the template raises."""
         if start:
             messages = self.with_system_prompt(messages)
-        messages = self.results_as_user(self.name_results(messages))
-        messages = self.to_template_form(self.join_open_turn(messages))
+        messages = self.name_results(messages)
+        if self.format.inline:  # to the template its calls and results are text
+            messages = self.join_open_turn(self.results_as_user(messages))
+        messages = self.to_template_form(messages)
         shows_tools = start and self.tools and not self.format.inline
         try:
             return self.tokenizer.apply_chat_template(
@@ -221,34 +239,38 @@ class Chat:
 
     def pieces(self, messages: list[dict]) -> list[tuple[str, int]]:
         """Cuts a conversation into [(text, mask)]: prompt, turn, what is between, turn, ..."""
-        messages = self.results_as_user(self.name_results(messages))
+        messages = self.name_results(messages)
+        if self.format.inline:
+            messages = self.results_as_user(messages)
         at = next_turn(messages, 0)
-        prompt = self.text_of(messages[:at], generate=True, start=True)
-        pieces = [(prompt, 0)]
+        prompt = messages[:at]  # what the turns from here on answer
+        pieces = [(self.text_of(prompt, generate=True, start=True), 0)]
         goes_on = False  # in an open turn, behind an inline result
         while at < len(messages):
             end = next_turn(messages, at + 1)
             between = messages[at + 1 : end]
-            text = self._turn(messages[at], goes_on)
+            text = self._turn(messages[at], goes_on, opening=find_opening(pieces[-1][0]))
             # The turn: closed, or left open for a result that is written in it.
-            goes_on = self.format.in_place and bool(between) and is_result(between[0])
+            goes_on = self.format.in_place and bool(between) and between[0]["role"] == "tool"
             if goes_on:
-                results = self._inline_results(filter(is_result, between))
+                results = [message for message in between if message["role"] == "tool"]
                 pieces.append((self._with_stop_string(text), 1))
-                pieces.append((results, 0))
-                between = [message for message in between if not is_result(message)]
+                pieces.append((self._inline_results(results), 0))
+                between = [message for message in between if message["role"] != "tool"]
             else:
                 pieces.append((text + self.facts.close, 1))
             # What leads to the next turn; behind an inline result nothing does, unless a user
             # speaks: then the close that nobody sampled comes first.
             is_last = end == len(messages)
             if between or not (is_last or goes_on):
-                pieces.append((self._between(between, closed=not goes_on), 0))
+                pieces.append((self._between(between, not goes_on, prompt), 0))
                 goes_on = False
+            if any(message["role"] == "user" for message in between):
+                prompt = messages[:end]
             at = end
         return pieces
 
-    def _turn(self, message, goes_on) -> str:
+    def _turn(self, message, goes_on, opening) -> str:
         """Writes what the model is to write for this message, without the stop token."""
         content, calls = read_message(message)
         written = self.format.write(content, calls)
@@ -258,14 +280,15 @@ class Chat:
             self._check_calls(calls, parsed)
             begins_with_call = bool(parsed) and written.lstrip().startswith(parsed[0].raw)
         text = self._guard(written, "assistant")
-        opening = self.facts.opening
         if goes_on:
-            return text.removeprefix(opening)
+            return text.removeprefix(self.facts.opening)
         if opening:
             for thinking in (opening, "<think>"):  # the generation prompt has it already
                 if text.startswith(thinking):
                     return text.removeprefix(thinking)
             return f"\n</think>\n\n{text}"
+        if self.facts.opening:
+            return text  # this row's prompt closed the thinking
         lead = self.facts.call_lead if begins_with_call else self.facts.lead
         return text if text.startswith(lead) else lead + text
 
@@ -281,16 +304,20 @@ class Chat:
                     f"back as {back.name}({read[:80]}); change the row, or take another format"
                 )
 
-    def _between(self, messages, closed) -> str:
+    def _between(self, messages, closed, prompt) -> str:
         """Writes the text from the end of a turn to the next, generation prompt included: what the
-        template writes behind a dummy turn, whose calls these messages answer."""
+        template writes behind a dummy turn, which answers the prompt, and whose calls these
+        messages answer."""
         calls = []
-        for message in filter(is_result, messages):
-            name = message.get("name") or "unknown"
-            id = message.get("tool_call_id", "")
-            calls.append(Call(name, {"x": SENTINEL}, id=id))
+        for message in messages:
+            if message["role"] == "tool":
+                name = message.get("name") or "unknown"
+                id = message.get("tool_call_id", "")
+                calls.append(Call(name, {"x": SENTINEL}, id=id))
         turn = assistant_message("" if calls else SENTINEL, calls)
-        text = self.text_of([user_message("x"), turn, *messages], generate=True)
+        system, others = split_system(prompt)
+        beginning = self.put_in_front(system, others or [QUESTION])
+        text = self.text_of([*beginning, turn, *messages], generate=True)
         sentinels = len(calls) or 1
         tail = text.split(SENTINEL, sentinels)[-1]
         close = self.facts.close
@@ -308,7 +335,7 @@ class Chat:
     def _with_stop_string(self, text) -> str:
         """Completes the stop string that ends an open turn. An engine stops at all of it: a "```"
         is not whole without its line break."""
-        for stop in self.stop_strings:
+        for stop in self.format.stop_strings:
             if text.endswith(stop.rstrip()):
                 return text.removesuffix(stop.rstrip()) + stop
         return text
@@ -318,36 +345,36 @@ class Chat:
     def name_results(self, messages: list[dict]) -> list[dict]:
         """Gives each result the name of its call, and its id as the template is to write it."""
         named = []
-        waiting = []  # [(id, call)] of the last turn's calls that have no result yet
+        # the last turn's calls that have no result yet, each as the template writes it and as given
+        waiting = []
         for message in messages:
             if message["role"] == "assistant":
                 text, calls = read_message(message)
                 calls = calls or self.format.parse(text)  # malformed calls stay in the text
-                waiting = list(zip(call_ids(calls), calls, strict=True))
-            elif is_result(message):
-                id, call = call_of_result(message, waiting)
-                waiting = [pair for pair in waiting if pair[1] is not call]
+                waiting = list(zip(with_ids(calls), calls, strict=True))
+            elif message["role"] == "tool":
+                call = call_of_result(message, waiting)
+                waiting = [pair for pair in waiting if pair[0] is not call]
                 name = message.get("name") or call.name
-                message = message | {"name": name, "tool_call_id": id}
+                message = message | {"name": name, "tool_call_id": call.id}
             named.append(message)
         return named
 
     def results_as_user(self, messages: list[dict]) -> list[dict]:
         """Makes results a user's message, in an inline format whose calls close the turn."""
-        if not self.format.inline or self.format.in_place:
+        if self.format.in_place:
             return messages
         shown = []
-        for are_results, run in groupby(messages, key=is_result):
-            if are_results:
-                shown.append(user_message(self._inline_results(run)))
+        for role, run in groupby(messages, key=itemgetter("role")):
+            if role == "tool":
+                shown.append({"role": "user", "content": self._inline_results(run)})
             else:
                 shown += run
         return shown
 
     def join_open_turn(self, messages: list[dict]) -> list[dict]:
-        """Joins a turn, its inline result and what follows in it to one message."""
-        if not self.format.inline:
-            return messages
+        """Writes the calls of an inline format into their turns' text, and joins a turn, its result
+        and what follows in it to one message."""
         joined = []
         goes_on = False  # the last message is a turn that a result left open
         for message in messages:
@@ -357,7 +384,7 @@ class Chat:
                     text = joined.pop()["content"] + text.removeprefix(self.facts.opening)
                 message = assistant_message(text)
                 goes_on = False
-            elif is_result(message) and joined:
+            elif message["role"] == "tool" and joined:
                 turn = self._with_stop_string(joined.pop()["content"])
                 message = assistant_message(turn + self._inline_results([message]))
                 goes_on = True
@@ -369,15 +396,17 @@ class Chat:
     def with_system_prompt(self, messages: list[dict]) -> list[dict]:
         """Puts the tools of an inline format into the system prompt, and that at the head of the
         first user message if the template has no system role."""
-        system = ""
-        others = messages
-        if messages and messages[0]["role"] == "system":
-            system = flat_text(messages[0]["content"])
-            others = messages[1:]
+        system, others = split_system(messages)
         if self.format.inline and self.tools:
             system = f"{system}\n\n{self.format.describe()}".lstrip("\n")
         if not system or not others:
             return messages
+        return self.put_in_front(system, others)
+
+    def put_in_front(self, system: str, others: list[dict]) -> list[dict]:
+        """Puts a system prompt, if there is one, in front of the other messages."""
+        if not system:
+            return others
         if self.facts.has_system:
             return [{"role": "system", "content": system}, *others]
         content = others[0]["content"]
@@ -394,38 +423,33 @@ class Chat:
             role = message["role"]
             content = message.get("content")
             new = {"role": role}
+
+            # the calls it makes, or the call it answers
             if role == "assistant":
                 content, calls = read_message(message)
                 if calls:
-                    new["tool_calls"] = self._tool_calls(calls)
+                    new["tool_calls"] = []
+                for call in with_ids(calls):
+                    tool_call = openai_call(call)
+                    if self.facts.json_arguments:
+                        tool_call["function"]["arguments"] = as_json(call.arguments)
+                    new["tool_calls"].append(tool_call)
             elif role == "tool":
                 new["name"] = message.get("name") or "unknown"
                 new["tool_call_id"] = message["tool_call_id"]
-            new["content"] = self._content(content, role)
+
+            # what it says
+            if isinstance(content, list):
+                new["content"] = []
+                for part in content:
+                    if "text" in part:  # an image has none
+                        part = part | {"text": self._guard(part["text"], role)}
+                    new["content"].append(part)
+            else:
+                text = self._guard(content or "", role)
+                new["content"] = [{"type": "text", "text": text}] if self.facts.as_parts else text
             formed.append(new)
         return formed
-
-    def _tool_calls(self, calls) -> list[dict]:
-        tool_calls = []
-        for id, call in zip(call_ids(calls), calls, strict=True):
-            if self.facts.json_arguments:
-                arguments = as_json(call.arguments)
-            else:
-                arguments = dict(call.arguments)
-            function = {"name": call.name, "arguments": arguments}
-            tool_calls.append({"id": id, "type": "function", "function": function})
-        return tool_calls
-
-    def _content(self, content, role) -> str | list[dict]:
-        if isinstance(content, list):
-            parts = []
-            for part in content:
-                if "text" in part:
-                    part = part | {"text": self._guard(part["text"], role)}
-                parts.append(part)
-            return parts
-        text = self._guard(content or "", role)
-        return [{"type": "text", "text": text}] if self.facts.as_parts else text
 
     # Text to ids.
 
@@ -436,31 +460,29 @@ class Chat:
 
     def encode(self, text: str, first: bool = False) -> list[int]:
         """Encodes text of the template, in which control tokens count. first: it begins a
-        conversation.
-
-        All else is encoded behind a stop token, which is then dropped: tokenizers may treat the
-        start of a text in their own way (put a blank in front)."""
-        anchor = self.facts.stop_tokens[0]
-        ids = []
-        for segment in self._segments(text):
-            if first and not ids:
-                ids += self.tokenizer.encode(segment, add_special_tokens=False)
-            else:
-                ids += self.tokenizer.encode(anchor + segment, add_special_tokens=False)[1:]
-        return ids
-
-    def _segments(self, text) -> Iterator[str]:
-        """Cuts text into what is encoded apart. A marked control token becomes ordinary tokens of
-        the same text: its first character and the rest, neither of which is a token."""
+        conversation."""
+        # A marked control token becomes ordinary tokens of the same text: its first character and
+        # the others, neither of which is a token.
+        segments = []
         for n, part in enumerate(MARKED.split(text)):
             is_mark = n % 2 == 1
             if is_mark:
                 # Modulo: a mark that somebody typed may have any number.
                 token = self.added_tokens[int(part) % len(self.added_tokens)]
-                yield token[0]
-                yield token[1:]
+                segments += [token[0], token[1:]]
             else:
-                yield part
+                segments.append(part)
+
+        # What does not begin a conversation is encoded behind a stop token, which is then dropped:
+        # tokenizers may treat the start of a text in their own way (put a blank in front).
+        anchor = self.facts.stop_tokens[0]
+        ids = []
+        for segment in segments:
+            if first and not ids:
+                ids += self.tokenizer.encode(segment, add_special_tokens=False)
+            else:
+                ids += self.tokenizer.encode(anchor + segment, add_special_tokens=False)[1:]
+        return ids
 
     def refusal(self, reason: str) -> UserError:
         """Makes the error that this template cannot be used, for the proof."""
@@ -503,8 +525,11 @@ def flat_text(content) -> str:
     return content or ""
 
 
-def is_result(message: dict) -> bool:
-    return message["role"] == "tool"
+def split_system(messages: Sequence[dict]) -> tuple[str, list[dict]]:
+    """Takes a system prompt off the others -> its text, "" if there is none, and the others."""
+    if messages and messages[0]["role"] == "system":
+        return flat_text(messages[0]["content"]), list(messages[1:])
+    return "", list(messages)
 
 
 def next_turn(messages: list[dict], start: int) -> int:
@@ -515,10 +540,11 @@ def next_turn(messages: list[dict], start: int) -> int:
     return len(messages)
 
 
-def call_of_result(message: dict, waiting: list[tuple[str, Call]]) -> tuple[str, Call]:
-    """Finds which of the waiting calls a result is for: the one of its id, or else the first."""
+def call_of_result(message: dict, waiting: list[tuple[Call, Call]]) -> Call:
+    """Finds which of the waiting calls a result is for: the one of its id, be that the one written
+    or the one given, or else the first."""
     wanted = message.get("tool_call_id") or None
-    for id, call in waiting:
-        if wanted in (id, call.id):
-            return id, call
-    return waiting[0] if waiting else ("call00000", Call("", None))
+    for written, given in waiting:
+        if wanted in (written.id, given.id):
+            return written
+    return waiting[0][0] if waiting else Call("", None, id="call00000")

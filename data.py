@@ -16,14 +16,15 @@ import json
 import re
 from pathlib import Path
 
-from formats.messages import calls_of, openai_call
+from formats.base import THINK
+from formats.messages import NO_IMAGES, calls_of, read_messages
 from run.config import UserError, near
 from tools import sql
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 SUFFIXES = (".json", ".jsonl", ".parquet")
-ROLES = ("system", "user", "assistant", "tool")
-NO_IMAGES = "no model that sees images can be trained yet, so leave the row out or make it text"
+UNSEEN = ("image", "images", "video", "videos", "audio", "audios")  # columns of what is not text
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell it, UTF-8 cannot
 
 # ---- examples: what prompts and rewards are made of
 
@@ -45,7 +46,8 @@ def load(
     the row's other columns; those called id, messages or answer give way to these.
 
     The prompt column holds text, which becomes one user message by prompt_template, or a list of
-    chat messages, taken as they are. system_prompt goes in front unless the messages have one.
+    chat messages, read by formats/messages.py. system_prompt goes in front unless the messages have
+    one.
     In the template {prompt} is the prompt column and {name} any other; all other braces, also
     those in the data, stay as they are. The answer is text, a number, or a list of accepted ones.
     answer_after="####": only what follows its last occurrence, without commas, is the answer.
@@ -57,11 +59,16 @@ def load(
     if limit is not None and limit < 1:
         raise UserError(f"limit = {limit}: expected at least 1, or none for all rows")
     rows = itertools.islice(_read_rows(data, split, seed), limit)
+    filled_in = _is_filled_in(data)
     examples = []
     for index, row in enumerate(rows):
         try:
+            _refuse_unseen(row)
+            _refuse_tools(row)
             if database:
                 row = row | _database(row, database, prompt_template)
+            if filled_in and isinstance(row.get(prompt_column), list):
+                row = row | {prompt_column: _without_none(row[prompt_column])}
             messages = _prompt(row, prompt_column, prompt_template, answer_column)
             if system_prompt and not _has_system_message(messages):
                 messages = [{"role": "system", "content": system_prompt}, *messages]
@@ -105,12 +112,26 @@ def _prompt(row, column, template, answer_column):
     """The messages of the prompt column: its own, or one that the template makes of its text."""
     prompt = _column(row, column, "prompt_column")
     if not isinstance(prompt, list):
+        if isinstance(prompt, dict) or _is_json_of_messages(prompt):
+            form = 'a list of {"role": …, "content": …}'
+            raise UserError(f"its {column!r} is {prompt!r:.80}: expected text, or {form}")
         text = _fill(template, row, column, answer_column)
         return [{"role": "user", "content": text}]
-    messages = _chat_messages(prompt, column)
+    messages = read_messages(prompt, column, is_prompt=True)
     if template != "{prompt}":
         raise UserError(f"prompt_template has no effect: {column!r} holds chat messages")
     return messages
+
+
+def _is_json_of_messages(text):
+    """Whether a text is the JSON of chat messages: the model would read all its quotes."""
+    if not isinstance(text, str) or not re.match(r"\s*\[\s*\{", text):
+        return False
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return False
+    return all(isinstance(value, dict) and "role" in value for value in values)
 
 
 def _fill(template, row, prompt_column, answer_column):
@@ -132,7 +153,11 @@ def _fill(template, row, prompt_column, answer_column):
 def _answer(value, column, after):
     """The answer of a row: text, or a list of accepted texts."""
     if isinstance(value, list):
-        return [_answer(item, column, after) for item in value]
+        # parquet and data frames fill lists with null and NaN
+        items = [item for item in value if item is not None and item == item]
+        if not items:
+            raise UserError(f"its {column!r} is empty")
+        return [_answer(item, column, after) for item in items]
     if isinstance(value, dict):
         raise UserError(f"{column!r} is an object: expected text, a number or a list of them")
     text = str(value)
@@ -177,11 +202,11 @@ def conversations(data, rows=None, seed=0, system_prompt="") -> list[dict]:
         source = ({"messages": messages} for messages in demos)
     else:
         source = itertools.islice(_read_rows(data, "train", seed), rows)
-    # Parquet gives every object the keys of all, with None where one has no such key.
-    filled_in = not data.startswith("task:") and Path(data).suffix not in (".json", ".jsonl")
+    filled_in = _is_filled_in(data)
     demonstrations = []
     for number, row in enumerate(source, 1):
         try:
+            _refuse_unseen(row)
             # an endpoint's rollouts (evaluate.py) have no ids: they are conversations
             if row.get("ids") and row.get("mask") is not None:
                 demonstration = _recorded(row)
@@ -232,7 +257,9 @@ def rewarded(rows, min_reward, name) -> list[dict]:
     return reached
 
 
-def check_calls(messages, shown) -> None:
+def check_calls(
+    messages, shown, remedy="name it in --tools=…, or give the row a `tools` column"
+) -> None:
     """Refuses a conversation that calls a tool which is not among those shown in its prompt. Where
     none is, the template is not proved for calls and results: then it may have neither."""
     called = [call.name for message in messages for call in calls_of(message)]
@@ -241,8 +268,21 @@ def check_calls(messages, shown) -> None:
         unknown.append("a tool")
     if unknown:
         there = ", ".join(shown) or "none"
-        remedy = "name it in --tools=…, or give the row a `tools` column"
         raise UserError(f"it calls {unknown[0]}, the tools of its prompt are {there}: {remedy}")
+
+
+def check_answers(messages) -> None:
+    """Refuses a conversation in which the assistant says nothing: a model would learn to stop at
+    once. Rows that are left out by their reward may have such turns."""
+    for place, message in enumerate(messages, 1):
+        if message["role"] != "assistant" or message.get("tool_calls"):
+            continue
+        answer = THINK.sub("", message["content"])
+        if not answer.strip():
+            raise UserError(
+                f"message {place}, of the assistant, says nothing and calls nothing, so that the "
+                "model would learn to stop at once: leave the row out"
+            )
 
 
 def check_ids(row, tokenizer) -> None:
@@ -265,7 +305,6 @@ def _recorded(row):
     """The ids and the mask of a recorded trajectory."""
     ids = row["ids"]
     mask = row["mask"]
-    _refuse_images(row)
     if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
         raise UserError("its 'ids' and 'mask' are not two lists of one length")
     for value in ids:
@@ -287,35 +326,18 @@ def _conversation(row, filled_in):
         raise UserError(f"{there}: SFT takes whole conversations, or trajectories (ids and mask)")
     if not isinstance(row["messages"], list):
         raise UserError("'messages' is not a list of chat messages")
-    _refuse_images(row)
     messages = row["messages"]
     tools = row.get("tools")
     if filled_in:
         messages = _without_none(messages)
         tools = _without_none(tools)
-    messages = _chat_messages(messages, "messages")
-    messages = [_normal_message(message) for message in messages]
+    messages = read_messages(messages, "messages", is_prompt=False)
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise UserError("no assistant message, so nothing to learn")
     if roles[0] == "assistant":
         raise UserError("it begins with an assistant message: there has to be a prompt before it")
-    return {"messages": _in_call_order(messages), "tools": _schemas(tools)}
-
-
-def _refuse_images(row):
-    for column in ("images", "image"):
-        if row.get(column):
-            raise UserError(f"its {column!r} would not be seen: {NO_IMAGES}")
-
-
-def _without_none(value):
-    """A value of JSON without the keys, at any depth, that hold None."""
-    if isinstance(value, dict):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list):
-        return [_without_none(item) for item in value]
-    return value
+    return {"messages": messages, "tools": _schemas(tools)}
 
 
 def _schemas(tools):
@@ -335,87 +357,63 @@ def _schemas(tools):
     return list(tools)
 
 
-# ---- chat messages
+# ---- both
 
 
 def _has_system_message(messages):
     return any(message["role"] == "system" for message in messages)
 
 
-def _chat_messages(messages, column):
-    """A column of chat messages, copied."""
-    copies = []
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(f"{column!r} is a list, but not of messages with a role and content")
-        # Parquet gives every message the keys of all, with None where one has no such key.
-        copied = {}
-        for key, value in message.items():
-            if value is not None or key == "content":
-                copied[key] = value
-        copies.append(copied)
-    return copies
+def _is_filled_in(data):
+    """Whether the objects of a row have keys whose value None only says that there is no such key:
+    Parquet gives every object the keys of all."""
+    return not data.startswith("task:") and Path(data).suffix not in (".json", ".jsonl")
 
 
-def _normal_message(message):
-    """A chat message whose content is text and whose calls have objects as arguments."""
-    role = message["role"]
-    if role not in ROLES:
-        raise UserError(f"role {role!r}: expected one of {', '.join(ROLES)}")
-    if "function_call" in message:
-        raise UserError("'function_call' is OpenAI's old form: write it as tool_calls")
-    if message.get("weight") == 0:  # OpenAI's "do not train on this one"
-        raise UserError("weight = 0 of one message has no effect here: leave the row out")
-    normal = message | {"content": _text(message.get("content"))}
-    normal.pop("tool_calls", None)
-    calls = calls_of(message)
-    if calls:
-        normal["tool_calls"] = [openai_call(call) for call in calls]
-    return normal
+def _without_none(value):
+    """A value of JSON without the keys, at any depth, that hold None."""
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    return value
 
 
-def _text(content):
-    """A message's content as text; UserError for an image in it."""
-    if isinstance(content, list):
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            if kind != "text" or not isinstance(part.get("text"), str):
-                raise UserError(f"a content part of type {kind!r} would not be seen: {NO_IMAGES}")
-        return "".join(part["text"] for part in content)
-    if not isinstance(content, str | None):
-        raise UserError(f"its content {content!r:.80}: expected text, or a list of content parts")
-    return content or ""
+def _refuse_unseen(row):
+    """Refuses a row with something in it that no model here would read."""
+    for column in UNSEEN:
+        if row.get(column):
+            raise UserError(f"its {column!r} would not be seen: {NO_IMAGES}")
+    for column, value in row.items():
+        _refuse_surrogates(value, column)
 
 
-def _in_call_order(messages):
-    """Results in the order of their calls, as a rollout has them, and under the call's name:
-    OpenAI's form has neither, it has the id of the call."""
-    ordered = []
-    for is_result, group in itertools.groupby(messages, lambda message: message["role"] == "tool"):
-        calls = calls_of(ordered[-1]) if is_result and ordered else []
-        if calls:
-            ordered += _results_in_order(list(group), calls)
-        else:
-            ordered += group
-    return ordered
+def _refuse_surrogates(value, column):
+    """Refuses half a character in any text of a column: no tokenizer takes it."""
+    if isinstance(value, str):
+        half = None if value.isascii() else SURROGATE.search(value)
+        if half:
+            raise UserError(
+                f"its {column!r} holds half a character, {half[0]!r}: write all of it, or drop it"
+            )
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_surrogates(key, column)
+            _refuse_surrogates(inner, column)
+    elif isinstance(value, list):
+        for item in value:
+            if not isinstance(item, int | float):  # the ids of a trajectory are many
+                _refuse_surrogates(item, column)
 
 
-def _results_in_order(results, calls):
-    """The results of one turn, in the order of its calls, each with the name of its call."""
-    if len(results) > len(calls):
-        raise UserError(f"{len(results)} tool results follow {len(calls)} tool calls")
-    ids = [call.id for call in calls]
-    named = [result.get("tool_call_id") for result in results]
-    if all(ids) and all(named) and len(set(ids)) == len(ids):
-        if not set(named) <= set(ids) or len(set(named)) < len(named):
-            raise UserError(f"the tool_call_ids are {named}: expected, once each, those of {ids}")
-        positions = [ids.index(id) for id in named]
-    else:
-        positions = range(len(results))  # no ids that tell them apart: the order is all there is
-    by_position = dict(zip(positions, results, strict=True))
-    return [
-        {"name": calls[position].name, **by_position[position]} for position in sorted(by_position)
-    ]
+def _refuse_tools(row):
+    """Refuses tools of a row's own: a rollout has those of the run."""
+    tools = row.get("tools")
+    if tools and tools not in ("[]", "null"):
+        raise UserError(
+            f"its 'tools' would not be seen: rollouts have those of --tools=…, got {tools!r:.80}; "
+            "drop the column"
+        )
 
 
 # ---- the rows of a file, a task, a folder or the hub

@@ -9,12 +9,15 @@
 
 Three layers, each over the one before: the run's config.py, --config, --key=value. With --run the
 model is the run's, whatever the other config says; --model on the command line wins over all. By
-default it is greedy (temperature 0) with one sample a problem, on the "test" split where the data
-has splits.
+default it is greedy (temperature 0) with one sample a problem, on the rows that the config holds
+out (eval_data), else on the "test" split where the data has splits. Samples that the outcome reward
+did not grade (None) are in no mean; not_graded says how many they are.
 """
 
+import contextlib
 import json
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +31,7 @@ import data
 import rewards as reward_functions
 import train_grpo
 from engines.base import Sampling
-from engines.chat_api import Endpoint
+from engines.chat_api import Endpoint, sendable_call
 from formats import Call, too_deep
 from player import Player, prepare_task
 from rollout import Settings, run_calls, seed_of, stop_before_calls
@@ -43,6 +46,7 @@ class Config:
     run: str = ""  # the out_dir of a training run: its model and its config
     n: int = 1  # samples per problem; more than 1 needs a temperature above 0
     k: tuple[int, ...] = (1,)  # pass@k and maj@k for each of these, n at most
+    pass_at: float = 1.0  # the outcome reward from which a sample counts as right in pass@k
     limit: int | None = None  # the first so many problems
     split: str = "test"  # of a task or a hub data set; a file has no splits
     temperature: float = 0.0  # 0 = greedy
@@ -63,6 +67,8 @@ def check(cfg: Config) -> None:
         raise UserError(f"limit = {cfg.limit}: expected at least 1, or none for all")
     if cfg.n > 1 and cfg.temperature == 0:
         raise UserError(f"n = {cfg.n} samples at temperature 0 are all alike: use --temperature=1")
+    if not math.isfinite(cfg.pass_at):
+        raise UserError(f"pass_at = {cfg.pass_at}: expected a number, such as 1 or 0.5")
     if not cfg.endpoint and cfg.key_env != Config.key_env:
         raise UserError("key_env has no effect without --endpoint: drop it")
     if not cfg.k or min(cfg.k) < 1 or max(cfg.k) > cfg.n:
@@ -116,38 +122,76 @@ def majority(answers: list[str | None], scores: list[float]) -> float:
     return max(votes, key=lambda vote: vote[2])[1]
 
 
-def summarize(trajectories: list[Trajectory], outcome: str, ks: tuple[int, ...]) -> dict:
-    """Makes all numbers of an evaluation. `outcome` names the reward that says right or wrong."""
+def summarize(
+    trajectories: list[Trajectory], outcome: str, ks: tuple[int, ...], pass_at: float = 1.0
+) -> dict:
+    """Makes all numbers of an evaluation. outcome: the reward that says right or wrong. pass_at:
+    from which value of it a sample is right in pass@k.
+
+    What that reward did not grade is in no mean: a problem has its graded samples, and one without
+    any is left out. A mean of nothing is None.
+    """
+    # 1. the graded samples of each problem
     by_problem: dict[int, list[Trajectory]] = {}
     for trajectory in trajectories:
         by_problem.setdefault(trajectory.group, []).append(trajectory)
-    scores = {}
+    n = len(next(iter(by_problem.values())))
+    graded = {}
     for problem, samples in by_problem.items():
-        scores[problem] = [t.rewards[outcome] or 0.0 for t in samples]
-    n = len(next(iter(scores.values())))
-    means = [sum(values) / n for values in scores.values()]
-    low, high = interval(means)
+        graded[problem] = [t.rewards[outcome] for t in samples if t.rewards[outcome] is not None]
+    not_graded = len(trajectories) - sum(len(values) for values in graded.values())
+
+    # 2. the average, one value for each problem
+    means = [mean(values) for values in graded.values() if values]
+    low, high = interval(means) if means else (None, None)
     numbers = {
-        "problems": len(scores),
+        "problems": len(by_problem),
         "samples": n,
-        f"avg@{n}": mean(means),
+        "not_graded": not_graded,
+        f"avg@{n}": mean_or_none(means),
         "ci95_low": low,
         "ci95_high": high,
+        "pass_at": pass_at,
     }
+
+    # 3. the best and the most frequent of k
     for k in ks:
-        passed = [
-            pass_at_k(n, sum(value >= 1 for value in values), k) for values in scores.values()
-        ]
-        numbers[f"pass@{k}"] = mean(passed)
+        passed = []
+        for values in graded.values():
+            right = sum(value >= pass_at for value in values)
+            if values:  # fewer than k, where some were not graded: all of them
+                passed.append(pass_at_k(len(values), right, min(k, len(values))))
+        numbers[f"pass@{k}"] = mean_or_none(passed)
         if k > 1:
-            votes = []
-            for problem, samples in by_problem.items():
-                answers = [reward_functions.answer(t, t.example) for t in samples[:k]]
-                votes.append(majority(answers, scores[problem][:k]))
-            numbers[f"maj@{k}"] = mean(votes)
+            votes = [vote_of(samples[:k], outcome) for samples in by_problem.values()]
+            numbers[f"maj@{k}"] = mean_or_none([vote for vote in votes if vote is not None])
+
+    # 4. what training logs too
     of_training = ("rollouts", "equal_groups", "tool_seconds")
     metrics = stats(trajectories, outcome)
+    for name in trajectories[0].rewards:
+        if all(t.rewards[name] is None for t in trajectories):
+            metrics[f"reward_{name}"] = None
+    if metrics.get("reward_none") == len(trajectories):
+        metrics["reward"] = None
+    if "accuracy" in metrics:  # one number, also where problems have unlike many graded samples
+        metrics["accuracy"] = numbers[f"avg@{n}"]
     return numbers | {name: metrics[name] for name in metrics if name not in of_training}
+
+
+def vote_of(samples: list[Trajectory], outcome: str) -> float | None:
+    """Finds the score of the answer that most of the graded samples of a problem give; None if
+    none of them is graded."""
+    graded = [t for t in samples if t.rewards[outcome] is not None]
+    if not graded:
+        return None
+    answers = [reward_functions.answer(t, t.example) for t in graded]
+    return majority(answers, [t.rewards[outcome] for t in graded])
+
+
+def mean_or_none(values: list[float]) -> float | None:
+    """Averages; None for nothing, which is not 0."""
+    return mean(values) if values else None
 
 
 # ---- which model plays which problems
@@ -171,9 +215,11 @@ def load_config(argv: list[str], given: Config) -> train_grpo.Config:
             f"run = {given.run!r} is no run of train_grpo.py ({error}); {advice}"
         ) from None
     cfg = config.parse(train_grpo.Config, argv, keys=config.ROLLOUT_KEYS, base=base)
+    typed = {item[2:].partition("=")[0] for item in argv}
+    if "data" not in typed:
+        cfg = replace(cfg, data=rows_to_play(cfg, base))
 
     # 2. what would have no effect here is refused, or left out where only the run gives it
-    typed = {item[2:].partition("=")[0] for item in argv}
     if given.endpoint and "model" not in typed:
         raise UserError("model is missing: --endpoint needs --model=<its name there>")
     of_our_engines = {"format", "template_options", "dtype", "engine", "urls"}
@@ -190,6 +236,43 @@ def load_config(argv: list[str], given: Config) -> train_grpo.Config:
     cfg = for_evaluation(cfg, given, model)
     train_grpo.check(cfg)
     return cfg
+
+
+def rows_to_play(cfg: train_grpo.Config, base: train_grpo.Config) -> str:
+    """Chooses the data of an evaluation: what cfg holds out, else what it trains on. The run's
+    held-out rows (base) do not stand for those of another config's data."""
+    is_of_other_data = cfg.data != base.data and cfg.eval_data == base.eval_data
+    if not cfg.eval_data or is_of_other_data:
+        return cfg.data
+    return cfg.eval_data
+
+
+def training_of(model: str) -> train_grpo.Config | None:
+    """Reads the config by which train_grpo.py made a model; None if it did not, or not here."""
+    file = Path(model) / "config.py"
+    if not file.is_file():
+        return None
+    try:
+        return config.parse(train_grpo.Config, ["--config", str(file)])
+    except UserError:  # train_sft.py's, or of another version
+        return None
+
+
+def origin_of_rows(cfg: train_grpo.Config) -> str:
+    """Says what the rows of an evaluation were to the run that made its model; "" if that is not
+    known, or if it has nothing to do with them."""
+    trained = training_of(cfg.model)
+    if trained is None:
+        return ""
+    if data.is_file(cfg.data):
+        place = Path(cfg.data).expanduser().resolve()
+        if place == Path(trained.data).expanduser().resolve():
+            return "those it was trained on"
+    elif (cfg.data, cfg.split) == (trained.data, trained.split):
+        is_made_up = cfg.data.startswith("task:")  # other rows for another seed
+        if not is_made_up or cfg.seed == trained.seed:
+            return "those it was trained on"
+    return "held out by its run" if cfg.data == trained.eval_data else ""
 
 
 def without_idle_keys(
@@ -249,18 +332,21 @@ async def play_api_turn(
     sampling = Sampling(settings.temperature, settings.max_new_tokens, seed_of(*where))
     is_final = settings.final_turn and turn == settings.max_turns
     reply = await endpoint.ask(trajectory.messages, sampling, with_tools=not is_final)
-    if reply is None:  # the conversation is longer than its context
-        trajectory.stop = "length"
+    if isinstance(reply, str):  # why there is none
+        trajectory.stop = reply
         return
     trajectory.turn_starts.append(0)  # of ids that nobody here sees
     trajectory.unseen_tokens += reply.new_tokens
 
     # 2. which calls did it make, and are they to be run?
-    message = {"role": "assistant", "content": reply.text}
-    if reply.tool_calls:
-        message["tool_calls"] = reply.tool_calls
-    trajectory.messages.append(message)
     calls = [read_api_call(tool_call["function"]) for tool_call in reply.tool_calls]
+    message = {"role": "assistant", "content": reply.text} | reply.thoughts
+    if calls:
+        message["tool_calls"] = [
+            sendable_call(tool_call, is_readable=call.arguments is not None)
+            for tool_call, call in zip(reply.tool_calls, calls, strict=True)
+        ]
+    trajectory.messages.append(message)
     trajectory.stop = stop_before_calls(trajectory, calls, reply.was_cut, toolbox, settings)
     if trajectory.stop:
         return
@@ -269,42 +355,51 @@ async def play_api_turn(
     results = await run_calls(trajectory, calls, session, toolbox, settings, tokenizer=None)
     if trajectory.stop:
         return
-    for tool_call, (call, result) in zip(reply.tool_calls, results, strict=True):
-        told = {"role": "tool", "tool_call_id": tool_call.get("id", ""), "name": call.name}
+    for tool_call, (_, result) in zip(message["tool_calls"], results, strict=True):
+        told = {"role": "tool", "tool_call_id": tool_call["id"]}
+        told["name"] = tool_call["function"]["name"]
         trajectory.messages.append(told | {"content": result})
     if reply.all_tokens >= settings.max_tokens:
         trajectory.stop = "length"
 
 
 def read_api_call(function: dict) -> Call:
-    """Reads a native tool call; what is wrong with it is for the model to be told, not for the
-    user."""
+    """Reads the function of a Reply's tool call; what is wrong with it is for the model to be told,
+    not for the user."""
     name = function["name"]
-    text = function.get("arguments") or "{}"
+    text = function["arguments"]
+    if not name:
+        return Call("", None, "bad_json", "malformed call: it names no function", text)
     try:
-        arguments = json.loads(text) if isinstance(text, str) else text
+        arguments = json.loads(text, parse_constant=refuse_constant)
         if not isinstance(arguments, dict):
-            raise ValueError(f"an object is expected, not {str(text)[:40]}")
+            raise ValueError(f"an object is expected, not {text[:40]}")
         if too_deep(arguments):
             raise ValueError("it is too deep")
     except (ValueError, RecursionError) as error:
         message = f"malformed call of {name}: its arguments are not JSON ({error})"
-        return Call(name, None, "bad_json", message, str(text))
-    return Call(name, arguments, raw=str(text))
+        return Call(name, None, "bad_json", message, text)
+    return Call(name, arguments, raw=text)
+
+
+def refuse_constant(name: str) -> None:
+    """ValueError for NaN and Infinity, which only python takes for JSON."""
+    raise ValueError(f"{name} is no number of JSON")
 
 
 # ---- the evaluation
 
 
 def evaluate(cfg: train_grpo.Config, given: Config) -> dict:
-    """Plays the problems of cfg, writes eval.json and rollouts.jsonl, returns the numbers."""
+    """Plays the problems of cfg, writes eval.json and rollouts.jsonl, returns the numbers. If the
+    disk did not take the files, "not_saved" in them is the sentence that says so."""
     folder = None
     if given.save_to:  # before the model is loaded: it may hold something
         folder = config.fresh_dir(given.save_to, key="save_to")
     with open_player(cfg, given) as player:
         if folder is None:
             folder = next_folder(Path(given.run) / "eval" if given.run else Path("out/eval"))
-        trajectories = play_all(player, given.n, given.batch, folder)
+        trajectories, problem = play_all(player, given.n, given.batch, folder)
     numbers = {
         "model": cfg.model,
         "data": cfg.data,
@@ -312,23 +407,87 @@ def evaluate(cfg: train_grpo.Config, given: Config) -> dict:
         "seed": given.seed,
         "temperature": given.temperature,
     }
-    numbers |= summarize(trajectories, player.outcome, given.k)
-    (folder / "eval.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    return numbers | {"saved": str(folder)}
+    origin = origin_of_rows(cfg)
+    if origin:
+        numbers["rows"] = origin
+    numbers |= summarize(trajectories, player.outcome, given.k, given.pass_at)
+    if given.endpoint:
+        numbers |= player.engine.report()
+    try:
+        save_whole(folder / "eval.json", json.dumps(numbers, indent=2) + "\n")
+    except OSError as error:
+        problem = f"eval.json could not be written to {folder} ({error.strerror or error})"
+    numbers["saved"] = str(folder)
+    if problem:
+        numbers["not_saved"] = (
+            f"{problem}: the numbers are whole as printed; make room, or give another folder with "
+            "--save_to=…, and evaluate again for the files"
+        )
+    return numbers
 
 
-def play_all(player: Player, samples: int, batch: int, folder: Path) -> list[Trajectory]:
-    """Plays all examples, `batch` at a time, and writes rollouts.jsonl as they are done."""
+def play_all(
+    player: Player, samples: int, batch: int, folder: Path
+) -> tuple[list[Trajectory], str]:
+    """Plays all examples, `batch` at a time, and writes rollouts.jsonl as they are done. Returns
+    (trajectories, what is wrong with that file). A full disk ends nothing: what it did not take is
+    tried again with the next batch. What was played before an error is written too."""
     trajectories = []
+    unsaved = []
+    problem = ""
+    file = folder / "rollouts.jsonl"
+    tokenizer = player.chat.tokenizer
     total = len(player.examples) * samples
     with run_log.progress() as bars:
-        on_done = run_log.counter(bars, bars.add_task("rollouts", total=total, note=""))
+        count = run_log.counter(bars, bars.add_task("rollouts", total=total, note=""))
+
+        def on_done(trajectory: Trajectory) -> None:
+            done.append(trajectory)
+            count(trajectory)
+
         for start in range(0, len(player.examples), batch):
+            done: list[Trajectory] = []  # of this batch, whoever ended first
             part = player.examples[start : start + batch]
-            played = player.play(part, samples, first_group=start, on_done=on_done)
-            run_log.write_rollouts(folder / "rollouts.jsonl", played, player.chat.tokenizer)
+            try:
+                played = player.play(part, samples, first_group=start, on_done=on_done)
+            except BaseException:
+                append_rollouts(file, unsaved + done, tokenizer)
+                raise
             trajectories += played
-    return trajectories
+            unsaved += played
+            problem = append_rollouts(file, unsaved, tokenizer)
+            if not problem:
+                unsaved = []
+    if unsaved:
+        problem = f"{len(unsaved)} of {total} rollouts could not be written to {folder} ({problem})"
+    return trajectories, problem
+
+
+def append_rollouts(file: Path, trajectories: list[Trajectory], tokenizer) -> str:
+    """Appends all of the trajectories or none. Returns why it was none, or ""."""
+    size = file.stat().st_size if file.exists() else 0
+    try:
+        run_log.write_rollouts(file, trajectories, tokenizer)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # no file at all
+            os.truncate(file, size)
+        return error.strerror or str(error)
+    return ""
+
+
+def save_whole(file: Path, text: str) -> None:
+    """Writes a file so that it is whole or not there. OSError if the disk does not take it."""
+    aside = file.with_name(file.name + ".new")
+    try:
+        with open(aside, "w", encoding="utf-8") as written:
+            written.write(text)
+            written.flush()
+            os.fsync(written.fileno())  # some disks say only now that they are full
+        aside.replace(file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
 
 
 def next_folder(folder: Path) -> Path:
@@ -346,7 +505,16 @@ def table(numbers: dict) -> None:
     out.add_column("metric")
     out.add_column("value", justify="right")
     for key, value in numbers.items():
-        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+        if key in ("pass_at", "not_saved"):
+            continue
+        if key.startswith("pass@"):
+            key = f"{key} (reward >= {numbers['pass_at']:g})"
+        if value is None:
+            shown = "nothing graded"
+        elif isinstance(value, float):
+            shown = f"{value:.4f}"
+        else:
+            shown = str(value)
         out.add_row(key, shown)
     Console(highlight=False).print(out)
 
@@ -354,7 +522,10 @@ def table(numbers: dict) -> None:
 def main(argv: list[str]) -> None:
     mine, others = config.split(argv, Config.__dataclass_fields__)
     given = config.parse(Config, mine, check)
-    table(evaluate(load_config(others, given), given))
+    numbers = evaluate(load_config(others, given), given)
+    table(numbers)
+    if "not_saved" in numbers:
+        raise UserError(numbers["not_saved"])
 
 
 if __name__ == "__main__":

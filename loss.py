@@ -79,8 +79,11 @@ def turn_advantages(
     be added."""
     rewards_to_go = []  # of each trajectory, a number for each turn
     for earned in turn_rewards:
-        # rounded, as 0.1 + 0.2 - 0.3 is not 0
-        rewards_to_go.append([round(math.fsum(earned[k:]), 9) for k in range(len(earned))])
+        to_go = []
+        for k in range(len(earned)):
+            # rounded, as 0.1 + 0.2 - 0.3 is not 0
+            to_go.append(round(math.fsum(earned[k:]), 9))
+        rewards_to_go.append(to_go)
 
     result = [[0.0] * len(earned) for earned in turn_rewards]
     most_turns = max(map(len, turn_rewards), default=0)
@@ -143,7 +146,8 @@ def correction_sums(
     drift more. turns: (B,)."""
     wanted = mask.bool()
     is_outside = wanted & ((correction == 0) | (correction == cap))
-    sums = {"is_weight": torch.where(wanted, correction, 0.0).sum().item(), "is_outside": 0.0}
+    weights = torch.where(wanted, correction, 0.0)
+    sums = {"is_weight": weights.sum().item(), "is_outside": 0.0}
     for count, row in zip(turns, is_outside, strict=True):
         name = f"is_outside_turns_{count}"
         sums["is_outside"] += row.sum().item()
@@ -193,7 +197,8 @@ def grpo_loss(
     # 0 where the mask is 0, before exp: what an engine says of other tokens cannot leak as NaN
     log_ratio = torch.where(wanted, logprobs - old_logprobs, 0.0)
     if loss == "gspo":
-        log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        tokens = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+        log_ratio = log_ratio.sum(1, keepdim=True) / tokens
     ratio = log_ratio.exp()
     if loss == "cispo":
         bounded = ratio.detach().clamp(max=1 + clip_high)

@@ -6,10 +6,11 @@ yellow.
     python play.py --config gsm8k.py --made_up=true                # without its model or a download
     python play.py --config sft_gsm8k.py --demonstration=true      # a row as SFT is trained on it
 
---made_up=true checks a config (`--dry_run=true` on a training script calls it): a row is loaded,
-its prompt rendered, and an oracle plays it through the scripted engine: calls a tool, then says the
-right answer. Tools and rewards are the real ones. What is printed is what training would see; below
-it stands what could not be checked here, and what looks wrong.
+--made_up=true checks a config (`--dry_run=true` on a training script calls it): all rows are read,
+those held out too; the first one's prompt is rendered, and an oracle plays it through the scripted
+engine: calls a tool, then says the right answer. Tools and rewards are the real ones. What is
+printed is what training would see; below it stands what could not be checked here, and what looks
+wrong.
 
 The row is the first of the data. Where that would have to be downloaded, it is the one that
 configs/samples.jsonl has for the data set, written by us with the columns of the original. Where
@@ -35,7 +36,7 @@ import train_sft
 from chat import Chat
 from engines.scripted import ScriptedEngine
 from formats.messages import calls_of
-from player import Player, check_prompt, prepare_task
+from player import Player, check_prompts, prepare_task, validation_examples
 from rollout import Settings
 from run.config import UserError
 from tasks import tiny
@@ -44,7 +45,7 @@ from trajectory import Trajectory, show
 
 SAMPLES = config.HERE / "configs" / "samples.jsonl"
 STAND_IN_FORMATS = ("auto", "llama3", "mistral", "qwen_xml")  # need the model's own template
-NO_ORACLE = "I do not know."  # the answer where no reward says what a right one is
+NO_ORACLE = "I do not know."  # the answer where neither a reward nor the row has a right one
 
 
 @dataclass
@@ -65,9 +66,10 @@ def play_made_up(cfg: train_grpo.Config) -> Trajectory:
     """Plays and prints one rollout of an oracle; UserError for what the config gets wrong."""
     notes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        # 1. a row that is here, and what an oracle says to it
+        # 1. rows that are here, and what an oracle says to the first
+        check_held_out(cfg, notes)
         cfg = with_local_data(cfg, folder, notes)
-        toolbox, rewards, examples = prepare_task(cfg, limit=1)
+        toolbox, rewards, examples = prepare_task(cfg)
         example = examples[0]
         turns = oracle_turns(cfg, example, toolbox, list(rewards))
 
@@ -75,7 +77,7 @@ def play_made_up(cfg: train_grpo.Config) -> Trajectory:
         conversation = example["messages"] + turns
         tokenizer, cfg = local_tokenizer(cfg, [conversation], toolbox.schemas, notes)
         chat = Chat(tokenizer, cfg.format, toolbox.schemas, cfg.template_options)
-        check_prompt(chat, example, cfg.max_tokens)
+        check_prompts(chat, examples, cfg.max_tokens)
 
         # 3. the oracle's words as a model would sample them
         engine = ScriptedEngine(sampled_turns(chat, example["messages"], turns), tokenizer)
@@ -95,11 +97,12 @@ def show_demonstration(cfg: train_sft.Config) -> Trajectory:
     notes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         cfg = with_local_data(cfg, folder, notes)
-        rows = data.conversations(cfg.data, min(cfg.rows or 64, 64), cfg.seed, cfg.system_prompt)
+        few = min(cfg.rows or 64, 64) if cfg.data.startswith("task:") else cfg.rows
+        rows = data.conversations(cfg.data, few, cfg.seed, cfg.system_prompt)
     toolbox = Toolbox(cfg.tools, describe_only=True)
     rows = data.rewarded(rows, cfg.min_reward, cfg.data)
     conversations = [row["messages"] for row in rows if "messages" in row]
-    tokenizer, cfg = local_tokenizer(cfg, conversations, toolbox.schemas, notes)
+    tokenizer, cfg = local_tokenizer(cfg, conversations[:64], toolbox.schemas, notes)
     if not conversations and notes:
         raise UserError(f"the rows of {cfg.data} are token ids of {cfg.model}, which is not here")
     row = rows[0]
@@ -122,10 +125,25 @@ def show_demonstration(cfg: train_sft.Config) -> Trajectory:
 # ---- what stands in for data and model that are not here
 
 
+def is_here(source: str) -> bool:
+    """Says whether the rows of `source` are on this machine."""
+    return source.startswith("task:") or Path(source).expanduser().exists()
+
+
+def check_held_out(cfg: train_grpo.Config, notes: list[str]) -> None:
+    """Reads the rows that training would measure itself on; UserError as there."""
+    source = cfg.eval_data or cfg.data
+    looks_like_file = source[:1] in "./~" or Path(source).suffix in data.SUFFIXES
+    if is_here(source) or looks_like_file:
+        validation_examples(cfg)
+    elif cfg.eval_every:
+        key = "eval_data" if cfg.eval_data else "data"
+        notes.append(f"{key}: the held-out rows of {source} are not on this machine: not checked")
+
+
 def with_local_data(cfg, folder: str, notes: list[str]):
     """Gives the config rows that are on this machine: its own, or our sample of its data set."""
-    is_here = cfg.data.startswith("task:") or Path(cfg.data).expanduser().exists()
-    if is_here:
+    if is_here(cfg.data):
         return cfg
     samples = [json.loads(line) for line in SAMPLES.read_text(encoding="utf-8").splitlines()]
     sample = next((sample for sample in samples if sample["data"] == cfg.data), None)
@@ -213,7 +231,8 @@ def oracle_turns(cfg, example: dict, toolbox: Toolbox, rewards: list[str]) -> li
 
 
 def right_answer(cfg, rewards: list[str], example: dict) -> str:
-    """Writes a last message that the first reward which knows one finds right."""
+    """Writes a last message that the first reward which knows one finds right. To rewards of the
+    user's own it is the gold answer, in the way that the prompt asks for."""
     prompt = cfg.system_prompt + cfg.prompt_template
     for name in rewards:
         text = reward_functions.oracle(name, example)
@@ -222,7 +241,13 @@ def right_answer(cfg, rewards: list[str], example: dict) -> str:
             return f"<answer>{text}</answer>"
         if text:
             return text
-    return NO_ORACLE
+    gold = example["answer"]
+    gold = gold[0] if isinstance(gold, list) else gold
+    if not gold or rewards[0] == "code_tests":  # whose answer is the tests
+        return NO_ORACLE
+    if "<answer>" in prompt:
+        return f"<answer>{gold}</answer>"
+    return f"\\boxed{{{gold}}}" if "\\boxed" in prompt else gold
 
 
 def assistant_turn(text: str, tool: str = "", arguments: dict | None = None) -> dict:
@@ -295,8 +320,11 @@ def doubts(trajectory: Trajectory, outcome: str) -> list[str]:
     if trajectory.stop != "answered":
         notes.append(f"stop: {trajectory.stop}, not answered: raise that limit")
     value = trajectory.rewards.get(outcome)
-    if value is None or value < 1:
-        notes.append(f"reward: {outcome} gives {value} to what should be a right answer")
+    text = trajectory.answer or trajectory.messages[-1].get("content")
+    if text == NO_ORACLE:
+        notes.append(f"reward: {outcome} gives {value} to {text!r}: the row has no right answer")
+    elif value is None or value < 1:
+        notes.append(f"reward: {outcome} gives {value} to what should be a right answer, {text!r}")
     return notes
 
 

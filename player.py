@@ -55,8 +55,9 @@ class Player:
 
         # 2. the chat template, proved before any weights are loaded
         tokenizer = models.load_tokenizer(cfg.model)
-        chat = Chat(tokenizer, cfg.format, toolbox.schemas, cfg.template_options)
-        check_prompt(chat, examples[0], cfg.max_tokens)
+        eos_ids = models.eos_ids(cfg.model)
+        chat = Chat(tokenizer, cfg.format, toolbox.schemas, cfg.template_options, eos_ids)
+        check_prompts(chat, examples, cfg.max_tokens)
 
         # 3. the weights, unless an engine elsewhere has them
         if tune == "none" and cfg.tune == "qlora" and models.is_adapter(cfg.model):
@@ -72,6 +73,7 @@ class Player:
                 lora_targets=cfg.lora_targets,
                 seed=cfg.seed,
             )
+            models.set_stop_ids(model, chat.stop_ids)
         settings = Settings.of(cfg)
         return cls(chat, None, toolbox, rewards, settings, None, model, examples, cfg)
 
@@ -165,11 +167,24 @@ def validation_examples(cfg) -> list[dict]:
     return load_examples(cfg, source, "test", cfg.eval_rows, VALIDATION_SEED)
 
 
-def check_prompt(chat: Chat, example: dict, max_tokens: int) -> None:
-    """Checks that there is room to answer the prompt; else UserError."""
-    length = len(chat.prompt(example["messages"]))
+def check_prompts(chat: Chat, examples: list[dict], max_tokens: int) -> None:
+    """Checks that there is room to answer the first prompt, and that the template renders prompts
+    like all of these: one of each sequence of roles. UserError, with the row's number."""
+    length = len(chat.prompt(examples[0]["messages"]))
     if length >= max_tokens:
         raise UserError(f"max_tokens = {max_tokens}: the first prompt alone has {length}")
+    tools = [tool["function"]["name"] for tool in chat.tools]
+    seen = set()
+    for example in examples:
+        roles = tuple(message["role"] for message in example["messages"])
+        try:
+            if "assistant" in roles:
+                data.check_calls(example["messages"], tools, remedy="name it in --tools=…")
+            if roles not in seen:
+                chat.prompt(example["messages"])
+        except UserError as error:
+            raise UserError(f"row {example['id'] + 1}: {error}") from None
+        seen.add(roles)
 
 
 async def start_engine(cfg, model, tokenizer) -> Engine:

@@ -21,17 +21,23 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
-from grading.answers import answer, equal, last_turn, places, words
+from grading.answers import answer, last_turn, places, words
 from grading.answers import f1 as f1_of
+from grading.equality import NotCompared, equal
 from grading.judge import judge
 from grading.programs import code_tests
 from grading.queries import sql_match
 from run import plugins
 from run.config import UserError, near
 from run.deadline import Exited, in_thread, in_time
-from trajectory import MALFORMED
+from trajectory import MALFORMED, ToolCall, Trajectory
 
 OPTIONS = "reward_options"  # the config key, for messages
+# The fields of a trajectory that a reward may read, in the order of docs/rewards.md.
+READABLE = (
+    "messages", "stop", "answer", "calls", "new_tokens", "turn_starts", "ids", "mask", "logprobs",
+    "group", "sample", "seconds", "version", "example",
+)  # fmt: skip
 
 # ---- outcome
 
@@ -39,18 +45,28 @@ OPTIONS = "reward_options"  # the config key, for messages
 def correct(trajectory, example):
     """1.0 if the model's answer equals example["answer"], or one of them if it is a list.
 
-    A percent sign, a currency sign and units in `\\text{}` are dropped: 50% is 50, not 0.5. A word
-    such as dollars or cm (answers._UNIT_WORD) is, where only one of the two has it. A whole number
-    has to be written as one: `\\boxed{34*27}` or `\\boxed{10/2}` is the question again, not its
-    answer. So is what is left to be done (`\\int`, `\\lim`, `\\cos`, …: answers._OPERATIONS) where
-    the right answer has nothing of that kind. Not covered: `\\sqrt{50}` is `5\\sqrt{2}`, so a task
-    to simplify or to expand can be answered by its question.
+    A unit (a percent or currency sign, words in `\\text{}`, or such as dollars or cm without it) is
+    dropped where only one of the two has it: 50% is 50, not 0.5; two have to be the same. A whole
+    number has to be written as one, or as 1.8e3 or `1.8 \\times 10^3`: `\\boxed{34*27}` or
+    `\\boxed{10/2}` is the question again, not its answer. So is what is left to be done (`\\int`,
+    `\\lim`, `\\cos`, …: equality._OPERATIONS) where the right answer has nothing of that kind.
+    None, which is not learnt from, where there was no time to compare it, as many other answers had
+    taken too long.
+    Not covered: `\\sqrt{50}` is `5\\sqrt{2}`, so a task to simplify or to expand can be answered by
+    its question.
     """
     golds = _golds(example, "correct")
     text = answer(trajectory, example)
     if text is None:
         return 0.0
-    return float(any(equal(text, gold) for gold in golds))
+    was_compared = True
+    for gold in golds:
+        try:
+            if equal(text, gold):
+                return 1.0
+        except NotCompared:
+            was_compared = False
+    return 0.0 if was_compared else None
 
 
 def exact_match(trajectory, example):
@@ -77,9 +93,12 @@ def f1(trajectory, example):
 def _golds(example, reward):
     """The right answers, at least one. A row without one stops the run: it cannot be judged."""
     golds = example["answer"]
+    if not isinstance(golds, list):
+        golds = [golds]
+    golds = [gold for gold in golds if gold]  # data sets fill lists with null
     if not golds:
         raise UserError(f"reward {reward} needs an answer, row {example['id'] + 1} has none")
-    return golds if isinstance(golds, list) else [golds]
+    return golds
 
 
 def oracle(name: str, example: dict) -> str | None:
@@ -237,6 +256,9 @@ class Reward:
 
     def __post_init__(self):
         self.slots = asyncio.Semaphore(self.concurrency)
+        # a function, or an object whose __call__ is one
+        candidates = (self.function, type(self.function).__call__)
+        self.is_async = any(map(inspect.iscoroutinefunction, candidates))
 
     def __call__(self, trajectory, example):
         return self.function(trajectory, example)
@@ -401,7 +423,7 @@ async def _value_in_time(name, reward, trajectory, example):
     call = functools.partial(reward.function, trajectory, example)
     async with reward.slots:
         try:
-            work = call() if _is_async(reward.function) else in_thread(call, reward.abandoned)
+            work = call() if reward.is_async else in_thread(call, reward.abandoned)
             is_done, value = await in_time(work, reward.timeout, reward.abandoned)
             if is_done:
                 return _numbers(name, value, trajectory)
@@ -413,12 +435,6 @@ async def _value_in_time(name, reward, trajectory, example):
     return None
 
 
-def _is_async(function):
-    if inspect.iscoroutinefunction(function):
-        return True
-    return inspect.iscoroutinefunction(type(function).__call__)
-
-
 def _end_run(name, error, example):
     """Raises a UserError that says where a reward raised `error`."""
     if isinstance(error, UserError):
@@ -427,8 +443,27 @@ def _end_run(name, error, example):
     at = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     raise UserError(
         f"reward {name} failed on row {example['id'] + 1}: {type(error).__name__}: {error}{at}: "
-        "let it return None where there is no reward"
+        f"{_remedy(error, example)}"
     ) from error
+
+
+def _remedy(error, example):
+    """What to do about an error of a reward: where it read what is not there, what is there."""
+    if isinstance(error, AttributeError):
+        wanted = error.obj
+        if isinstance(wanted, dict) and "role" in wanted:
+            return f"a message is a dict, write message[{error.name!r}]; it has {', '.join(wanted)}"
+        if isinstance(wanted, dict) and wanted.keys() >= {"id", "messages"}:
+            return f"the row is a dict, write example[{error.name!r}]; it has {', '.join(wanted)}"
+        if isinstance(wanted, Trajectory):
+            return f"a trajectory has {', '.join(READABLE)}: see docs/rewards.md"
+        if isinstance(wanted, ToolCall):
+            names = [field.name for field in fields(ToolCall)]
+            return f"a call has {', '.join(names)}: see docs/rewards.md"
+    remedy = "let it return None where there is no reward"
+    if isinstance(error, KeyError):
+        return f"{remedy}; the row has {', '.join(example)}"
+    return remedy
 
 
 def _numbers(name, value, trajectory):

@@ -206,14 +206,15 @@ async def play_turn(
         # which of several servers has the beginning of this group in its cache
         session=seed_of(settings.seed, step, trajectory.group),
     )
+    opening = chat.opening_behind(trajectory.ids)
     completion = await engine.generate(trajectory.ids, trajectory.images, sampling)
     assert engine.version == trajectory.version, "weights changed inside of a trajectory"
     trajectory.turn_starts.append(len(trajectory.ids))
     trajectory.add(completion.ids, mask=1, logprobs=completion.logprobs)
 
     # 3. which calls did it write, and are they to be run?
-    text, calls = chat.parse(completion.ids)
-    trajectory.messages.append(chat.message(text, calls, trajectory.goes_on))
+    text, calls = chat.parse(completion.ids, opening)
+    trajectory.messages.append(chat.message(text, calls, opening))
     was_cut = completion.finish == "length"
     trajectory.stop = stop_before_calls(trajectory, calls, was_cut, toolbox, settings)
     if trajectory.stop:
@@ -226,12 +227,12 @@ async def play_turn(
 
     # 5. append what they said, unless no token could follow it
     was_closed = completion.finish == "stop"
-    observation = chat.observation(results, closed=was_closed)
+    prompt = trajectory.example["messages"]
+    observation = chat.observation(results, closed=was_closed, prompt=prompt)
     if len(trajectory.ids) + len(observation) >= settings.max_tokens:
         trajectory.stop = "length"
         return
     trajectory.add(observation, mask=0)
-    trajectory.goes_on = chat.format.in_place and not was_closed
     for call, result in results:
         trajectory.messages.append({"role": "tool", "name": call.name, "content": result})
 

@@ -21,6 +21,7 @@ How this differs from the usual fine-tuning script:
 import json
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Literal
@@ -165,6 +166,7 @@ def render(
                 data.check_ids(row, tokenizer)
                 samples.append((row["ids"], row["mask"]))
                 continue
+            data.check_answers(row["messages"])
             shown = tools if row["tools"] is None else row["tools"]
             data.check_calls(row["messages"], [tool["function"]["name"] for tool in shown])
             key = json.dumps(shown)
@@ -177,6 +179,18 @@ def render(
         except UserError as error:
             raise UserError(f"{name}, row {row['row']}: {error}") from None
     return samples
+
+
+def stop_ids(
+    cfg: Config, rows: list[dict], tokenizer, tools: list[dict], eos_ids: Sequence[int]
+) -> Sequence[int]:
+    """Gives the ids that will end a turn of the trained model: those of the chat that rendered the
+    rows, or the model's own where all rows are recorded. eos_ids: of its generation_config."""
+    for row in rows:
+        if "messages" in row:
+            shown = tools if row["tools"] is None else row["tools"]
+            return Chat(tokenizer, cfg.format, shown, cfg.template_options, eos_ids).stop_ids
+    return eos_ids
 
 
 def fit(samples: list[tuple], max_tokens: int) -> tuple[list[tuple], int, int]:
@@ -362,6 +376,8 @@ def setup(cfg: Config):
             lora_targets=cfg.lora_targets,
             seed=cfg.seed,
         )
+    eos_ids = () if cfg.model == "tiny" else models.eos_ids(cfg.model)
+    models.set_stop_ids(model, stop_ids(cfg, chosen, tokenizer, toolbox.schemas, eos_ids))
     if cfg.packing:
         check_packing(model, cfg.model)
     summary = (

@@ -52,7 +52,6 @@ class Trajectory:
     # what was said and done
     messages: list[dict] = field(default_factory=list)  # for rewards and people, never for ids
     calls: list[ToolCall] = field(default_factory=list)
-    goes_on: bool = False  # its next turn goes on behind a result, in the same message
     stop: str = ""  # "answered" "length" "max_turns" "max_tool_calls" "timeout" "error"
     answer: str | None = None  # what it gave to a tool that ends the episode (tools/finish.py)
     version: int = 0  # of the weights that sampled it
@@ -184,9 +183,10 @@ def show(trajectory: Trajectory, tokenizer, console=None) -> None:
         line.append(f" in {1000 * call.seconds:.0f} ms")
         console.print(line)
 
-    rewards = ", ".join(f"{name} {value}" for name, value in trajectory.rewards.items())
-    answer = trajectory.example.get("answer")
-    console.print(Text(f"reward   {trajectory.reward} ({rewards}); the answer is {answer!r}"))
+    if trajectory.rewards:  # a demonstration has none
+        rewards = ", ".join(f"{name} {value}" for name, value in trajectory.rewards.items())
+        answer = trajectory.example.get("answer")
+        console.print(Text(f"reward   {trajectory.reward} ({rewards}); the answer is {answer!r}"))
     line = Text(f"stop     {trajectory.stop}, {len(trajectory.turn_starts)} turns, ")
     line.append(f"{len(trajectory.ids)} tokens of which ")
     line.append(f"{trajectory.new_tokens} trained", style="green")
@@ -213,7 +213,12 @@ def stats(trajectories: list[Trajectory], outcome: str) -> dict:
     late = sum(len(t.reward_timeouts) for t in trajectories)
     if late:
         metrics["reward_timeouts"] = late
-    metrics["equal_groups"] = equal_groups(trajectories)
+    rewards_of_group: dict[int, set] = {t.group: set() for t in trajectories}
+    for t in trajectories:
+        if t.reward is not None:
+            rewards_of_group[t.group].add(t.reward)
+    # the share of groups from which nothing can be learnt
+    metrics["equal_groups"] = mean([len(values) < 2 for values in rewards_of_group.values()])
 
     # calls
     calls = [call for t in trajectories for call in t.calls]
@@ -237,16 +242,6 @@ def stats(trajectories: list[Trajectory], outcome: str) -> dict:
     for stop, number in sorted(stops.items()):
         metrics[f"stop_{stop}"] = number / count
     return metrics
-
-
-def equal_groups(trajectories: list[Trajectory]) -> float:
-    """The share of groups whose rewards are all equal, from which nothing can be learnt."""
-    rewards_of: dict[int, set] = {}
-    for t in trajectories:
-        seen = rewards_of.setdefault(t.group, set())
-        if t.reward is not None:
-            seen.add(t.reward)
-    return mean([len(seen) < 2 for seen in rewards_of.values()])
 
 
 def stats_by_tool(calls: list[ToolCall]) -> dict:

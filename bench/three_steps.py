@@ -6,8 +6,9 @@ configs, as metrics and as the sha256 of the weights, recorded before and compar
 
 Each case runs a checkout's own scripts as a user would, so the two sides need share no python
 names. Equal means: every metric but times and what INTENDED allows, and every byte of the model.
-That holds on one machine with one set of packages; elsewhere, record anew. One thread is used: with
-two, on a busy machine, the same code does not always add up in the same order.
+That holds on one machine with one set of packages; elsewhere, record anew. One thread is used: two
+add up in another order than one, and of older commits the weights then differed from run to run on
+a busy machine (dev/log.md, "Two threads").
 """
 
 import argparse

@@ -110,7 +110,7 @@ def first_pair(rollouts: list[dict]) -> tuple[int, int]:
         both_call = one["calls"] and other["calls"]
         if same_group and both_call and one["reward"] == 1 and other["reward"] == 0:
             return place, place + 1
-    sys.exit("this run has no such pair of rollouts: sample more, --rollouts_per_step=8")
+    sys.exit("this run has no such pair of rollouts: give one of more steps, or of another seed")
 
 
 def photograph(html: str, place: int, hide: str):

@@ -99,20 +99,15 @@ def finish_reason(new: list[int], sampling: Sampling, tokenizer) -> str:
     """Says why a turn ends after the tokens `new`; "" if it goes on."""
     if new and new[-1] in sampling.stop_ids:
         return "stop"
-    if new and _has_stop_string(new, sampling.stop_strings, tokenizer):
-        return "stop_string"
+    if new and sampling.stop_strings:
+        # A token is at least a byte, so the string cannot have begun before this window.
+        window = 4 * max(len(string) for string in sampling.stop_strings)
+        tail = tokenizer.decode(new[-window:], skip_special_tokens=False)
+        if any(string in tail for string in sampling.stop_strings):
+            return "stop_string"
     if len(new) >= sampling.max_new_tokens:
         return "length"
     return ""
-
-
-def _has_stop_string(new: list[int], stop_strings: tuple[str, ...], tokenizer) -> bool:
-    if not stop_strings:
-        return False
-    # A token is at least a byte, so the string cannot have begun before this window.
-    window = 4 * max(len(string) for string in stop_strings)
-    tail = tokenizer.decode(new[-window:], skip_special_tokens=False)
-    return any(string in tail for string in stop_strings)
 
 
 def turn_end(vllm_finish: str, vllm_stop: int | str | None) -> str:

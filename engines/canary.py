@@ -29,8 +29,19 @@ class Canary:
 
     async def check(self, engine: Engine, model) -> float:
         """Returns the difference; UserError if it says that the engine has other weights."""
-        ours = self._trainer_logprobs(model)  # (T - 1,)
-        theirs = _worst(torch.tensor(await engine.prompt_logprobs(self.ids)), ours)  # (T - 1,)
+        # 1. what the trainer gives to the ids
+        ids = torch.tensor([self.ids], device=model.device)  # (1, T)
+        ones = torch.ones_like(ids)
+        with torch.no_grad():
+            logprobs, _ = token_logprobs(model, ids, attention_mask=ones, mask=ones)
+        ours = logprobs[0, 1:].cpu()  # (T - 1,)
+
+        # 2. what the engine gives to them; of several copies, that which differs most
+        copies = torch.tensor(await engine.prompt_logprobs(self.ids))  # (copies, T - 1)
+        differences = (copies - ours).abs().mean(1).nan_to_num(math.inf)
+        theirs = copies[differences.argmax()]  # (T - 1,)
+
+        # 3. too far apart, or still where they were before
         difference = _distance(theirs, ours)
         if math.isnan(difference) or difference > self.limit:
             raise UserError(
@@ -51,19 +62,6 @@ class Canary:
         self.noise = max(self.noise, difference)
         self.before = ours
         return difference
-
-    @torch.no_grad()
-    def _trainer_logprobs(self, model) -> torch.Tensor:
-        ids = torch.tensor([self.ids], device=model.device)  # (1, T)
-        mask = torch.ones_like(ids)
-        logprobs, _ = token_logprobs(model, ids, mask, mask)
-        return logprobs[0, 1:].cpu()
-
-
-def _worst(copies: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
-    """The copy (T - 1,) of `copies` (copies, T - 1) that differs most from `ours`; NaN is most."""
-    differences = (copies - ours).abs().mean(1).nan_to_num(math.inf)
-    return copies[differences.argmax()]
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -8,19 +8,51 @@ says. All calls come from one event loop (run/loop.py).
 """
 
 import asyncio
+import json
 import random
-from dataclasses import dataclass
+import re
+import sys
+from dataclasses import dataclass, field
 
 import httpx2 as httpx
 
 from engines.base import Engine, Sampling
+from formats import too_deep
 from run.config import UserError
 from run.http import HttpClient, HttpError, address_problem, bearer, failures_explained, one_line
 
 ATTEMPTS = 6  # for one reply; the waits between them double
 WORTH_ASKING_AGAIN = ("unreachable", "busy", "nonsense")
+READ = 20_000  # characters of a refusal that are read
 LIMIT = "max_tokens"
 NEWER_LIMIT = "max_completion_tokens"  # how newer models of some APIs want it named
+# Parameters without which a request still asks the same; some models take none of their values.
+DISPENSABLE = ("temperature", "seed")
+# Keys of the model's own messages that some APIs need back (DeepSeek its thoughts between calls,
+# OpenRouter what signs them), and others refuse.
+THOUGHTS = ("reasoning_content", "reasoning", "reasoning_details")
+# Not one request but all of them are refused: the key, the credit, the address, the rate.
+OF_EVERYTHING = (401, 402, 404, 405, 410, 429)
+NOT_KNOWN = re.compile(r"unsupported|not supported|unknown|unrecognized|not permitted", re.I)
+FILTERED = re.compile(r"content_filter|content management policy|content policy|moderation", re.I)
+# How vLLM, llama.cpp, TGI, SGLang, OpenAI, Anthropic, Gemini, DeepSeek and Mistral say that a
+# conversation and the tokens asked for do not fit.
+TOO_LONG = re.compile(
+    r"""context[ _-]?(length|size|window|limit)
+      | (prompt|inputs?|conversation|messages?|sequence)\b[^.]{0,60}\btoo\ (long|large)
+      | (request|entity)\b[^.]{0,20}\btoo\ (long|large)
+      | \btoo\ many\ (input\ )?tokens | \btoken\ (count|limit) | maximum[^.]{0,40}\btokens
+      | tokens?[^.]{0,60}((must|should)\ be\ (<|less|at\ most)|exceed|is\ too\ large|>\ ?\d)
+      | less\ than\ \d+\ tokens | range\ of\ max_tokens
+      | exceeds?\b[^.]{0,60}\b(tokens|context|length)
+      | \btokens,\ too\ large
+      | longer\ than[^.]{0,60}\b(context|tokens|model) | reduce\ the\ (length|prompt)
+    """,
+    re.I | re.X,
+)
+NAMES_LIMIT = re.compile(r"max_(new_|completion_)?tokens|completion", re.I)
+NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+|\d{1,9}")
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # of a function, as APIs take it back
 
 
 @dataclass
@@ -28,10 +60,11 @@ class Reply:
     """A message of the model."""
 
     text: str
-    tool_calls: list[dict]  # as the API gave them: they go back to it like that
+    tool_calls: list[dict]  # each with an id, and a function with name and arguments, all text
     was_cut: bool  # at the limit on new tokens
     new_tokens: int  # 0 if the API does not say
     all_tokens: int  # the conversation and this message
+    thoughts: dict = field(default_factory=dict)  # keys of the message that have to go back
 
 
 class ChatApi:
@@ -47,6 +80,9 @@ class ChatApi:
         self.attempts = attempts
         self.pause = pause
         self.limit_name = LIMIT
+        self.not_taken: set[str] = set()  # parameters and keys that it refuses: they are not sent
+        self.has_replied = False
+        self.notes: set[str] = set()  # what was said of it already
         self.http = HttpClient(bearer(key))
 
     def check_reachable(self) -> None:
@@ -68,13 +104,45 @@ class ChatApi:
         """The model's next message. tools: schemas.
 
         HttpError if the API refuses or has not answered after several attempts; its kind is
-        "too_long" if the conversation is longer than the model's context.
+        "too_long" if the conversation is longer than the model's context, "filtered" if the API
+        will not answer it. Where max_new_tokens alone is too much, fewer are asked for.
         """
+        body = self._body(messages, temperature, seed, tools)
+        try:
+            return await self._ask_again(body, max_new_tokens)
+        except HttpError as error:
+            if error.kind != "too_long":
+                raise
+            refusal = error
+        for limit in smaller_limits(refusal.text, max_new_tokens):
+            try:
+                reply = await self._ask_again(body, limit)
+            except HttpError as error:
+                if error.kind != "too_long":
+                    raise
+                continue
+            self._note(
+                f"has no room for {max_new_tokens} new tokens behind every conversation, and was "
+                f"asked for what is left ({refusal.detail})"
+            )
+            return reply
+        self._note(f"says that a conversation is longer than its context ({refusal.detail})")
+        refusal.detail += f" (asked for {max_new_tokens} new tokens)"
+        raise refusal
+
+    def _body(
+        self, messages: list[dict], temperature: float, seed: int | None, tools: list[dict] | None
+    ) -> dict:
+        """A request, but for its limit."""
         body = {"model": self.model, "messages": messages, "temperature": temperature}
         if seed is not None:
             body["seed"] = seed % 2**31
         if tools:
             body["tools"] = tools
+        return body
+
+    async def _ask_again(self, body: dict, max_new_tokens: int) -> Reply:
+        """Asks until there is a reply, several times where that may help."""
         pause = self.pause
         for _ in range(self.attempts - 1):
             try:
@@ -89,24 +157,73 @@ class ChatApi:
         return await self._ask_once(body, max_new_tokens)
 
     async def _ask_once(self, body: dict, max_new_tokens: int) -> Reply:
-        limit_name = self.limit_name  # a question beside this one may change it
-        try:
-            return await self._post(body | {limit_name: max_new_tokens})
-        except HttpError as error:
-            is_about_name = NEWER_LIMIT in error.text and error.kind not in ("nonsense", "too_long")
-            if not is_about_name or limit_name == NEWER_LIMIT:
-                raise
-        self.limit_name = NEWER_LIMIT
-        return await self._post(body | {NEWER_LIMIT: max_new_tokens})
+        """Asks, and again without a parameter that the API refuses by name. What it answered only
+        without, it is not sent any more."""
+        limit_name = self.limit_name
+        dropped = set(self.not_taken)
+        while True:
+            request = _without(body, dropped) | {limit_name: max_new_tokens}
+            try:
+                reply = await self._post(request)
+                break
+            except HttpError as error:
+                refused = _refused_parameter(error, request)
+                if not refused:
+                    raise
+            if refused == LIMIT:
+                limit_name = NEWER_LIMIT
+            else:
+                dropped.add(refused)
+        self.limit_name = limit_name
+        for name in sorted(dropped - self.not_taken):
+            self._note(f"takes no {name}: it is not sent, and what the API does instead holds")
+        self.not_taken |= dropped
+        self.has_replied = True
+        return reply
 
     async def _post(self, body: dict) -> Reply:
         try:
             answer = await self.http.request("POST", f"{self.url}/chat/completions", json=body)
         except HttpError as error:
-            if error.kind != "nonsense" and _says_too_long(error.text):
+            may_be_long = error.kind in ("refused", "busy") and error.status != 429
+            if may_be_long and TOO_LONG.search(error.text[:READ]):
                 error.kind = "too_long"
+            elif 400 <= error.status < 500 and FILTERED.search(error.text[:READ]):
+                error.kind = "filtered"
             raise
-        return _read(answer)
+        turn = sum(message["role"] == "assistant" for message in body["messages"])
+        return _read(answer, turn)
+
+    async def answers_others(
+        self,
+        error: HttpError,
+        temperature: float,
+        max_new_tokens: int,
+        seed: int | None = None,
+        tools: list[dict] | None = None,
+    ) -> bool:
+        """Says whether an `ask` that failed is the matter of its conversation alone, which is so if
+        a plain question, asked once and in the same way, does not fail."""
+        if error.kind == "filtered" or (error.kind == "too_long" and self.has_replied):
+            return True
+        if error.kind == "key_unsendable" or error.status in OF_EVERYTHING:
+            return False
+        plain_question = [{"role": "user", "content": "Hello!"}]
+        try:
+            await self._ask_once(
+                self._body(plain_question, temperature, seed, tools), max_new_tokens
+            )
+        except HttpError as other:
+            is_refused = other.kind not in WORTH_ASKING_AGAIN
+            return error.kind not in WORTH_ASKING_AGAIN and not is_refused
+        return True
+
+    def _note(self, text: str) -> None:
+        """Tells the user once what was odd about the API."""
+        subject = text.partition("(")[0]
+        if subject not in self.notes:
+            self.notes.add(subject)
+            print(f"{self.url} {text}", file=sys.stderr, flush=True)
 
     def refusal(self, error: HttpError, key_option: str) -> UserError:
         """What a failed `ask` is to the user. key_option: where the name of the key is given."""
@@ -114,6 +231,11 @@ class ChatApi:
             return UserError(f"{self.url}: the key cannot be sent: see {key_option}")
         if error.kind == "key_refused":
             return UserError(f"{self.url} wants a key ({error.detail}): see {key_option}")
+        if error.kind == "too_long":
+            return UserError(
+                f"{self.url} has no room for the answer to any question: {error.detail}: give a "
+                "smaller max_new_tokens"
+            )
         if error.kind in WORTH_ASKING_AGAIN:
             return UserError(
                 f"{self.url} has not answered in {self.attempts} attempts: {error.detail}"
@@ -124,13 +246,63 @@ class ChatApi:
         await self.http.close()
 
 
-def _says_too_long(text: str) -> bool:
-    return "context length" in text or "context_length" in text
+def _without(body: dict, names: set[str]) -> dict:
+    """The body of a request without these parameters, and without these keys of its messages."""
+    kept = {name: value for name, value in body.items() if name not in names}
+    if names.intersection(THOUGHTS):
+        messages = []
+        for message in body["messages"]:
+            messages.append({key: value for key, value in message.items() if key not in names})
+        kept["messages"] = messages
+    return kept
 
 
-def _read(answer) -> Reply:
-    """The Reply in an answer's JSON. HttpError, nonsense, if there is no message in it: what some
-    APIs send, with status 200, when they are busy."""
+def _refused_parameter(error: HttpError, request: dict) -> str:
+    """The parameter, or the key of a message, that a refusal names; "" if it names none that a
+    request can do without. LIMIT if the limit wants its newer name."""
+    if error.kind not in ("refused", "busy"):
+        return ""
+    if LIMIT in request:
+        is_unknown = re.search(rf"\b{LIMIT}\b", error.text) and NOT_KNOWN.search(error.text)
+        if NEWER_LIMIT in error.text or is_unknown:
+            return LIMIT
+    if error.kind == "busy":
+        return ""
+    names = [name for name in DISPENSABLE if name in request]
+    for message in request["messages"]:
+        names += [name for name in THOUGHTS if name in message]
+    for name in names:
+        if re.search(rf"\b{name}\b", error.text):
+            return name
+    return ""
+
+
+def smaller_limits(text: str, wanted: int) -> list[int]:
+    """Numbers of new tokens, the largest first, that may fit where `wanted` did not, by the numbers
+    in the refusal: the context, the prompt, what an answer may have, and their differences. [] if
+    it is the conversation that does not fit."""
+    text = re.sub(r'"(code|status)": ?\d+', "", text)
+    numbers = {int(number.replace(",", "")) for number in NUMBER.findall(text)[:12]}
+    names_limit = NAMES_LIMIT.search(text) is not None
+    if len(numbers) < 2 and not names_limit:
+        return []
+    limits = set(numbers)
+    for number in numbers:
+        limits.update(number - other for other in numbers)
+    fitting = sorted((limit for limit in limits if 0 < limit < wanted), reverse=True)[:8]
+    if fitting and names_limit:
+        # the context is told, and the prompt is not
+        fitting += [fitting[0] // 2, fitting[0] // 4, fitting[0] // 8]
+    return [limit for limit in fitting if limit > 0]
+
+
+# ---- an answer as it comes
+
+
+def _read(answer, turn: int) -> Reply:
+    """The Reply in an answer's JSON. HttpError: nonsense, if there is no message in it, as some
+    APIs send with status 200 when they are busy; filtered, if the API gave the message up.
+    turn: how many messages of the model there are already."""
     try:
         choice = answer["choices"][0]
         message = choice["message"]
@@ -139,14 +311,104 @@ def _read(answer) -> Reply:
     if not isinstance(message, dict):
         detail = f"an answer without a message: {one_line(str(answer))}"
         raise HttpError("nonsense", detail, str(answer))
-    usage = answer.get("usage") or {}
+    finish = str(choice.get("finish_reason")).lower()
+    if finish == "content_filter":
+        raise HttpError("filtered", "it ended a message with content_filter", str(answer))
+    if finish == "error":
+        raise HttpError("nonsense", f"a message that failed: {one_line(str(answer))}", str(answer))
+    usage = answer.get("usage")
     return Reply(
-        text=message.get("content") or "",
-        tool_calls=message.get("tool_calls") or [],
-        was_cut=choice.get("finish_reason") == "length",
-        new_tokens=usage.get("completion_tokens") or 0,
-        all_tokens=usage.get("total_tokens") or 0,
+        text=_text(message.get("content")),
+        tool_calls=_tool_calls(message, turn),
+        was_cut=finish in ("length", "max_tokens"),
+        new_tokens=_count(usage, "completion_tokens"),
+        all_tokens=_count(usage, "total_tokens"),
+        thoughts=_thoughts(message),
     )
+
+
+def _count(usage, name: str) -> int:
+    """A number of tokens; 0 where the API says none."""
+    count = usage.get(name) if isinstance(usage, dict) else None
+    is_number = isinstance(count, int | float) and not isinstance(count, bool)
+    return int(count) if is_number and 0 <= count < 2**53 else 0
+
+
+def _text(content) -> str:
+    """The text of a message's content, which may be a list of parts, or what is no text at all.
+    Lone surrogates, which JSON can spell, become question marks."""
+    parts = content if isinstance(content, list) else [content]
+    texts = []
+    for part in parts:
+        if isinstance(part, dict):
+            part = part.get("text")
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, int | float) and not isinstance(part, bool):
+            texts.append(str(part))
+    return "".join(texts).encode("utf-8", "replace").decode()
+
+
+def _thoughts(message: dict) -> dict:
+    """The keys of a message that have to go back as they came."""
+    thoughts = {}
+    for key in THOUGHTS:
+        value = message.get(key)
+        if value and not too_deep(value):  # what is too deep cannot be written again
+            thoughts[key] = value
+    return thoughts
+
+
+def _tool_calls(message: dict, turn: int) -> list[dict]:
+    """The calls of a message, in the one form that goes back: what is missing in them is "", and
+    each has an id of its own."""
+    entries = message.get("tool_calls")
+    if not entries and isinstance(message.get("function_call"), dict):  # as before tools
+        entries = [{"function": message["function_call"]}]
+    if not isinstance(entries, list):
+        return []
+    calls = []
+    ids = set()
+    for index, entry in enumerate(entries):
+        if entry is None:
+            continue
+        entry = entry if isinstance(entry, dict) and not too_deep(entry) else {}
+        function = entry.get("function") or entry.get("custom")
+        function = function if isinstance(function, dict) else {}
+        name = function.get("name")
+        call_id = entry.get("id")
+        if not isinstance(call_id, str) or not call_id or call_id in ids:
+            call_id = f"call{turn:02}{index:03}"  # nine signs: Mistral takes no other
+        ids.add(call_id)
+        call = {key: value for key, value in entry.items() if key != "custom"}
+        call |= {"id": _text(call_id), "type": "function"}
+        call["function"] = {
+            "name": _text(name) if isinstance(name, str) else "",
+            "arguments": _arguments(function),
+        }
+        calls.append(call)
+    return calls
+
+
+def _arguments(function: dict) -> str:
+    arguments = function.get("arguments", function.get("input"))
+    if arguments is None or arguments == "":
+        return "{}"
+    if isinstance(arguments, str):
+        return _text(arguments)
+    return json.dumps(arguments)
+
+
+def sendable_call(tool_call: dict, is_readable: bool) -> dict:
+    """A call of the model as it may go back. APIs, and the templates behind them, refuse the whole
+    conversation for arguments that are no JSON object, or an odd name: what was wrong the model
+    reads in the result."""
+    function = tool_call["function"]
+    name = function["name"]
+    if not NAME.fullmatch(name):
+        name = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:64] or "unnamed"
+    arguments = function["arguments"] if is_readable else "{}"
+    return tool_call | {"function": {"name": name, "arguments": arguments}}
 
 
 class Endpoint(Engine):
@@ -162,26 +424,41 @@ class Endpoint(Engine):
             raise UserError(f"endpoint = {url!r}: {problem}")
         self.api = ChatApi(url, model, key, pause=pause)
         self.tools = tools
+        self.refused: list[str] = []  # why, for each conversation that the API refused alone
 
     def prompt(self, messages: list[dict]) -> list[int]:
         return []
 
-    async def ask(self, messages: list[dict], sampling: Sampling, with_tools: bool) -> Reply | None:
-        """The next message; None if the conversation is longer than the model's context. UserError
-        if the API refuses, or does not answer after several attempts."""
+    async def ask(self, messages: list[dict], sampling: Sampling, with_tools: bool) -> Reply | str:
+        """The next message, or why there is none: "length" if the conversation is longer than the
+        model's context, "error" if the API refuses this conversation and answers others. UserError
+        if it refuses all, or does not answer after several attempts."""
+        question = {
+            "temperature": sampling.temperature,
+            "max_new_tokens": sampling.max_new_tokens,
+            "seed": sampling.seed,
+            "tools": self.tools if with_tools else None,
+        }
         try:
-            return await self.api.ask(
-                messages,
-                sampling.temperature,
-                sampling.max_new_tokens,
-                seed=sampling.seed,
-                tools=self.tools if with_tools else None,
-            )
+            return await self.api.ask(messages, **question)
         except HttpError as error:
+            if not await self.api.answers_others(error, **question):
+                # not `from error`: a key must not be in what is shown of it
+                raise self.api.refusal(error, "--key_env") from None
             if error.kind == "too_long":
-                return None
-            # not `from error`: a key must not be in what is shown of it
-            raise self.api.refusal(error, "--key_env") from None
+                return "length"
+            self.refused.append(error.detail)
+        return "error"
+
+    def report(self) -> dict:
+        """What the numbers of an evaluation have to say of the API."""
+        lines = {}
+        if self.refused:
+            lines["refused"] = len(self.refused)
+            lines["refused_first"] = self.refused[0]
+        if self.api.not_taken:
+            lines["not_sent"] = ", ".join(sorted(self.api.not_taken))
+        return lines
 
     async def close(self) -> None:
         await self.api.close()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from engines.base import Completion, Engine, Sampling, finish_reason, refuse_images
+from learning.batches import pad
 from run.config import UserError
 
 
@@ -66,26 +67,31 @@ class TransformersEngine(Engine):
 
     async def generate(self, ids: list[int], images: list, sampling: Sampling) -> Completion:
         refuse_images(images)
-        future = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
         rng = random.Random(sampling.seed)
-        self.waiting.append(_Request(ids, sampling, future, rng))
+        request = _Request(ids, sampling, future, rng)
+        self.waiting.append(request)
         self._start_batch()
         return await future
 
     async def prompt_logprobs(self, ids: list[int]) -> list[list[float]]:
         loop = asyncio.get_running_loop()
-        return [await loop.run_in_executor(self.thread, self._logprobs_of_prompt, ids)]
+        logprobs = await loop.run_in_executor(self.thread, self._logprobs_of_prompt, ids)
+        return [logprobs]  # of the only copy
 
     @torch.inference_mode()
     def _logprobs_of_prompt(self, ids: list[int]) -> list[float]:
         tokens = torch.tensor([ids], device=self.model.device)  # (1, T)
         attention_mask = torch.ones_like(tokens)
-        positions = torch.arange(len(ids), device=tokens.device)[None]
+        positions = attention_mask.cumsum(1) - 1
         cache = growing_cache(self.model.config)
         out = self._forward(tokens, attention_mask, positions, cache, 0)
-        logprobs = out.logits[0, :-1].float().log_softmax(-1)  # (T - 1, V)
+        logits = out.logits[0, :-1].float()  # (T - 1, V)
+        logprobs = logits.log_softmax(-1)
         next_tokens = tokens[0, 1:, None]
-        return logprobs.gather(-1, next_tokens)[:, 0].tolist()
+        logprobs = logprobs.gather(-1, next_tokens)  # (T - 1, 1)
+        return logprobs[:, 0].tolist()
 
     def _start_batch(self) -> None:
         """Decodes those who wait, unless a batch is running or somebody has to be waited for."""
@@ -96,7 +102,7 @@ class TransformersEngine(Engine):
         if self.deterministic and len(self.waiting) < self.unfinished:
             return
         # equal prompts become neighbours, and lengths that differ little share a batch
-        batch = sorted(self.waiting, key=lambda r: (_length_first(r.ids), r.sampling.seed))
+        batch = sorted(self.waiting, key=lambda row: (len(row.ids), row.ids, row.sampling.seed))
         loop = asyncio.get_running_loop()
         done = loop.run_in_executor(self.thread, self._run, batch)  # raises if the engine is closed
         self.is_decoding = True
@@ -114,7 +120,8 @@ class TransformersEngine(Engine):
     def _run(self, batch: list[_Request]) -> None:
         self.model.eval()  # dropout would make other logprobs than the trainer's
         for start in range(0, len(batch), self.max_batch):
-            self._decode(batch[start : start + self.max_batch])
+            rows = batch[start : start + self.max_batch]
+            self._decode(rows)
 
     @torch.inference_mode()
     def _decode(self, rows: list[_Request]) -> None:
@@ -123,10 +130,10 @@ class TransformersEngine(Engine):
 
         # 1. prefill each distinct prompt once
         distinct = {tuple(row.ids) for row in rows}
-        prompts = sorted(distinct, key=_length_first)
-        ids, attention_mask = _pad_left(prompts)  # (P, T)
-        ids = ids.to(device)
-        attention_mask = attention_mask.to(device)
+        prompts = sorted(distinct, key=lambda ids: (len(ids), ids))
+        ids = pad(prompts, device=device, on_left=True)  # (P, T)
+        ones = [[1] * len(prompt) for prompt in prompts]
+        attention_mask = pad(ones, device=device, on_left=True)  # (P, T)
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # the first real token is at 0
         cache = growing_cache(self.model.config)
         out = self._forward(ids, attention_mask, positions, cache)
@@ -148,10 +155,22 @@ class TransformersEngine(Engine):
             drawing = [rows[i] for i in going_on]
             tokens[index] = self._sample(logits[index], drawing)
 
-            # 4. rows that ended leave: many at a time, because leaving copies the cache
-            going_on = [i for i in going_on if not self._has_ended(rows[i])]
+            # 4. where a turn has ended, its trajectory goes on now
+            drawn = going_on
+            going_on = []
+            for i in drawn:
+                row = rows[i]
+                finish = finish_reason(row.new, row.sampling, self.tokenizer)
+                if finish:
+                    completion = Completion(row.new, row.logprobs, finish)
+                    loop = row.future.get_loop()
+                    loop.call_soon_threadsafe(_resolve, row.future, completion)
+                elif not row.future.cancelled():
+                    going_on.append(i)
             if not going_on:
                 return
+
+            # 5. rows that have ended leave: many at a time, because leaving copies the cache
             if len(going_on) <= 0.75 * len(rows):
                 index = torch.tensor(going_on, device=device)
                 cache.batch_select_indices(index)
@@ -161,7 +180,7 @@ class TransformersEngine(Engine):
                 rows = [rows[i] for i in going_on]
                 going_on = list(range(len(rows)))
 
-            # 5. one more forward
+            # 6. one more forward
             positions = positions + 1
             column = attention_mask.new_ones(len(rows), 1)
             attention_mask = torch.cat([attention_mask, column], dim=1)
@@ -182,22 +201,28 @@ class TransformersEngine(Engine):
         """Draws the next tokens (B,) and appends them to the rows. Each row draws one uniform
         number and inverts its own distribution, so its noise is the same whoever else is in the
         batch. UserError if logits (B, V) are NaN."""
+        device = logits.device
         temperatures = [row.sampling.temperature for row in rows]
-        temperatures = torch.tensor(temperatures, device=logits.device)
+        temperatures = torch.tensor(temperatures, device=device)
         is_greedy = temperatures == 0
-        logits = logits.float() / torch.where(is_greedy, 1.0, temperatures)[:, None]
+        divisors = torch.where(is_greedy, 1.0, temperatures)
+        logits = logits.float() / divisors[:, None]
         logprobs = logits.log_softmax(-1)  # (B, V)
 
         # in double precision: in single, the tail of a large vocabulary is lost in the sum
         cumulative = logprobs.double().exp().cumsum(-1)
         noise = [row.rng.random() for row in rows]
-        uniform = torch.tensor(noise, dtype=torch.double).to(logits.device)
-        targets = uniform[:, None] * cumulative[:, -1:]  # the sum is not quite 1
-        drawn = torch.searchsorted(cumulative, targets, right=True)[:, 0]
-        drawn = drawn.clamp(max=logits.shape[-1] - 1)
-        tokens = torch.where(is_greedy, logits.argmax(-1), drawn)
+        noise = torch.tensor(noise, dtype=torch.double, device=device)
+        total = cumulative[:, -1]  # not quite 1
+        targets = noise * total
+        drawn = torch.searchsorted(cumulative, targets[:, None], right=True)
+        last_token = logits.shape[-1] - 1
+        drawn = drawn[:, 0].clamp(max=last_token)
+        greedy = logits.argmax(-1)
+        tokens = torch.where(is_greedy, greedy, drawn)
 
-        chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
+        chosen = logprobs.gather(-1, tokens[:, None])
+        chosen = chosen[:, 0]
         if chosen.isnan().any():  # else every next token would be the last of the vocabulary
             raise UserError("the model's logits are NaN: its weights have diverged or are broken")
         samples = zip(rows, tokens.tolist(), chosen.tolist(), strict=True)
@@ -205,31 +230,6 @@ class TransformersEngine(Engine):
             row.new.append(token)
             row.logprobs.append(logprob)
         return tokens
-
-    def _has_ended(self, row: _Request) -> bool:
-        """Whether the row has just ended; if so, its trajectory goes on now."""
-        finish = finish_reason(row.new, row.sampling, self.tokenizer)
-        if finish:
-            completion = Completion(row.new, row.logprobs, finish)
-            row.future.get_loop().call_soon_threadsafe(_resolve, row.future, completion)
-            return True
-        return row.future.cancelled()
-
-
-def _length_first(ids):
-    """Orders prompts so that neighbours differ little in length."""
-    return len(ids), ids
-
-
-def _pad_left(prompts: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask, (P, T) each."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    attention_mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, longest - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[i, longest - len(prompt) :] = 1
-    return ids, attention_mask
 
 
 def _resolve(future: asyncio.Future, completion: Completion) -> None:
@@ -259,14 +259,15 @@ def growing_cache(model_config, block: int = 128):
         def update(self, key_states, value_states, *args, **kwargs):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-            self.key_store, self.keys = self._append(self.key_store, self.keys, key_states)
-            self.value_store, self.values = self._append(
-                self.value_store, self.values, value_states
-            )
+            self.key_store = self._append(self.key_store, self.keys, key_states)
+            self.value_store = self._append(self.value_store, self.values, value_states)
+            total = self.get_seq_length() + key_states.shape[-2]
+            self.keys = self.key_store[..., :total, :]
+            self.values = self.value_store[..., :total, :]
             return self.keys, self.values
 
         def _append(self, store, old, new):
-            """The store with `new` behind `old`, and the view of what is in it."""
+            """The store, or a larger one, with `new` behind `old`."""
             used = old.shape[-2] if old.numel() else 0
             total = used + new.shape[-2]
             # after a row has left the batch, `old` is a tensor of its own and no view of the store
@@ -278,7 +279,7 @@ def growing_cache(model_config, block: int = 128):
                 if used:
                     store[..., :used, :] = old
             store[..., used:total, :] = new
-            return store, store[..., :total, :]
+            return store
 
     cache = DynamicCache(config=model_config.get_text_config())
     for number, layer in enumerate(cache.layers):

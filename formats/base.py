@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from run.config import UserError
 
@@ -72,19 +72,15 @@ def write_object(call: Call, arguments_key: str) -> str:
     return f'{{"name": "{call.name}", "{arguments_key}": {as_json(call.arguments)}}}'
 
 
-def join_lines(text: str, blocks: list[str]) -> str:
-    """Joins a turn's text, if there is any, and its calls, a line each."""
-    lines = [text, *blocks] if text else blocks
-    return "\n".join(lines)
-
-
-def call_ids(calls: list[Call]) -> list[str]:
-    """Gives each call its own id, or its place. Mistral's templates want 9 letters or digits."""
-    ids = []
+def with_ids(calls: list[Call]) -> list[Call]:
+    """Gives the calls as a template is to write them: each with its own id, or its place as one.
+    Mistral's templates want 9 letters or digits."""
+    written = []
     for place, call in enumerate(calls):
-        is_good = GOOD_ID.fullmatch(call.id)
-        ids.append(call.id if is_good else f"call{place:05d}")
-    return ids
+        if not GOOD_ID.fullmatch(call.id):
+            call = replace(call, id=f"call{place:05d}")
+        written.append(call)
+    return written
 
 
 def quote_start(text: str) -> str:
@@ -189,14 +185,6 @@ def too_deep(value, levels: int = DEEPEST) -> bool:
     return levels == 0 or any(too_deep(item, levels - 1) for item in items)
 
 
-def read_call(text: str, start: int, keys: tuple[str, ...]) -> tuple[Call, int]:
-    """Reads the JSON object at text[start:] -> the call, and where the JSON ended."""
-    value, end, error = read_json(text, start)
-    if error:
-        return bad_call(error), end
-    return call_of(value, keys), end
-
-
 def call_of(value, keys: tuple[str, ...] = ("arguments",)) -> Call:
     """Makes a call of a JSON value. keys: what the arguments may be called, the usual one first."""
     if not isinstance(value, dict):
@@ -266,9 +254,6 @@ def stopped_without_call(text: str, stop_strings: tuple[str, ...], example: str)
         if stop in text:
             return [finish(bad_call("nothing to run"), stop.strip(), example)]
     return []
-
-
-# Messages, in OpenAI form
 
 
 # Patterns

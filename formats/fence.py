@@ -2,7 +2,7 @@
 
 import re
 
-from formats.base import Call, Format, first_argument, join_lines, stopped_without_call, text_tools
+from formats.base import Call, Format, first_argument, stopped_without_call, text_tools
 from run.config import UserError
 
 
@@ -34,8 +34,10 @@ class Fence(Format):
         )
 
     def write(self, text: str, calls: list[Call]) -> str:
-        blocks = [f"```python\n{first_argument(call)}\n```" for call in calls]
-        return join_lines(text, blocks)
+        blocks = [text] if text else []
+        for call in calls:
+            blocks.append(f"```python\n{first_argument(call)}\n```")
+        return "\n".join(blocks)
 
     def result(self, name: str, content: str) -> str:
         return f"```output\n{content}\n```\n"

@@ -3,11 +3,12 @@
 from formats.base import (
     Call,
     Format,
+    bad_call,
+    call_of,
     end_block,
     finish,
-    join_lines,
     read_blocks,
-    read_call,
+    read_json,
     write_object,
 )
 
@@ -18,13 +19,16 @@ class Hermes(Format):
     example = '<tool_call>\n{"name": "<tool>", "arguments": {"<key>": <value>}}\n</tool_call>'
 
     def write(self, text: str, calls: list[Call]) -> str:
-        blocks = [f"<tool_call>\n{write_object(call, 'arguments')}\n</tool_call>" for call in calls]
-        return join_lines(text, blocks)
+        blocks = [text] if text else []
+        for call in calls:
+            blocks.append(f"<tool_call>\n{write_object(call, 'arguments')}\n</tool_call>")
+        return "\n".join(blocks)
 
     def parse(self, text: str) -> list[Call]:
         return read_blocks(text, self._read_block, "<tool_call>")
 
     def _read_block(self, text, start, body) -> tuple[list[Call], int]:
-        call, end = read_call(text, body, ("arguments",))
+        value, end, error = read_json(text, body)
+        call = bad_call(error) if error else call_of(value)
         stop = end_block(call, "object", text, end)
         return [finish(call, text[start:stop], self.example)], stop

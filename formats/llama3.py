@@ -2,7 +2,16 @@
 
 import re
 
-from formats.base import Call, Format, behind_thinking, finish, read_call, write_object
+from formats.base import (
+    Call,
+    Format,
+    bad_call,
+    behind_thinking,
+    call_of,
+    finish,
+    read_json,
+    write_object,
+)
 from run.config import UserError
 
 
@@ -24,7 +33,8 @@ class Llama3(Format):
         if not self.begins.match(body):
             return []
         body = body.removeprefix("<|python_tag|>")
-        call, end = read_call(body, 0, ("parameters", "arguments"))
+        value, end, error = read_json(body, 0)
+        call = bad_call(error) if error else call_of(value, ("parameters", "arguments"))
         junk = body[end:].strip()
         if junk and not call.error:
             call.error = f"{junk[:40]!r} follows the object"

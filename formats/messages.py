@@ -1,41 +1,220 @@
 """OpenAI chat messages, and the tool calls in them: read and written in one place.
 
-from formats.messages import calls_of
+from formats.messages import calls_of, read_messages
+messages = read_messages(row["messages"], "messages", is_prompt=False)
 names = [call.name for call in calls_of(message)]
 """
 
 import json
+from itertools import groupby
 
 from formats.base import Call
 from run.config import UserError
 
 FORM = '{"function": {"name": …, "arguments": an object or its JSON}}'
+NO_IMAGES = "no model that sees images can be trained yet, so leave the row out or make it text"
+
+# The keys that a message of each role may have.
+KEYS = {
+    "system": ("role", "content", "name"),
+    "user": ("role", "content", "name"),
+    "assistant": ("role", "content", "name", "tool_calls", "reasoning_content"),
+    "tool": ("role", "content", "name", "tool_call_id"),
+}
+# What others call our roles. `developer` is OpenAI's newer word, so it is read; the others may mean
+# something else in their own data sets, so they are only named in the refusal.
+OTHER_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+}
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # the same thing, by three names
+# By which other trainers say whether a message is trained: 1 or true, 0 or false.
+FLAGS = ("weight", "loss", "loss_mask", "loss_scale", "loss_weight", "train", "trainable")
+
+
+# ---- a row's messages
+
+
+def read_messages(messages: list, column: str, is_prompt: bool) -> list[dict]:
+    """Reads the chat messages of a row into the one form that rollouts have, too.
+
+    Contents are text, arguments objects, thinking is `reasoning_content`, results stand in the
+    order of their calls and have their names. is_prompt: the model is to answer them, and nothing
+    in them is trained. column: where they stand in the row. UserError for whatever would be lost
+    or read in another way than it was meant.
+    """
+    copies = [_read_message(message, column, is_prompt) for message in messages]
+    for place, message in enumerate(copies):
+        if place and message["role"] == "system":
+            # many templates leave out any other
+            raise UserError(f"message {place + 1} is a system message: only the first may be one")
+    ordered = _in_call_order(copies)
+    if is_prompt and ordered and ordered[-1]["role"] not in ("user", "tool"):
+        role = ordered[-1]["role"]
+        raise UserError(
+            f"its prompt ends in a message of the {role}: expected one of the user or a tool's "
+            "result, which the model is to answer; leave out what follows it"
+        )
+    return ordered
+
+
+def _read_message(message, column: str, is_prompt: bool) -> dict:
+    """Reads one message."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise UserError(f"{column!r} is a list, but not of messages with a role and content")
+    role = _role(message["role"])
+    read = {"role": role, "content": _content(message.get("content"), role)}
+    if message.get("function_call") is not None:
+        raise UserError("'function_call' is OpenAI's old form: write it as tool_calls")
+    is_trained = role == "assistant" and not is_prompt
+    for key, value in message.items():
+        if key in FLAGS:
+            _check_flag(key, value, is_trained)
+        elif key in THOUGHTS and role == "assistant":
+            _add_thoughts(read, key, value)
+        elif key in KEYS[role]:
+            # parquet gives every message the keys of all, with None where one has no such key
+            if key not in read and value is not None:
+                read[key] = value
+        elif value not in (None, "", [], {}):
+            known = ", ".join(KEYS[role])
+            raise UserError(
+                f"a message of the {role} has the key {key!r}, which would not be seen: expected "
+                f"{known}; drop it"
+            )
+    if role == "assistant":
+        read.pop("tool_calls", None)
+        calls = calls_of(message)
+        if calls:
+            read["tool_calls"] = [openai_call(call) for call in calls]
+    return read
+
+
+def _role(role: str) -> str:
+    """Reads a role."""
+    if role == "developer":
+        return "system"
+    if role in KEYS:
+        return role
+    wanted = role.strip().lower()
+    wanted = OTHER_ROLES.get(wanted, wanted)
+    remedy = f": write {wanted}" if wanted in KEYS else ""
+    raise UserError(f"role {role!r}: expected one of {', '.join(KEYS)}{remedy}")
+
+
+def _content(content, role: str) -> str:
+    """Reads a content as text; UserError for an image in it."""
+    if isinstance(content, list):
+        texts = []
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise UserError(f"a content part of type {kind!r} would not be seen: {NO_IMAGES}")
+            texts.append(part["text"])
+        return "".join(texts)
+    if content is None and role in ("system", "user"):
+        raise UserError(f"a message of the {role} has no content: expected text")
+    if not isinstance(content, str | None):
+        raise UserError(f"its content {content!r:.80}: expected text, or a list of content parts")
+    return content or ""
+
+
+def _check_flag(key: str, value, is_trained: bool) -> None:
+    """Refuses a flag of another trainer unless it says what is done anyway."""
+    if value is None or (value in (0, 1) and bool(value) == is_trained):
+        return
+    done = "is trained" if is_trained else "is not trained"
+    raise UserError(
+        f"{key} = {json.dumps(value, default=repr):.40} of one message has no effect here, where "
+        f"it {done}: leave the row out, or drop it"
+    )
+
+
+def _add_thoughts(read: dict, key: str, value) -> None:
+    """Sets a message's reasoning_content."""
+    if value is None or value == "":
+        return
+    if not isinstance(value, str):
+        raise UserError(f"its {key} {value!r:.80}: expected text")
+    if read.get("reasoning_content", value) != value:
+        raise UserError(f"its {key} is another text than its reasoning_content: keep one of them")
+    if "<think>" in read["content"]:
+        raise UserError(f"its thinking stands in {key} and in its content: keep one of them")
+    read["reasoning_content"] = value
+
+
+def _in_call_order(messages: list[dict]) -> list[dict]:
+    """Puts results in the order of their calls, as a rollout has them, and under the call's name:
+    OpenAI's form has neither, it has the id of the call."""
+    ordered = []
+    waiting = []  # the calls of the message before
+    for is_result, run in groupby(messages, lambda message: message["role"] == "tool"):
+        run = list(run)
+        if is_result:
+            follows = ordered[-1]["role"] if ordered else "nothing"
+            if follows != "assistant":
+                raise UserError(f"a tool's result follows {follows}: expected an assistant's call")
+            ordered += _results_in_order(run, waiting) if waiting else run
+            waiting = []
+            continue
+        for message in run:
+            if waiting:
+                raise UserError(
+                    f"{len(waiting)} tool calls have no results, but the conversation goes on: "
+                    "give the results, or leave out what follows the calls"
+                )
+            ordered.append(message)
+            waiting = calls_of(message)
+    return ordered
+
+
+def _results_in_order(results: list[dict], calls: list[Call]) -> list[dict]:
+    """Gives the results of one turn in the order of its calls, each with the name of its call."""
+    if len(results) != len(calls):
+        raise UserError(f"{len(results)} tool results follow {len(calls)} tool calls")
+    ids = [call.id for call in calls]
+    named = [result.get("tool_call_id") for result in results]
+    positions = list(range(len(results)))  # without ids that tell them apart, the order is all
+    if all(ids) and all(named) and len(set(ids)) == len(ids):
+        if not set(named) <= set(ids) or len(set(named)) < len(named):
+            raise UserError(f"the tool_call_ids are {named}: expected, once each, those of {ids}")
+        positions = [ids.index(id) for id in named]
+    by_position = dict(zip(positions, results, strict=True))
+    return [{"name": call.name, **by_position[place]} for place, call in enumerate(calls)]
+
+
+# ---- calls
 
 
 def calls_of(message: dict) -> list[Call]:
     """Reads a message's `tool_calls`: of each its name, its arguments as an object, and its id, ""
     where it has none. Without the wrapping {"function": …} it is a call, too. UserError, which
     shows it, for what is none."""
-    calls = message.get("tool_calls") or []
-    if not isinstance(calls, list):
-        raise UserError(f"its tool_calls {calls!r:.160}: expected a list of {FORM}")
-    return [_read_call(call) for call in calls]
-
-
-def _read_call(call) -> Call:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        raise UserError(f"its tool call {call!r:.160}: expected {FORM}")
-    name = function.get("name")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            arguments = None  # refused below
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise UserError(f"its tool call {call!r:.160}: expected {FORM}")
-    return Call(name, arguments, id=call.get("id") or "")
+    entries = message.get("tool_calls") or []
+    if not isinstance(entries, list):
+        raise UserError(f"its tool_calls {entries!r:.160}: expected a list of {FORM}")
+    calls = []
+    for entry in entries:
+        function = entry.get("function", entry) if isinstance(entry, dict) else None
+        if not isinstance(function, dict):
+            raise UserError(f"its tool call {entry!r:.160}: expected {FORM}")
+        name = function.get("name")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:
+                arguments = None  # refused below
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            raise UserError(f"its tool call {entry!r:.160}: expected {FORM}")
+        calls.append(Call(name, arguments, id=entry.get("id") or ""))
+    return calls
 
 
 def openai_call(call: Call) -> dict:
@@ -43,14 +222,6 @@ def openai_call(call: Call) -> dict:
     function = {"name": call.name, "arguments": call.arguments}
     written = {"type": "function", "function": function}
     return {"id": call.id, **written} if call.id else written
-
-
-def user_message(text: str) -> dict:
-    return {"role": "user", "content": text}
-
-
-def tool_message(name: str, content) -> dict:
-    return {"role": "tool", "name": name, "content": content}
 
 
 def assistant_message(text: str, calls: list[Call] = ()) -> dict:

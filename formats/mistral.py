@@ -7,13 +7,13 @@ from formats.base import (
     Format,
     as_json,
     bad_call,
-    call_ids,
     call_of,
     finish,
     json_start,
     quote_start,
     read_blocks,
     read_json,
+    with_ids,
     write_object,
 )
 
@@ -38,17 +38,17 @@ class Mistral(Format):
     def write(self, text: str, calls: list[Call]) -> str:
         if not calls:
             return text
-        ids = call_ids(calls)
+        calls = with_ids(calls)
         if self.style == "list":
             objects = []
-            for call, id in zip(calls, ids, strict=True):
+            for call in calls:
                 head = write_object(call, "arguments").removesuffix("}")
-                objects.append(f'{head}, "id": "{id}"}}')
+                objects.append(f'{head}, "id": "{call.id}"}}')
             return f"{text}[TOOL_CALLS][{', '.join(objects)}]"
-        for call, id in zip(calls, ids, strict=True):
+        for call in calls:
             text += f"[TOOL_CALLS]{call.name}"
             if self.style == "name and id":
-                text += f"[CALL_ID]{id}"
+                text += f"[CALL_ID]{call.id}"
             text += f"[ARGS]{as_json(call.arguments)}"
         return text
 

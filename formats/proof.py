@@ -22,12 +22,13 @@ from formats.base import (
     Format,
     any_of,
 )
-from formats.messages import assistant_message, tool_message, user_message
+from formats.messages import assistant_message
 from run.config import UserError
 
 SENTINEL = "zqSENTINELqz"  # letters only: no template trims, quotes or escapes it
 ARGUMENT = "zqARGUMENTqz"  # a name that no tool has for one of its own
 WORDS = "I compute."  # in front of a call
+QUESTION = {"role": "user", "content": "x"}
 ADVICE = "use format=json_actions, fence or tags"
 
 
@@ -66,16 +67,16 @@ class TemplateFacts:
 def find_facts(chat) -> None:
     """Finds all that can be asked without tools; sets chat.facts. UserError: it cannot be used."""
     facts = chat.facts
-    facts.as_parts = SENTINEL not in try_text(chat, user_message(SENTINEL))
-    if SENTINEL not in chat.text_of([user_message(SENTINEL)]):
+    saying = {"role": "user", "content": SENTINEL}
+    facts.as_parts = SENTINEL not in try_text(chat, saying)
+    if SENTINEL not in chat.text_of([saying]):
         raise chat.refusal("it drops what the user says")
     facts.has_system = shows_system_prompt(chat)
     if not facts.has_system:
         facts.declare("no system role: its text is put at the head of the first user message")
 
-    question = user_message("x")
-    prompt = chat.text_of([question], generate=True)
-    answered = chat.text_of([question, assistant_message(SENTINEL)])
+    prompt = chat.text_of([QUESTION], generate=True)
+    answered = chat.text_of([QUESTION, assistant_message(SENTINEL)])
     before, sentinel, after = answered.partition(SENTINEL)
     if not sentinel:
         raise chat.refusal("it drops what the assistant says")
@@ -101,7 +102,7 @@ def try_text(chat, *messages, start=False) -> str:
 def shows_system_prompt(chat) -> bool:
     """Asks whether there is a system role."""
     system = {"role": "system", "content": SENTINEL}
-    return SENTINEL in try_text(chat, system, user_message("x"))
+    return SENTINEL in try_text(chat, system, QUESTION)
 
 
 def find_close(chat, after: str) -> str:
@@ -113,8 +114,11 @@ def find_close(chat, after: str) -> str:
 
 
 def find_stop_tokens(chat, close: str) -> tuple[str, ...]:
-    """Lists what a model may end its turn with: the template's own token, the eos token."""
+    """Lists what a model may end its turn with: the template's own token, the eos token, and those
+    of its generation_config, of which Qwen has two."""
     candidates = [chat.tokenizer.eos_token or ""]
+    names = {id: token.content for id, token in chat.tokenizer.added_tokens_decoder.items()}
+    candidates += [names.get(id, "") for id in chat.eos_ids]
     if chat.format_name in ("llama3", "auto"):
         candidates.append("<|eom_id|>")  # Llama ends a call with it, where it has python
     stops = [close]
@@ -132,7 +136,7 @@ def find_opening(prompt: str) -> str:
 
 def find_header(chat, prompt: str) -> str:
     """Finds what a generation prompt adds to a conversation, its thinking left out."""
-    asked = chat.text_of([user_message("x")])
+    asked = chat.text_of([QUESTION])
     header = prompt[len(commonprefix([prompt, asked])) :]
     return THINK.sub("", header.removesuffix(chat.facts.opening)).rstrip()
 
@@ -153,7 +157,7 @@ def find_lead(chat, prompt: str, before: str) -> str:
 def trims_answers(chat) -> bool:
     """Asks whether blanks around an answer are lost."""
     padded = f"  {SENTINEL} \n"
-    text = chat.text_of([user_message("x"), assistant_message(padded)])
+    text = chat.text_of([QUESTION, assistant_message(padded)])
     return padded + chat.facts.close not in text
 
 
@@ -213,7 +217,7 @@ def own_formats() -> list[str]:
 
 def check_tools(chat) -> str:
     """Renders a prompt with the tools, all of which it has to show."""
-    prompt = chat.text_of([user_message("x")], generate=True, start=True)
+    prompt = chat.text_of([QUESTION], generate=True, start=True)
     for tool in chat.tools:
         if tool["function"]["name"] not in prompt:
             raise chat.refusal(f"it ignores tools; {ADVICE}")
@@ -222,7 +226,7 @@ def check_tools(chat) -> str:
 
 def written_behind(chat, prompt: str, message: dict) -> str:
     """Renders a message and cuts off the prompt in front of it."""
-    text = try_text(chat, user_message("x"), message, start=True)
+    text = try_text(chat, QUESTION, message, start=True)
     asked = prompt.removesuffix(chat.facts.opening)
     return text[len(commonprefix([text, asked])) :]
 
@@ -262,7 +266,7 @@ def explain_no_format(chat, call: Call, written: str) -> UserError:
     """Makes the error that says how the template writes a call, and what would do instead."""
     if not written:
         # Why? Rendering it once more raises the template's own reason.
-        chat.text_of([user_message("x"), assistant_message("", [call])], start=True)
+        chat.text_of([QUESTION, assistant_message("", [call])], start=True)
     if SENTINEL not in written:
         return chat.refusal(f"it ignores tool calls; {ADVICE}")
     found = match_format(chat, own_formats(), call, written, worded="")
@@ -273,7 +277,8 @@ def explain_no_format(chat, call: Call, written: str) -> UserError:
 def check_results(chat, name: str) -> None:
     """Checks that what a tool says is shown."""
     called = assistant_message("", [Call(name, {})])
-    text = chat.text_of([user_message("x"), called, tool_message(name, SENTINEL)])
+    result = {"role": "tool", "name": name, "content": SENTINEL}
+    text = chat.text_of([QUESTION, called, result])
     if SENTINEL not in text:
         raise chat.refusal(f"it ignores tool results; {ADVICE}")
 
@@ -290,8 +295,8 @@ def check_conversations(chat) -> None:
 def conversations(chat) -> Iterator[list[dict]]:
     """Gives what the proof renders: one round and two, thinking, one call and two, odd results."""
     system = {"role": "system", "content": "Be brief."}
-    user = user_message("2+3?")
-    again = user_message("3?")
+    user = {"role": "user", "content": "2+3?"}
+    again = {"role": "user", "content": "3?"}
     answer = assistant_message("It is 5.")
     thought = "<think>\nhm\n</think>\n\n"
     yield [system, user, answer]
@@ -304,10 +309,11 @@ def conversations(chat) -> Iterator[list[dict]]:
     call = Call(name, {ARGUMENT: 'print("ü")'})
     called = assistant_message("", [call])
     for content in ("5", ' "quoted" \\ \n', '{"a": [1, 2]}', "\nünï ✓ 漢\n\n", ""):
-        yield [system, user, called, tool_message(name, content), answer]
+        result = {"role": "tool", "name": name, "content": content}
+        yield [system, user, called, result, answer]
 
-    five = tool_message(name, "5")
-    seven = tool_message(name, "7")
+    five = {"role": "tool", "name": name, "content": "5"}
+    seven = {"role": "tool", "name": name, "content": "7"}
     words = "" if chat.facts.drops_words else WORDS
     thoughtful = assistant_message(thought + words if words else "", [call])
     yield [user, thoughtful, five, answer, again, called, seven, answer]

@@ -7,7 +7,6 @@ from formats.base import (
     Format,
     any_of,
     first_argument,
-    join_lines,
     stopped_without_call,
     text_tools,
 )
@@ -37,8 +36,10 @@ class Tags(Format):
         return "\n".join(lines)
 
     def write(self, text: str, calls: list[Call]) -> str:
-        blocks = [f"<{call.name}>{first_argument(call)}</{call.name}>" for call in calls]
-        return join_lines(text, blocks)
+        blocks = [text] if text else []
+        for call in calls:
+            blocks.append(f"<{call.name}>{first_argument(call)}</{call.name}>")
+        return "\n".join(blocks)
 
     def result(self, name: str, content: str) -> str:
         return f"\n<{self.information}>{content}</{self.information}>\n"

@@ -1,4 +1,4 @@
-"""Where a model's answer is, and when two answers are equal. Nothing here knows of rewards.
+"""Where a model's answer is, and the words of it. Nothing here knows of rewards.
 
 Only what the model wrote in its last turn, after its thoughts, is an answer: not the prompt, not a
 tool's output, not a call, not code. What it gave to a tool that ends the episode (tools/finish.py)
@@ -8,39 +8,45 @@ A bare number in the text is no answer: else a model that writes all numbers it 
 In a turn that did not end by its own choice only the first two count, because a line may be cut.
 """
 
-import functools
+import bisect
 import json
 import re
 import string
 from collections import Counter
-from fractions import Fraction
-from pathlib import Path
-
-from run.worker import Worker, WorkerDied
-
-LONGEST = 300  # characters of an answer: nobody's answer is longer, and comparing takes time
-DEADLINE = 2  # seconds that math-verify has for one comparison
+from dataclasses import dataclass
 
 # ---- where the answer is
 
 _THOUGHT_END = re.compile(r"</think>|\[/THINK\]")
 _CALL = re.compile(r"<(tool_call|tool_response)>.*?(?:</\1>|\Z)", re.S)
 # The other formats' calls, where there may be one: in a tag of any name but those of HTML, or all
-# behind [TOOL_CALLS]. Not in a block of code, nor in vector<int>. One that was cut has no end.
-_OPENING = r"(?<!\w)<(?!(?:answer|br|hr|p|b|i|u|em|[uo]l|li|su[bp]|strong|div|span)>)([\w.-]+)>"
-_ANY_CALL = re.compile(rf"(```.*?```)|{_OPENING}.*?</\2>|\[TOOL_CALLS\].*", re.S)
-_CUT_CALL = re.compile(rf"(```.*?```)|{_OPENING}.*", re.S)
+# behind [TOOL_CALLS]. Not in a block of code, nor in vector<int>.
+_CALL_BEGIN = re.compile(
+    r"(?<!\w)<(?!(?:answer|br|hr|p|b|i|u|em|[uo]l|li|su[bp]|strong|div|span)>)([\w.-]+)>"
+    r"|\[TOOL_CALLS\]"
+)
+_TAG_END = re.compile(r"</([\w.-]+)>")
 _OBJECT = re.compile(
     r'\s*(?:<\|python_tag\|>|\{\s*"(?:name|parameters|arguments|type|thought|actions)"\s*:)'
 )
-_CODE = re.compile(r"```.*?(?:```|\Z)", re.S)
-_BLOCK = re.compile(r"```([^\n`]*)\n(.*?)```", re.S)
 _BRACE = re.compile(r"(\\boxed\s*\{)|\\.|([{}])", re.S)
 _HASHES = re.compile(r"####[ \t]*([^\n]*)")
 _TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.S)
-# After "answer is", up to the end of the line, or of the sentence: "The answer is 18. I hope …"
-_LINE = re.compile(
-    r"\banswer(?:\s+is\b\s*:?|\s*:)[\s*]*(\S[^\n]*?)(?:(?<=[\d$%})*])\.\s|$)", re.I | re.M
+
+# What stands before an answer: "answer is", "**Answer**:", or a heading "## Final answer". What is
+# repeated in it gives nothing back (+ behind it): else blanks would take a time that is quadratic.
+_LEAD = re.compile(
+    r"(?<![^\W_])answer(?:[*_]*\s++is\b\s*+:?|[*_]*\s*+[:=])[\s*_]*+"
+    r"|^[ \t]*+(?:\#++[ \t]*+[*_]*+|[*_]++)(?:the )?(?:final )?answer[*_]*+[ \t]*+\n[\s*_]*+",
+    re.I | re.M,
+)
+_DISPLAYS = {"$$": "$$", "\\[": "\\]"}  # mathematics on lines of its own: its begin and end
+LONGEST_DISPLAY = 10_000  # characters
+# Where an answer ends before its line does: "18. I hope …", "18, because …"
+_ANSWER_END = re.compile(
+    r"(?<=[\d$%})*\]])\.\s"
+    r"|(?:,|;|(?<=[\d$%})*\]])) \(?(?:because|since|as|so|which|where|given|not)\b",
+    re.I,
 )
 
 
@@ -58,8 +64,10 @@ def program(trajectory, example, languages):
     the episode, else in the last block ```language of the last turn. Only a block that is closed:
     the rest of another may be missing. languages: the names that count, such as ("python", "py").
     """
-    blocks = _BLOCK.findall(last_message(trajectory, example))
-    programs = [code for language, code in blocks if language.strip().lower() in languages]
+    programs = []
+    for fence in _fences(last_message(trajectory, example)):
+        if fence.code is not None and fence.language in languages:
+            programs.append(fence.code)
     return programs[-1] if programs else trajectory.answer
 
 
@@ -73,7 +81,9 @@ def last_message(trajectory, example):
 
 def last_turn(trajectory, example):
     """Returns the text of the last turn, if it is the model's: without thoughts, calls and code."""
-    return _CODE.sub("", _last_text(trajectory, example))
+    text = _last_text(trajectory, example)
+    fences = _fences(text)
+    return _without(text, [(fence.start, fence.end) for fence in fences])
 
 
 def _last_text(trajectory, example):
@@ -81,42 +91,80 @@ def _last_text(trajectory, example):
     messages = trajectory.messages[len(example["messages"]) :]  # few-shot answers are not its own
     if not messages or messages[-1]["role"] != "assistant":
         return ""
-    texts = [_content(message) for message in messages if message["role"] == "assistant"]
-    if _is_a_thought(texts):
+    texts = []
+    for message in messages:
+        if message["role"] != "assistant":
+            continue
+        text = message.get("content") or ""
+        if isinstance(text, list):  # content parts, as vision models have them
+            text = "\n".join(part["text"] for part in text if part["type"] == "text")
+        texts.append(text)
+
+    # A thought that was never closed: what follows is still thought, so nothing is answered. Of all
+    # turns, because in some formats a call inside of a thought is run.
+    behind = _THOUGHT_END.split("\n".join(texts))[-1]
+    if "<think>" in behind or "[THINK]" in behind:
         return ""
     text = _THOUGHT_END.split(texts[-1])[-1]  # the prompt may have opened the first one
-    thought = _json_thought(text)
-    if thought is not None:
-        return _CALL.sub("", thought)
+
+    # what is said in json_actions, or in plain text: without the calls
+    if text.lstrip().startswith("{") and '"actions"' in text:
+        thought = _json_thought(text)
+        if thought is not None:
+            return _CALL.sub("", thought)
     text = _CALL.sub("", text)
     if trajectory.stop == "answered" and trajectory.answer is None:  # it made no call
         return text
     if _OBJECT.match(text):  # it is a call as a whole
         return ""
-    text = _ANY_CALL.sub(r"\1", text)
-    if trajectory.stop == "length":
-        text = _CUT_CALL.sub(r"\1", text)
-    return text
+    return _without_calls(text, was_cut=trajectory.stop == "length")
 
 
-def _is_a_thought(texts):
-    """Whether a thought was never closed: what follows is still thought, so nothing is answered. Of
-    all turns, because in some formats a call inside of a thought is run."""
-    behind = _THOUGHT_END.split("\n".join(texts))[-1]
-    return "<think>" in behind or "[THINK]" in behind
+def _without_calls(text, was_cut):
+    """The text without calls that are in a tag, or behind [TOOL_CALLS]. Of a turn that was cut,
+    also without one that has no end."""
+    code_ends = {fence.start: fence.end for fence in _fences(text) if fence.code is not None}
+    code_starts = sorted(code_ends)
+    tag_ends = {}  # name -> where its closing tags end
+    for match in _TAG_END.finditer(text):
+        tag_ends.setdefault(match[1], []).append(match.end())
+
+    calls = []
+    position = 0
+    for match in _CALL_BEGIN.finditer(text):
+        # what is in a block of code, or in a call, is none
+        before = bisect.bisect_right(code_starts, match.start()) - 1
+        if before >= 0:
+            position = max(position, code_ends[code_starts[before]])
+        if match.start() < position:
+            continue
+        if match[1] is None:  # [TOOL_CALLS]
+            calls.append((match.start(), len(text)))
+            break
+        ends = tag_ends.get(match[1], [])
+        next_end = bisect.bisect_right(ends, match.end())
+        if next_end < len(ends):
+            position = ends[next_end]
+            calls.append((match.start(), position))
+        elif was_cut:
+            calls.append((match.start(), len(text)))
+            break
+    return _without(text, calls)
 
 
-def _content(message):
-    text = message.get("content") or ""
-    if isinstance(text, list):  # content parts, as vision models have them
-        text = "\n".join(part["text"] for part in text if part["type"] == "text")
-    return text
+def _without(text, spans):
+    """The text without its parts [(start, end)], which are in order."""
+    parts = []
+    position = 0
+    for start, end in spans:
+        parts.append(text[position:start])
+        position = end
+    parts.append(text[position:])
+    return "".join(parts)
 
 
 def _json_thought(text):
-    """What an answer in the format json_actions says, None for a text that is none."""
-    if not text.lstrip().startswith("{") or '"actions"' not in text:
-        return None
+    """What an answer in the format json_actions says, None for an object that is none."""
     try:
         turn = json.loads(text)
     except (ValueError, RecursionError):
@@ -127,6 +175,80 @@ def _json_thought(text):
     return thought if isinstance(thought, str) else None
 
 
+# ---- blocks of code
+
+
+@dataclass
+class _Fence:
+    """A part of a text that is code."""
+
+    start: int  # where it begins and ends in the text
+    end: int
+    language: str = ""
+    code: str | None = None  # None: it was never closed
+
+
+# A fence closes at the start of a line, so ``` in a string of the program does not end it; the
+# second kind, at the end of one, only counts where there is no such line.
+_FENCE = re.compile(r"^( {0,3})```(.*)$|(?<=[^\s`])(```)[ \t]*$", re.M)
+_FENCE_BEGIN = re.compile(r"(?<!`)```(?:`*+([^\n`]*)(\n|\Z)|`*+[^\n]*?```)")
+
+
+def _fences(text):
+    """All code of a text: blocks of lines, closed or not, and what is in ``` on one line."""
+    line_closings = []  # (start, end) of ``` at the start of a line, alone or with words behind
+    text_closings = []  # of ``` at the end of a line of code
+    openings = []  # of ```language at the start of a line
+    for match in _FENCE.finditer(text):
+        if match[3]:
+            text_closings.append((match.start(3), match.end(3)))
+        elif re.match(r"\w", match[2]):
+            openings.append(match.start())
+        else:
+            line_closings.append((match.start(), match.start(2)))
+
+    fences = []
+    position = 0
+    while True:
+        begin = _FENCE_BEGIN.search(text, position)
+        if begin is None:
+            return fences
+        if begin[2] is None:  # on one line
+            fences.append(_Fence(begin.start(), begin.end()))
+            position = begin.end()
+            continue
+        closing = _closing(begin.end(), line_closings, text_closings, openings)
+        fence = _Fence(begin.start(), len(text))
+        if closing:
+            fence.language = begin[1].strip().lower()
+            fence.code = text[begin.end() : closing[0]]
+            fence.end = closing[1]
+        fences.append(fence)
+        position = fence.end
+
+
+def _closing(start, line_closings, text_closings, openings):
+    """(start, end) of the fence that closes the code from `start` on, None if there is none."""
+    in_line = _first_from(line_closings, start)
+    in_text = _first_from(text_closings, start)
+    if in_line is None:
+        return in_text
+    next_opening = bisect.bisect_left(openings, start)
+    another_begins = next_opening < len(openings) and openings[next_opening] < in_line[0]
+    if in_text and another_begins and in_text[0] < openings[next_opening]:
+        return in_text
+    return in_line
+
+
+def _first_from(spans, start):
+    """The first of the spans, which are in order, that begins at `start` or later, or None."""
+    index = bisect.bisect_left(spans, (start, start))
+    return spans[index] if index < len(spans) else None
+
+
+# ---- answers in a text
+
+
 def places(text, ended):
     """Returns the answers declared in the text, all of one kind. ended: the model stopped by
     itself."""
@@ -134,7 +256,45 @@ def places(text, ended):
     if answers or not ended:
         return answers
     # a heading is better than nothing
-    return _after_hashes(text.rstrip()) or _LINE.findall(text) or _HASHES.findall(text)
+    return _after_hashes(text.rstrip()) or _after_leads(text) or _HASHES.findall(text)
+
+
+def _after_leads(text):
+    """What stands behind "answer is": a display of mathematics, else up to the end of the line, or
+    of the sentence, or up to its reason. Of "Final answer: the answer is 18" only 18."""
+    answers = []
+    leads = list(_LEAD.finditer(text))
+    line_end = -1
+    for number, lead in enumerate(leads):
+        start = lead.end()
+        is_last = number == len(leads) - 1
+        next_start = len(text) if is_last else leads[number + 1].start()
+        display_end = _display_end(text, start)
+        if display_end is not None:
+            answers.append(text[start + 2 : display_end].strip())
+            continue
+        if line_end < start:
+            line_end = text.find("\n", start)
+            if line_end < 0:
+                line_end = len(text)
+        end = min(line_end, next_start)
+        reason = _ANSWER_END.search(text, start, end + 1)
+        if reason:
+            end = reason.start()
+        elif next_start < line_end:
+            continue
+        if start < end:
+            answers.append(text[start:end].strip())
+    return answers
+
+
+def _display_end(text, start):
+    """Where the content of a display of mathematics ends that begins here; None if none does."""
+    closing = _DISPLAYS.get(text[start : start + 2])
+    if closing is None:
+        return None
+    end = text.find(closing, start + 2, start + LONGEST_DISPLAY)
+    return end if end >= 0 else None
 
 
 def _after_hashes(text):
@@ -164,138 +324,10 @@ def _boxed(text):
     return contents
 
 
-# ---- when two answers are equal
-
-
-def equal(given, gold):
-    """Says whether two answers are the same: exactly as numbers, else as text, else by
-    math-verify."""
-    if max(len(given), len(gold)) > LONGEST:
-        return False
-    given = _without_math_marks(given)
-    gold = _without_math_marks(gold)
-
-    # as numbers
-    given_unit = _unit(given)
-    gold_unit = _unit(gold)
-    if given_unit and gold_unit and given_unit != gold_unit:  # 5 hours is 5, not 5 minutes
-        return False
-    given = _UNIT_WORD.sub("", given)
-    gold = _UNIT_WORD.sub("", gold)
-    number, is_fraction = _number(given)
-    gold_number, _ = _number(gold)
-    if gold_number is not None and gold_number.denominator == 1:
-        return number == gold_number and not is_fraction
-    if number is not None and gold_number is not None:
-        return number == gold_number
-
-    # as text
-    given = _plain(given)
-    gold = _plain(gold)
-    if not given or not gold:
-        return False
-    if given.casefold() == gold.casefold():
-        return True
-    # Words are compared as words only: as math they are products of letters, and Carol is Calor.
-    if _WORD.search(given) or _WORD.search(gold) or not _MATH.search(gold):
-        return False
-
-    # as math. An operation that is left to be done is the question again: the integral, and not its
-    # value.
-    for operation in _OPERATIONS:
-        if operation.search(given) and not operation.search(gold):
-            return False
-    return _same_math(given, gold)
-
-
-_SPACES = re.compile(r"\\[,;:! ]|\\q?quad\b|[\s~\u00a0\u202f]+")
-_TEXT = re.compile(r"\\(?:text|mathrm|mbox|textbf|mathbf)\s*\{([^{}]*)\}")
-_UNITS = re.compile(
-    r"(?:\\(?:text|mathrm|mbox)\s*\{[^{}\d]*\}(?:\^\{?\d\}?)?|\\?[$%€£]|\^\{?\\circ\}?|°)+"
-)
-_UNIT_WORD = re.compile(
-    r"(?<=[\d$}]) (?:(?:square|cubic) )?(?:dollars?|cents?|euros?|pounds?|percent|degrees?|[mck]m"
-    r"|(?:centi|kilo|milli)?met(?:er|re)s?|inch(?:es)?|f(?:ee|oo)?t|yards?|miles?|kg|mg"
-    r"|(?:kilo)?grams?|oz|ounces?|lbs?|ml|lit(?:er|re)s?|gallons?|seconds?|minutes?|hours?|days?"
-    r"|weeks?|months?|years?|mph|km/h|m/s|units?)(?:\^\{?[23]\}?)?\.?$",
-    re.I,
-)
-_THOUSANDS = re.compile(r"(?<=\d)(?:,\\!|\{,\}|\\,|,)(?=\d{3}(?!\d))")
-_DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
-_FRACTION = re.compile(
-    r"([+-]?)(?:\\[dt]?frac(?:\{([+-]?\d+)\}\{(\d+)\}|(\d)(\d))|(\d+) ?/ ?(\d+))"
-)
-_WORD = re.compile(
-    r"(?<![\\A-Za-z])(?<!begin\{)(?<!end\{)(?!(?:sin|cos|tan|log|exp|sqrt)\b)[A-Za-z]{3,}"
-)
-_MATH = re.compile(r"[\d\\^=+*/()\[\]<>|]")
-_OPERATIONS = [  # those that math-verify does; one kind each
-    re.compile(operation)
-    for operation in (
-        r"\\(?:i{0,3}|o)int(?![A-Za-z])",
-        r"\\lim",
-        r"\\sum",
-        r"\\prod",
-        r"\\[dt]?frac\s*\{?\s*(?:d|\\partial).*\{\s*(?:d|\\partial)\s*\\?[A-Za-z]",
-        r"\\[dt]?binom|\\choose|(?<!\\)!",
-        r"\\det|vmatrix",
-        r"\\gcd|\\lcm|mod(?![A-Za-z])",
-        r"\\(?:max|min|sup|inf)(?![A-Za-z])",
-        r"\\[lr](?:floor|ceil)",
-        r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)",
-        r"\\(?:ln|log|lg)(?![A-Za-z])",
-    )
-]
-
-
-def _without_math_marks(text):
-    r"""Text without the \( \) or \[ \] around it."""
-    return re.sub(r"\\[()\[\]]", "", text).strip()
-
-
-def _unit(text):
-    """The word of a unit at its end, "" if there is none."""
-    words_apart = " ".join(_TEXT.sub(r" \1", text).split())
-    match = _UNIT_WORD.search(words_apart)
-    return match[0].strip(" .").casefold() if match else ""
-
-
-def _number(text):
-    """(value, whether it is written as a fraction); (None, False) for what is not one number."""
-    text = text.replace("−", "-").replace(r"\text{,}", "{,}")
-    text = _TEXT.sub(r"\1", _UNITS.sub(_gap, text))
-    text = _SPACES.sub(" ", _THOUSANDS.sub("", text)).strip(" *`").rstrip(" .*`")
-    text = re.sub(r"^[A-Za-z] ?= ?", "", text)  # x = 5
-    if _DECIMAL.fullmatch(text):
-        return Fraction(text), False
-    match = _FRACTION.fullmatch(text)
-    if not match:
-        return None, False
-    sign = match[1]
-    above, below = (int(part) for part in match.groups()[1:] if part is not None)
-    if below == 0:
-        return None, False
-    value = Fraction(above, below)
-    return (-value if sign == "-" else value), True
-
-
-def _gap(unit):
-    """What is left of a unit: a blank between two digits, which are two numbers."""
-    before = unit.string[unit.start() - 1 : unit.start()]
-    behind = unit.string[unit.end() : unit.end() + 1]
-    return " " if before.isdigit() and behind.isdigit() else ""
-
-
-def _plain(text):
-    """Text without what surrounds an answer: quotes, stops, dollars, an article, `\\text{}`."""
-    text = " ".join(_TEXT.sub(r"\1", text).split()).strip(' .,;:*`"$“”‘’')
-    text = re.sub(r"^\(([A-Za-z])\)$", r"\1", text)  # (B), of a multiple choice
-    return re.sub(r"^(?:the|an?)\s+(?=\w{2})", "", text, flags=re.I)
-
-
 # ---- the usual measures of question answering
 
 _ARTICLES = {"a", "an", "the"}
+_TEXT = re.compile(r"\\(?:text|mathrm|mbox|textbf|mathbf)\s*\{([^{}]*)\}")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -316,20 +348,3 @@ def f1(given, gold):
     if not common:
         return 0.0
     return 2 * common / (len(given_words) + len(gold_words))
-
-
-# ---- math-verify
-
-
-_math_worker = Worker(Path(__file__).with_name("math_worker.py"), packages=True)
-
-
-@functools.lru_cache(maxsize=10_000)
-def _same_math(said, gold):
-    """Whether math-verify finds two expressions equal; False where it does not end in time."""
-    try:
-        return _math_worker.ask({"said": said, "gold": gold}, DEADLINE)["same"]
-    except (TimeoutError, WorkerDied):
-        return False
-    except RuntimeError:
-        raise RuntimeError("math-verify does not start: pip install math-verify") from None

@@ -38,7 +38,26 @@ Is the reply right, that is, does it agree with the reference? Think about it in
 Then write as the last line "Score: x", where x is a number from 0 (wrong) to {scale} (right).
 """
 FIELD = re.compile(r"\{(question|answer|said|scale)\}")
-SCORE = re.compile(r"\bscore[\"'*\s]*[:=][\"'*\s]*(-?\d+(?:\.\d+)?)", re.I)
+# "(0-10)" may stand before the colon. Counts are bounded: blanks without end take no time.
+SCORE = re.compile(r"""\bscore["'*`\s]{0,8}(?:\([^()\n]{0,40}\))?["'*`\s]{0,8}[:=]""", re.I)
+# "max score: 1" says the scale, and is no verdict.
+SAYS_SCALE = re.compile(
+    r"""\b((max|min)[a-z]*\.?([ ][a-z]+)?
+         |best|highest|lowest|full|top|perfect|possible|achievable|passing|worst
+        )["'*_\s-]*$""",
+    re.I | re.X,
+)
+# One number, perhaps "/10" or "out of 10", and nothing behind it that makes it another one.
+VALUE = re.compile(
+    r"""["'*`$\[(\s]{0,8}
+        (?P<value>[-+]?(\d+(\.\d+|,\d{1,2})?|\.\d+))
+        (?P<percent>%?)
+        (([ ]points?)?["'*`$\])(\t ]{0,8}(/|out\ of|of)["'*`$\t ]{0,8}(?P<best>\d+(\.\d+)?))?
+        (?![\w%]|[.,]\d)                                                    # 1e-1, 1.5.2, 1st
+        (?!["'*`$\])\t ]{0,8}(-|–|—|~|±|,|/|\||…|\.\.|to\b|or\b|and\b)[\t ]{0,8}[-+.]?\d)     # 0-1
+    """,
+    re.I | re.X,
+)
 HOPELESS = 20  # verdicts without a score, and none with one: then the run stops
 RETRY_TEMPERATURE = 0.7  # the same question to a greedy judge has one answer
 
@@ -46,7 +65,7 @@ RETRY_TEMPERATURE = 0.7  # the same question to a greedy judge has one answer
 class judge:
     """0 to 1: the score that the judge gives to the last message of the model, without its
     thoughts, or to what it gave to a tool that ends the episode. 0.0 for an empty one. None, which
-    is not learnt from, if the judge gives no score or the text is too long for it."""
+    is not learnt from, if the judge gives no score, or refuses this text and answers others."""
 
     def __init__(
         self,
@@ -85,18 +104,21 @@ class judge:
             return 0.0
         messages = [{"role": "user", "content": self._prompt_for(example, reply)}]
         for attempt in range(self.attempts):
+            question = {
+                "temperature": RETRY_TEMPERATURE if attempt else 0.0,
+                "max_new_tokens": self.max_new_tokens,
+                "seed": attempt,
+            }
             try:
-                verdict = await self.api.ask(
-                    messages,
-                    RETRY_TEMPERATURE if attempt else 0.0,
-                    self.max_new_tokens,
-                    seed=attempt,
-                )
+                verdict = await self.api.ask(messages, **question)
             except HttpError as error:
-                if error.kind == "too_long":
-                    return None
-                refusal = self.api.refusal(error, "judge.key_env")
-                raise UserError(f"reward judge: {refusal}") from None
+                is_long = error.kind == "too_long"
+                if not is_long and not await self.api.answers_others(error, **question):
+                    refusal = self.api.refusal(error, "judge.key_env")
+                    raise UserError(f"reward judge: {refusal}") from None
+                self.without_score += 1
+                self._stop_if_hopeless(error.detail)
+                return None
             # one that was cut may be a thought that the prompt opened, and its "Score: 1" the begin
             # of "Score: 10"
             score = None if verdict.was_cut else self._score(verdict.text)
@@ -118,15 +140,27 @@ class judge:
         return FIELD.sub(lambda match: fields[match[1]], self.prompt)
 
     def _score(self, text: str) -> float | None:
-        """The last score in a verdict, as a share of the scale; None if there is none, or if it is
-        still a thought."""
+        """The last score in a verdict, as a share of the scale; None if there is none, if it is
+        still a thought, or if it can be read in two ways."""
         text = text.rpartition("</think>")[2]
         if "<think>" in text:
             return None
-        scores = SCORE.findall(text)
-        if not scores:
+        statements = _last_statements(text)
+        scores = {self._share(statement) for statement in statements}
+        return scores.pop() if len(scores) == 1 else None
+
+    def _share(self, statement: str) -> float | None:
+        """The score that stands at the beginning of a text, as a share of the scale; None if it is
+        no single number, of another scale or outside of it."""
+        value = VALUE.match(statement)
+        if value is None:
             return None
-        score = float(scores[-1]) / self.scale
+        best = value["best"]
+        if value["percent"]:
+            best = best or "100"
+        if best and float(best) != self.scale:
+            return None
+        score = float(value["value"].replace(",", ".")) / self.scale
         return score if 0 <= score <= 1 else None
 
     def _stop_if_hopeless(self, last_text: str) -> None:
@@ -138,6 +172,23 @@ class judge:
             f"{self.scale:g}, last {last_text[-200:]!r}: see judge.prompt, judge.scale and "
             "judge.max_new_tokens"
         )
+
+
+def _last_statements(text: str) -> list[str]:
+    """What stands behind each "score:" of the last line that has one, up to the next one. Those
+    that tell the scale are left out."""
+    statements = []
+    line_start = 0
+    end = len(text)
+    for match in reversed(list(SCORE.finditer(text))):
+        before = text[max(0, match.start() - 60) : match.start()]
+        if not SAYS_SCALE.search(before):
+            if match.start() < line_start:
+                break
+            line_start = text.rfind("\n", 0, match.start()) + 1
+            statements.append(text[match.end() : end])
+        end = match.start()
+    return statements
 
 
 def _read_prompt(prompt: str) -> str:

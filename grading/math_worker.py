@@ -1,12 +1,19 @@
 """What runs inside of a worker process: comparing two expressions by math-verify.
 
-grading/answers.py is the other side. run/worker.py loads this file, calls prepare(), once, and
-answer(). It has a process of its own because math-verify has no deadline in a thread, and nothing
-but the end of its process stops the 9**9**9**9 that a model may write.
+grading/equality.py is the other side. run/worker.py loads this file, calls prepare(), once, and
+answer(). Nothing but the end of a process stops the 9**9**9**9 that a model may write, and to start
+one with math-verify in it takes seconds. So each comparison runs in a fork, which costs
+milliseconds, and is ended when it has used its seconds of the processor: a busy machine does not
+change a verdict.
+
+What is covered: the environment is empty but for two paths of libraries; memory and time are
+limited; no file can be written. What is not: it is no sandbox.
 """
 
 import logging
+import os
 import resource
+import signal
 import sys
 
 from math_verify import parse, verify
@@ -17,18 +24,42 @@ RELATIVE_ERROR = 1e-6  # between two numbers that count as equal
 
 
 def prepare() -> None:
-    """Limits memory, so that there is a MemoryError, which math-verify takes for "not equal"."""
+    """Limits memory, so that there is a MemoryError, which math-verify takes for "not equal"; and
+    compares once, which fills what the forks share."""
     logging.disable()  # it warns that it has no timeout: it has one
+    _are_same(r"\frac{1}{2} x^{2} + \sqrt{3}", r"\sqrt{3} + x^2/2")
+    _are_same(r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "(1, 2)")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
 def answer(request: dict) -> dict:
-    """{"same": whether the answer `said` is the answer `gold`}."""
-    said = _parsed(request["said"])
-    gold = _parsed(request["gold"])
-    same = verify(gold, said, timeout_seconds=None) and _is_near(said, gold)
-    return {"same": bool(same)}
+    """{"same": whether the answer `said` is the answer `gold`}; None where that is not known after
+    `seconds` of the processor."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, whatever it is doing
+        signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+        same = False
+        try:
+            same = _are_same(request["said"], request["gold"])
+        finally:
+            os.write(writing, b"1" if same else b"0")
+            os._exit(0)
+    os.close(writing)
+    verdict = os.read(reading, 1)
+    os.close(reading)
+    os.waitpid(child, 0)
+    return {"same": verdict == b"1" if verdict else None}
+
+
+def _are_same(said, gold):
+    said = _parsed(said)
+    gold = _parsed(gold)
+    return bool(verify(gold, said, timeout_seconds=None) and _is_near(said, gold))
 
 
 def _parsed(text):

@@ -45,6 +45,14 @@ IMPORTS |= {
     "np": "numpy",
 }
 
+# Functions of python that are given one value of the program: it applies them itself, since what
+# they are given may not leave its process: list(generator), str(date), next(iterator).
+CONVERTERS = frozenset(
+    "list tuple set frozenset dict sorted str repr next sum len float int bool abs min max any all"
+    " round bytes".split()
+)
+UNKNOWN = "?"  # in place of values that could not be carried from process to process
+
 # ---- the reward
 
 
@@ -69,13 +77,18 @@ async def code_tests(
     `assert f(2) == 4` it only computes f(2). What has to come out never enters its process, and the
     comparison runs in another. So an early exit, a printed "passed", an object that is equal to
     everything, a replaced `len` or `math.isclose` gain nothing. The values must be plain data:
-    numbers, texts, lists, tuples, sets, dicts, bytes, or of numpy; all together at most 20,000
-    characters, which is what the sandbox shows. What does not fit fails.
+    numbers, Decimal and Fraction too, texts, lists, tuples, sets, dicts, deques, ranges, bytes,
+    dates and times, or of numpy; all together at most 20,000 characters, which is what the sandbox
+    shows. What does not fit fails. Of a bare `assert f(2)`, or `f(2) is None`, only whether it
+    holds is needed. Where values of other kinds decide, the reward is None: those of a library's
+    class that has an own ==, and all where the program's values are compared with each other only.
+    np.allclose and np.isclose hold for equal shapes only, or beside one number.
     What is not covered: asserts in a loop or a comprehension, and functions of the tests that are
     given the program's. They run beside the program and fail only if they raise, so an object that
     is equal to everything passes, and such tests, as also what tests assign to a variable, can be
-    read by a program that looks for them in the interpreter's frames. And a name that the tests
-    neither make nor import is the program's, unless it is in IMPORTS.
+    read by a program that looks for them in the interpreter's frames. A test that only asks for
+    all elements of a value, such as np.all(np.array(f(2)) == 4), holds for an empty one. And a name
+    that the tests neither make nor import is the program's, unless it is in IMPORTS.
     """
     row_number = example["id"] + 1
     tests = example.get(column)
@@ -87,15 +100,19 @@ async def code_tests(
 
     until = asyncio.get_running_loop().time() + seconds
     asserts, pairs = _read_tests(tests, row_number)
+    unknown = 0
     if asserts is None:
         passed, count = await _run_pairs(code, pairs, partial, until)
     else:
         text = "\n".join([*_columns_of_mbpp(example), asserts])
         steps, own_builtins = _steps_of(text, example.get("entry_point"), row_number)
-        passed, count = await _run_steps(code, steps, own_builtins, until, row_number)
-    if not count:
+        passed, count, unknown = await _run_steps(code, steps, own_builtins, until, row_number)
+    if partial:
+        known = count - unknown
+        return passed / known if known else None
+    if not count or (unknown and passed + unknown == count):
         return None
-    return passed / count if partial else float(passed == count)
+    return float(passed == count)
 
 
 async def _run(code, until):
@@ -222,21 +239,29 @@ class _Step:
     """One statement of the tests."""
 
     source: str  # of an assert whose values are computed apart: its condition, with _values[0], …
-    expressions: list[str] | None = None  # of such an assert: its values, computed by the program
+    # Of such an assert its values, computed by the program, as (source, names of CONVERTERS).
+    expressions: list[tuple[str, tuple[str, ...]]] | None = None
+    is_closed: bool = False  # it has nothing but values of the program: P(3) == make(3)
     needs_program: bool = False  # else it is executed in both processes
     is_test: bool = False
 
 
 # What runs beside the program: it computes values, and writes them down as JSON with a tag at each
-# container. `steps` are (source, None) to execute, or ("", expressions) to evaluate. What it needs
-# to write is taken before the program runs, which may replace functions of os and json.
+# container. `steps` are (source, None, False) to execute, or ("", expressions, is_closed) to
+# evaluate. What it needs to write is taken before the program runs, which may replace functions of
+# os and json.
 _VALUES = """
 def _main(solution, steps, mark, own):
-    import json, linecache, os, sys, types
+    import builtins, collections, datetime, decimal, fractions, json, linecache, os, sys, types
     linecache.cache.clear()
     write = os.write
     dumps = json.dumps
     sys.set_int_max_str_digits(0)
+    applied = {name: getattr(builtins, name) for name in CONVERTERS}
+    applied["is_none"] = lambda value: value is None
+
+    class NotPlain(Exception):
+        pass
 
     def plain(value):
         if type(value).__module__.partition(".")[0] == "numpy":
@@ -251,34 +276,79 @@ def _main(solution, steps, mark, own):
         for kind, name in kinds:
             if isinstance(value, kind):
                 return [name, [plain(item) for item in value]]
-        if isinstance(value, complex):
-            return ["complex", [value.real, value.imag]]
-        raise TypeError
+        for kind, name, parts in of_parts:
+            if isinstance(value, kind):
+                return [name, [plain(part) for part in parts(value)]]
+        raise NotPlain(value)
 
-    kinds = ((list, "list"), (tuple, "tuple"), ((set, frozenset), "set"), (bytes, "bytes"))
+    kinds = (
+        (list, "list"), (tuple, "tuple"), (set, "set"), (frozenset, "frozenset"),
+        (bytes, "bytes"), (bytearray, "bytes"), (collections.deque, "deque"),
+    )
+    of_parts = (
+        (complex, "complex", lambda x: (x.real, x.imag)),
+        (range, "range", lambda x: (x.start, x.stop, x.step)),
+        (decimal.Decimal, "Decimal", lambda x: (str(x),)),
+        (fractions.Fraction, "Fraction", lambda x: (x.numerator, x.denominator)),
+        (datetime.datetime, "datetime", lambda x: (x.isoformat(),)),
+        (datetime.date, "date", lambda x: (x.isoformat(),)),
+        (datetime.time, "time", lambda x: (x.isoformat(),)),
+        (datetime.timedelta, "timedelta", lambda x: (x.days, x.seconds, x.microseconds)),
+    )
+
+    # Whether another process could find it equal to something: not what is equal to itself only,
+    # as a function or an iterator, and nothing that the program made.
+    def is_comparable(value):
+        kind = type(value)
+        is_foreign = kind.__module__ not in ("solution", "__main__", "builtins")
+        return is_foreign and kind.__eq__ is not object.__eq__
+
     module = sys.modules["solution"] = types.ModuleType("solution")
     module.exit = module.quit = sys.exit
     sys.stdout = sys.stderr = open(os.devnull, "w")
     exec(compile(solution, "<solution>", "exec"), module.__dict__)
     for name in own:
         module.__dict__.setdefault(name)
-    for number, (source, expressions) in enumerate(steps):
+    for number, (source, expressions, is_closed) in enumerate(steps):
         try:
             if expressions is None:
                 exec(source, module.__dict__)
-            values = [eval(text, module.__dict__) for text in expressions or ()]
-            line = f"{mark} {number} {dumps(plain(values))}\\n"
+            values = []
+            for text, converters in expressions or ():
+                value = eval(text, module.__dict__)
+                for name in converters:
+                    value = applied[name](value)
+                values.append(value)
+            text = dumps(plain(values))
+        except NotPlain as error:
+            if not is_closed and not is_comparable(error.args[0]):
+                continue
+            text = "?"
         except Exception:
             continue
-        write(1, line.encode())
-"""
+        write(1, f"{mark} {number} {text}\\n".encode())
+""".replace("in CONVERTERS}", f"in {sorted(CONVERTERS)}}}").replace('"?"', repr(UNKNOWN))
 
 # What runs in another process, without the program: the asserts, with its values put in, in order
 # with the statements (text None) that they need.
 _VERDICTS = """
 def _main(steps):
-    import json, sys
+    import collections, datetime, decimal, fractions, json, sys
     sys.set_int_max_str_digits(0)
+    kinds = {
+        "list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes,
+        "deque": collections.deque,
+    }
+    of_parts = {
+        "complex": complex,
+        "range": range,
+        "Decimal": decimal.Decimal,
+        "Fraction": fractions.Fraction,
+        "datetime": datetime.datetime.fromisoformat,
+        "date": datetime.date.fromisoformat,
+        "time": datetime.time.fromisoformat,
+        "timedelta": datetime.timedelta,
+    }
 
     def made(item):
         if not isinstance(item, list):
@@ -286,12 +356,18 @@ def _main(steps):
         name, parts = item
         if name == "dict":
             return {made(k): made(v) for k, v in parts}
-        if name == "complex":
-            return complex(*parts)
-        kinds = {"list": list, "tuple": tuple, "set": set, "bytes": bytes}
+        if name in of_parts:
+            return of_parts[name](*map(made, parts))
         return kinds[name](made(part) for part in parts)
 
-    space = {"__name__": "tests"}
+    # np.allclose([], 987.6) is True, and so is np.allclose(1, [1, 1])
+    def same_shape(value, expected):
+        import numpy
+        shape = numpy.shape(value)
+        expected_shape = numpy.shape(expected)
+        return shape == expected_shape or (expected_shape == () and 0 not in shape)
+
+    space = {"__name__": "tests", "_same_shape": same_shape}
     passed = 0
     for source, text in steps:
         try:
@@ -308,19 +384,23 @@ def _main(steps):
 
 
 async def _run_steps(code, steps, own_builtins, until, row_number):
-    """(tests passed, tests) of the steps that `_steps_of` made of the asserts. own_builtins: names
-    of builtins that only count if they are the program's."""
+    """(tests passed, tests, tests whose values cannot be compared) of the steps that `_steps_of`
+    made of the asserts. own_builtins: names of builtins that only count if they are the
+    program's."""
     # 1. beside the program: its values. What has to come out of an assert stays here.
     orders = []
     for step in steps:
         source = step.source if step.expressions is None else ""
-        orders.append((source, step.expressions))
+        orders.append((source, step.expressions, step.is_closed))
     if _size(orders) > ROOM:
-        return 0, 0
+        return 0, 0, 0
     mark = secrets.token_hex(8)  # what the program writes itself must not be taken for values
     arguments = f"{code!r}, {orders!r}, {mark!r}, {own_builtins!r}"
     output, _ = await _run(f"{_VALUES}\n_main({arguments})", until)
     values = _values_in(output, mark, len(steps))
+    unknown = [number for number, text in values.items() if text == UNKNOWN]
+    for number in unknown:
+        del values[number]
 
     # 2. tests that ran beside the program, and did not raise
     passed = 0
@@ -344,7 +424,7 @@ async def _run_steps(code, steps, own_builtins, until, row_number):
             raise UserError(f"reward code_tests: in the tests of row {row_number}, {problem}")
         if verdict.isdecimal():  # else it was stopped at a limit
             passed += int(verdict)
-    return passed, sum(step.is_test for step in steps)
+    return passed, sum(step.is_test for step in steps), len(unknown)
 
 
 def _values_in(output, mark, count):
@@ -421,13 +501,14 @@ def _calls_check(statement):
 
 def _split(body, known):
     """A _Step for each statement. known: the names that the tests have without the program."""
+    converters = CONVERTERS - _bound(ast.Module(body, []))
     variables = set()  # what statements of the tests assigned, and did not define or import
     steps = []
     for statement in body:
         source = ast.unparse(statement)
         bound = _bound(statement)
         if isinstance(statement, ast.Assert):
-            step, touched = _take_apart(statement, known)
+            step, touched = _take_apart(statement, known, converters & known)
         elif _used(statement) - bound <= known:
             steps.append(_Step(source))
             if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
@@ -447,22 +528,35 @@ def _split(body, known):
     return steps
 
 
-def _take_apart(statement, known):
+def _take_apart(statement, known, converters):
     """The _Step of an assert, and the names that the program sees in it."""
-    values = _Values(known)
-    condition = values.visit(copy.deepcopy(statement.test))
+    values = _Values(known, converters)
+    condition = values.visit_truth(copy.deepcopy(statement.test))
     touched = set()
-    for source in values.sources:
+    for source, _ in values.sources:
         touched |= _used(ast.parse(source))
     if values.is_hidden:
         return _Step(ast.unparse(statement), needs_program=True, is_test=True), touched
-    return _Step(ast.unparse(condition), values.sources, is_test=True), touched
+    step = _Step(ast.unparse(condition), values.sources, is_test=True)
+    step.is_closed = _has_only_values(condition)
+    return step, touched
+
+
+def _has_only_values(condition):
+    """Whether a condition is made of `_values[i]` and nothing else."""
+    indices = set()
+    for node in ast.walk(condition):
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "_values":
+            indices |= {node.value, node.slice}
+    leaves = [node for node in ast.walk(condition) if isinstance(node, (ast.Name, ast.Constant))]
+    return all(leaf in indices for leaf in leaves)
 
 
 class _Values(ast.NodeTransformer):
     """Replaces each largest part of an expression that begins with a name that is not `known`, such
-    as `f(2)[0].x`, by `_values[i]`; `sources` are theirs. A call that is handed such a name, as in
-    `sorted(a, key=f)`, is one of them. is_hidden: one cannot be taken out."""
+    as `f(2)[0].x`, by `_values[i]`; `sources` are theirs, each with the names of `converters` that
+    are applied to it. A call that is handed such a name, as in `sorted(a, key=f)`, is one of them.
+    is_hidden: one cannot be taken out."""
 
     SCOPES = (
         ast.ListComp,
@@ -473,27 +567,91 @@ class _Values(ast.NodeTransformer):
         ast.NamedExpr,
     )
 
-    def __init__(self, known):
+    def __init__(self, known, converters=frozenset()):
         self.known = known
+        self.converters = converters
         self.sources = []
         self.is_hidden = False
 
     def visit(self, node):
         if self.is_the_programs(node):
-            self.sources.append(ast.unparse(node))
-            return ast.parse(f"_values[{len(self.sources) - 1}]", mode="eval").body
+            return self.value(node)
+        inner = node
+        converters = []
+        while self.converts(inner):
+            converters.insert(0, inner.func.id)
+            inner = inner.args[0]
+        if converters and self.is_the_programs(inner):
+            return self.value(inner, converters)
         if isinstance(node, self.SCOPES):  # it has names of its own
             if not _used(node) - _bound(node) <= self.known:
                 self.is_hidden = True
             return node
-        return self.generic_visit(node)
+        return super().visit(node)
+
+    def visit_truth(self, node):
+        """Visits a condition: of a value that only has to be true, or None, that is all there is to
+        know, so a match of `re` need not leave the program's process."""
+        if isinstance(node, ast.BoolOp):
+            node.values = [self.visit_truth(part) for part in node.values]
+            return node
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            node.operand = self.visit_truth(node.operand)
+            return node
+        if _compares_with_none(node) and self.is_the_programs(node.left):
+            value = self.value(node.left, ["is_none"])
+            if isinstance(node.ops[0], ast.Is):
+                return value
+            return ast.UnaryOp(ast.Not(), value)
+        if self.is_the_programs(node):
+            return self.value(node, ["bool"])
+        return self.visit(node)
+
+    def visit_Call(self, node):
+        """Lets np.allclose(value, expected) hold for equal shapes only."""
+        node = self.generic_visit(node)
+        is_numpys = isinstance(node.func, ast.Attribute) and _begins_with_numpy(node.func)
+        if not is_numpys or node.func.attr not in ("allclose", "isclose") or len(node.args) < 2:
+            return node
+        value, expected = node.args[:2]
+        if "_values" not in _used(value):
+            value, expected = expected, value
+        shapes = f"_same_shape({ast.unparse(value)}, {ast.unparse(expected)})"
+        return ast.parse(f"({shapes} and {ast.unparse(node)})", mode="eval").body
+
+    def value(self, node, converters=()):
+        """What stands in the condition for a value of the program."""
+        self.sources.append((ast.unparse(node), tuple(converters)))
+        return ast.parse(f"_values[{len(self.sources) - 1}]", mode="eval").body
+
+    def converts(self, node):
+        """Whether it is a call such as list(x), of one of the converters."""
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+            return False
+        if node.func.id not in self.converters or node.keywords or len(node.args) != 1:
+            return False
+        return not isinstance(node.args[0], ast.Starred)
 
     def is_the_programs(self, node):
         """Whether only the program can compute it."""
         begin = _begin(node) or node
         if isinstance(begin, ast.Name) and begin.id not in self.known:
             return True
-        return isinstance(node, ast.Call) and not _handed(node) <= self.known
+        return isinstance(node, ast.Call) and not _handed(node, self.known) <= self.known
+
+
+def _compares_with_none(node):
+    """Whether it is `x is None` or `x is not None`."""
+    if not isinstance(node, ast.Compare) or len(node.ops) != 1:
+        return False
+    right = node.comparators[0]
+    is_none = isinstance(right, ast.Constant) and right.value is None
+    return is_none and isinstance(node.ops[0], (ast.Is, ast.IsNot))
+
+
+def _begins_with_numpy(node):
+    begin = _begin(node)
+    return isinstance(begin, ast.Name) and begin.id in ("np", "numpy")
 
 
 # ---- what tests use and do not import
@@ -568,12 +726,21 @@ def _called(tree):
     return {call.func.id for call in calls if isinstance(call.func, ast.Name)}
 
 
-def _handed(tree):
-    """The names that the code uses bare, not as the beginning of `f(2)`, `a.b` or `a[0]`."""
-    nodes = list(ast.walk(tree))
-    begins = {_begin(node) for node in nodes}
-    names = [node for node in nodes if isinstance(node, ast.Name)]
-    return {name.id for name in names if name not in begins}
+def _handed(tree, known):
+    """The names that the code uses bare, not as the beginning of `f(2)`, `a.b` or `a[0]`. Not those
+    inside of what begins with a name that is not known: that can be taken out by itself."""
+    begins = {_begin(node) for node in ast.walk(tree)}
+    names = set()
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        begin = _begin(node)
+        if isinstance(begin, ast.Name) and begin.id not in known:
+            continue
+        if isinstance(node, ast.Name) and node not in begins:
+            names.add(node.id)
+        waiting += ast.iter_child_nodes(node)
+    return names
 
 
 def _begin(node):

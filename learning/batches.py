@@ -15,13 +15,19 @@ class Sequence(NamedTuple):
     prompt: Hashable  # equal where sequences begin alike
 
 
-def pad(sequences: list[list], value=0, dtype=torch.long, device="cpu") -> torch.Tensor:
-    """Makes one tensor (B, T) of B sequences, padded on the right with `value`."""
+def pad(
+    sequences: list, value=0, dtype=torch.long, device="cpu", on_left: bool = False
+) -> torch.Tensor:
+    """Makes one tensor (B, T) of B sequences, padded with `value` on the right, or on the left: so
+    that what follows them is adjacent."""
     width = max(map(len, sequences), default=0)
     rows = []
     for sequence in sequences:
         padding = [value] * (width - len(sequence))
-        rows.append(list(sequence) + padding)
+        if on_left:
+            rows.append([*padding, *sequence])
+        else:
+            rows.append([*sequence, *padding])
     # of no rows torch would make the shape (0,)
     return torch.tensor(rows, dtype=dtype, device=device).reshape(len(rows), width)
 
@@ -48,14 +54,10 @@ def micro_batches(
     for length, prompt in zip(lengths, prompts, strict=True):
         sequences.append(Sequence(length, len(prompt), number_of[prompt]))
 
-    def longest_continuation_first(i: int):
-        return len(prompts[i]) - lengths[i], i
-
-    def prompt_of_longest_sequence_first(i: int):
-        return -longest[prompts[i]], prompts[i]
-
-    by_continuation = sorted(range(len(lengths)), key=longest_continuation_first)
-    by_prompt = sorted(by_continuation, key=prompt_of_longest_sequence_first)
+    # the longest continuation first
+    by_continuation = sorted(range(len(lengths)), key=lambda i: len(prompts[i]) - lengths[i])
+    # the prompt of the longest sequence first
+    by_prompt = sorted(by_continuation, key=lambda i: (-longest[prompts[i]], prompts[i]))
     tokens_apart, batches_apart = _fill(by_continuation, sequences, token_budget)
     tokens_by_prompt, batches_by_prompt = _fill(by_prompt, sequences, token_budget)
     if tokens_by_prompt < tokens_apart:

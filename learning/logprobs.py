@@ -10,7 +10,7 @@ are shared, P different prompts of at most W tokens, and at most R tokens of a r
 import torch
 import torch.utils.checkpoint
 
-from learning.batches import Sequence, tokens_through_layers
+from learning.batches import Sequence, pad, tokens_through_layers
 
 # Of one chunk of logits, in float32: large enough for full speed, small beside a model's weights.
 LOGITS_BYTES = 2**29
@@ -36,12 +36,13 @@ class _LinearHead(torch.autograd.Function):
         hidden: (N, H); weight: (V, H) and bias: (V,) or None, given apart from the head so that
         autograd sees them; targets: (N,); chunk: how many tokens have logits at once.
         """
-        per_token = {"size": (len(hidden), 1), "dtype": torch.float32, "device": hidden.device}
-        top = torch.empty(**per_token)  # the highest logit of each token
-        total = torch.empty(**per_token)  # sum of exp(logits - top) over the vocabulary
-        target_logits = torch.empty(**per_token)  # that of the target, less top
-        entropy_sums = torch.empty(**per_token)  # sum of -e log e, e = exp(logits - top)
-        for part in _slices(len(hidden), chunk):
+        # of each token, (N, 1): the highest logit
+        top = hidden.new_empty(len(hidden), 1, dtype=torch.float32)
+        total = torch.empty_like(top)  # sum of exp(logits - top) over the vocabulary
+        target_logits = torch.empty_like(top)  # that of the target, less top
+        entropy_sums = torch.empty_like(top)  # sum of -e log e, e = exp(logits - top)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
             logits = head(hidden[part]).float().div_(temperature)  # (chunk, V)
             top[part] = logits.amax(-1, keepdim=True)
             logits.sub_(top[part])
@@ -80,14 +81,17 @@ class _LinearHead(torch.autograd.Function):
             bias_gradient = weight.new_zeros(len(weight))
 
         gradient = logprobs_gradient[:, None] / ctx.temperature  # (N, 1)
-        for part in _slices(len(hidden), ctx.chunk):
+        for start in range(0, len(hidden), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+
             # 1. the logits again, (chunk, V)
             logits = ctx.head(hidden[part])
             dtype = logits.dtype  # the weight's, or that of an autocast around the head
             logits = logits.float().div_(ctx.temperature)
 
             # 2. in their memory their gradient: -p everywhere, and 1 more at the target
-            logits.sub_(top[part]).exp_().mul_(-gradient[part] / total[part])
+            minus_p_per_e = -gradient[part] / total[part]  # (chunk, 1)
+            logits.sub_(top[part]).exp_().mul_(minus_p_per_e)
             logits.scatter_add_(-1, targets[part, None], gradient[part])
             logits_gradient = logits.to(dtype)
 
@@ -102,10 +106,6 @@ class _LinearHead(torch.autograd.Function):
                 bias_gradient += logits_gradient.sum(0)
             del logits, logits_gradient
         return hidden_gradient, weight_gradient, bias_gradient, None, None, None, None
-
-
-def _slices(count: int, chunk: int) -> list[slice]:
-    return [slice(start, start + chunk) for start in range(0, count, chunk)]
 
 
 def _any_head(hidden, head, softcap, targets, temperature, chunk):
@@ -126,7 +126,8 @@ def _any_head(hidden, head, softcap, targets, temperature, chunk):
 
     logprobs = []
     entropies = []
-    for hidden_chunk, target_chunk in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+    chunks = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    for hidden_chunk, target_chunk in chunks:
         chunk_values, chunk_entropies = torch.utils.checkpoint.checkpoint(
             chunk_logprobs, hidden_chunk, target_chunk, use_reentrant=False
         )
@@ -169,9 +170,10 @@ def hidden_states(model, ids, attention_mask, mask, position_ids):
     its keys and values are kept, with their graph, in a cache that all its rows go on from. The
     function is the same and so is its gradient, for fewer tokens.
     """
+    decoder = model.get_decoder()
     prefixes = _prefixes_worth_sharing(model, ids, attention_mask, mask)
     if not prefixes:
-        output = model.get_decoder()(
+        output = decoder(
             input_ids=ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -179,23 +181,54 @@ def hidden_states(model, ids, attention_mask, mask, position_ids):
         )
         return output.last_hidden_state, ids.new_zeros(len(ids))
 
+    from transformers.cache_utils import DynamicCache
+
     # 1. every different prompt once, into a cache
     prompts = sorted(set(prefixes))
-    cache, prompts_mask = _cache_of(model, prompts, ids)
+    ones = [[1] * len(prompt) for prompt in prompts]
+    prompt_mask = pad(ones, device=ids.device, on_left=True)  # (P, W)
+    cache = DynamicCache(config=model.config.get_text_config())
+    decoder(
+        input_ids=pad(prompts, device=ids.device, on_left=True),
+        attention_mask=prompt_mask,
+        position_ids=(prompt_mask.cumsum(1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+    )
 
     # 2. each row gets the keys and values of its prompt
     number_of = {prompt: number for number, prompt in enumerate(prompts)}
     prompt_of_row = ids.new_tensor([number_of[prefix] for prefix in prefixes])  # (B,)
-    cache.batch_select_indices(prompt_of_row)
+    prompt_mask = prompt_mask[prompt_of_row]  # (B, W)
+    for layer in cache.layers:
+        # not cache.batch_select_indices: it writes keys[prompt_of_row], whose gradient two threads
+        # add up in the order in which they come, so that equal runs had other last bits
+        layer.keys = layer.keys.index_select(0, prompt_of_row)
+        layer.values = layer.values.index_select(0, prompt_of_row)
 
     # 3. the rows go on from it
-    return _go_on(model, cache, prompts_mask[prompt_of_row], ids, attention_mask, position_ids)
+    prompt_lengths = prompt_mask.sum(1)  # (B,)
+    lengths = attention_mask.sum(1) - prompt_lengths  # (B,), of what follows
+    offsets = torch.arange(int(lengths.max()), device=ids.device)  # (R,)
+    is_token = (offsets < lengths[:, None]).long()  # (B, R), 0 = padding
+    columns = prompt_lengths[:, None] + offsets  # (B, R)
+    # what a short row has there is padding, but it has to exist
+    columns = columns.clamp(max=ids.shape[1] - 1)
+    output = decoder(
+        input_ids=ids.gather(1, columns),
+        attention_mask=torch.cat([prompt_mask, is_token], 1),
+        position_ids=position_ids.gather(1, columns),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return output.last_hidden_state, prompt_lengths
 
 
 def _prefixes_worth_sharing(model, ids, attention_mask, mask) -> list[tuple]:
     """Returns what each of the B rows begins with, or [] where none of it is to be shared."""
-    # packed rows and rows padded on the left are not shared
-    if attention_mask is None or len(ids) < 2 or not bool(attention_mask[:, 0].all()):
+    if attention_mask is None or len(ids) < 2:  # packed rows, or only one
+        return []
+    if not attention_mask[:, 0].all():  # rows that are padded on the left
         return []
     prefixes = shared_prefixes(ids.tolist(), mask.long().tolist())
     lengths = attention_mask.sum(1).tolist()
@@ -206,51 +239,6 @@ def _prefixes_worth_sharing(model, ids, attention_mask, mask) -> list[tuple]:
     if not are_shared or not shares_prompts(model):
         return []
     return prefixes
-
-
-def _cache_of(model, prompts: list[tuple], ids):
-    """Runs P prompts through the layers; returns the cache with their keys and values, and its
-    attention mask (P, W). ids: a tensor of the dtype and device to use."""
-    from transformers.cache_utils import DynamicCache
-
-    width = max(map(len, prompts))
-    padded = []
-    attention_mask = []
-    for prompt in prompts:
-        padding = [0] * (width - len(prompt))  # on the left, so that what follows is adjacent
-        padded.append(padding + list(prompt))
-        attention_mask.append(padding + [1] * len(prompt))
-    attention_mask = ids.new_tensor(attention_mask)
-    cache = DynamicCache(config=model.config.get_text_config())
-    model.get_decoder()(
-        input_ids=ids.new_tensor(padded),
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return cache, attention_mask
-
-
-def _go_on(model, cache, prompt_mask, ids, attention_mask, position_ids):
-    """Runs what follows the prompts, for a cache that holds the prompt of each row; returns its
-    hidden states (B, R, H) and the length of each prompt, (B,). prompt_mask: (B, W), the cache's;
-    ids, attention_mask and position_ids: (B, T), of the whole rows."""
-    prompt_lengths = prompt_mask.sum(1)  # (B,)
-    lengths = attention_mask.sum(1) - prompt_lengths  # (B,), of what follows
-    offsets = torch.arange(int(lengths.max()), device=ids.device)  # (R,)
-    is_token = (offsets < lengths[:, None]).long()  # (B, R), 0 = padding
-    columns = prompt_lengths[:, None] + offsets  # (B, R)
-    # what a short row has there is padding, but it has to exist
-    columns = columns.clamp(max=ids.shape[1] - 1)
-    output = model.get_decoder()(
-        input_ids=ids.gather(1, columns),
-        attention_mask=torch.cat([prompt_mask, is_token], 1),
-        position_ids=position_ids.gather(1, columns),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return output.last_hidden_state, prompt_lengths
 
 
 # -- both
@@ -295,7 +283,8 @@ def token_logprobs(
         chunk = max(1, LOGITS_BYTES // (4 * config.vocab_size))
     # the very classes: adapters, 4 bits and sharding bring their own
     is_linear = type(head) is torch.nn.Linear and type(head.weight) is torch.nn.Parameter
-    if is_linear and not softcap and not torch.is_autocast_enabled(hidden.device.type):
+    is_autocast = torch.is_autocast_enabled(hidden.device.type)
+    if is_linear and not softcap and not is_autocast:
         logprobs, entropy = _LinearHead.apply(
             hidden, head.weight, head.bias, head, targets, temperature, chunk
         )
@@ -303,4 +292,6 @@ def token_logprobs(
         logprobs, entropy = _any_head(hidden, head, softcap, targets, temperature, chunk)
 
     zeros = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-    return zeros.masked_scatter(wanted, logprobs), zeros.masked_scatter(wanted, entropy)
+    logprobs = zeros.masked_scatter(wanted, logprobs)
+    entropy = zeros.masked_scatter(wanted, entropy)
+    return logprobs, entropy

@@ -35,6 +35,7 @@ def merge(cfg: Config) -> None:
     model, tokenizer = models.load(cfg.adapter, "none", cfg.dtype, "cpu")
     if not models.adapters_of(model):
         raise UserError(f"adapter = {cfg.adapter!r} is a whole model: there is nothing to merge")
+    models.set_stop_ids(model, models.eos_ids(cfg.adapter))
     out_dir = config.fresh_dir(cfg.out_dir)
     merged = model.merge_and_unload()
     models.save(merged, tokenizer, out_dir)

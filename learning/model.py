@@ -78,6 +78,32 @@ def base_of(name: str) -> str:
     return find(adapter_settings(name).get("base_model_name_or_path", name))
 
 
+def eos_ids(name: str) -> list[int]:
+    """Reads which ids end a turn of a model, from its generation_config.json, or where it has none
+    from its config.json. Those of an adapter stand in its own folder, or else in its base's."""
+    from transformers.utils import cached_file
+
+    for place in dict.fromkeys((find(name), base_of(name))):
+        for file in ("generation_config.json", "config.json"):
+            try:
+                path = cached_file(place, file)
+            except OSError:  # it has none
+                continue
+            ids = json.loads(Path(path).read_text()).get("eos_token_id")
+            if ids is not None:
+                return ids if isinstance(ids, list) else [ids]
+    return []
+
+
+def set_stop_ids(model, stop_ids) -> None:
+    """Sets the ids that end a turn, for whoever samples from the model when it is saved. Without
+    them a base model that learnt to end its turns by ChatML's token would go on behind it."""
+    known = model.generation_config.eos_token_id
+    known = known if isinstance(known, list) else [known]
+    if stop_ids and set(known) != set(stop_ids):
+        model.generation_config.eos_token_id = list(stop_ids)
+
+
 # -- loading
 
 
@@ -357,12 +383,15 @@ def adapters_of(model) -> list[str]:
 
 def save(model, tokenizer, folder) -> None:
     """Writes the model, or only its adapter, as `from_pretrained` and `PeftModel` load it."""
+    from transformers import GenerationConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     if "default" in adapters_of(model):
         # beside it there may be the adapter that `beta` compares with
         model.save_pretrained(folder, selected_adapters=["default"])
+        ids = model.generation_config.eos_token_id  # what ends a turn may be learnt, too
+        GenerationConfig(eos_token_id=ids).save_pretrained(folder)
     else:
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

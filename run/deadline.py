@@ -51,38 +51,14 @@ async def in_time(work: Coroutine, seconds: float, abandoned: list) -> tuple[boo
 
 
 async def in_thread(function: Callable, abandoned: list, late: Callable | None = None):
-    """The result of function(), run in a daemon thread of its own.
+    """The result of function(), run in a daemon thread of its own, not one of a pool: a hung one
+    costs no worker and does not block the exit.
 
     If this is cancelled, the thread is added to `abandoned` and goes on; late(result) is called
     with what it gives in the end. Raises what the function raises, Exited if it exits.
     """
-    thread, outcome = start_thread(function, late)
-    try:
-        result, error = await outcome
-    except asyncio.CancelledError:
-        _abandon(thread, abandoned)
-        raise
-    if error is None:
-        return result
-    if isinstance(error, Exception):
-        raise error
-    raise Exited(error)
-
-
-def start_thread(function: Callable, late: Callable | None = None):
-    """Starts function() -> (thread, future of (result, None) or (None, what it raised)).
-
-    The thread is a daemon of its own, not one of a pool: a hung one costs no worker and does not
-    block the exit. late: called with a result that nobody waits for any more.
-    """
     loop = asyncio.get_running_loop()
-    future = loop.create_future()
-
-    def deliver(result, error):
-        if not future.done():
-            future.set_result((result, error))
-        elif late and error is None:
-            late(result)
+    outcome = loop.create_future()  # (the result, None), or (None, what the function raised)
 
     def work():
         result = None
@@ -94,9 +70,26 @@ def start_thread(function: Callable, late: Callable | None = None):
         with suppress(RuntimeError):  # the loop was closed while an abandoned thread went on
             loop.call_soon_threadsafe(deliver, result, error)
 
+    def deliver(result, error):
+        if not outcome.done():
+            outcome.set_result((result, error))
+        elif late and error is None:  # nobody waits for it any more
+            late(result)
+
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    return thread, future
+    try:
+        result, error = await outcome
+    except asyncio.CancelledError:
+        _abandon(thread, abandoned)
+        if not outcome.cancelled():  # it came at the very moment of the deadline
+            deliver(*outcome.result())
+        raise
+    if error is None:
+        return result
+    if isinstance(error, Exception):
+        raise error
+    raise Exited(error)
 
 
 def is_alive(job: threading.Thread | asyncio.Task) -> bool:

@@ -5,7 +5,9 @@ Everything asynchronous runs on one event loop (run/loop.py), so connections are
 
 import contextlib
 import ipaddress
+import json
 import os
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import httpx2 as httpx
@@ -19,6 +21,7 @@ PATIENCE = httpx.Timeout(600.0, connect=10.0)
 UNLIMITED = httpx.Limits(max_connections=None, max_keepalive_connections=None)
 QUOTED = 300  # characters of an answer that stand in an error
 LONGEST_WAIT = 60.0  # seconds, whatever a server wants
+BIGGEST = 64 * 2**20  # bytes of an answer: more is never read, whoever sends it
 
 
 class HttpError(Exception):
@@ -27,14 +30,44 @@ class HttpError(Exception):
     kind: "key_unsendable", "unreachable", "busy", "key_refused", "refused", or "nonsense" (an
     answer, but not the JSON that was wanted). detail: a line for messages, which never has the key
     in it. text: the whole answer. retry_after: seconds that the server wants to be left alone.
+    status: of HTTP, 0 if there is no answer.
     """
 
-    def __init__(self, kind: str, detail: str, text: str = "", retry_after: float = 0.0):
+    def __init__(
+        self,
+        kind: str,
+        detail: str,
+        text: str = "",
+        retry_after: float = 0.0,
+        status: int = 0,
+    ):
         super().__init__(detail)
         self.kind = kind
         self.detail = detail
         self.text = text
         self.retry_after = retry_after
+        self.status = status
+
+
+@dataclass
+class Answer:
+    """What a server answered, whole and no larger than BIGGEST."""
+
+    status: int
+    headers: httpx.Headers
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        return self.body.decode("utf-8", "replace")
+
+    def json(self) -> dict | list | str | int | float | bool | None:
+        """The value of its JSON. HttpError, nonsense, if it has none."""
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            detail = f"an answer that is not JSON: {one_line(self.text)}"
+            raise HttpError("nonsense", detail, self.text, status=self.status) from None
 
 
 def one_line(text: str, limit: int = QUOTED) -> str:
@@ -104,9 +137,9 @@ def failures_explained():
         raise HttpError("unreachable", f"{type(error).__name__} {error}".strip()) from None
 
 
-def check_status(answer: httpx.Response) -> None:
+def check_status(answer: Answer) -> None:
     """HttpError unless the answer has status 200."""
-    status = answer.status_code
+    status = answer.status
     if status == 200:
         return
     if status in TEMPORARY:
@@ -116,15 +149,40 @@ def check_status(answer: httpx.Response) -> None:
     else:
         kind = "refused"
     detail = f"HTTP {status}: {one_line(answer.text)}"
-    raise HttpError(kind, detail, answer.text, _retry_after(answer))
+    if 300 <= status < 400:
+        detail = f"HTTP {status}: it has moved to {answer.headers.get('location', '?')}"
+    raise HttpError(kind, detail, answer.text, _retry_after(answer), status)
 
 
-def _retry_after(answer: httpx.Response) -> float:
+def _retry_after(answer: Answer) -> float:
     """Seconds after which the server wants to be asked again; 0 if it does not say a number."""
     header = answer.headers.get("retry-after", "")
-    if not header.replace(".", "", 1).isdigit():
+    try:
+        seconds = float(header)
+    except ValueError:
         return 0.0
-    return min(LONGEST_WAIT, float(header))
+    return min(LONGEST_WAIT, seconds) if seconds > 0 else 0.0  # NaN is not
+
+
+async def read_answer(client: httpx.AsyncClient, method: str, url: str, **content) -> Answer:
+    """Sends a request and reads the answer to it. HttpError, nonsense, if that is larger than
+    BIGGEST. content: what httpx calls so; `json` is written here, as UTF-8 that can be sent: in the
+    place of a lone surrogate, which JSON can spell, stands a question mark."""
+    if "json" in content:
+        try:
+            text = json.dumps(content.pop("json"), ensure_ascii=False)
+        except (ValueError, RecursionError) as error:
+            raise HttpError("refused", f"it cannot be sent as JSON ({error})") from None
+        content["content"] = text.encode("utf-8", "replace")
+        content["headers"] = {"content-type": "application/json"} | content.get("headers", {})
+    body = bytearray()
+    async with client.stream(method, url, **content) as answer:
+        async for part in answer.aiter_bytes():
+            body += part
+            if len(body) > BIGGEST:
+                detail = f"an answer of more than {BIGGEST >> 20} MiB"
+                raise HttpError("nonsense", detail, status=answer.status_code)
+    return Answer(answer.status_code, answer.headers, bytes(body))
 
 
 class HttpClient:
@@ -149,13 +207,9 @@ class HttpClient:
         """The server's answer, from JSON. content: headers, params and json of the request.
         HttpError if there is none that can be used."""
         with failures_explained():
-            answer = await self.connections.request(method, url, **content)
+            answer = await read_answer(self.connections, method, url, **content)
         check_status(answer)
-        try:
-            return answer.json()
-        except ValueError:
-            detail = f"an answer that is not JSON: {one_line(answer.text)}"
-            raise HttpError("nonsense", detail, answer.text) from None
+        return answer.json()
 
     async def close(self) -> None:
         if self._connections is not None:

@@ -234,31 +234,27 @@ def write_rollouts(path, trajectories: list, tokenizer, **columns) -> None:
     else stands in each row."""
     with open(path, "a", encoding="utf-8") as file:
         for trajectory in trajectories:
-            row = columns | _row(trajectory, tokenizer)
+            ids = trajectory.ids
+            # the rollout of an API has no ids, and no tokenizer
+            texts = token_texts(ids, tokenizer) if ids else []
+            advantages = [round(advantage, 5) for advantage in trajectory.advantages]
+            row = columns | {
+                "group": trajectory.group,
+                "sample": trajectory.sample,
+                "stop": trajectory.stop,
+                "reward": trajectory.reward,
+                "rewards": trajectory.rewards,
+                "answer": trajectory.example.get("answer"),
+                "advantages": advantages or None,
+                "seconds": round(trajectory.seconds, 3),
+                "turn_starts": trajectory.turn_starts,
+                "messages": trajectory.messages,
+                "calls": [dataclasses.asdict(call) for call in trajectory.calls],
+                "ids": ids,
+                "mask": trajectory.mask,
+                "kinds": token_kinds(trajectory, texts),
+                "logprobs": [round(logprob, 5) for logprob in trajectory.logprobs],
+                "pieces": texts,
+                "text": tokenizer.decode(ids, skip_special_tokens=False) if ids else "",
+            }
             file.write(json.dumps(row) + "\n")
-
-
-def _row(trajectory, tokenizer) -> dict:
-    ids = trajectory.ids
-    # the rollout of an API has no ids, and no tokenizer
-    texts = token_texts(ids, tokenizer) if ids else []
-    advantages = [round(advantage, 5) for advantage in trajectory.advantages]
-    return {
-        "group": trajectory.group,
-        "sample": trajectory.sample,
-        "stop": trajectory.stop,
-        "reward": trajectory.reward,
-        "rewards": trajectory.rewards,
-        "answer": trajectory.example.get("answer"),
-        "advantages": advantages or None,
-        "seconds": round(trajectory.seconds, 3),
-        "turn_starts": trajectory.turn_starts,
-        "messages": trajectory.messages,
-        "calls": [dataclasses.asdict(call) for call in trajectory.calls],
-        "ids": ids,
-        "mask": trajectory.mask,
-        "kinds": token_kinds(trajectory, texts),
-        "logprobs": [round(logprob, 5) for logprob in trajectory.logprobs],
-        "pieces": texts,
-        "text": tokenizer.decode(ids, skip_special_tokens=False) if ids else "",
-    }

@@ -18,6 +18,7 @@ What is not: it is no sandbox. Limits on memory and files are for the file to se
 import importlib.util
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -132,6 +133,35 @@ class Worker:
             self._connection.close()
             self.process.returncode = 0  # nothing to wait for
             self.process = None
+
+
+class Workers:
+    """A few such processes of one file, so that a request which takes long does not keep all others
+    waiting. Each starts when those before it are busy."""
+
+    def __init__(self, file: str | Path, count: int, packages: bool = False):
+        self.workers = [Worker(file, packages) for _ in range(count)]
+        self._forget()
+        _workers.add(self)
+
+    def ask(self, request: dict, seconds: float) -> dict:
+        """As Worker.ask, of the first one that is free."""
+        worker = self._free.get()
+        try:
+            return worker.ask(request, seconds)
+        finally:
+            self._free.put(worker)
+
+    def stop(self) -> None:
+        """Ends the processes; requests start others."""
+        for worker in self.workers:
+            worker.stop()
+
+    def _forget(self):
+        """At the start, and in a child of a fork, all are free."""
+        self._free = queue.LifoQueue()  # the last one used has a warm process
+        for worker in self.workers:
+            self._free.put(worker)
 
 
 _workers = weakref.WeakSet()

@@ -6,12 +6,24 @@ pytest tests/test_answers.py
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from grading.answers import _same_math, answer, equal, f1, program, words
+import rewards
+from grading.answers import answer, f1, last_turn, program, words
+from grading.equality import (
+    QUICK,
+    SLOW,
+    WASTED,
+    NotCompared,
+    _compared,
+    _Comparer,
+    _is_huge,
+    equal,
+)
 from rewards import correct
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
@@ -407,19 +419,83 @@ def test_an_operation_that_the_right_answer_has_may_be_in_the_answer(gold, said)
     assert equal(said, gold)
 
 
+BOMB = "(a+b+c+d+f+g)^{400}"
+
+
 def test_an_expression_that_never_ends_is_cut_at_the_deadline_also_in_a_thread():
-    """Pitfall 43: a model may write 9^9^9^9, and a thread cannot be stopped."""
+    """Pitfall 43: a model may write it, and a thread cannot be stopped."""
     answers = []
-    bomb = "9^{9^{9^{9}}}"
-    thread = threading.Thread(target=lambda: answers.append(equal(bomb, "x+1")), daemon=True)
+    thread = threading.Thread(target=lambda: answers.append(equal(BOMB, "x+1")), daemon=True)
     thread.start()
     thread.join(timeout=300)  # a busy machine's; without a deadline it would never end
     assert answers == [False]
-    asked = _same_math.cache_info().misses
-    assert not equal(bomb, "x+1")  # remembered
+    asked = _compared.cache_info().misses
+    assert not equal(BOMB, "x+1")  # remembered
     assert not equal("x" + "+1" * 10_000, "x+1")  # too long
-    assert _same_math.cache_info().misses == asked
+    assert not equal("9^{9^{9^{9}}}", "x+1")  # no computer writes it down
+    assert _compared.cache_info().misses == asked
     assert equal("1+x", "x+1")  # and the next comparison works again
+
+
+@pytest.mark.parametrize(
+    "text, is_huge",
+    [
+        ("9^{9^{9^{9}}}+x", True),
+        ("9^{9^9}", True),
+        ("(x+1)^{99999999}", True),
+        ("100000!", True),
+        ("2^{2^3}", False),
+        ("10^{100}", False),
+        ("x^{2^{10}}", False),
+        ("20!", False),
+    ],
+)
+def test_a_number_that_nobody_can_write_down_is_seen_at_once(text, is_huge):
+    """B7."""
+    assert _is_huge(text) == is_huge
+    assert equal(text, text)
+
+
+def test_what_there_was_no_time_for_is_none_and_not_wrong(monkeypatch):
+    """B7."""
+
+    def no_time(given, gold):
+        if gold == "x+1":
+            raise NotCompared
+        return given == gold
+
+    monkeypatch.setattr(rewards, "equal", no_time)
+    assert is_correct(r"\boxed{y}", "x+1") is None
+    assert is_correct(r"\boxed{y}", ["x+1", "z"]) is None
+    assert is_correct(r"\boxed{y}", ["x+1", "y"]) == 1.0
+    assert is_correct(r"\boxed{y}", ["z"]) == 0.0
+
+
+def test_answers_that_never_end_do_not_keep_others_waiting():
+    """B7: 64 of them, and 64 that are right; counted is the time of the processor that they have,
+    which on two cores is 10 s by the clock."""
+    asked = []
+
+    class Recorded(_Comparer):
+        def ask(self, said, gold, seconds):
+            asked.append(seconds)
+            return None if "400" in said else said == "1+x"
+
+    comparer = Recorded()
+
+    def compare(number):
+        said = f"{BOMB}+{number}" if number % 2 else "1+x"
+        try:
+            return comparer.same(said, "x+1")
+        except NotCompared:
+            return None
+
+    with ThreadPoolExecutor(16) as threads:
+        verdicts = list(threads.map(compare, range(128)))
+    assert verdicts[::2] == [True] * 64  # None is: not compared
+    assert set(verdicts[1::2]) == {False, None}
+    assert sum(asked) - 64 * QUICK <= 64 * QUICK + WASTED + 2 * SLOW  # two may be on their way
+    assert 64 * QUICK + WASTED <= 20
 
 
 def test_a_plain_answer_costs_microseconds_and_no_text_much_more():
@@ -469,3 +545,135 @@ def test_every_accepted_answer_of_natural_questions_is_right():
         assert all(is_correct(f"<answer>{a}</answer>", answers) == 1.0 for a in answers)
         if not set(answers) & set(others):
             assert is_correct(f"The answer is {others[0]}", answers) == 0.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The answer is:\n\n$$\n18\n$$",
+        "The answer is:\n\\[\n18\n\\]",
+        "The answer is \\[ 18 \\]",
+        "The answer is $$18$$.",
+        "**Answer**: 18",
+        "**Final Answer**: 18",
+        "**Final Answer:** 18",
+        "__Answer__: 18",
+        "## Final Answer\n\n18",
+        "**Final Answer**\n\n$$\n18\n$$",
+        "The answer is 18, because 3 times 6 is 18.",
+        "The answer is 18 because 3 * 6 = 18.",
+        "The answer is **18**, since 20 - 2 is that.",
+        "The answer is $18$, so we are done.",
+        "The answer is 18 (since 3 * 6 = 18).",
+        "Final Answer: The final answer is $18$. I hope it is correct.",
+        "The answer is 17. No, the answer is 18.",
+        "Answer = 18",
+    ],
+)
+def test_an_answer_may_stand_in_a_display_in_bold_or_before_its_reason(text):
+    """A6."""
+    assert is_correct(text) == 1.0
+    assert is_correct(text.replace("18", "19")) == 0.0
+
+
+@pytest.mark.parametrize(
+    "text, gold",
+    [
+        ("The answer is Paris, because it is the capital.", "Paris"),
+        ("**Answer**: Because of Winn-Dixie", "Because of Winn-Dixie"),
+        ("The answer is As Good as It Gets.", "As Good as It Gets"),
+        ("The answer is 1, 2 and 3, as was said.", "1, 2, 3"),
+        ("The answer is 18, or 19.", "18, or 19"),
+    ],
+)
+def test_a_reason_is_cut_off_and_nothing_else(text, gold):
+    """A6."""
+    assert is_correct(text, gold) == 1.0
+
+
+DOCUMENTED = '''\
+def f(x):
+    """Squares.
+
+    ```
+    f(2)
+    ```
+    """
+    return x * x
+'''
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        DOCUMENTED,
+        "def f(x):\n    return '```' * x\n",
+        "s = '```'\nprint(s)\n",
+        "s = 'a```b'  # see ```f```\nprint(s)\n",
+        "s = '''x\n    ```python\n    y\n    ```'''\n",
+        "# ends with ```\nx = 1\n",
+    ],
+)
+def test_a_fence_closes_at_the_start_of_a_line(code):
+    """A7: ``` in a string or a docstring of the program does not end it."""
+    row = example()
+    text = f"So:\n```python\n{code}```\nThat is it: ```f(x)``` is the square."
+    assert program(trajectory(row, text), row, ("python",)) == code
+    first = f"```python\nx\n```\nNo, rather\n{text}"
+    assert program(trajectory(row, first), row, ("python",)) == code
+    inside = text.replace("x", r"\boxed{17}").partition("\nThat")[0]
+    assert r"\boxed{17}" not in last_turn(trajectory(row, inside), row)
+
+
+def test_a_block_that_is_not_closed_is_no_program():
+    """A7."""
+    row = example()
+    for text in (f"```python\n{DOCUMENTED}", "```python\nx\n  y ```z", "```python\n`` `\n"):
+        assert program(trajectory(row, text), row, ("python",)) is None
+
+
+# separated by bars, with \n for the end of a line
+HOSTILE = r"""
+answer|answer is|The answer is|answer:|**Answer**:|answer is \n|answer $$|answer \[|## answer\n
+#|####|#### 1\n|*|**|_| |\n|\t|\|<a>|<a|<|</a>|<answer>|</answer>|<tool_call>|<tool_response>
+[THINK]|<think>|</think>|[TOOL_CALLS]|{|}|\boxed{|\boxed {|\boxed|\text{
+```|```x\n|```x|x```\n|``` ``` |`
+ ```\n|$|$$|1.|1, |1. ,|score|score =|Score: 0-|because |, because|is|e|^{9|\frac{
+answer**|answer:answer
+"""
+HOSTILE = (
+    HOSTILE.strip("\n").replace("\n", "|").replace(r"\n", "\n").replace(r"\t", "\t").split("|")
+)
+
+
+def program_of(played, row):
+    return program(played, row, ("python",))
+
+
+@pytest.mark.parametrize("read", [correct, program_of])
+@pytest.mark.parametrize("after", ["", " " * 40_000])
+@pytest.mark.parametrize("stop", ["answered", "length"])
+def test_no_text_takes_long_to_read(stop, after, read):
+    """C4: 100,000 characters of any pattern in less than 0.2 s of CPU time."""
+    assert len(set(HOSTILE)) >= 50
+    row = example()
+    for pattern in HOSTILE:
+        text = pattern * ((100_000 - len(after)) // len(pattern)) + after
+        spent = []
+        for _ in range(5):  # CPU time, and the best of five: a busy machine fails nothing
+            start = time.process_time()
+            read(trajectory(row, text, stop=stop), row)
+            spent.append(time.process_time() - start)
+            if spent[-1] < 0.2:
+                break
+        assert min(spent) < 0.2, f"{pattern!r} takes {min(spent):.2f} s"
+
+
+@pytest.mark.parametrize("pattern", ["<x{}>", "<x{0}></x{0}>", "answer is {}, ", "```x{}\n"])
+def test_no_text_of_many_names_takes_long_to_read(pattern):
+    """C4."""
+    row = example()
+    text = "".join(pattern.format(number) for number in range(100_000 // len(pattern)))
+    start = time.process_time()
+    correct(trajectory(row, text, stop="length"), row)
+    assert time.process_time() - start < 1.0  # 0.1 in truth; quadratic: minutes

@@ -14,7 +14,9 @@ from conftest import CHATML, make_tokenizer
 
 from chat import Call, Chat
 from engines.scripted import ScriptedEngine
+from formats.messages import assistant_message
 from grading.answers import answer
+from player import check_prompts
 from rollout import Settings, rollouts
 from run.config import UserError
 from tools import Toolbox
@@ -31,6 +33,7 @@ ADD = schema("add", a="integer", b="integer")
 PYTHON, SEARCH = schema("python", code="string"), schema("search", query="string")
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "What is 2+3?"}
+ADD_CALL = Call("add", {"a": 2, "b": 3})
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
 
 
@@ -576,3 +579,156 @@ def test_a_tokenizer_that_puts_a_blank_in_front_of_a_text_does_no_harm():
     tokenizer.add_special_tokens({"additional_special_tokens": tokens})
     chat = Chat(tokenizer, "hermes", [ADD])
     assert chat.tokenizer.convert_ids_to_tokens(chat.stop_ids) == ["<|im_end|>"]
+
+
+def test_what_ends_a_turn_by_the_generation_config_does(tokenizer):
+    """A19: Qwen names <|endoftext|> there. Ids that are no control tokens are left out."""
+    end, other = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    ordinary = tokenizer.encode("a", add_special_tokens=False)[0]
+    chat = Chat(tokenizer, "hermes", [ADD], eos_ids=[end, other, ordinary, 10**6])
+    assert chat.stop_ids == (end, other) and Chat(tokenizer, "hermes", [ADD]).stop_ids == (end,)
+    assert chat.with_tools([ADD]).stop_ids == (end, other)
+    ids = tokenizer.encode("Five.", add_special_tokens=False)
+    assert chat.parse([*ids, other]) == chat.parse([*ids, end]) == ("Five.", [])
+    assert chat.with_tools([]).stop_ids == (end, other)
+
+
+# In the manner of SmolLM3 (a closed thought in each turn, if the system says /no_think) and of
+# Nemotron (the last flag of the system or a user decides whether a thought is opened or closed).
+CLOSED = "<think>\n\n</think>\n\n"
+SMOL = (
+    CHATML.replace("{%- for m in", "{%- set closed = '/no_think' in system -%}{%- for m in", 1)
+    .replace(
+        "'<|im_start|>assistant\\n' + m.content",
+        "'<|im_start|>assistant\\n' + ('@@' if closed else '') + m.content",
+    )
+    .replace(
+        "'<|im_start|>assistant\\n' if add_generation_prompt",
+        "'<|im_start|>assistant\\n' + ('@@' if closed else '') if add_generation_prompt",
+    )
+    .replace("@@", CLOSED.replace("\n", "\\n"))
+)
+FLAGS = """\
+{%- set flag = namespace(closed=false) -%}
+{%- for m in messages if m.role in ('system', 'user') -%}
+    {%- if '/no_think' in m.content -%}{%- set flag.closed = true -%}
+    {%- elif '/think' in m.content -%}{%- set flag.closed = false -%}{%- endif -%}
+{%- endfor -%}
+"""
+NEMOTRON = FLAGS + CHATML.replace(
+    "'<|im_start|>assistant\\n' if add_generation_prompt",
+    "'<|im_start|>assistant\\n' + ('@@' if flag.closed else '<think>\\n') if add_generation_prompt",
+).replace("@@", CLOSED.replace("\n", "\\n"))
+
+
+def flagged_chat(template, format="hermes"):
+    plain = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+    special = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    return Chat(make_tokenizer(template, special, plain), format, [ADD])
+
+
+@pytest.mark.parametrize("template", [SMOL, NEMOTRON])
+@pytest.mark.parametrize("format", ["hermes", "json_actions"])
+@pytest.mark.parametrize("flag", ["/no_think", "", "/no_think in the user's"])
+def test_a_flag_in_the_prompt_is_seen_by_every_later_turn(template, format, flag):
+    """A18: what leads to a turn is rendered with the row's own prompt."""
+    chat = flagged_chat(template, format)
+    in_user = flag.endswith("user's")
+    prompt = [{"role": "system", "content": "Be brief. " + ("" if in_user else flag)}, USER]
+    if in_user:
+        prompt[1] = {"role": "user", "content": "2+3? /no_think"}
+    is_closed = bool(flag) and not (in_user and template == SMOL)
+    leads = [chat.prompt(prompt), chat.observation([(ADD_CALL, "5")], True, prompt)]
+    leads.append(chat.observation([(ADD_CALL, "5")], False, prompt))
+    for ids in leads:
+        assert chat.tokenizer.decode(ids).endswith(CLOSED) == is_closed
+    # and the same in demonstrations, with another question behind
+    called = assistant_message("", [ADD_CALL])
+    result = {"role": "tool", "name": "add", "content": "5"}
+    says = {"role": "assistant", "content": "5"}
+    talk = [*prompt, called, result, says, {"role": "user", "content": "And?"}]
+    pieces = chat.pieces([*talk, called, result, says])
+    assert [text.endswith(CLOSED) for text, bit in pieces if not bit] == [is_closed] * 4
+    assert pieces[2] == (chat.tokenizer.decode(leads[1]), 0)
+
+
+def test_a_flag_of_a_later_user_is_seen_from_there_on():
+    """A18."""
+    chat = flagged_chat(NEMOTRON)
+    called = assistant_message("", [ADD_CALL])
+    result = {"role": "tool", "name": "add", "content": "5"}
+    talk = [USER, called, result, {"role": "assistant", "content": "5"}]
+    for flag, is_closed in (("/no_think", True), ("/think", False), ("", False)):
+        again = {"role": "user", "content": f"And? {flag}"}
+        pieces = chat.pieces([*talk, again, called, result, talk[-1]])
+        ends = [text.endswith(CLOSED) for text, bit in pieces if not bit]
+        assert ends == [False, False, is_closed, is_closed]
+
+
+@pytest.mark.parametrize("flag, opening", [("/no_think", ""), ("", "<think>\n")])
+def test_a_call_is_not_in_a_thought_that_the_prompt_has_closed(flag, opening):
+    """A18: with most rows the prompt opens a thought, with a flag it does not."""
+    chat = flagged_chat(NEMOTRON)
+    prompt = [{"role": "system", "content": flag}, USER]
+    context = chat.prompt(prompt)
+    assert chat.facts.opening == "<think>\n" and chat.opening_behind(context) == opening
+    thought = "Hm.\n</think>\n\n" if opening else ""
+    sampled = encode(chat, f"{thought}{CALL}<|im_end|>")
+    text, calls = chat.parse(sampled, chat.opening_behind(context))
+    assert [(call.name, call.arguments, call.error) for call in calls] == [
+        ("add", {"a": 2, "b": 3}, "")
+    ]
+    message = chat.message(text, calls, opening)
+    assert message["content"].strip() == (opening + thought).strip() and "tool_calls" in message
+    # and demonstrations are written as they would be sampled
+    pieces = chat.pieces([*prompt, message])
+    assert pieces == [(chat.tokenizer.decode(context), 0), (f"{thought}{CALL}<|im_end|>", 1)]
+
+
+def test_a_rollout_with_a_flag_in_its_prompt_runs_its_calls():
+    """A18: the whole loop."""
+
+    def add(a: int, b: int) -> str:
+        """Adds.
+
+        Args:
+            a: A number.
+            b: A number.
+        """
+        return str(a + b)
+
+    chat = flagged_chat(NEMOTRON)
+    turns = [encode(chat, f"{CALL}<|im_end|>"), encode(chat, "5<|im_end|>")]
+    for flag, is_closed in (("/no_think", True), ("", False)):
+        engine = ScriptedEngine(turns)
+        example = {"id": 0, "messages": [{"role": "system", "content": flag}, USER]}
+        played = rollouts([example], chat, engine, Toolbox([add]), Settings())
+        (trajectory,) = asyncio.run(played)
+        assert len(trajectory.calls) == is_closed  # else the call is in a thought that never ends
+        text = chat.tokenizer.decode(trajectory.ids)
+        assert text.count(CLOSED) == 2 * is_closed
+
+
+def test_prompts_of_every_shape_are_rendered_before_the_run():
+    """A16: what a template does not take is said at the start, with the row."""
+    twice = "not loop.first and m.role == 'user' and loop.previtem.role == 'user'"
+    refuses = "{%- if " + twice + " -%}{{ raise_exception('alternate!') }}{%- endif -%}"
+    user = "{%- if m.role == 'user'"
+    chat = flagged_chat(CHATML.replace(user, refuses + user, 1))
+    called = assistant_message("", [ADD_CALL])
+    result = {"role": "tool", "name": "add", "content": "5"}
+    prompts = [[USER], [SYSTEM, USER], [USER, called, result, called, result], [USER] * 2]
+    examples = [{"id": n, "messages": prompt} for n, prompt in enumerate(prompts)]
+    check_prompts(chat, examples[:3], 512)
+    with pytest.raises(UserError, match="^row 4: the chat template of .* it raises 'alternate!'"):
+        check_prompts(chat, examples, 512)
+    other = assistant_message("", [Call("find", {})])
+    examples[3] = {"id": 3, "messages": [USER, other, result]}
+    says = "^row 4: it calls find, the tools of its prompt are add: name it in --tools=…$"
+    with pytest.raises(UserError, match=says):
+        check_prompts(chat, examples, 512)
+    without = Chat(chat.tokenizer, "hermes", [])
+    with pytest.raises(UserError, match="^row 3: it calls add, the tools of its prompt are none: "):
+        check_prompts(without, examples, 512)
+    with pytest.raises(UserError, match="^max_tokens = 5: the first prompt alone has "):
+        check_prompts(chat, examples, 5)

@@ -318,6 +318,125 @@ def test_tests_of_many_kinds_run(code, tests):
     assert passes(broken, tests) == 0.0
 
 
+@pytest.mark.parametrize(
+    "code, tests, wrong",
+    [
+        (
+            "import re\ndef f(x):\n    return re.match('a+', x)",
+            "assert f('aab')\nassert not f('b')\nassert f('a') is not None and f('c') is None",
+            "def f(x):\n    return None",
+        ),
+        (
+            "def f(n):\n    for i in range(n):\n        yield i",
+            "assert list(f(3)) == [0, 1, 2]\nassert sum(f(4)) == 6\ng = f(2)\n"
+            "assert next(g) == 0\nassert next(g) == 1",
+            "def f(n):\n    return iter([5])",
+        ),
+        (
+            "import datetime\ndef f(y):\n    return datetime.date(y, 2, 3)",
+            "import datetime\nassert str(f(2020)) == '2020-02-03'\n"
+            "assert f(2021) == datetime.date(2021, 2, 3)\nassert f(2022).year == 2022",
+            "def f(y):\n    return '2020-02-03'",
+        ),
+        (
+            "import datetime\ndef f(n):\n    return datetime.timedelta(hours=n)",
+            "from datetime import timedelta\nassert f(30) == timedelta(days=1, hours=6)",
+            "def f(n):\n    return 108000",
+        ),
+        (
+            "from decimal import Decimal\ndef f(x):\n    return Decimal(x) / 4",
+            "assert f(3) == Decimal('0.75')\nassert str(f(1)) == '0.25'\nassert f(2) == 0.5",
+            "def f(x):\n    return 0.7",
+        ),
+        (
+            "from collections import deque\ndef f(x):\n    return deque(x, 2)",
+            "from collections import deque\nassert f([1, 2, 3]) == deque([2, 3])\n"
+            "assert list(f([1])) == [1]",
+            "def f(x):\n    return x[-2:]",
+        ),
+        (
+            "def f(n):\n    return range(1, n, 2)",
+            "assert f(6) == range(1, 6, 2)\nassert list(f(4)) == [1, 3]",
+            "def f(n):\n    return [1, 3, 5]",
+        ),
+        (
+            "from fractions import Fraction as F\ndef f(x):\n    return {frozenset([x]): F(x, 3)}",
+            "from fractions import Fraction\nassert f(2) == {frozenset([2]): Fraction(2, 3)}",
+            "def f(x):\n    return {frozenset([x]): 2 / 3}",
+        ),
+    ],
+)
+def test_values_of_many_kinds_are_carried_over(code, tests, wrong):
+    """A8: each earned 0."""
+    assert passes(code, tests) == 1.0
+    assert passes(wrong, tests) == 0.0
+    for cheat in ("is equal to all", "replaces functions", "exits in the test"):
+        assert passes(CHEATS[cheat], tests) == 0.0
+
+
+PATH = "from pathlib import Path\ndef f(x):\n    return Path(x)"
+IS_PATH = "from pathlib import Path\nassert f('a') == Path('a')"
+PAIR = (
+    "class P:\n    def __init__(self, x):\n        self.x = x\n"
+    "    def __eq__(self, other):\n        return self.x == other.x\ndef f(x):\n    return P(x)"
+)
+
+
+@pytest.mark.parametrize(
+    "code, tests, is_worth",
+    [
+        (PATH, "from pathlib import Path\nassert f('a') == Path('a')", None),
+        (
+            PATH,
+            "from pathlib import Path\nassert f('a') == Path('a')\nassert f('b').name == 'c'",
+            0,
+        ),
+        (PATH, "from pathlib import Path\nassert str(f('a')) == 'a'", 1),
+        (PAIR, "assert f(3) == P(3)", None),
+        (PAIR, "assert f(3) == P(3)\nassert f(3).x == 4", 0),
+        (PAIR, "assert f(3) == 3", 0),
+        (SQUARE, "assert f(3) == f(-3)", 1),
+        ("def f(x):\n    return lambda: x", "assert f(3) == 3", 0),
+        ("def f(x):\n    return iter([x])", "assert f(3) == [3]", 0),
+    ],
+)
+def test_what_cannot_be_carried_over_is_none(code, tests, is_worth):
+    """A8: None, not 0, where nobody can say; no object of the program's own is a way out."""
+    assert passes(code, tests) == is_worth
+
+
+def test_what_cannot_be_carried_over_is_in_no_share():
+    """A8."""
+    assert passes(PATH, f"{IS_PATH}\nassert f('b').name == 'b'", partial="true") == 1.0
+    assert passes(PATH, f"{IS_PATH}\nassert f('b').name == 'c'", partial="true") == 0.0
+    assert passes(PATH, IS_PATH, partial="true") is None
+
+
+@pytest.mark.parametrize(
+    "value, expected, is_worth",
+    [
+        ("[]", "987.6", 0),
+        ("[]", "[987.6]", 0),
+        ("[[]]", "987.6", 0),
+        ("987.6", "[987.6, 987.6]", 0),
+        ("[987.6]", "[987.6, 987.6]", 0),
+        ("987.6", "987.6", 1),
+        ("[987.6, 987.6]", "[987.6, 987.6]", 1),
+        ("[0, 0]", "0", 1),
+        ("[]", "[]", 1),
+    ],
+)
+def test_shapes_are_compared_before_values(value, expected, is_worth):
+    """A9: np.allclose([], 987.6) is True."""
+    code = f"def f(x):\n    return {value}"
+    for test in (
+        f"assert np.allclose(f(1), {expected})",
+        f"import numpy as np\nassert np.allclose({expected}, f(1), atol=1e-6)",
+        f"import numpy\nassert numpy.isclose(numpy.array(f(1)), {expected}).all()",
+    ):
+        assert passes(code, test) == is_worth
+
+
 def test_the_asserts_of_humaneval_are_taken_out_of_their_function():
     check = (
         "METADATA = {}\n\ndef check(candidate):\n    assert candidate(2) == 4, 'message'\n"

@@ -111,10 +111,19 @@ def test_the_system_prompt_goes_in_front_unless_there_is_one():
     assert examples[1]["prompt"] == [user]  # the row's own list is not changed
 
 
-def test_messages_are_taken_as_they_are():
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
-    name = write(row([{"role": "user", "content": "U", "tool_calls": None}, call]))
-    expected = [{"role": "user", "content": "U"}, call]  # parquet fills missing keys with None
+def test_messages_are_read_as_those_of_demonstrations():
+    """A16: one reader, whose result a rollout's own messages have, too."""
+    asks = {"role": "user", "content": "U", "tool_calls": None}  # parquet fills in missing keys
+    two = calls(call({}, "f", id="a"), call('{"x": 1}', "g", id="b"))
+    two["content"] = None
+    results = [result("2", tool_call_id="b"), result("1", tool_call_id="a")]
+    name = write(row([asks, two, *results]))
+    expected = [
+        {"role": "user", "content": "U"},
+        calls(call({}, "f", id="a"), call({"x": 1}, "g", id="b")),
+        result("1", tool_call_id="a", name="f"),
+        result("2", tool_call_id="b", name="g"),
+    ]
     assert data.load(name)[0]["messages"] == expected
     says = "x.jsonl, row 1: prompt_template has no effect: 'prompt' holds chat messages"
     assert complaint(name, prompt_template="Q: {prompt}") == says
@@ -173,10 +182,14 @@ def test_a_json_file_may_be_lines_or_one_array():
 
 def test_parquet_gives_the_rows_that_jsonl_gives():
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    chat = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A", "name": "x"}]
+    talked = [USER, {"role": "assistant", "content": "A", "name": "x"}, USER]
+    chat = [*talked, calls(call({"x": "1"}), call({"y": 2}, "add")), result("1"), result("2")]
     rows = [row(chat, 1), row(chat, 2), row(chat, 3)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), "x.parquet")
-    assert [e["messages"] for e in data.load("x.parquet", limit=2)] == [chat] * 2
+    expected = data.load(write(*rows))
+    assert "y" not in expected[0]["messages"][3]["tool_calls"][0]["function"]["arguments"]
+    stored = [example["messages"] for example in data.load("x.parquet", limit=2)]
+    assert stored == [expected[0]["messages"]] * 2
     assert [e["answer"] for e in data.load("x.parquet")] == ["1", "2", "3"]
     Path("y.parquet").write_text("hello")
     assert complaint("y.parquet").startswith("cannot read 'y.parquet' as parquet: ")
@@ -304,6 +317,8 @@ def test_results_that_belong_to_no_call_are_refused():
     one = calls(call({}, id="a"))
     says = "row 1: 2 tool results follow 1 tool calls"
     assert refusal(talk(USER, one, result("1"), result("2"))) == says
+    says = "row 1: a tool's result follows user: expected an assistant's call"
+    assert refusal(talk(USER, result("1"), SAYS)) == says
     says = "row 1: the tool_call_ids are ['c']: expected, once each, those of ['a']"
     assert refusal(talk(USER, one, result("1", tool_call_id="c"))) == says
     two = calls(call({}, id="a"), call({}, id="b"))
@@ -332,6 +347,66 @@ def test_results_that_belong_to_no_call_are_refused():
 )
 def test_messages_that_do_not_fit_are_refused_by_row(messages, says):
     assert refusal(talk(USER, SAYS), {"messages": messages}).startswith(f"row 2: {says}")
+
+
+def test_calls_without_results_are_refused_where_the_conversation_goes_on():
+    """A17: the model would learn to go on without them. At the end there are none to read."""
+    two = calls(call({}, id="a"), call({}, id="b"))
+    says = "row 1: 2 tool calls have no results, but the conversation goes on: "
+    assert refusal(talk(USER, two, SAYS)).startswith(says)
+    assert refusal(talk(USER, two, USER, SAYS)).startswith(says)
+    some = talk(USER, two, result("1", tool_call_id="a"), SAYS)
+    assert refusal(some) == "row 1: 1 tool results follow 2 tool calls"
+    assert complaint(write(row([USER, two, USER]))).startswith(f"x.jsonl, {says}")
+    assert len(data.conversations(write(talk(USER, two)))) == 1
+
+
+@pytest.mark.parametrize(
+    "messages, says",
+    [
+        ([{"role": "human", "content": "U"}], "role 'human': expected one of system, user, assist"),
+        ([{"role": "User", "content": "U"}], "role 'User': expected one of system, user, assistan"),
+        ([USER, {"role": "function", "name": "f", "content": "1"}], "role 'function': expected on"),
+        ([USER, SAYS], "its prompt ends in a message of the assistant: expected one of the user "),
+        ([{"role": "system", "content": "S"}], "its prompt ends in a message of the system: expec"),
+        ([USER, {"role": "assistant", "tool_calls": [call({})]}], "its prompt ends in a message o"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "a content part of type 'image' wou"),
+        ([{"role": "user", "content": 3}], "its content 3: expected text, or a list of content"),
+        ([USER, SAYS | {"think": "x"}, USER], "a message of the assistant has the key 'think', wh"),
+        ([USER, SAYS | {"loss": True}, USER], "loss = true of one message has no effect here"),
+        ([USER, result("1")], "a tool's result follows user: expected an assistant's call"),
+        ({"role": "user"}, "its 'prompt' is {'role': 'user'}: expected text, or a list of {"),
+        (json.dumps([USER]), 'its \'prompt\' is \'[{"role": "user"'),
+        ("a \ud83d b", "its 'prompt' holds half a character, '\\ud83d': write all of it, or drop"),
+        ([{"role": "user", "content": "\udc00"}], "its 'prompt' holds half a character"),
+        ([USER, calls(call({"\ud800": 1})), result("1")], "its 'prompt' holds half a character"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_refused_by_row(messages, says):
+    """A16: when the rows are loaded, and not when they are played."""
+    assert complaint(write(row(), row(messages))).startswith(f"x.jsonl, row 2: {says}")
+
+
+def test_half_a_character_is_refused_in_every_column():
+    """A16: the rows are written to rollouts.jsonl, too."""
+    says = "row 2: its 'hint' holds half a character, '\\ud83d': write all of it, or drop it"
+    assert complaint(write(row(), row(hint=[{"a": "\ud83d"}]))) == f"x.jsonl, {says}"
+    assert refusal(talk(USER, SAYS), talk(USER, SAYS, hint="\ud83d")) == says
+    assert "row 1: its 'answer' holds" in complaint(write(row(answer="\ud83d")))
+    assert "row 1: its 'tools' holds" in refusal(talk(USER, SAYS, tools=[{"name": "\ud83d"}]))
+    assert data.load(write(row("\U0001f600 ü")))[0]["prompt"] == "\U0001f600 ü"
+
+
+def test_columns_that_no_rollout_would_see_are_refused():
+    """A16, A22."""
+    for column in ("images", "image", "videos", "audio"):
+        says = f"x.jsonl, row 2: its {column!r} would not be seen: no model that sees images can"
+        assert complaint(write(row(), row(**{column: ["a"]}))).startswith(says)
+    for tools in ([TOOL], json.dumps([TOOL]), ["find"], {"find": {}}):
+        says = "x.jsonl, row 2: its 'tools' would not be seen: rollouts have those of --tools=…"
+        assert complaint(write(row(), row(tools=tools))).startswith(says)
+    for tools in ([], None, "", "[]", "null"):
+        assert len(data.load(write(row(tools=tools, images=[])))) == 1
 
 
 def test_images_are_refused_and_not_left_out():
@@ -480,3 +555,24 @@ def test_aime_and_natural_questions_load_as_they_are():
     assert all(0 <= int(e["answer"]) <= 999 for e in aime)
     nq = data.load(str(SHARED / "nq_open_dev.jsonl"), prompt_column="question", limit=100)
     assert len(nq) == 100 and nq[0]["answer"] == ["14 December 1972 UTC", "December 1972"]
+
+
+@pytest.mark.parametrize(
+    "answers, kept",
+    [
+        (["Arsenal", None], ["Arsenal"]),
+        ([None, "Arsenal", float("nan")], ["Arsenal"]),
+        ([18, None], ["18"]),
+        ([None], None),
+        ([float("nan"), None], None),
+    ],
+)
+def test_null_in_a_list_of_answers_is_dropped(tmp_path, answers, kept):
+    """A11: it was the answer None."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "Who?", "answer": answers}))
+    if kept is None:
+        with pytest.raises(UserError, match="its 'answer' is empty"):
+            data.load(str(path))
+    else:
+        assert data.load(str(path))[0]["answer"] == kept

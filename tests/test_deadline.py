@@ -4,6 +4,7 @@ pytest tests/test_deadline.py
 """
 
 import asyncio
+import queue
 import threading
 
 import pytest
@@ -53,6 +54,27 @@ def test_a_thread_that_hangs_is_left_behind_until_it_ends_and_what_it_gives_is_t
             await asyncio.sleep(0.01)
         thread.join()
         assert told == ["late"] and not is_alive(thread)
+
+    asyncio.run(run())
+
+
+def test_what_a_thread_gives_at_the_very_moment_of_a_cancellation_is_told_too():
+    """Else an instance that was made at its deadline would never be closed."""
+    told = []
+    threads = queue.Queue()
+
+    def give():
+        threads.put(threading.current_thread())
+        return "late"
+
+    async def run():
+        task = asyncio.create_task(in_thread(give, [], told.append))
+        await asyncio.sleep(0)
+        threads.get().join()  # without the loop, which would let the task go on
+        asyncio.get_running_loop().call_soon(task.cancel)  # right behind the result
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert told == ["late"]
 
     asyncio.run(run())
 

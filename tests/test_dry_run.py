@@ -148,3 +148,98 @@ def test_a_made_up_rollout_and_a_demonstration_are_two_things(capsys):
     assert "reward   1.0" in capsys.readouterr().out
     with pytest.raises(UserError, match="cannot read '--dry_run=yes': write --dry_run=true"):
         train_grpo.main(["--config", "calc.py", "--dry_run=yes"])
+
+
+# A23: rewards of the user's own, rows that are held out, rows behind the first
+
+OWN = """
+def is_gold(trajectory, example):
+    return float(trajectory.messages[-1]["content"] == example["answer"])
+
+def has_gold(trajectory, example):
+    return float(example["answer"] in trajectory.messages[-1]["content"])
+
+def in_tag(trajectory, example):
+    return float(f"<answer>{example['answer']}</answer>" in trajectory.messages[-1]["content"])
+
+def never(trajectory, example):
+    return 0.0
+"""
+
+
+def rows_file(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def own(tmp_path, reward, *argv, answer="17"):
+    (tmp_path / "mine.py").write_text(OWN)
+    file = rows_file(tmp_path / "rows.jsonl", {"prompt": "What is 8 + 9?", "answer": answer})
+    if not any(text.startswith("--system_prompt") for text in argv):
+        argv = ("--system_prompt=Be brief.", *argv)  # calc's own asks for \\boxed{}
+    argv = ["--config", "calc.py", f"--data={file}", f"--rewards=mine.py:{reward}", *argv]
+    return play.play_made_up(config.parse(train_grpo.Config, argv, train_grpo.check))
+
+
+@pytest.mark.parametrize(
+    "reward, options, says",
+    [
+        ("is_gold", (), "17"),
+        ("has_gold", ("--prompt_template={prompt} Put it into \\boxed{}.",), "\\boxed{17}"),
+        ("in_tag", ("--system_prompt=Answer in <answer> tags.",), "<answer>17</answer>"),
+    ],
+)
+def test_a_reward_of_ones_own_is_given_the_gold_answer(reward, options, says, tmp_path, capsys):
+    """A23: in the way that the prompt asks for."""
+    trajectory = own(tmp_path, reward, *options)
+    assert trajectory.messages[-1]["content"] == says and trajectory.reward == 1.0
+    assert "reward: " not in capsys.readouterr().out
+
+
+def test_what_a_reward_of_ones_own_does_not_pay_for_is_shown(tmp_path, capsys):
+    """A23: with what was said, not with a right answer that nobody gave."""
+    own(tmp_path, "never", answer=["17", "seventeen"])
+    said = capsys.readouterr().out
+    assert "reward: never gives 0.0 to what should be a right answer, '17'" in said
+    own(tmp_path, "never", "--tools=python,finish")
+    assert "to what should be a right answer, '17'" in capsys.readouterr().out
+
+
+def test_rows_that_are_held_out_are_read_too(tmp_path, capsys):
+    """A23: as the run does, before its first step."""
+    row = {"prompt": "What is 8 + 9?", "answer": "17"}
+    held_out = rows_file(tmp_path / "held.jsonl", row, {"prompt": "What?"})
+    argv = ("--eval_every=2", "--eval_rows=2")
+    with pytest.raises(UserError, match="held.jsonl, row 2: no column 'answer'"):
+        own(tmp_path, "is_gold", *argv, f"--eval_data={held_out}")
+    with pytest.raises(UserError, match="no file 'hold.jsonl': did you mean held.jsonl?"):
+        own(tmp_path, "is_gold", *argv, "--eval_data=hold.jsonl")
+    with pytest.raises(UserError, match="eval_data is missing: data = .* is a file and has no spl"):
+        own(tmp_path, "is_gold", *argv)
+    capsys.readouterr()
+    own(tmp_path, "is_gold", *argv, "--eval_data=somebody/else")
+    says = "eval_data: the held-out rows of somebody/else are not on this machine: not checked"
+    assert says in capsys.readouterr().out
+    held_out = rows_file(tmp_path / "held.jsonl", row)
+    assert own(tmp_path, "is_gold", *argv, f"--eval_data={held_out}").reward == 1.0
+
+
+def test_all_rows_are_read_and_not_only_the_first(tmp_path):
+    """A23: for GRPO and for SFT."""
+    row = {"prompt": "What is 8 + 9?", "answer": "17"}
+    file = rows_file(tmp_path / "x.jsonl", *[row] * 70, {"prompt": "What?"})
+    with pytest.raises(UserError, match="x.jsonl, row 71: no column 'answer'"):
+        played("calc.py", "", f"--data={file}")
+    assert played("calc.py", "", f"--data={file}", "--limit=70").reward is not None
+    talk = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Done."}]
+    file = rows_file(tmp_path / "y.jsonl", *[{"messages": talk}] * 70, {"messages": talk[:1]})
+    with pytest.raises(UserError, match="y.jsonl, row 71: no assistant message"):
+        played("calc_sft.py", "", f"--data={file}")
+
+
+def test_a_demonstration_has_no_reward_to_show(tmp_path, capsys):
+    """D7."""
+    for argv in ([], ["--rows=3"]):
+        played("calc_sft.py", "", *argv)
+        said = capsys.readouterr().out
+        assert "reward" not in said and "None" not in said and "trained" in said

@@ -6,6 +6,7 @@ The endpoint here is a fake on 127.0.0.1; tests/test_vllm.py asks a real one.
 """
 
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -18,6 +19,8 @@ from engines.base import Sampling
 from engines.chat_api import ChatApi, Endpoint
 from evaluate import play_api_turn
 from rollout import Settings, rollouts
+from run import http
+from run import log as run_log
 from run.config import UserError
 from run.http import TEMPORARY, key_from
 from run.loop import run_blocking
@@ -67,7 +70,7 @@ def api():
             made.headers.append(dict(self.headers))
             made.clients.append(self.client_address)
             said = made.script(asked) if callable(made.script) else made.script.pop(0)
-            text = json.dumps(said[1]).encode()
+            text = said[1] if isinstance(said[1], bytes) else json.dumps(said[1]).encode()
             self.send_response(said[0])
             self.send_header("content-type", "application/json")
             for name, value in made.headers_of_answers.items():
@@ -215,6 +218,349 @@ def test_evaluation_the_judge_and_the_ask_tool_agree_on_what_is_worth_asking_aga
     with pytest.raises(NetworkError, match=f"is busy .HTTP {status}"):
         run_blocking(ask(api.url, "gpt")("2 and 2?"))
     run_blocking(asked.close())
+
+
+def message(**keys):
+    """An answer whose message has these keys."""
+    usage = {"completion_tokens": 7, "total_tokens": 50}
+    choice = {"message": {"role": "assistant", **keys}, "finish_reason": "stop"}
+    return 200, {"choices": [choice], "usage": usage}
+
+
+def with_call(call, **keys):
+    return message(content=None, tool_calls=call if isinstance(call, list) else [call], **keys)
+
+
+FUNCTION = {"name": "add", "arguments": '{"a": 2, "b": 3}'}
+CALL = {"id": "x1", "type": "function", "function": FUNCTION}
+RIGHT = message(content="\\boxed{5}")
+DEEP = json.loads("[" * 200 + "]" * 200)
+GOES_ON = ("answered", 1.0)
+NOT_RIGHT = ("answered", 0.0)
+ALONE = ("error", 0.0)
+TOO_LONG = ("length", 0.0)
+# What the API says once, how that row then ends, and what it is worth.
+ODD = {
+    "content in parts": (
+        message(
+            content=[{"type": "thinking", "thinking": []}, {"type": "text", "text": "\\boxed{5}"}]
+        ),
+        GOES_ON,
+    ),
+    "content in texts": (message(content=["\\boxed", "{5}"]), GOES_ON),
+    "content a number": (message(content=5), NOT_RIGHT),
+    "content an object": (message(content={"text": "\\boxed{5}"}), GOES_ON),
+    "content true": (message(content=True), NOT_RIGHT),
+    "content missing": (message(), NOT_RIGHT),
+    "content with a surrogate": (message(content="\ud800 \\boxed{5}"), GOES_ON),
+    "usage a text": ((200, RIGHT[1] | {"usage": "none"}), GOES_ON),
+    "usage a list": ((200, RIGHT[1] | {"usage": [1]}), GOES_ON),
+    "usage of texts": ((200, RIGHT[1] | {"usage": {"total_tokens": "9"}}), GOES_ON),
+    "usage below 0": ((200, RIGHT[1] | {"usage": {"total_tokens": -9}}), GOES_ON),
+    "usage infinite": ((200, RIGHT[1] | {"usage": {"total_tokens": float("inf")}}), GOES_ON),
+    "finish a number": (
+        (200, {"choices": [{"message": {"content": "\\boxed{5}"}, "finish_reason": 3}]}),
+        GOES_ON,
+    ),
+    "calls null": (message(content="\\boxed{5}", tool_calls=None), GOES_ON),
+    "calls a text": (message(content="\\boxed{5}", tool_calls="add"), GOES_ON),
+    "calls an object": (message(content="\\boxed{5}", tool_calls=CALL), GOES_ON),
+    "calls of null": (with_call([None, CALL]), GOES_ON),
+    "a call a text": (with_call("add"), GOES_ON),
+    "a call a number": (with_call(3), GOES_ON),
+    "a call without function": (with_call({"id": "x1", "type": "function"}), GOES_ON),
+    "a call of null": (with_call(CALL | {"function": None}), GOES_ON),
+    "a call without name": (with_call(CALL | {"function": {"arguments": "{}"}}), GOES_ON),
+    "a name null": (with_call(CALL | {"function": FUNCTION | {"name": None}}), GOES_ON),
+    "a name a number": (with_call(CALL | {"function": FUNCTION | {"name": 7}}), GOES_ON),
+    "a name a surrogate": (with_call(CALL | {"function": FUNCTION | {"name": "a\udfff"}}), GOES_ON),
+    "a name too long": (with_call(CALL | {"function": FUNCTION | {"name": "é" * 999}}), GOES_ON),
+    "a custom call": (
+        with_call({"type": "custom", "custom": {"name": "add", "input": "2"}}),
+        GOES_ON,
+    ),
+    "a call of old": (message(content=None, function_call=FUNCTION), GOES_ON),
+    "ids alike": (with_call([CALL, CALL]), GOES_ON),
+    "id null": (with_call(CALL | {"id": None}), GOES_ON),
+    "id a number": (with_call(CALL | {"id": 12}), GOES_ON),
+    "arguments an object": (
+        with_call(CALL | {"function": FUNCTION | {"arguments": {"a": 2}}}),
+        GOES_ON,
+    ),
+    "arguments a list": (with_call(CALL | {"function": FUNCTION | {"arguments": [2]}}), GOES_ON),
+    "arguments null": (with_call(CALL | {"function": FUNCTION | {"arguments": None}}), GOES_ON),
+    "arguments broken": (
+        with_call(CALL | {"function": FUNCTION | {"arguments": "{a: 2"}}),
+        GOES_ON,
+    ),
+    "arguments not a number": (
+        with_call(CALL | {"function": FUNCTION | {"arguments": '{"a": NaN, "b": 1}'}}),
+        GOES_ON,
+    ),
+    "arguments a surrogate": (
+        with_call(CALL | {"function": FUNCTION | {"arguments": '{"a": "\ud800"}'}}),
+        GOES_ON,
+    ),
+    "arguments too deep": (with_call(CALL | {"function": FUNCTION | {"arguments": DEEP}}), GOES_ON),
+    "thoughts too deep": (with_call(CALL, reasoning_details=DEEP), GOES_ON),
+    "a message a text": ((200, {"choices": [{"message": "hello"}]}), GOES_ON),
+    "a choice null": ((200, {"choices": [None]}), GOES_ON),
+    "choices a text": ((200, {"choices": "?"}), GOES_ON),
+    "half of its JSON": ((200, b'{"choices": [{"mess'), GOES_ON),
+    "JSON without end": ((200, b"[" * 50_000), GOES_ON),
+    "a page": ((200, b"<html>busy</html>"), GOES_ON),
+    "a number": ((200, 7), GOES_ON),
+    "a message that failed": (
+        (200, {"choices": [{"message": {"content": ""}, "finish_reason": "error"}]}),
+        GOES_ON,
+    ),
+    "a message filtered": (
+        (200, {"choices": [{"message": {"content": "x"}, "finish_reason": "content_filter"}]}),
+        ALONE,
+    ),
+    "a conversation filtered": ((400, {"error": {"code": "content_filter"}}), ALONE),
+    "a conversation moderated": ((403, {"error": "flagged by moderation"}), ALONE),
+    "a call that it could not read": ((400, {"error": "Failed to call a function"}), ALONE),
+    "a body that it does not like": ((422, {"detail": [{"loc": ["messages"]}]}), ALONE),
+    "nothing": ((204, b""), ALONE),
+    "too long: llama.cpp": (
+        (
+            400,
+            {"error": "the request exceeds the available context size (99 tokens)"},
+        ),
+        TOO_LONG,
+    ),
+    "too long: Anthropic": (
+        (400, {"error": "prompt is too long: 215000 tokens > 200000 maximum"}),
+        TOO_LONG,
+    ),
+    "too long: Gemini": (
+        (
+            400,
+            {"error": "The input token count (12000) exceeds the maximum number (9000)."},
+        ),
+        TOO_LONG,
+    ),
+    "too long: TGI": (
+        (422, {"error": "`inputs` tokens + `max_new_tokens` must be <= 8192. Given: 9000 and 512"}),
+        TOO_LONG,
+    ),
+    "too long: Mistral": (
+        (
+            400,
+            {"error": "Prompt contains 40000 tokens, too large for model with 32768 maximum"},
+        ),
+        TOO_LONG,
+    ),
+    "too long: SGLang": (
+        (
+            400,
+            {"error": "The input (50000 tokens) is longer than the model's context."},
+        ),
+        TOO_LONG,
+    ),
+}
+
+
+def strict(asked):
+    """RIGHT, or what an API says that checks a conversation as most do."""
+    ids = []
+    for sent in asked["messages"]:
+        for call in sent.get("tool_calls", []):
+            ids.append(call["id"])
+            assert call["type"] == "function" and len(call["id"]) > 1
+            assert re.fullmatch("[A-Za-z0-9_-]{1,64}", call["function"]["name"])
+            assert isinstance(json.loads(call["function"]["arguments"]), dict)
+        if sent["role"] == "tool":
+            assert sent["tool_call_id"] == ids.pop(0)
+        assert isinstance(sent["content"], str) and "\ud800" not in json.dumps(sent)
+    return RIGHT
+
+
+@pytest.mark.parametrize("way", ODD)
+def test_however_odd_an_api_is_it_is_one_rows_matter(api, tmp_path, way):
+    """B1: that row goes on or ends alone and is counted; the others are as if nothing had been."""
+    answer, (stop, worth) = ODD[way]
+    is_said = []
+
+    def script(asked):
+        is_odd = "odd" in asked["messages"][0]["content"]
+        may_come_again = answer[0] != 200 or "filtered" in way
+        if is_odd and (may_come_again or not is_said):
+            is_said.append(way)
+            return answer
+        try:
+            return strict(asked)
+        except (AssertionError, KeyError, IndexError, ValueError) as error:
+            return 400, {"error": f"a bad conversation: {type(error).__name__} {error}"}
+
+    rows = [f"{EXAMPLE['messages'][0]['content']} {name}" for name in ("one", "odd", "two")]
+    examples = [
+        {"messages": [{"role": "user", "content": text}], "answer": "5", "id": 0} for text in rows
+    ]
+    played, asked = play(api, script, examples)
+    ends = [(t.stop, t.reward) for t in played]
+    assert ends == [GOES_ON, (stop, worth), GOES_ON], asked.refused
+    assert len(asked.refused) == (stop == "error") == ("refused" in asked.report())
+    run_log.write_rollouts(tmp_path / "rollouts.jsonl", played, None)
+    assert played[1].unseen_tokens >= 0
+
+
+def play(api, script, examples, **settings):
+    """(trajectories, the Endpoint) of these rows."""
+    api.script = script
+    box = Toolbox([add])
+    asked = Endpoint(api.url, "gpt", box.schemas, pause=0.001)
+    try:
+        selected = rewards.select(("correct",))
+        how = Settings(**settings)
+        playing = rollouts(examples, asked, asked, box, how, 0, 1, selected, turn=play_api_turn)
+        return run_blocking(playing), asked
+    finally:
+        run_blocking(asked.close())
+
+
+EVERYTHING = [
+    (200, {"error": "no such thing"}),
+    (200, b"<html>"),
+    (400, {"error": "this model does not support tools"}),
+    (400, {"error": "the model `gpt` does not exist"}),
+    (402, {"error": "no credit"}),
+    (403, {"error": "not in your region"}),
+    (404, b""),
+    (410, b"gone"),
+    (301, b""),
+    (204, b""),
+    (500, b"\xff\xfe"),
+]
+
+
+@pytest.mark.parametrize("answer", EVERYTHING)
+def test_what_an_api_says_to_everybody_ends_the_evaluation_in_one_sentence(api, answer):
+    """B1."""
+    with pytest.raises(UserError, match="^http://127.0.0.1:.* (refuses|wants|has not answered)"):
+        play(api, lambda asked: answer, [EXAMPLE] * 2)
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "Unsupported value: 'temperature' does not support 0 with this model. Only 1 is supported.",
+        "Unsupported parameter: seed",
+        "seed and temperature are not permitted",
+        "Unsupported parameter: 'max_tokens' is not supported with this model.",
+        "messages.1.reasoning_content: Extra inputs are not permitted",
+    ],
+)
+def test_a_parameter_that_is_refused_by_name_is_dropped_and_said(api, capsys, refusal):
+    """B1: and the request repeated; later ones are without it from the start."""
+    names = [n for n in ("temperature", "seed", "max_tokens", "reasoning_content") if n in refusal]
+
+    def script(asked):
+        text = json.dumps(asked)
+        if any(f'"{name}"' in text for name in names):
+            return 400, {"error": refusal}
+        if len(asked["messages"]) < 3:
+            return with_call(CALL, reasoning_content="hm")
+        return RIGHT
+
+    played, asked = play(api, script, [EXAMPLE] * 3, max_concurrent=1)
+    assert [(t.stop, t.reward) for t in played] == [GOES_ON] * 3 and not asked.refused
+    late = [json.dumps(request) for request in api.requests[-2:]]
+    assert not any(f'"{name}"' in text for name in names for text in late)
+    dropped = [name for name in names if name != "max_tokens"]
+    assert sorted(asked.api.not_taken) == sorted(dropped)
+    told = capsys.readouterr().err
+    assert all(told.count(f"takes no {name}") == 1 for name in dropped)
+
+
+def test_thoughts_go_back_as_they_came_and_calls_keep_what_signs_them(api):
+    """B1: DeepSeek refuses a conversation without them, Gemini one without its signature."""
+    signed = CALL | {"extra_content": {"google": {"thought_signature": "abc"}}}
+    details = [{"type": "reasoning.encrypted", "data": "x"}]
+    first = with_call(signed, reasoning_content="Let me see.", reasoning_details=details)
+    (t,), _ = play(api, [first, RIGHT], [EXAMPLE])
+    sent = api.requests[1]["messages"][1]
+    assert sent["reasoning_content"] == "Let me see." and sent["reasoning_details"] == details
+    assert sent["tool_calls"] == [signed] and t.reward == 1.0
+
+
+REFUSALS = {  # how they say it, with the context, the prompt and what was asked for
+    "vLLM": "This model's maximum context length is {c} tokens. However, you requested {s} tokens "
+    "({p} in the messages, {n} in the completion). Please reduce the length.",
+    "newer vLLM": "'max_tokens' or 'max_completion_tokens' is too large: {n}. This model's maximum "
+    "context length is {c} tokens and your request has {p} input tokens ({n} > {c} - {p}).",
+    "TGI": "`inputs` tokens + `max_new_tokens` must be <= {c}. Given: {p} `inputs` tokens and {n} "
+    "`max_new_tokens`",
+    "Anthropic": "input length and `max_tokens` exceed context limit: {p} + {n} > {c}",
+    "SGLang": "Requested token count exceeds the model's maximum context length of {c} tokens. You "
+    "requested a total of {s} tokens: {p} tokens from the input and {n} for the completion.",
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_where_the_limit_does_not_fit_what_is_left_is_asked_for(api, capsys, name):
+    """A14: not every row ends with stop = length because of max_new_tokens."""
+    context, prompt = 4096, 337
+
+    def script(asked):
+        wanted = asked["max_tokens"]
+        if prompt + wanted <= context:
+            return RIGHT
+        numbers = {"c": context, "p": prompt, "n": wanted, "s": prompt + wanted}
+        return 400, {"error": {"message": REFUSALS[name].format(**numbers), "code": 400}}
+
+    for wanted in (4096, 4000, 32_768):
+        (t,), _ = play(api, script, [EXAMPLE], max_new_tokens=wanted)
+        assert (t.stop, t.reward) == GOES_ON
+        assert api.requests[-1]["max_tokens"] == context - prompt
+        assert f"no room for {wanted} new tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max_tokens is too large: {n}. This model supports at most 2000 completion tokens.",
+        "max_tokens: {n} > 2000, which is the maximum allowed number of output tokens",
+        "Invalid max_tokens value, the valid range of max_tokens is [1, 2000]",
+        "`max_tokens` must be less than or equal to `2,000`",
+        "`inputs` tokens + `max_new_tokens` must be <= 2000.",
+    ],
+)
+def test_a_limit_on_answers_is_kept_to(api, text):
+    """A14."""
+
+    def script(asked):
+        wanted = asked["max_tokens"]
+        return RIGHT if wanted < 1900 else (400, {"error": text.format(n=wanted)})
+
+    if "inputs" not in text:
+        api_limit = 2000
+        script_at_limit = script
+
+        def script(asked):
+            return RIGHT if asked["max_tokens"] == api_limit else script_at_limit(asked)
+
+    (t,), _ = play(api, script, [EXAMPLE], max_new_tokens=8192)
+    assert (t.stop, t.reward) == GOES_ON
+    assert api.requests[-1]["max_tokens"] == (2000 if "inputs" not in text else 1000)
+
+
+def test_an_api_without_room_for_any_answer_ends_the_evaluation(api):
+    """A14: with the two numbers."""
+    refusal = (400, {"error": "maximum context length is 100"})
+    with pytest.raises(UserError, match="no room.*is 100.*asked for 512 new tokens.*smaller max"):
+        play(api, lambda asked: refusal, [EXAMPLE] * 3)
+
+
+def test_an_answer_without_end_is_not_read(api, monkeypatch):
+    """B1: it is asked for again, as any nonsense."""
+    monkeypatch.setattr(http, "BIGGEST", 100_000)
+    huge = (200, b" " * 1_000_000)
+    (t,), _ = play(api, [huge, huge, RIGHT], [EXAMPLE])
+    assert t.reward == 1.0
+    with pytest.raises(UserError, match="has not answered in 6 attempts: an answer of more than"):
+        play(api, lambda asked: huge, [EXAMPLE])
 
 
 def test_refusals_say_what_to_do(api):

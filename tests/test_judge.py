@@ -124,12 +124,69 @@ def test_what_was_given_to_finish_is_judged_and_an_empty_reply_is_not_sent(api):
         ("Score: 11", None),
         ("Score: -1", None),
         ("", None),
+        # A10: not the best score, a range, or a share
+        ("**Score: 0** (max score: 10)", 0.0),
+        ("Score: 4\nMaximum score: 10", 0.4),
+        ("The highest score = 10. Score: 6", 0.6),
+        ("Score: 7,5", 0.75),
+        ("Score: 7,5 / 10", 0.75),
+        ("Score: 1,000", None),
+        ("Score: 0-1", None),
+        ("Score: 0 to 10", None),
+        ("Score: 0\u201310", None),
+        ("Score: 3/5", None),
+        ("Score: 3 out of 5", None),
+        ("Score: 3 out of 10", 0.3),
+        ("Score: 5%", None),
+        ("Score: 1.2.3", None),
+        ("Score: 1e1", None),
+        ("Score: 5 - mostly right", 0.5),
+        ("Score: .5", 0.05),
     ],
 )
 def test_the_last_score_of_the_reply_counts(api, reply, is_worth):
     api.replies = [reply]
     assert judged(api, played("5"), scale="10") == [is_worth]
     assert len(api.asked) == (3 if is_worth is None else 1)
+
+
+@pytest.mark.parametrize(
+    "reply, scale, is_worth",
+    [
+        ("**Score: 0** (max score: 1)", 1, 0.0),
+        ("Score: 3 (maximum possible score: 10)", 10, 0.3),
+        ('{"score": 0, "max score": 1}', 1, 0.0),
+        ("Best score = 10.\nScore: 4\n(highest score: 10)", 10, 0.4),
+        ("Score: 7,5", 10, 0.75),
+        ("Score: 0,5", 1, 0.5),
+        ("Score: .5", 1, 0.5),
+        ("Score (0-10): 7", 10, 0.7),
+        ("**Score:**\n0.5\n- 2 steps were right", 1, 0.5),
+        ("Score: 1 - the reply is right.", 1, 1.0),
+        ("Score: 7 out of 10", 10, 0.7),
+        ("Score: 80%", 100, 0.8),
+        # what can be read in two ways, or is of another scale, is none
+        ("Score: 0-1", 1, None),
+        ("Score: 0 \u2013 1", 1, None),
+        ("Score: 0 to 1", 1, None),
+        ("Score: [0, 1]", 1, None),
+        ("Score: 1 or 2", 10, None),
+        ("Score: 1/10", 1, None),
+        ("Score: 1 out of 10", 1, None),
+        ("Score: 1 point out of 10", 1, None),
+        ("Score: 1%", 1, None),
+        ("Score: 1e-1", 1, None),
+        ("Score: 1,000", 1, None),
+        ("Score: 1.0.1", 10, None),
+        ("Score: 1\nScore: high", 1, None),
+        ("Score: 0 (wrong), score: 1 (right)", 1, None),
+        ("score" + " " * 100_000 + ":" + "score: " * 10_000, 1, None),
+    ],
+)
+def test_a_score_that_can_be_read_in_two_ways_is_none(api, reply, scale, is_worth):
+    """A10: only what is one number of the scale is a score; silence is better than a wrong one."""
+    api.replies = [reply]
+    assert judged(api, played("5"), scale=str(scale)) == [is_worth]
 
 
 def test_a_reply_without_a_score_is_asked_for_again_and_otherwise(api):
@@ -172,6 +229,49 @@ def test_a_busy_judge_is_asked_again_and_one_that_refuses_stops_the_run(api):
         judged(api, played("5"))
     api.replies = [(400, {"error": "maximum context length is 9"})]
     assert judged(api, played("5")) == [None]
+
+
+@pytest.mark.parametrize(
+    "odd, is_worth",
+    [
+        ({"message": {"content": [{"type": "text", "text": "Score: 1"}]}}, 1.0),
+        ({"message": {"content": [{"type": "thinking", "thinking": "Score: 0"}, "Score: 1"]}}, 1.0),
+        ({"message": {"content": 1}}, None),
+        ({"message": {"content": None}}, None),
+        ({"message": {"content": "\ud800 Score: 1"}}, 1.0),
+        ({"message": {"content": ""}, "finish_reason": "content_filter"}, None),
+        ((400, {"error": {"code": "content_filter"}}), None),
+        ((422, {"error": "I do not like this text"}), None),
+        ((400, {"error": "prompt is too long: 9 tokens > 8 maximum"}), None),
+    ],
+)
+def test_what_the_judge_does_not_grade_is_none_and_no_end_of_the_run(api, odd, is_worth):
+    """B2: whatever the API makes of one text, the next one is judged."""
+    answer = odd if isinstance(odd, tuple) else (200, {"choices": [odd]})
+
+    def reply(body):
+        return answer if "strange" in json.dumps(body) else "Score: 1"
+
+    api.replies = [reply]
+    assert judged(api, played("5"), played("strange"), played("5")) == [1.0, is_worth, 1.0]
+
+
+@pytest.mark.parametrize("name", ["temperature", "seed"])
+def test_a_judge_that_takes_no_temperature_or_seed_is_asked_without(api, name):
+    """B2."""
+    api.replies = [
+        lambda body: (400, {"error": f"Unsupported: {name}"}) if name in body else "Score: 1"
+    ]
+    assert judged(api, played("5"), played("6")) == [1.0, 1.0]
+    assert name not in api.asked[-1]
+
+
+def test_a_judge_that_refuses_every_text_stops_the_run(api):
+    """Pitfall 42, B2: None for one is well, None for all would teach nothing, in silence."""
+    filtered = (400, {"error": {"code": "content_filter"}})
+    api.replies = [filtered]
+    with pytest.raises(UserError, match="replied 20 times without a score.*content_filter"):
+        judged(api, *[played("5")] * 25)
 
 
 def test_only_so_many_are_asked_at_once_and_each_has_its_own_deadline(api):

@@ -19,7 +19,7 @@ import train_grpo
 from learning import model as models
 from learning import optim
 from learning.batches import Batch, micro_batches, pad
-from learning.logprobs import shared_prefixes, shares_prompts, token_logprobs
+from learning.logprobs import hidden_states, shared_prefixes, shares_prompts, token_logprobs
 from loss import (
     advantages,
     grpo_loss,
@@ -988,6 +988,28 @@ def test_sharing_prompts_is_exact(monkeypatch):
     monkeypatch.setattr("learning.logprobs.shares_prompts", lambda model: False)
     plain, _ = gradient(model, batch, how(token_budget=10**6))
     assert distance(shared, plain) <= 1e-12
+
+
+def test_the_gradient_of_a_shared_prompt_is_added_up_in_one_order():
+    """By index_select. The gradient of keys[rows] is added up by atomics: two threads add in the
+    order in which they come, and a run that goes on would not be the one that was stopped."""
+    model = qwen().eval()
+    rows = groups_with_prompts()
+    ids = pad([t.ids for t in rows])
+    attention_mask = pad([[1] * len(t.ids) for t in rows])
+    mask = pad([t.mask for t in rows])
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    hidden, left_out = hidden_states(model, ids, attention_mask, mask, positions)
+    assert left_out.all()  # prompts are shared
+    operations = set()
+    nodes = {hidden.grad_fn}
+    while nodes:
+        operations |= nodes
+        inputs = {before for node in nodes for before, _ in node.next_functions}
+        nodes = inputs - operations - {None}
+    names = {node.name() for node in operations}
+    assert "IndexSelectBackward0" in names
+    assert "IndexBackward0" not in names
 
 
 def test_prompts_are_not_shared_where_that_would_be_another_function_or_nothing_is_gained(

@@ -542,7 +542,7 @@ def test_a_call_has_as_long_as_the_server_that_it_may_have_to_start(toolbox, scr
             (["do.timeout=2"], {"start_timeout": 30}),
         )
     ]
-    assert [tool.timeout for tool in tools] == [30, None, 2]
+    assert [tool.timeout for tool in tools] == [30, 10, 2]  # of the second one the Toolbox's
 
 
 # -- what is refused

@@ -1,4 +1,4 @@
-"""Pins formats/messages.py: the one reader of the calls of an OpenAI chat message.
+"""Pins formats/messages.py: the one reader of OpenAI chat messages, and of the calls in them.
 
 pytest tests/test_messages.py
 """
@@ -6,7 +6,7 @@ pytest tests/test_messages.py
 import pytest
 
 from formats import Call
-from formats.messages import calls_of, openai_call
+from formats.messages import calls_of, openai_call, read_messages
 from run.config import UserError
 
 
@@ -72,3 +72,105 @@ def test_what_is_read_is_what_was_written():
         written = openai_call(made)
         assert calls_of(message(written)) == [made]
         assert written["type"] == "function" and ("id" in written) == bool(made.id)
+
+
+# A row's messages
+
+USER = {"role": "user", "content": "Go."}
+SAYS = {"role": "assistant", "content": "Done."}
+
+
+def read(*messages, is_prompt=False):
+    return read_messages(list(messages), "messages", is_prompt)
+
+
+def refused(*messages, is_prompt=False):
+    with pytest.raises(UserError) as caught:
+        read(*messages, is_prompt=is_prompt)
+    return str(caught.value)
+
+
+def test_a_developer_is_the_system():
+    """A16: OpenAI's newer word for it."""
+    system = {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]}
+    assert read(system, USER)[0] == {"role": "system", "content": "Be brief."}
+    says = "message 2 is a system message: only the first may be one"
+    assert refused({"role": "system", "content": "S"}, system, USER) == says
+    assert refused(USER, {"role": "system", "content": "S"}, SAYS) == says
+
+
+@pytest.mark.parametrize(
+    "role, remedy",
+    [
+        ("human", ": write user"),
+        ("User", ": write user"),
+        ("ASSISTANT ", ": write assistant"),
+        ("gpt", ": write assistant"),
+        ("function", ": write tool"),
+        ("observation", ": write tool"),
+        ("critic", ""),
+    ],
+)
+def test_a_role_of_others_is_refused_with_ours(role, remedy):
+    """A16."""
+    says = f"role {role!r}: expected one of system, user, assistant, tool{remedy}"
+    assert refused({"role": role, "content": "x"}, SAYS) == says
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_thinking_is_one_thing_by_three_names(key):
+    """A16."""
+    message = SAYS | {key: "Hm."}
+    expected = SAYS | {"reasoning_content": "Hm."}
+    assert read(USER, message) == [USER, expected]
+    assert read(USER, message | {"reasoning_content": "Hm."}) == [USER, expected]
+    assert read(USER, SAYS | {key: None}) == read(USER, SAYS | {key: ""}) == [USER, SAYS]
+    assert refused(USER, message | {"content": "<think>Hm.</think>"}).startswith("its thinking sta")
+    assert refused(USER, SAYS | {key: ["Hm."]}) == f"its {key} ['Hm.']: expected text"
+    assert "a message of the user has the key" in refused(USER | {key: "Hm."}, SAYS)
+    if key != "reasoning_content":
+        says = f"its {key} is another text than its reasoning_content: keep one of them"
+        assert refused(USER, SAYS | {"reasoning_content": "Oh.", key: "Hm."}) == says
+
+
+@pytest.mark.parametrize("flag", ["weight", "loss", "loss_mask", "loss_scale", "train"])
+def test_a_flag_of_another_trainer_is_kept_or_refused(flag):
+    """A16: what the assistant writes is trained, and nothing else."""
+    for yes, no in ((1, 0), (True, False), (1.0, 0.0)):
+        assert read(USER | {flag: no}, SAYS | {flag: yes}) == [USER, SAYS]
+        shown = read(USER, SAYS | {flag: no}, USER, is_prompt=True)
+        assert shown == [USER, SAYS, USER]
+        ends = "of one message has no effect here, where it is trained: leave the row out, or"
+        assert ends in refused(USER, SAYS | {flag: no})
+        assert "where it is not trained" in refused(USER | {flag: yes}, SAYS)
+    assert refused(USER, SAYS | {flag: 0.5}).startswith(f"{flag} = 0.5 of one message")
+    assert refused(USER, SAYS | {flag: "yes"}).startswith(f'{flag} = "yes" of one message')
+
+
+@pytest.mark.parametrize(
+    "message, key",
+    [
+        (SAYS | {"refusal": "I cannot."}, "refusal"),
+        (SAYS | {"masked": True}, "masked"),
+        (USER | {"images": ["a.png"]}, "images"),
+        (USER | {"tool_calls": [call({})]}, "tool_calls"),
+        (SAYS | {"tool_call_id": "a"}, "tool_call_id"),
+        (SAYS | {"timestamp": 0}, "timestamp"),
+    ],
+)
+def test_a_key_that_would_not_be_seen_is_refused(message, key):
+    """A16."""
+    says = f"a message of the {message['role']} has the key {key!r}, which would not be seen: "
+    assert refused(USER, message, SAYS).startswith(says)
+    assert read(USER, message | {key: None}, SAYS)[0] == USER  # an empty one says nothing
+
+
+def test_a_message_without_content_is_refused_unless_it_calls_or_is_a_result():
+    """A16."""
+    for role in ("user", "system"):
+        says = f"a message of the {role} has no content: expected text"
+        assert refused({"role": role}, SAYS) == refused({"role": role, "content": None}) == says
+    calling = {"role": "assistant", "tool_calls": [call({})]}
+    silent = {"role": "tool", "content": None}
+    contents = [made["content"] for made in read(USER, calling, silent)]
+    assert contents == ["Go.", "", ""]

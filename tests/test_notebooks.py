@@ -92,7 +92,8 @@ def gradient_of_learn(model, trajectories):
     """What train_grpo.learn() hands to its optimizer, unclipped."""
     recorder = Recorder(model)
     cfg = train_grpo.Config(max_grad_norm=1e9)
-    train_grpo.learn(model, [recorder], trajectories, cfg.learning_rate, cfg)
+    settings = train_grpo.LearnSettings.of(cfg)
+    train_grpo.learn(model, [recorder], trajectories, cfg.learning_rate, settings)
     return recorder.gradient
 
 

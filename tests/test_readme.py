@@ -20,10 +20,12 @@ from until import PATIENCE
 
 import demo
 import evaluate
-import player
+import play
 import rewards as reward_functions
 import train_grpo
 import train_sft
+from engines import options as engine_options
+from learning import checkpoint
 from run import config
 from run import page as run_page
 from tasks.tiny import tiny, tiny_tokenizer
@@ -126,8 +128,10 @@ FIGURES = (
     ("README", "1.15 s where every call is run", "bench/against_trl", "calls, median +1.15 "),
     ("README", "19 s to a mean reward of 0.9", "bench/against_trl", "ours, median +0.96 +19.04 "),
     ("README", "of 0.9 against 40 s", "bench/against_trl", "TRL, median +2.17 +40.12 "),
-    ("README", "4.9 times as many trained", "bench/train_step_5m", "ours: 4.87 times as many"),
-    ("README", "in a tenth of the memory", "bench/train_step_5m", "0.10 of the peak memory"),
+    ("README", "4.6 - 4.9 times as many", "bench/train_step_5m", "ours: 4.87 times as many"),
+    ("README", "4.6 - 4.9 times as many", "bench/train_step_5m", "ours +8.19 +1,212 +546 "),
+    ("README", "an eighth to a tenth of the", "bench/train_step_5m", "0.10 of the peak memory"),
+    ("README", "an eighth to a tenth of the", "bench/train_step_5m", "8 rows .+ 265 +4,332 "),
     ("README", "take 4.9 s, TRL's", "bench/rollouts", "64 trajectories: 4.85 s"),
     ("README", "own generation 150 s", "bench/rollouts", "synchronous tool: 150.0 s"),
     ("README", "killed by SIGKILL twenty times", "bench/resume_grpo", "20 kills"),
@@ -137,8 +141,20 @@ FIGURES = (
     ("README", "0.318 (0.279 - 0.360) -> 0.998", "tasks/facts-seed0-summary", "after: +0.9980"),
     ("README", "0.314 (0.276 - 0.356) -> 1.000", "tasks/shop-seed0-summary", "after: +1.0000"),
     ("README", "0.281 (0.244 - 0.322) -> 0.996", "tasks/multi-seed0-summary", "after: +0.9961"),
+    ("results", "memory on calc is 0.90 GB", "calc/seed0-peak", "peak_memory_gb: +0.8974"),
     ("memory", "1,212 trained tokens/s, 0.53 GiB", "bench/train_step_5m", "1,212 +546 "),
+    ("memory", "249, and 265 trained tokens/s", "bench/train_step_5m", "16 rows .+ 249 +5,646 "),
+    ("memory", "5.5, and 4.2 GiB", "bench/train_step_5m", "8 rows .+ 265 +4,332 "),
     ("memory", "159 trained tokens/s, 3.3 GiB", "bench/train_step_60m", "159 +3,359 "),
+    ("memory", "41 trained tokens/s, 15.7 GiB", "bench/train_step_60m", "41 +16,094 "),
+    ("memory", "19.0 s; 20.2 s", "bench/against_trl", "all calls, median +1.15 +20.24 "),
+    ("memory", "1.18 GiB, 80.8 s", "bench/logprobs", "80.8 .+ 1,209 "),
+    ("memory", "13.9 GiB, 74.2 s", "bench/logprobs", "74.2 .+ 14,269 "),
+    ("memory", "the slowest alone takes 4.2 s", "bench/rollouts", "slowest alone: 4.20 s"),
+    ("memory", "147 s (asynchronous)", "bench/rollouts", "asynchronous: 147.0 s"),
+    ("memory", "4.4, 4.9, 8.8, 15.2 s", "bench/rollouts", "128 +8.75"),
+    ("memory", "with numpy 309, with sympy 328", "bench/tools", "328.4"),
+    ("memory", "passages indexed in 6.1 s", "bench/tools", "index_seconds: 6.1"),
     ("memory", "3,463 tokens/s", "bench/rollouts", "3,463 tokens/s"),
     ("memory", "`print(6*7)` 458 calls/s", "bench/tools", "458.2"),
     ("memory", "2,375 queries/s", "bench/tools", "queries_per_second: 2375"),
@@ -151,6 +167,73 @@ def test_figures_are_those_of_a_file(page, said, file, measured):
     assert said in text
     evidence = (ROOT / "evidence" / f"{file}.txt").read_text(encoding="utf-8")
     assert re.search(measured, evidence), file
+
+
+def interval_of(file):
+    """What a page says of an evaluation: its accuracy (and 95 % interval)."""
+    measured = json.loads((ROOT / "evidence" / file).read_text(encoding="utf-8"))
+    low, high = measured["ci95_low"], measured["ci95_high"]
+    return f"{measured['accuracy']:.3f}", f"({low:.3f} - {high:.3f})"
+
+
+@pytest.mark.parametrize("seed", (0, 1, 2))
+@pytest.mark.parametrize("task", ("calc", "facts", "shop", "multi"))
+def test_before_and_after_are_those_of_the_evidence(task, seed):
+    """With an interval where the row has the minutes of the run too, else on a busy machine."""
+    prefix = f"calc/seed{seed}" if task == "calc" else f"tasks/{task}-seed{seed}"
+    before, interval_before = interval_of(f"{prefix}-before.json")
+    after, interval_after = interval_of(f"{prefix}-after.json")
+    rows = [row for row in PAGES["results.md"].splitlines() if row.startswith(f"| {task} |")]
+    summary = ROOT / "evidence" / f"{prefix}-summary.txt"
+    if not summary.exists():
+        (row,) = [row for row in rows if row.endswith("| 1, 2 |")]
+        assert re.search(rf"{before} -> {after}", row)
+        return
+    (row,) = [row for row in rows if row.endswith(f"| {seed} |")]
+    assert f"{before} {interval_before} -> {after} {interval_after}" in row
+    minutes = float(re.search(r"minutes: +([\d.]+)", summary.read_text()).group(1))
+    assert f"| {minutes:.2f} |" in row
+
+
+def minutes_of(file):
+    rows = run_page.read(ROOT / "evidence" / file)
+    return sum(row["seconds"] for row in rows) / 60
+
+
+def row_of_results(begins):
+    (row,) = [row for row in PAGES["results.md"].splitlines() if row.startswith(f"| {begins}")]
+    return row
+
+
+def test_the_losses_are_those_of_the_evidence():
+    table = json.loads((ROOT / "evidence" / "losses" / "table.json").read_text(encoding="utf-8"))
+    after = {measured["row"]: f"{measured['after']:.3f}" for measured in table}
+    names = ("dapo", "grpo", "dr_grpo", "gspo", "cispo")
+    groups = {
+        "the five losses": (names, names),
+        "the same with four updates": (
+            [f"{name}:off" for name in names],
+            [f"{name}_off" for name in names],
+        ),
+    }
+    for begins, (keys, files) in groups.items():
+        row = row_of_results(begins)
+        assert "0.316 -> " + ", ".join(after[key] for key in keys) in row
+        minutes = [minutes_of(f"losses/{file}.jsonl") for file in files]
+        assert f"| {min(minutes):.1f} - {max(minutes):.1f} (the steps alone) |" in row
+    row = row_of_results("LoRA, QLoRA")
+    assert f"-> {after['calc_lora.py']}, {after['calc_qlora.py']} |" in row
+    both = [minutes_of(f"losses/{name}.jsonl") for name in ("calc_lora", "calc_qlora")]
+    assert f"| {both[0]:.1f}, {both[1]:.1f} (the steps alone) |" in row
+
+
+def test_vllms_row_is_that_of_the_evidence():
+    row = row_of_results("calc through vLLM")
+    full = " ".join(interval_of("vllm/calc_full.eval.json"))
+    lora = " ".join(interval_of("vllm/calc_lora.eval.json"))
+    assert f"0.316 -> {full}, {lora} |" in row
+    both = [minutes_of(f"vllm/calc_{name}.metrics.jsonl") for name in ("full", "lora")]
+    assert f"| {both[0]:.1f}, {both[1]:.1f} (the steps alone) |" in row
 
 
 def test_no_resumed_run_of_the_evidence_differs():
@@ -200,15 +283,18 @@ def parsed(script, arguments):
     arguments = [argument for argument in arguments if argument != "--help"]
     if script in ("train_grpo.py", "train_sft.py"):
         module = train_grpo if script == "train_grpo.py" else train_sft
-        arguments = [argument for argument in arguments if argument != "--dry_run=true"]
+        _, arguments = config.take_flag(arguments, "dry_run")
         config.parse(module.Config, arguments, module.check)
     elif script == "evaluate.py":
         own, others = config.split(arguments, evaluate.Config.__dataclass_fields__)
         config.parse(evaluate.Config, own, evaluate.check)
         config.parse(train_grpo.Config, others, keys=config.ROLLOUT_KEYS)
     elif script == "play.py":
-        arguments = [argument for argument in arguments if argument != "--made_up=true"]
-        config.parse(train_grpo.Config, arguments, train_grpo.check, keys=config.ROLLOUT_KEYS)
+        own, others = config.split(arguments, play.Config.__dataclass_fields__)
+        if config.parse(play.Config, own).demonstration:
+            config.parse(train_sft.Config, others, train_sft.check)
+        else:
+            config.parse(train_grpo.Config, others, train_grpo.check, keys=config.ROLLOUT_KEYS)
     elif script == "demo.py":
         config.parse(demo.Config, arguments)
     else:
@@ -238,7 +324,7 @@ def test_a_command_is_well_formed(page, command):
     elif words[0] == "-c":
         compile(" ".join(words[1:]), command, "exec")
     elif words[0] == "-m":
-        if not words[1].startswith("vllm."):
+        if words[1] != "pytest" and not words[1].startswith("vllm."):
             parsed(file_of(words[1]), words[2:])
     else:
         assert (ROOT / words[0]).is_file()
@@ -261,6 +347,7 @@ def test_names_on_the_right_of_coming_from_trl_are_ours():
     keys = keys_of(ROOT / "train_grpo.py") | keys_of(ROOT / "train_sft.py")
     others = {"metrics.jsonl", "report.html", "rollouts.jsonl", "Config", "cispo", "async"}
     others |= {"token-mean", "dapo", "seq-mean-token-mean", "grpo", "low_var_kl"}  # values
+    others |= {"token_truncate", "token_mask"}  # theirs
     for _, ours in rows:
         for name in re.findall(r"`([^`]+)`", ours):
             if name.startswith(("python ", "train(", "reward(")) or name in others:
@@ -268,7 +355,52 @@ def test_names_on_the_right_of_coming_from_trl_are_ours():
             assert name.partition("=")[0] in keys, name
 
 
-# ---- configs and the log
+# ---- configs, keys and the log
+
+
+def keys_in(text):
+    """Of every --key= in a text."""
+    return set(re.findall(r"--([A-Za-z_]\w*)=", text.replace("--key=value", "")))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_key_with_a_value_is_a_key(page):
+    """Also in the text, where it stands beside no command."""
+    scripts = [*ROOT.glob("*.py"), ROOT / "serve/mcp_server.py", ROOT / "learning/merge.py"]
+    scripts += [ROOT / "dev/pictures.py", *ROOT.glob("bench/*.py")]
+    keys = {"dry_run"}.union(*(keys_of(script) for script in scripts))
+    assert keys_in(PAGES[page]) - keys == set()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_option_of_an_engine_a_tool_or_a_reward_is_one(page):
+    """--engine_options=sleep=false, --tool_options=python.cache=false: as a run would read them."""
+    for text in re.findall(r"\bengine_options=([\w=.,]+)", PAGES[page]):
+        for option in text.split(","):
+            name = option.partition("=")[0]
+            kinds = engine_options.KINDS.values()
+            (kind, *_) = [kind for kind in kinds if name in kind.__dataclass_fields__]
+            engine = next(key for key, value in engine_options.KINDS.items() if value is kind)
+            engine_options.read_options(engine, (option,))
+    for option in re.findall(r"\b(\w+\.cache=\w+)", PAGES[page]):
+        Toolbox([option.partition(".")[0]], options=[option])
+
+
+def test_the_table_of_engines_md_has_every_option_and_its_default():
+    table = PAGES["engines.md"].split("## Options of an engine")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (?:`(\w+)`|all) \| `(\w+)` \| (\S+) \|", table, re.M)
+    said = {(engine, name): default for engine, name, default in rows}
+    real = {}
+    for engine, kind in engine_options.KINDS.items():
+        for name, value in vars(kind()).items():
+            place = "" if name == "canary" else engine  # all have that one
+            real[place, name] = f"{value:g}" if isinstance(value, float) else str(value).lower()
+    assert said == real
+
+
+def test_the_keys_that_may_change_when_a_run_goes_on_are_all_named():
+    line = PAGES["runs.md"].split("- A key that would change what is learnt")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", line)) == checkpoint.FREE - {"resume"}
 
 
 def test_every_config_is_in_the_table_of_recipes():
@@ -330,6 +462,16 @@ def test_twelve_lines_train(mine):
     assert row["rollouts"] == 4 and "reward_names_it" in row
 
 
+def test_twelve_lines_are_played_without_a_model(mine):
+    """As the lines below them say: the same keys, and --made_up=true."""
+    arguments = shlex.split(block("README.md", "mine.py:names_it", "bash"))[2:]
+    arguments = [argument for argument in arguments if not argument.startswith("--out_dir")]
+    command = [sys.executable, str(ROOT / "play.py"), *arguments, "--made_up=true"]
+    done = subprocess.run(command, cwd=mine, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "How is the weather in Rome?" in done.stdout and "turn 0: weather(" in done.stdout
+
+
 def test_the_tool_of_the_twelve_lines_is_a_tool(mine):
     assert called(mine / "mine.py", "weather", {"city": "Rome"}) == ("sunny", None)
 
@@ -352,17 +494,15 @@ def test_the_lines_for_a_notebook_train_what_they_say(monkeypatch):
     assert (cfg.steps, cfg.out_dir, cfg.data) == (10, "out/try", "task:calc")
 
 
-@pytest.mark.skipif(not hasattr(player, "Player"), reason="player.Player is being written")
 def test_player_plays_as_the_readme_says(mine, monkeypatch):
     monkeypatch.chdir(mine)
     keys = ["--data=rows.jsonl", "--tools=mine.py:weather", "--rewards=mine.py:names_it"]
     keys += ["--model=model", "--max_new_tokens=8"]
     cfg = config.parse(train_grpo.Config, keys, train_grpo.check)
-    import data
-
-    names = {"cfg": cfg, "examples": data.load("rows.jsonl", limit=2)}
+    names = {"cfg": cfg}
     exec(block("README.md", "Player.of(cfg)"), names)
-    assert len(names["trajectories"]) == 16
+    assert len(names["trajectories"]) == 4 * 8
+    assert all("names_it" in trajectory.rewards for trajectory in names["trajectories"])
 
 
 # ---- other blocks
@@ -414,6 +554,13 @@ def test_the_fields_of_rewards_md_are_those_of_a_trajectory():
     assert fields == set(ToolCall.__dataclass_fields__)
 
 
+def test_the_task_of_task_md_was_learnt_as_it_says():
+    rows = run_page.read(ROOT / "evidence" / "tasks" / "dice-seed0-grpo.jsonl")
+    assert len(rows) == 40
+    first, last = rows[0]["accuracy"], rows[-1]["accuracy"]
+    assert f"went from {first:.2f} to {last:.2f}\n" in PAGES["task.md"]
+
+
 def test_the_task_of_task_md_is_a_task(tmp_path):
     code = block("task.md", "def demos(")
     assert max(map(len, code.splitlines())) <= 100
@@ -425,9 +572,12 @@ def test_the_task_of_task_md_is_a_task(tmp_path):
     assert train == dice.rows("train", n=200)
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
     assert train[0]["answer"] in dice.oracle(train[0])[-1]["content"]
-    for conversation in dice.demos(20):
-        assert [message["role"] for message in conversation][0] == "user"
-        assert conversation[-2]["content"] in conversation[-1]["content"]
+    demos = dice.demos(20)
+    with_call = [conversation for conversation in demos if len(conversation) == 4]
+    assert 0 < len(with_call) < len(demos)  # something is left to be found
+    assert all(conversation[0]["role"] == "user" for conversation in demos)
+    for _, _, result, answer in with_call:
+        assert result["content"] in answer["content"]
 
 
 def test_the_mcp_server_of_tools_md_is_a_set_of_tools(tmp_path, monkeypatch):

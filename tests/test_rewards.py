@@ -7,6 +7,7 @@ import asyncio
 import math
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 import rewards
 from rewards import correct, oracle, select, tool_use, total
 from run.config import UserError
-from trajectory import ToolCall
+from trajectory import ToolCall, Trajectory
 
 
 def example(answer="18", *messages):
@@ -131,6 +132,16 @@ def test_correct_refuses_a_row_without_an_answer():
         is_correct("18", "")
 
 
+def test_null_is_no_right_answer():
+    """A11."""
+    for name in ("correct", "exact_match", "f1"):
+        row = example(["Arsenal", None])
+        assert value(name, trajectory(row, r"\boxed{None}"), row) == 0.0
+        assert value(name, trajectory(row, r"\boxed{Arsenal}"), row) == 1.0
+        with pytest.raises(UserError, match="needs an answer"):
+            value(name, trajectory(row, r"\boxed{None}"), example([None]))
+
+
 def test_select_reads_names_weights_and_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_rewards.py").write_text(
@@ -232,6 +243,55 @@ def test_a_reward_that_fails_stops_the_run_with_its_name():
         with pytest.raises(UserError, match="^reward late failed on row 5: "):
             score(None, example(), selected)
     released.set()
+
+
+@pytest.mark.parametrize(
+    "mistake, says",
+    [
+        (
+            lambda t, e: t.text,
+            "a trajectory has messages, stop, answer, calls, new_tokens, turn_st",
+        ),
+        (lambda t, e: t.completion, "a trajectory has messages, stop, answer, calls, new_tokens, "),
+        (
+            lambda t, e: t.messages[-1].content,
+            "a message is a dict, write message['content']; it h",
+        ),
+        (
+            lambda t, e: e.answer,
+            "the row is a dict, write example['answer']; it has id, messages, ",
+        ),
+        (
+            lambda t, e: e["gold"],
+            "let it return None where there is no reward; the row has id, mes",
+        ),
+        (
+            lambda t, e: t.calls[0].output,
+            "a call has turn, name, arguments, result, error, seconds",
+        ),
+        (lambda t, e: 1 / 0, "let it return None where there is no reward"),
+    ],
+)
+def test_a_reward_that_reads_what_is_not_there_is_told_what_is(mistake, says):
+    """D10."""
+    row = example()
+    played = Trajectory(row, messages=[*row["messages"]], calls=[call()])
+    with pytest.raises(UserError) as caught:
+        score(played, row, {"mine": (mistake, 1.0)})
+    remedy = str(caught.value).rpartition("): ")[2]
+    assert remedy.startswith(says)
+
+
+def test_what_a_reward_is_told_of_is_what_the_docs_list():
+    """D10."""
+    played = Trajectory(example())
+    assert all(hasattr(played, name) for name in rewards.READABLE)
+    docs = Path(rewards.__file__).with_name("docs") / "rewards.md"
+    listed = docs.read_text().partition("| field | what it is |")[2].partition("\n\n")[0]
+    names = [
+        name for line in listed.splitlines()[2:] for name in line.split("|")[1].split("`")[1::2]
+    ]
+    assert [*names, "example"] == list(rewards.READABLE)
 
 
 def test_a_reward_that_exits_stops_the_run_with_its_name(tmp_path):

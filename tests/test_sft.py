@@ -12,12 +12,17 @@ import random
 
 import pytest
 import torch
+from conftest import CHATML, make_tokenizer
 
 import data
+import train_grpo
 import train_sft
 from chat import Chat
 from engines.scripted import ScriptedEngine
 from learning import model as models
+from learning.merge import Config as MergeConfig
+from learning.merge import merge
+from player import Player
 from rollout import Settings, rollouts
 from run import config
 from run import log as run_log
@@ -533,6 +538,68 @@ def test_the_last_step_is_always_measured(folder, demos, tmp_path, capsys):
         assert f"{key + ':':24} {last[key]:.4f}" in summary
 
 
+# What ends a turn of the trained model
+
+
+def eos_of(folder):
+    return json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_base_model_that_learnt_chatml_is_saved_with_what_ends_its_turns(demos, tune, tmp_path):
+    """A19: its own eos is <|endoftext|>; elsewhere it would never stop at <|im_end|>."""
+    plain = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+    special = ["<|im_start|>", "<|im_end|>"]
+    tokenizer = make_tokenizer(CHATML, special, plain, eos="<|endoftext|>")
+    model = tiny_model.tiny(tokenizer, seed=1, hidden_size=32, layers=2)
+    models.save(model, tokenizer, tmp_path / "base")
+    end, own = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert eos_of(tmp_path / "base") == own and models.eos_ids(str(tmp_path / "base")) == [own]
+
+    out = tmp_path / "out"
+    train_sft.train(settings(tmp_path / "base", demos[0], out, tune=tune))
+    assert eos_of(out) == models.eos_ids(str(out)) == [end, own]
+    model, _ = models.load(str(out), device="cpu")
+    if tune == "lora":
+        merge(MergeConfig(adapter=str(out), out_dir=str(tmp_path / "merged")))
+        assert eos_of(tmp_path / "merged") == [end, own]
+    else:
+        assert model.generation_config.eos_token_id == [end, own]
+
+
+def test_what_ends_a_turn_of_a_model_is_read_where_it_stands(folder, tokenizer, tmp_path):
+    """A19: in generation_config.json, or in config.json where there is none."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    name = str(tmp_path)
+    end, other = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [other, end]}))
+    assert models.eos_ids(name) == [other, end]
+    player = Player.of(train_grpo.Config(model=name, data="task:calc"), limit=1)
+    assert player.chat.stop_ids == (end, other)
+    assert player.model.generation_config.eos_token_id == [other, end]
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.7}')
+    assert models.eos_ids(name) == [tokenizer.eos_token_id]
+    (tmp_path / "generation_config.json").unlink()
+    assert models.eos_ids(name) == [tokenizer.eos_token_id]
+
+
+def test_recorded_rows_leave_what_ends_a_turn_as_it_is(folder, played, tokenizer, tmp_path):
+    """A19."""
+    run_log.write_rollouts(tmp_path / "r.jsonl", played[1:], tokenizer)
+    recorded = tmp_path / "r.jsonl"
+    train_sft.train(
+        train_sft.Config(
+            model=str(folder),
+            data=str(recorded),
+            out_dir=str(tmp_path / "out"),
+            batch_size=2,
+            warmup=0,
+        )
+    )
+    assert eos_of(tmp_path / "out") == eos_of(folder)
+
+
 # What is refused
 
 
@@ -583,6 +650,28 @@ def test_a_template_that_cannot_be_proved_for_the_tools_of_a_row_is_refused(toke
     with pytest.raises(UserError, match=r"^x, row 2: the chat template of .* it ignores tools"):
         train_sft.render(rows, deaf, "hermes", [], "x")
     assert len(train_sft.render(rows[:1], deaf, "hermes", [], "x")) == 1
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {"content": ""},
+        {"content": None},
+        {"content": " \n"},
+        {"content": []},
+        {"content": "<think>\nHm.\n</think>\n\n"},
+        {"reasoning_content": "Hm."},
+    ],
+)
+def test_an_assistant_that_says_nothing_is_refused(folder, nothing, tmp_path):
+    """A17: it would be trained to stop at once. A row that its reward leaves out may have it."""
+    asked = {"role": "user", "content": "2 + 3?"}
+    empty = {"messages": [asked, {"role": "assistant", **nothing}], "reward": 0.0}
+    path = write(tmp_path / "x.jsonl", [conversation(reward=1.0), empty])
+    says = f"{path}, row 2: message 2, of the assistant, says nothing and calls nothing, so that"
+    assert complaint(folder, path, tmp_path / "out", batch_size=1).startswith(says)
+    last = train_sft.train(settings(folder, path, tmp_path / "out", batch_size=1, min_reward=1.0))
+    assert last["trained_tokens"] > 1
 
 
 def test_a_saved_config_is_the_config(folder, demos, tmp_path):

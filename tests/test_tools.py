@@ -552,10 +552,10 @@ def test_the_state_behind_a_hung_call_is_not_used_again():
         box = Toolbox([Sticky], timeout=60.0)
         session = box.open()
         assert (await session.call("Sticky", {"hang": False}))[0] == "1"
-        box.timeout = 0.1
+        box.tools["Sticky"].timeout = 0.1
         content, error, _ = await session.call("Sticky", {"hang": True})
         assert error == "timeout" and content.endswith("; its state is lost")
-        box.timeout = 60.0
+        box.tools["Sticky"].timeout = 60.0
         assert (await session.call("Sticky", {"hang": False}))[0] == "1"
         released.set()
 

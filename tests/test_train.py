@@ -7,12 +7,15 @@ evaluation has a random stream of its own. The model is made here and knows noth
 is one that differs whatever it says.
 """
 
+import errno
 import itertools
 import json
 import math
 import random
+import resource
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
@@ -29,10 +32,12 @@ from learning import model as models
 from learning import optim
 from rollout import Settings, rollouts
 from run import config
+from run import log as run_log
 from run import page as run_page
 from run.config import UserError
 from run.loop import run_blocking
 from tools import Toolbox
+from trajectory import Trajectory
 
 SYSTEM = "Solve the problem. You can run python. Give the answer in \\boxed{}."
 REWARD = '''
@@ -555,6 +560,175 @@ def test_a_summary_of_a_set_made_by_hand(monkeypatch):
     assert out["pass@3"] == pytest.approx(len(counts) / 3)
     assert out["maj@3"] == pytest.approx(1 / 3) and "maj@1" not in out
     assert out["maj@2"] == 0.0  # of the first two: 7 before 8, 7, and none
+
+
+def summary(scores, ks=(1,), **options):
+    """The numbers of {problem: values of the reward `correct`}; nobody called a tool."""
+    trajectories = []
+    for group, values in scores.items():
+        for value in values:
+            made = Trajectory({"messages": [], "answer": "7"}, group, stop="answered")
+            made.rewards = {"correct": value}
+            made.reward = value
+            trajectories.append(made)
+    return evaluate.summarize(trajectories, "correct", ks, **options)
+
+
+@pytest.mark.parametrize(
+    "scores, average, passed, not_graded",
+    [
+        ({0: [1.0], 1: [None], 2: [1.0], 3: [None]}, 1.0, 1.0, 2),
+        ({0: [1.0], 1: [0.0], 2: [None]}, 0.5, 0.5, 1),
+        ({0: [None, 1.0], 1: [0.0, 0.0], 2: [None, None]}, 0.5, 0.5, 3),
+        ({0: [None, 1.0], 1: [0.0, 1.0], 2: [1.0, 1.0]}, 2.5 / 3, 2.5 / 3, 1),
+        ({0: [-1.0], 1: [None]}, -1.0, 0.0, 1),
+        ({0: [None], 1: [None]}, None, None, 2),
+    ],
+)
+def test_what_was_not_graded_is_in_no_mean(scores, average, passed, not_graded):
+    """A12: a None is no 0, in none of the numbers, and how many there are is said."""
+    numbers = summary(scores)
+    samples = len(scores[0])
+    assert numbers[f"avg@{samples}"] == numbers["accuracy"] == pytest.approx(average)
+    assert numbers["pass@1"] == pytest.approx(passed)
+    assert (numbers["not_graded"], numbers["problems"]) == (not_graded, len(scores))
+    if average is None:
+        assert numbers["ci95_low"] is numbers["reward"] is numbers["reward_correct"] is None
+        evaluate.table(numbers | {"model": "m", "data": "d"})
+    else:
+        assert numbers["ci95_low"] <= average <= numbers["ci95_high"]
+
+
+def test_the_majority_is_of_what_was_graded(monkeypatch):
+    """A12."""
+    monkeypatch.setattr(evaluate.reward_functions, "answer", lambda t, example: "7")
+    scores = {0: [None, 1.0], 1: [None, None], 2: [1.0, 1.0], 3: [0.0, 0.0]}
+    assert summary(scores, (2,))["maj@2"] == pytest.approx(2 / 3)
+
+
+def test_from_which_reward_a_sample_passes_is_named(capsys):
+    """A13: 0.95 of a judge is right for some, wrong for others."""
+    scores = {0: [0.95], 1: [0.5], 2: [1.0]}
+    assert summary(scores)["pass@1"] == pytest.approx(1 / 3)
+    assert summary(scores, pass_at=0.95)["pass@1"] == pytest.approx(2 / 3)
+    assert summary(scores, pass_at=0.5)["pass@1"] == 1.0
+    numbers = summary({0: [0.5, 1.0], 1: [0.2, 0.95]}, (1, 2), pass_at=0.9)
+    assert (numbers["pass@1"], numbers["pass@2"], numbers["pass_at"]) == (0.5, 1.0, 0.9)
+    evaluate.table(numbers | {"model": "m", "data": "d"})
+    assert "pass@2 (reward >= 0.9)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="pass_at = nan: expected a number"):
+        evaluate.check(evaluate.Config(pass_at=math.nan))
+
+
+def test_a_run_is_evaluated_on_the_rows_that_it_holds_out(tmp_path):
+    """A21: not on those it was trained on, unless they are asked for; then that is said."""
+    for name in ("train", "held_out", "else"):
+        (tmp_path / f"{name}.jsonl").touch()
+    rows = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "held_out", "else")}
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def evaluated_rows(argv, **options):
+        cfg = train_grpo.Config(data=rows["train"], **options)
+        (run / "config.py").unlink(missing_ok=True)
+        config.save(cfg, run / "config.py")
+        cfg = evaluate.load_config(argv, evaluate.Config(run=str(run)))
+        return Path(cfg.data).stem, evaluate.origin_of_rows(cfg)
+
+    held_out = {"eval_every": 5, "eval_data": rows["held_out"]}
+    assert evaluated_rows([], **held_out) == ("held_out", "held out by its run")
+    assert evaluated_rows(["--model=x/y"], **held_out) == ("held_out", "")
+    asked_for = [f"--data={rows['train']}"]
+    assert evaluated_rows(asked_for, **held_out) == ("train", "those it was trained on")
+    assert evaluated_rows([f"--data={rows['else']}"], **held_out) == ("else", "")
+    assert evaluated_rows([]) == ("train", "those it was trained on")
+    (tmp_path / "else.py").write_text(f"data = {rows['else']!r}\n")
+    other = ["--config", str(tmp_path / "else.py")]
+    assert evaluated_rows(other, **held_out) == ("else", "")
+    text = f"data = {rows['else']!r}\neval_every = 2\neval_data = {rows['train']!r}\n"
+    (tmp_path / "else.py").write_text(text)
+    assert evaluated_rows(other, **held_out) == ("train", "those it was trained on")
+
+
+def test_a_tasks_and_a_hub_sets_training_rows_are_named_too(tmp_path):
+    """A21."""
+    config.save(train_grpo.Config(data="a/b"), tmp_path / "config.py")
+    cfg = train_grpo.Config(data="a/b", model=str(tmp_path))
+    assert evaluate.origin_of_rows(replace(cfg, split="test")) == ""
+    assert evaluate.origin_of_rows(replace(cfg, split="train")) == "those it was trained on"
+    (tmp_path / "config.py").unlink()
+    config.save(train_grpo.Config(data="task:calc"), tmp_path / "config.py")
+    cfg = replace(cfg, data="task:calc", split="train", seed=0)
+    assert evaluate.origin_of_rows(cfg) == "those it was trained on"
+    assert evaluate.origin_of_rows(replace(cfg, seed=1)) == ""  # they are other ones
+
+
+def test_the_table_names_the_rows_it_was_trained_on(full_run, tmp_path, capsys):
+    """A21."""
+    cfg = replace(full_run[1], model=str(full_run[0]), temperature=0.0, limit=1)
+    evaluate.table(evaluate.evaluate(cfg, evaluate.Config(limit=1, save_to=str(tmp_path / "x"))))
+    assert "those it was trained on" in capsys.readouterr().out
+
+
+def no_room(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("what", ["fsync", "replace", "write_rollouts", "torn", "large"])
+def test_a_full_disk_ends_no_evaluation_and_leaves_no_half_file(
+    full_run, tmp_path, capsys, monkeypatch, what
+):
+    """B9: the numbers are printed, one sentence says what is missing, no file is of 0 bytes."""
+    place = tmp_path / "x"
+    whole = run_log.write_rollouts
+
+    def torn(path, trajectories, *rest):
+        whole(path, trajectories, *rest)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if what == "fsync":
+        monkeypatch.setattr(evaluate.os, "fsync", no_room)
+    elif what == "replace":
+        monkeypatch.setattr(evaluate.Path, "replace", no_room)
+    elif what == "large":  # a real one: no file may have more than 100 bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    else:
+        monkeypatch.setattr(run_log, "write_rollouts", torn if what == "torn" else no_room)
+    try:
+        with pytest.raises(UserError, match="could not be written.*evaluate again") as caught:
+            evaluate.main([f"--run={full_run[0]}", "--limit=2", f"--save_to={place}"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "--resume" not in str(caught.value) and "avg@1" in capsys.readouterr().out
+    for file in place.iterdir():
+        lines = file.read_text()
+        if file.name == "eval.json":
+            assert json.loads(lines)["problems"] == 2
+        else:
+            assert file.name == "rollouts.jsonl"
+            assert len([json.loads(line) for line in lines.splitlines()]) in (0, 2)
+
+
+def test_what_a_full_disk_did_not_take_is_written_when_there_is_room(
+    full_run, tmp_path, monkeypatch
+):
+    """B9: as when an evaluation ends in its middle, all that was played is there."""
+    place = tmp_path / "x"
+    whole = run_log.write_rollouts
+    batches = []
+
+    def at_first_full(path, trajectories, *rest):
+        batches.append(len(trajectories))
+        if len(batches) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(path, trajectories, *rest)
+
+    monkeypatch.setattr(run_log, "write_rollouts", at_first_full)
+    numbers = evaluated(full_run[0], limit=3, batch=1, save_to=str(place))
+    assert batches == [1, 2, 1] and "not_saved" not in numbers
+    rows = [json.loads(line) for line in open(place / "rollouts.jsonl")]
+    assert [row["group"] for row in rows] == [0, 1, 2]
 
 
 def test_memory_of_the_gpu_is_logged_for_each_phase(monkeypatch):

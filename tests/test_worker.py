@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from until import until
 
-from run.worker import Worker, WorkerDied
+from run.worker import Worker, WorkerDied, Workers
 
 ROOT = Path(__file__).parent.parent
 INSIDE = """
@@ -169,3 +169,41 @@ os.kill(os.getpid(), 9)
     pids = {int(word) for word in done.stdout.split()}
     assert len(pids) == 2 and done.returncode == -signal.SIGKILL, done.stderr
     assert until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in pids))
+
+
+def test_a_few_workers_answer_at_once_and_one_is_enough_for_one_at_a_time(file):
+    """B7: what takes long does not keep the others waiting."""
+    workers = Workers(file, 2)
+    assert len({workers.ask({"do": ""}, 60)["pid"] for _ in range(5)}) == 1
+    ended = threading.Event()
+
+    def hang():
+        with pytest.raises(TimeoutError):
+            workers.ask({"do": "sleep", "for": 600}, 3)
+        ended.set()
+
+    thread = threading.Thread(target=hang)
+    thread.start()
+    until(lambda: workers._free.qsize() == 1)
+    assert workers.ask({"do": ""}, 60)["count"] >= 1  # by the other one
+    thread.join()
+    assert ended.is_set()
+    assert workers.ask({"do": ""}, 60)["count"] >= 1
+    workers.stop()
+
+
+def test_a_child_of_a_fork_has_all_workers_free(file):
+    """B7."""
+    workers = Workers(file, 1)
+    busy = workers._free.get()
+    child = os.fork()
+    if child == 0:
+        answered = False
+        try:
+            answered = workers.ask({"do": ""}, 60)["count"] == 1
+            workers.stop()
+        finally:
+            os._exit(0 if answered else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    workers._free.put(busy)
+    workers.stop()

@@ -10,7 +10,7 @@ run at once, and for how long, are the tool's options concurrency and timeout.
 from engines.chat_api import ChatApi
 from run.config import UserError
 from run.http import HttpError, required_key
-from tools.calling.http import check_address, not_understood, plain, tool_error
+from tools.calling.http import check_address, plain, tool_error
 
 OTHER = "the other model"
 
@@ -57,8 +57,6 @@ class ask:
             reply = await self.api.ask(messages, self.temperature, self.max_tokens)
         except HttpError as error:
             raise tool_error(OTHER, error) from None
-        if not isinstance(reply.text, str):
-            raise not_understood(OTHER, str(reply.text))
         text = reply.text.strip()
         if reply.was_cut:
             text += f"\n[... cut at {self.max_tokens} tokens ...]"

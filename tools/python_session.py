@@ -83,7 +83,7 @@ class python_session:
         ctl.setblocking(False)
         requests.setblocking(False)
         with far_ctl, far_requests:
-            await caller.send_session(far_ctl, far_requests)
+            await caller.start("heavy", "session", far_ctl, far_requests)
 
     async def _hand_over(self, ctl, out):
         socket.send_fds(self._requests, [b"c"], [ctl.fileno(), out.fileno()])

@@ -27,37 +27,35 @@ class Cache:
 
     async def run(self, key: str, work: Callable) -> tuple[str | list, str | None, float]:
         """What `work()`, a coroutine of (content, error, seconds), gives or gave for this key."""
+        # 1. the same call runs at this moment: wait for its result
         running = self._running.get(key)
         if running is not None:
             await asyncio.wait({running})
-        text = self._find(key)
+
+        # 2. the result is known
+        text = self._texts.get(key)
         if text is not None:
+            self._texts.move_to_end(key)
+            self.hits += 1
             return text, None, 0.0
         if running is not None:
             # that one failed; this one runs on its own: a queue of time-outs would be as long
             return await work()
 
+        # 3. run it
         ended = asyncio.get_running_loop().create_future()
         self._running[key] = ended
         try:
             content, error, seconds = await work()
-            if error is None and isinstance(content, str) and len(content) <= LONGEST:
-                self._keep(key, content)
-            return content, error, seconds
         finally:  # also when it is cancelled: nobody waits for ever
             del self._running[key]
             ended.set_result(None)
 
-    def _find(self, key):
-        text = self._texts.get(key)
-        if text is not None:
-            self._texts.move_to_end(key)
-            self.hits += 1
-        return text
-
-    def _keep(self, key, text):
-        self._texts[key] = text
-        self._size += len(key) + len(text)
-        while self._size > SIZE:
-            oldest_key, oldest_text = self._texts.popitem(last=False)
-            self._size -= len(oldest_key) + len(oldest_text)
+        # 4. keep it, before those who waited look; drop what was not used for longest
+        if error is None and isinstance(content, str) and len(content) <= LONGEST:
+            self._texts[key] = content
+            self._size += len(key) + len(content)
+            while self._size > SIZE:
+                oldest_key, oldest_text = self._texts.popitem(last=False)
+                self._size -= len(oldest_key) + len(oldest_text)
+        return content, error, seconds

@@ -31,8 +31,8 @@ def wrong_arguments(name: str, parameters: dict, arguments) -> str | None:
         for argument in arguments:
             if argument not in properties:
                 return f"{name} has no argument {argument!r}"
-    for argument in _required(parameters):
-        if argument not in arguments:
+    for argument in _part(parameters, "required", list):
+        if isinstance(argument, str) and argument not in arguments:
             return f"{name} got no argument {argument!r} ({kind(properties.get(argument))})"
     for argument, value in arguments.items():
         wrong = _wrong_value(value, properties.get(argument), argument)
@@ -43,7 +43,7 @@ def wrong_arguments(name: str, parameters: dict, arguments) -> str | None:
 
 def signature(name: str, parameters: dict) -> str:
     """add(a: integer, b?: integer): how the tool is called."""
-    required = _required(parameters)
+    required = _part(parameters, "required", list)
     shown = []
     for argument, schema in _part(parameters, "properties", dict).items():
         mark = "" if argument in required else "?"
@@ -74,10 +74,6 @@ def _part(schema, key, expected):
     """The part of a schema, empty if it is not there, or is broken."""
     part = schema.get(key)
     return part if isinstance(part, expected) else expected()
-
-
-def _required(schema):
-    return [name for name in _part(schema, "required", list) if isinstance(name, str)]
 
 
 def _types(schema):
@@ -112,15 +108,16 @@ def _has_kind(value, schema, where):
     if enum and value not in enum:
         return False
     types = _types(schema)
-    return not types or any(_has_type(value, name) for name in types)
-
-
-def _has_type(value, name):
-    if name not in JSON_TYPES:
-        return True  # not one that we know
-    if isinstance(value, bool):  # it is an int to Python, not to JSON
-        return name == "boolean"
-    return isinstance(value, JSON_TYPES[name])
+    for name in types:
+        if name not in JSON_TYPES:
+            return True  # not one that we know
+        if isinstance(value, bool):  # it is an int to Python, not to JSON
+            has_type = name == "boolean"
+        else:
+            has_type = isinstance(value, JSON_TYPES[name])
+        if has_type:
+            return True
+    return not types
 
 
 def _wrong_item(value, schema, where):
@@ -136,8 +133,8 @@ def _wrong_item(value, schema, where):
 
 def _wrong_property(value, schema, where):
     properties = _part(schema, "properties", dict)
-    for name in _required(schema):
-        if name not in value:
+    for name in _part(schema, "required", list):
+        if isinstance(name, str) and name not in value:
             return f"{where} has no {name!r} ({kind(properties.get(name))})"
     others = schema.get("additionalProperties")
     if others is False:

@@ -68,6 +68,7 @@ class Toolbox:
         self._slots = asyncio.Semaphore(concurrency)
         self._slots_of_tool = {}  # of the tools with a limit of their own
         for tool in loaded:
+            tool.timeout = tool.timeout or timeout
             if tool.concurrency:
                 self._slots_of_tool[tool.name] = asyncio.Semaphore(tool.concurrency)
 
@@ -101,19 +102,22 @@ class Session:
 
     async def call(self, name: str, arguments: dict | None) -> tuple[str | list, str | None, float]:
         """-> content (text, or a list of texts and PIL images), error kind or None, seconds."""
+        # 1. what calls no tool, or does not fit it, is told how to call it
         tool = self.box.tools.get(name) if isinstance(name, str) else None
         seconds = 0.0
         if tool is None:
             known = ", ".join(map(_signature, self.box.tools.values()))
             content = f"error: there is no tool {name!r}; the tools are: {known}"
             error = "unknown_tool"
-        elif wrong := wrong_arguments(name, _parameters(tool), arguments):
+        elif wrong := wrong_arguments(name, tool.schema["function"]["parameters"], arguments):
             content = f"error: {wrong}; call it as {_signature(tool)}"
             error = "bad_arguments"
         else:
             content, error, seconds = await self._known_or_called(tool, arguments)
 
-        if _is_too_long(content):
+        # 2. cut it, if one of its texts is too long; count what went wrong
+        parts = content if isinstance(content, list) else [content]
+        if any(isinstance(part, str) and len(part) > MAX_RESULT_CHARS for part in parts):
             content = _cut(content)
             error = error or "oversized"
         if error:
@@ -132,7 +136,7 @@ class Session:
             except Exception:  # the call itself will say what is wrong
                 return await self._call_in_turn(tool, arguments)
             if not is_made:
-                return self._too_late(tool), "timeout", time.perf_counter() - start
+                return _too_late(tool), "timeout", time.perf_counter() - start
             state_key = str(getattr(state, "key", ""))
             if not state_key and not tool.shared:  # it does not say what its results depend on
                 return await self._call_in_turn(tool, arguments)
@@ -140,65 +144,71 @@ class Session:
         return await self.box.cache.run(key, lambda: self._call_in_turn(tool, arguments))
 
     async def _call_in_turn(self, tool, arguments):
-        """Waits for its turn and its slot, and calls the tool -> content, error kind, seconds."""
+        """Waits for its turn and its slot, and calls the tool -> content, error kind or None,
+        seconds. Whatever is the model's or the tool's fault is content and error kind."""
         async with AsyncExitStack() as waits:
-            # its turn comes before its slot: who waits for a turn must not hold up the others
+            # 1. its turn comes before its slot: who waits for a turn must not hold up the others
             if tool.make and tool.serial and not tool.shared:
                 await waits.enter_async_context(self._turns[tool.make])
             if tool.name in self.box._slots_of_tool:
                 await waits.enter_async_context(self.box._slots_of_tool[tool.name])
             await waits.enter_async_context(self.box._slots)
+
+            # 2. call it, in the time that it has
             start = time.perf_counter()
-            content, error = await self._call_in_time(tool, arguments)
+            is_done = True
+            error = None
+            try:
+                work = self._call_with_retries(tool, arguments)
+                is_done, result = await in_time(work, tool.timeout, self.box._abandoned)
+                content = _content(result)
+            except ToolError as raised:
+                content = raised.text
+                error = raised.kind
+            except UserError:  # of the run's configuration or data, not of the model: ends the run
+                raise
+            except Exited as exited:
+                content = f"error: {tool.name} raised {shown(exited.error)}"
+                error = "exception"
+            except Exception as raised:
+                content = f"error: {tool.name} raised {shown(raised)}"
+                error = "exception"
+
+            # 3. it was stopped at the deadline
+            if not is_done:
+                content = _too_late(tool)
+                error = "timeout"
+                if tool.make and not tool.shared and not tool.is_async:
+                    # its thread may still be changing the instance: the next call gets a new one
+                    self._states.pop(tool.make, None)
+                    content += "; its state is lost"
             return content, error, time.perf_counter() - start
 
-    async def _call_in_time(self, tool, arguments):
-        """-> content, error kind or None. Whatever is the model's or the tool's fault is both."""
-        work = self._call_with_retries(tool, arguments)
-        try:
-            is_done, result = await in_time(work, self._limit(tool), self.box._abandoned)
-            if is_done:
-                return _content(result), None
-        except ToolError as error:
-            return error.text, error.kind
-        except UserError:  # of the run's configuration or data, not of the model: it ends the run
-            raise
-        except Exited as exited:
-            return f"error: {tool.name} raised {shown(exited.error)}", "exception"
-        except Exception as error:
-            return f"error: {tool.name} raised {shown(error)}", "exception"
-
-        text = self._too_late(tool)
-        if tool.make and not tool.shared and not tool.is_async:
-            # its thread may still be changing the instance: the next call gets a new one
-            self._states.pop(tool.make, None)
-            text += "; its state is lost"
-        return text, "timeout"
-
     async def _call_with_retries(self, tool, arguments):
-        DEADLINE.set(self._limit(tool))  # here: in a task of its own, and so for this call alone
+        """What the tool returns; after a NetworkError it is called again, tool.retries times."""
+        DEADLINE.set(tool.timeout)  # here: in a task of its own, and so for this call alone
+        retries = tool.retries
         pause = PAUSE
-        for _ in range(tool.retries):
+        while True:
             try:
-                return await self._call_once(tool, arguments)
+                function = partial(tool.function, **arguments)
+                if tool.make:
+                    state = await self._state(tool)
+                    function = partial(tool.function, state, **arguments)
+                if tool.is_async:
+                    return await function()
+                return await in_thread(function, self.box._abandoned)
             except NetworkError:
-                # spread out, or all would come back at the same moment
-                await asyncio.sleep(pause * (0.5 + random.random()))
-                pause *= 2
-        return await self._call_once(tool, arguments)
-
-    async def _call_once(self, tool, arguments):
-        function = partial(tool.function, **arguments)
-        if tool.make:
-            state = await self._state(tool)
-            function = partial(tool.function, state, **arguments)
-        if tool.is_async:
-            return await function()
-        return await in_thread(function, self.box._abandoned)
+                if retries == 0:
+                    raise
+            # spread out, or all would come back at the same moment
+            await asyncio.sleep(pause * (0.5 + random.random()))
+            pause *= 2
+            retries -= 1
 
     async def make(self, tool: Tool) -> tuple[bool, object]:
         """(True, its instance), or (False, None) at the deadline. Raises what making it raises."""
-        return await in_time(self._state(tool), self._limit(tool), self.box._abandoned)
+        return await in_time(self._state(tool), tool.timeout, self.box._abandoned)
 
     async def _state(self, tool):
         """What tool.make made for this trajectory, or for the run; made now if it is the first."""
@@ -222,18 +232,12 @@ class Session:
         closing = asyncio.ensure_future(_close_all(self.box, [state]))
         self.box._abandoned.append(closing)
 
-    def _limit(self, tool):
-        """Seconds that a call of the tool has."""
-        return tool.timeout or self.box.timeout
-
-    def _too_late(self, tool):
-        return f"error: {tool.name} took longer than {self._limit(tool):g} s and was stopped"
-
     async def close(self) -> None:
         """Closes every instance, under the deadline; a failure is counted, and the rest go on. Who
         is cancelled waits for the end of it too."""
         self._states.clear()
-        await _close_all(self.box, self._to_close)
+        if self._to_close:
+            await _close_all(self.box, self._to_close)
 
 
 async def _close_all(box: Toolbox, instances: list) -> None:
@@ -261,12 +265,12 @@ async def _close_one_by_one(box, instances):
             box.errors["close"] += 1
 
 
-def _parameters(tool):
-    return tool.schema["function"]["parameters"]
-
-
 def _signature(tool):
-    return signature(tool.name, _parameters(tool))
+    return signature(tool.name, tool.schema["function"]["parameters"])
+
+
+def _too_late(tool):
+    return f"error: {tool.name} took longer than {tool.timeout:g} s and was stopped"
 
 
 # -- what a tool gives, as content
@@ -274,16 +278,14 @@ def _signature(tool):
 
 def _content(result):
     """Text, or a list of texts and images."""
-    if _is_image(result):
+    pil = sys.modules.get("PIL.Image")
+    if pil is None:  # then there can be no image, and importing it takes a moment
+        return _text(result)
+    if isinstance(result, pil.Image):
         return [result]
-    if isinstance(result, list | tuple) and any(map(_is_image, result)):
-        return [part if _is_image(part) else _text(part) for part in result]
+    if isinstance(result, list | tuple) and any(isinstance(part, pil.Image) for part in result):
+        return [part if isinstance(part, pil.Image) else _text(part) for part in result]
     return _text(result)
-
-
-def _is_image(value):
-    # without PIL there can be no image, and importing it takes a moment
-    return "PIL.Image" in sys.modules and isinstance(value, sys.modules["PIL.Image"].Image)
 
 
 def _text(value):
@@ -300,11 +302,6 @@ def _text(value):
     if text is None:
         text = str(value)
     return text.encode("utf-8", "replace").decode()  # a lone surrogate would crash a tokenizer
-
-
-def _is_too_long(content):
-    parts = content if isinstance(content, list) else [content]
-    return any(isinstance(part, str) and len(part) > MAX_RESULT_CHARS for part in parts)
 
 
 def _cut(content):

@@ -55,6 +55,7 @@ does not run there, nor where there is no PID namespace. Windows has no way; the
 import asyncio
 import atexit
 import contextlib
+import functools
 import json
 import math
 import os
@@ -89,14 +90,8 @@ class Result:
 async def call(server: str, code: str) -> Result:
     """Runs `code` in a fresh process, a child of that server. Leaving, if only by a cancellation,
     kills the child: the server sees the socket close."""
-
-    async def hand_over(ctl, out):
-        if has_fork_server():
-            await _send(server, f"run {cpu_seconds()}", ctl, out)
-        else:
-            _popen_alone(f"one {cpu_seconds()}", ctl, out)
-
     data = encode(code)
+    hand_over = functools.partial(start, server, "run")
     for _ in range(3):  # a server that died left nothing of the call behind: run it again
         try:
             async with wall_clock():
@@ -135,98 +130,70 @@ async def exchange(
     """One call. `hand_over` gives the far ends of two sockets, made for this call alone, to who
     runs it: a session's code cannot speak in a later call. `session`: the socket on which the
     server tells the session's end. Raises ConnectionError if the sandbox died."""
+    loop = asyncio.get_running_loop()
     ctl, far_ctl = socket.socketpair()  # the code goes out here, and the reply comes in
     out, far_out = socket.socketpair()  # what the code writes
-    listener = _Listener(ctl, out, session)
+    sides = [ctl, out] if session is None else [ctl, out, session]
+    output = bytearray()
+    ended = loop.create_future()  # (the reply as bytes, whether the session has ended)
+
+    def read_output():
+        while len(output) <= OUTPUT_SIZE:
+            try:
+                chunk = out.recv(1 << 16)
+            except BlockingIOError:
+                return
+            if not chunk:  # all its writers have closed it, but may run on
+                loop.remove_reader(out)
+                return
+            output.extend(chunk)
+        if not ended.done():  # too long: no reply is waited for
+            ended.set_result((b"", True))
+
+    def read_message(side):
+        """Reads the one message that comes over `ctl` or `session`; b"" if it was closed."""
+        loop.remove_reader(side)
+        try:
+            message = side.recv(4096)
+        except ConnectionResetError:  # closed before it had read all that we sent
+            message = b""
+        if side is ctl and session is not None and not message:
+            return  # the session's end is told on `session`
+        if not ended.done():
+            ended.set_result((message, side is session))
+
     try:
+        # 1. the far ends go to who runs the code
         try:
             await hand_over(far_ctl, far_out)
         finally:
             far_ctl.close()
             far_out.close()
-        listener.start()
-        with contextlib.suppress(ConnectionError):  # it died: the listener says so
-            await listener.loop.sock_sendall(ctl, struct.pack("=I", len(data)) + data)
-        return await listener.result()
+
+        # 2. listen, and send the code
+        for side in sides:
+            side.setblocking(False)
+        loop.add_reader(out, read_output)
+        loop.add_reader(ctl, read_message, ctl)
+        if session is not None:
+            loop.add_reader(session, read_message, session)
+        with contextlib.suppress(ConnectionError):  # it died: read_message() sees that
+            await loop.sock_sendall(ctl, struct.pack("=I", len(data)) + data)
+
+        # 3. wait for the end
+        reply, session_ended = await ended
+        read_output()  # what was written before the reply
     finally:
-        listener.stop()
+        for side in sides:
+            loop.remove_reader(side)
         ctl.close()
         out.close()
 
-
-class _Listener:
-    """Collects what comes in over the sockets of one call, until it has ended."""
-
-    def __init__(self, ctl, out, session):
-        self.loop = asyncio.get_running_loop()
-        self.ctl = ctl
-        self.out = out
-        self.session = session
-        self.output = bytearray()
-        self.ended = self.loop.create_future()  # (reply as bytes, whether the session has ended)
-        for side in self._sides():
-            side.setblocking(False)
-
-    def _sides(self):
-        return [side for side in (self.out, self.ctl, self.session) if side is not None]
-
-    def start(self):
-        self.loop.add_reader(self.out, self._read_output)
-        self.loop.add_reader(self.ctl, self._read_reply)
-        if self.session is not None:
-            self.loop.add_reader(self.session, self._read_session_end)
-
-    def stop(self):
-        for side in self._sides():
-            self.loop.remove_reader(side)
-
-    async def result(self):
-        reply, session_ended = await self.ended
-        self._read_output()  # what was written before the reply
-        if self._is_too_long():
-            return Result(self.output, None, True)
-        return Result(self.output, _parse_reply(reply), session_ended)
-
-    def _is_too_long(self):
-        return len(self.output) > OUTPUT_SIZE
-
-    def _read_output(self):
-        while not self._is_too_long():
-            try:
-                chunk = self.out.recv(1 << 16)
-            except BlockingIOError:
-                return
-            if not chunk:  # all its writers have closed it, but may run on
-                self.loop.remove_reader(self.out)
-                return
-            self.output.extend(chunk)
-        self._end(b"", True)  # no reply is waited for
-
-    def _read_reply(self):
-        reply = self._receive(self.ctl)
-        if reply or self.session is None:  # else: the session's end is told on `session`
-            self._end(reply, False)
-
-    def _read_session_end(self):
-        self._end(self._receive(self.session), True)
-
-    def _receive(self, side):
-        """The one message that comes over it; b"" if it was closed instead."""
-        self.loop.remove_reader(side)
-        try:
-            return side.recv(4096)
-        except ConnectionResetError:  # closed before it had read all that we sent
-            return b""
-
-    def _end(self, reply, session_ended):
-        if not self.ended.done():
-            self.ended.set_result((reply, session_ended))
-
-
-def _parse_reply(reply):
+    if len(output) > OUTPUT_SIZE:
+        return Result(output, None, True)
     if not reply:
         raise ConnectionResetError("the sandbox died")
-    return json.loads(reply)
+    return Result(output, json.loads(reply), session_ended)
 
 
 def observation(result: Result, raised: int | None = fork_server.RAISED) -> str:
@@ -264,7 +231,10 @@ def layers(server: str = "light") -> dict[str, bool]:
                     time.sleep(0.005)
             else:
                 _popen("layers", far, far).wait()
-        return _parse_reply(near.recv(4096))
+        reply = near.recv(4096)
+    if not reply:
+        raise ConnectionResetError("the sandbox died")
+    return json.loads(reply)
 
 
 def has_fork_server() -> bool:
@@ -272,13 +242,16 @@ def has_fork_server() -> bool:
     return sys.platform == "linux"
 
 
-async def send_session(ctl: socket.socket, requests: socket.socket) -> None:
-    """Starts a session, whose calls come over `requests`; it ends when the other end of `ctl` is
-    closed. The server tells its end on `ctl`."""
+async def start(server: str, what: str, ctl: socket.socket, second: socket.socket) -> None:
+    """Starts a call ("run"), whose output comes over `second`, or a session ("session"), whose
+    calls go over it. Both end when the other end of `ctl` is closed; their end is told on it."""
+    message = f"{what} {cpu_seconds()}"
     if has_fork_server():
-        await _send("heavy", f"session {cpu_seconds()}", ctl, requests)
+        while not _try_send(server, message, ctl, second):
+            await asyncio.sleep(0.005)  # hundreds of calls wait for the server already
     else:
-        _popen_alone(f"session {cpu_seconds()}", ctl, requests)
+        process = _popen(message, ctl, second)
+        threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie
 
 
 # -- the servers
@@ -294,44 +267,30 @@ _servers = {}  # name -> _Server; one of each name per process of ours
 _locks = [threading.Lock()]  # one, in a list: a fork gets another
 
 
-async def _send(server, message, *sockets):
-    while not _try_send(server, message, *sockets):
-        await asyncio.sleep(0.005)  # hundreds of calls wait for the server already
-
-
 def _try_send(name, message, *sockets):
     """Hands a request and its sockets to the server, which is started if there is none that lives.
     False if its queue is full."""
     fds = [each.fileno() for each in sockets]
     with _locks[0]:
         for _ in range(2):
-            server = _running_server(name)
+            # 1. the server; if it has died, another
+            if name in _servers and _servers[name].process.poll() is not None:
+                _forget(name)
+            if name not in _servers:
+                near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                near.setblocking(False)
+                with far:
+                    _servers[name] = _Server(_popen(name, far, subprocess.DEVNULL), near)
+
+            # 2. hand it over
             try:
-                socket.send_fds(server.control, [message.encode()], fds)
+                socket.send_fds(_servers[name].control, [message.encode()], fds)
                 return True
             except BlockingIOError:
                 return False
             except ConnectionError:  # it died since it was looked at
-                server.process.wait()
+                _servers[name].process.wait()
     raise ConnectionResetError("the sandbox died")
-
-
-def _running_server(name):
-    """The server of that name; started if there is none, or it has died."""
-    if name in _servers and _servers[name].process.poll() is not None:
-        _forget(name)
-    if name not in _servers:
-        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        near.setblocking(False)
-        with far:
-            _servers[name] = _Server(_popen(name, far, subprocess.DEVNULL), near)
-    return _servers[name]
-
-
-def _popen_alone(what, first, second):
-    """For one call or session, where there is no server to end it."""
-    process = _popen(what, first, second)
-    threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie
 
 
 def _popen(what, stdin, stdout):
