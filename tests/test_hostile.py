@@ -583,7 +583,9 @@ async def calls(tool, codes, deadline):
         text, error, _ = await session.call(tool, {word: code})
         results.append((text, error))
         if error == "timeout":
-            box.timeout = PATIENCE  # the one that hangs has been stopped: those after it end
+            box.tools[
+                tool
+            ].timeout = PATIENCE  # the one that hangs has been stopped: those after it end
     await session.close()
     assert not box.leaked and not box.errors["close"]
     return results

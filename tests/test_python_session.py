@@ -123,9 +123,9 @@ def test_a_time_out_loses_the_state_and_the_next_call_says_so(way):
         box = toolbox()
         session = box.open()
         await play(session, "y = 1")
-        box.timeout = 0.5
+        box.tools["python_session"].timeout = 0.5
         stopped = await play(session, "while True: pass")
-        box.timeout = PATIENCE
+        box.tools["python_session"].timeout = PATIENCE
         after = await play(session, "'y' in globals()")
         await session.close()
         return stopped + after
