@@ -20,7 +20,6 @@ QUICK = {
     "test_deadline.py",
     "test_formats.py",
     "test_house.py",
-    "test_logprobs.py",
     "test_loss.py",
     "test_messages.py",
     "test_rewards.py",
