@@ -91,6 +91,9 @@ class Trajectory:
 # ---- for people: what each token is, the trajectory in colour
 
 
+LONGEST_GARBAGE = 32  # tokens that are no text, such as stray bytes: more are cut off in front
+
+
 def token_texts(ids: list[int], tokenizer) -> list[str]:
     """Decodes each token; joined, the texts are the text of all.
 
@@ -101,6 +104,7 @@ def token_texts(ids: list[int], tokenizer) -> list[str]:
     start = 0  # first token of what is decoded together
     shown = 0  # characters of ids[start:] that are out
     waiting = 0  # tokens since the last whole character
+    whole_until = 0  # tokens up to the end of the last whole character
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
         whole = text.rstrip("\ufffd")  # that stands for bytes which the next token may complete
@@ -116,11 +120,21 @@ def token_texts(ids: list[int], tokenizer) -> list[str]:
             whole = text
         texts.append(whole[shown:])
         shown = max(shown, len(whole))
-        alone = tokenizer.decode(ids[end - 1 : end], skip_special_tokens=False)
-        if not waiting and "\ufffd" not in alone:
-            # One token stays as context: some tokenizers strip the space of the first.
-            start = end - 1
-            shown = len(alone)
+        # What is decoded again and again must stay short. Something stays as context: some
+        # tokenizers strip the space of the first.
+        new_start = start
+        if waiting == 0:
+            alone = tokenizer.decode(ids[end - 1 : end], skip_special_tokens=False)
+            new_start = whole_until if "\ufffd" in alone else end - 1  # the last character
+            whole_until = end
+        elif end - start > LONGEST_GARBAGE:
+            new_start = end - LONGEST_GARBAGE // 2
+        if new_start > start:
+            context = tokenizer.decode(ids[new_start:end], skip_special_tokens=False)
+            not_out = len(text) - shown
+            if len(context) >= not_out and context.endswith(text[shown:]):
+                start = new_start
+                shown = len(context) - not_out
     return texts
 
 

@@ -77,7 +77,7 @@ def _gold_result(file, query, rows, seconds, row_number):
 # ---- what a query says
 
 _NO_SQL = re.compile(  # what stands in quotes, and comments
-    r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?(?:\*/|\Z)", re.S
+    r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*(?:\]|\Z)|--[^\n]*|/\*.*?(?:\*/|\Z)", re.S
 )
 _INNERMOST = re.compile(r"\([^()]*\)")  # parentheses without others in them
 

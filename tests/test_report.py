@@ -268,6 +268,41 @@ def test_bytes_that_are_no_text_do_not_stop_or_shift_the_pieces(tokenizer):
     assert token_texts(stray + emoji, tokenizer)[-1] == "😀"
 
 
+class ByteTokenizer:
+    """Each byte is a token; counts what it decodes."""
+
+    decoded = 0
+
+    def decode(self, ids, skip_special_tokens):
+        self.decoded += len(ids)
+        return bytes(ids).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "😀".encode() * 1000,
+        "é".encode() * 2000,
+        "汉\ufffd".encode() * 700,
+        "a\ufffd".encode() * 1000,
+        b"\xff" * 4000,
+        b"\xf0" * 4000,
+        b"\x80" * 4000,
+        b"\xf0\x9f" * 2000,
+        b"\xff" * 2000 + "😀".encode() * 500,
+        random.Random(0).randbytes(4000),
+    ],
+)
+def test_tokens_that_are_bytes_take_a_time_that_is_linear(data):
+    """C4: it was quadratic."""
+    tokenizer = ByteTokenizer()
+    pieces = token_texts(list(data), tokenizer)
+    assert tokenizer.decoded <= 60 * len(data)
+    assert len(pieces) == len(data)
+    assert "".join(pieces) == data.decode("utf-8", "replace")
+    assert ("😀" in pieces) == ("😀" in "".join(pieces))
+
+
 def test_a_tokenizer_that_strips_the_first_space_keeps_those_between_words():
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
