@@ -117,10 +117,9 @@ def _prompt(row, column, template, answer_column):
             raise UserError(f"its {column!r} is {prompt!r:.80}: expected text, or {form}")
         text = _fill(template, row, column, answer_column)
         return [{"role": "user", "content": text}]
-    messages = read_messages(prompt, column, is_prompt=True)
-    if template != "{prompt}":
+    if template != "{prompt}" and all(isinstance(message, dict) for message in prompt):
         raise UserError(f"prompt_template has no effect: {column!r} holds chat messages")
-    return messages
+    return read_messages(prompt, column, is_prompt=True)
 
 
 def _is_json_of_messages(text):
