@@ -89,6 +89,46 @@ REFUSED_WITHOUT_PID_NAMESPACE = {
     "rt_tgsigqueueinfo": (297, 240),
     "pidfd_send_signal": (424, 424),
 }
+# For a process that only reads, beside new processes and signals: what starts a program, and what
+# changes a file by its name. Of open() those that could write are refused: see OPENS.
+REFUSED_TO_READERS = {
+    "execve": (59, 221),
+    "execveat": (322, 281),
+    "openat2": (437, 437),  # its flags are where no filter can look
+    "creat": (85, None),
+    "truncate": (76, 45),
+    "rename": (82, None),
+    "renameat": (264, 38),
+    "renameat2": (316, 276),
+    "mkdir": (83, None),
+    "mkdirat": (258, 34),
+    "mknod": (133, None),
+    "mknodat": (259, 33),
+    "rmdir": (84, None),
+    "unlink": (87, None),
+    "unlinkat": (263, 35),
+    "link": (86, None),
+    "linkat": (265, 37),
+    "symlink": (88, None),
+    "symlinkat": (266, 36),
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "fchown": (93, 55),
+    "lchown": (94, None),
+    "fchownat": (260, 54),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+}
+OPENS = (((2, None), 1), ((257, 56), 2))  # open, openat: number, which argument has the flags
+MAY_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH_*
 
 # Constants of the kernel, by their names there.
@@ -106,6 +146,7 @@ MOUNT_ATTR_RDONLY_NOSUID = 0x1 | 0x2
 AT_RECURSIVE = 0x8000
 MADV_COLLAPSE = 25
 PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
 PR_SET_SECCOMP = 22
 PR_SET_NO_NEW_PRIVS = 38
 SECCOMP_MODE_FILTER = 2
@@ -240,13 +281,19 @@ def _write(path, text):
 
 
 def _enter_private_root(shown):
-    """A root of only what is needed, read-only. Built over /proc, which surely exists."""
+    """A root of only what is needed, read-only."""
     if sys.base_prefix.startswith("/tmp/"):
         raise OSError("python itself lies where the scratch directories will be mounted")
+    _change_root(functools.partial(_fill_private_root, shown))
+
+
+def _change_root(fill):
+    """Enters a root in which nothing can be written. fill() shows what it has, below /proc: it is
+    built there, as /proc surely exists."""
     libc("mount", None, b"/", None, MS_REC_PRIVATE, None)  # what follows is ours alone
     libc("mount", b"none", b"/proc", b"tmpfs", 0, b"size=1m,mode=755")
     try:
-        _fill_private_root(shown)
+        fill()
         read_only = struct.pack("=4Q", MOUNT_ATTR_RDONLY_NOSUID, 0, 0, 0)
         _syscall("mount_setattr", -1, b"/proc", AT_RECURSIVE, read_only, len(read_only))
         os.chdir("/proc")
@@ -417,8 +464,9 @@ X32 = 0x40000000  # the same calls, renumbered
 
 
 @functools.cache  # made once, in the server
-def seccomp_filter(pid_namespace: bool) -> tuple:
-    """The calls in REFUSED fail with EPERM. -> BPF program in its two C structures."""
+def seccomp_filter(pid_namespace: bool, only_reads: bool = False) -> tuple:
+    """The calls in REFUSED fail with EPERM. only_reads: those of a process that writes no file and
+    starts no program too. -> BPF program in its two C structures."""
     column, machine = MACHINES[os.uname().machine]
     program = [
         (LOAD, 0, 0, MACHINE),
@@ -435,6 +483,12 @@ def seccomp_filter(pid_namespace: bool) -> tuple:
             program += _refuse(numbers[column], FAIL_EPERM)
         program += _refuse_new_processes(column)
         program += _refuse_limits_of_others(column)
+    if only_reads:
+        program.append((LOAD, 0, 0, CALL_NUMBER))
+        for numbers in REFUSED_TO_READERS.values():
+            program += _refuse(numbers[column], FAIL_EPERM)
+        for numbers, argument in OPENS:
+            program += _refuse_bits(numbers[column], argument, MAY_WRITE)
     for name, first in REFUSED_FIRST.items():
         program += [
             (LOAD, 0, 0, CALL_NUMBER),
@@ -453,6 +507,19 @@ def _refuse(number, answer):
     if number is None:
         return []
     return [(IS, 0, 1, number), (ANSWER, 0, 0, answer)]
+
+
+def _refuse_bits(number, argument, bits):
+    """Refuses the call if that argument has one of these bits."""
+    if number is None:
+        return []
+    return [
+        (LOAD, 0, 0, CALL_NUMBER),
+        (IS, 0, 3, number),
+        (LOAD, 0, 0, FIRST_ARGUMENT + 8 * argument),
+        (HAS_BIT, 0, 1, bits),
+        (ANSWER, 0, 0, FAIL_EPERM),
+    ]
 
 
 def _refuse_new_processes(column):
@@ -477,11 +544,74 @@ def _refuse_limits_of_others(column):
     ]
 
 
-def refuse_calls(pid_namespace: bool) -> None:
+def refuse_calls(pid_namespace: bool, only_reads: bool = False) -> None:
     if os.uname().machine not in MACHINES:
         raise OSError("no seccomp filter for this machine")
-    structure, _ = seccomp_filter(pid_namespace)
+    structure, _ = seccomp_filter(pid_namespace, only_reads)
     libc("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, structure, 0, 0)
+
+
+# -- a process that reads one file
+
+
+def confine_reader(file: str) -> tuple[str, dict[str, bool]]:
+    """Puts around this process, for good, what leaves it one file to read, and nothing to write.
+    -> the path by which it finds the file from now on, and which of the layers are there."""
+    active = dict.fromkeys(LAYERS, False)
+    if sys.platform != "linux":
+        return file, active
+
+    # 1. namespaces: no network, and of the machine's files that one
+    active["network_namespace"] = works(_unshare) or works(_unshare_as_user)
+    if active["network_namespace"]:
+        active["private_root"] = works(functools.partial(_change_root, lambda: _show_one(file)))
+    if active["private_root"]:
+        file = ONE_FILE
+
+    # 2. who we are
+    if os.geteuid() == 0:
+        active["own_user"] = works(functools.partial(_become_reader_of, file))
+
+    def no_capabilities():
+        _syscall("capset", struct.pack("=Ii", 0x20080522, 0), bytes(24))
+
+    def no_new_privileges():
+        libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+    # 3. what the kernel does for us
+    active["no_capabilities"] = works(no_capabilities)
+    libc("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody reads our memory; first: seccomp may not
+    active["no_new_privileges"] = works(no_new_privileges)
+    active["seccomp"] = works(functools.partial(refuse_calls, False, only_reads=True))
+    return file, active
+
+
+ONE_FILE = "/file"  # where it is shown
+
+
+def _show_one(file):
+    _bind(file, f"/proc{ONE_FILE}")
+    for path in ("/dev/urandom", "/etc/localtime", "/usr/share/zoneinfo"):
+        _bind(path, f"/proc{path}")
+
+
+def _become_reader_of(file):
+    """Gives up root for a user who has nothing on this machine, if that one may read the file, else
+    for its owner. Raises OSError where that is root, or nobody: a container may forbid it."""
+    owner = os.stat(file)
+    for uid, gid in ((FIRST_UID, FIRST_UID), (owner.st_uid, owner.st_gid)):
+        os.setgroups([])
+        os.setegid(gid)
+        os.seteuid(uid)  # for now: it can be taken back
+        may_read = os.access(file, os.R_OK, effective_ids=True)
+        os.seteuid(0)
+        os.setegid(0)
+        if may_read:
+            os.setresgid(gid, gid, gid)
+            os.setresuid(uid, uid, uid)
+            if uid != 0:
+                return
+    raise OSError("only root may read it")
 
 
 # -- elsewhere
