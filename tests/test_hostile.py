@@ -450,6 +450,78 @@ OTHERS = {
     ),
 }  # fmt: skip
 
+# C2: one call, or one trajectory, reaches another
+PAIR = TRY + "import socket as s\na, b = s.socketpair(s.AF_UNIX, s.SOCK_DGRAM)\n"
+SECCOMP = ("seccomp",)
+REACHES = {
+    "names a datagram socket": Program(
+        PAIR + "attempt(a.bind, '\\0MARK')\nattempt(b.bind, 'file')\nprint('end')", None,
+        "refused PermissionError\nrefused PermissionError\nend", layers=SECCOMP,
+    ),
+    "asks for a name": Program(
+        PAIR + "attempt(a.bind, b'')\nattempt(a.listen)\nprint('end')", None,
+        "refused PermissionError\nrefused PermissionError\nend", layers=SECCOMP,
+    ),
+    "connects a pair to another name": Program(
+        PAIR + "attempt(a.connect, '\\0MARK')\nprint('end')", None,
+        "refused PermissionError\nend", layers=SECCOMP,
+    ),
+    "undoes the connection of a pair (AF_UNSPEC)": Program(
+        PAIR + LIBC + "print(libc.connect(a.fileno(), bytes(16), 16), ctypes.get_errno())", None,
+        "-1 1", layers=SECCOMP,
+    ),
+    "sends to a name": Program(
+        PAIR + "attempt(a.sendto, b'x', '\\0MARK')\nprint('end')", None,
+        "refused PermissionError\nend", layers=SECCOMP,
+    ),
+    "sends a message to a name": Program(
+        PAIR + "attempt(a.sendmsg, [b'x'], [], 0, '\\0MARK')\nprint('end')", None,
+        "refused PermissionError\nend", layers=SECCOMP,
+    ),
+    "sends many messages": Program(
+        PAIR + LIBC + "print(libc.sendmmsg(a.fileno(), bytes(64), 1, 0), ctypes.get_errno())",
+        None, "-1 1", layers=SECCOMP,
+    ),
+    "passes a descriptor of its scratch": Program(
+        PAIR + "f = open('f', 'w')\nattempt(s.send_fds, a, [b'x'], [f.fileno()])\nprint('end')",
+        None, "refused PermissionError\nend", layers=SECCOMP,
+    ),
+    "a session keeps the scratch of others": Program(
+        ("x = 1", PAIR + "attempt(s.send_fds, a, [b'x'], [0])\nattempt(b.bind, '\\0MARK')"), None,
+        "refused PermissionError\nrefused PermissionError", layers=SECCOMP, tool="python_session",
+    ),
+    "signals by a lock on the library": Program(
+        TRY + "import fcntl, os, struct\nf = open(os.__file__)\n"
+        "attempt(fcntl.flock, f, fcntl.LOCK_EX)\n"
+        "lock = struct.pack('hhqqi', fcntl.F_WRLCK, 0, 0, 0, 0)\n"
+        "attempt(fcntl.fcntl, f, fcntl.F_GETLK, lock)\nattempt(fcntl.fcntl, f, 36, lock)",
+        None, "\n".join(["refused PermissionError"] * 3), layers=SECCOMP,
+    ),
+    "signals by a lease or a notice": Program(
+        TRY + "import fcntl, os\nf = open(os.__file__)\nd = os.open('/', os.O_RDONLY)\n"
+        "attempt(fcntl.fcntl, f, fcntl.F_SETLEASE, fcntl.F_RDLCK)\n"
+        "attempt(fcntl.fcntl, f, fcntl.F_GETLEASE)\n"
+        "attempt(fcntl.fcntl, d, fcntl.F_NOTIFY, fcntl.DN_ACCESS)",
+        None, "\n".join(["refused PermissionError"] * 3), layers=SECCOMP,
+    ),
+    "watches who opens the library": Program(
+        LIBC + "print(libc.inotify_init1(0), libc.inotify_init(), libc.fanotify_init(0, 0))", None,
+        "-1 -1 -1", layers=SECCOMP,
+    ),
+    "signals by a lock from bash": Program(
+        "exec 9</bin/sh; flock -n 9 && echo DONE; echo end", None, "end",
+        layers=(*NS, *SECCOMP), tool="bash",
+    ),
+    "takes a descriptor of another process": Program(
+        LIBC + "print(libc.syscall(434, PARENT, 0), libc.syscall(438, 3, 0, 0))", None, "-1 -1",
+        layers=SECCOMP,
+    ),
+    "takes a descriptor of its own parent": Program(
+        TRY + "import os\nattempt(os.pidfd_open, os.getppid() or 1)", None,
+        "refused PermissionError", layers=SECCOMP,
+    ),
+}  # fmt: skip
+
 FAKE = "b'{\"exit\": 0}'"
 WRITE_ALL = (
     "import os\nfor fd in range(3, 64):\n    try: os.write(fd, "
@@ -545,7 +617,7 @@ SESSIONS = {
          "6 * 7"), "any", tool="python_session",
     ),
 }  # fmt: skip
-CORPUS = PROCESSES | MEMORY | OUTPUT | FILES | OTHERS | SESSIONS
+CORPUS = PROCESSES | MEMORY | OUTPUT | FILES | OTHERS | REACHES | SESSIONS
 
 HONEST = (  # tool, code, observation
     *[("python", f"print({i} * 7)", str(i * 7)) for i in range(18)],
@@ -710,7 +782,8 @@ def test_hostile_program_is_held_and_answered(world, name):
 
 def test_there_are_at_least_sixty_kinds():
     assert len(CORPUS) >= 60 and len(HONEST) == 32
-    assert sum(map(len, (PROCESSES, MEMORY, OUTPUT, FILES, OTHERS, SESSIONS))) == len(CORPUS)
+    kinds = (PROCESSES, MEMORY, OUTPUT, FILES, OTHERS, REACHES, SESSIONS)
+    assert sum(map(len, kinds)) == len(CORPUS)
     assert {layer for p in CORPUS.values() for layer in p.layers} <= set(sandbox.layers())
 
 

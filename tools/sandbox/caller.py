@@ -27,9 +27,12 @@ What is covered, where layers() says so (Linux, root or not):
     own_user           if we are root: an unprivileged user id
     user_namespace     one per call: its own count of processes, and no way to nest another
     no_capabilities, no_new_privileges
-    seccomp            no socket(), ptrace(), mount() and such, and nothing that lives on or that no
-                       limit counts (System V IPC, memfd). Without a PID namespace (Docker's
-                       default) no new process and no signal either: to kill one is to kill all
+    seccomp            no socket(), ptrace(), mount() and such; nothing that lives on or that no
+                       limit counts (System V IPC, memfd); nothing by which one call reaches another
+                       (bind, connect, sendmsg, flock, leases, inotify, others' descriptors; SQLite
+                       needs such locks for its write-ahead log, not for its other journals).
+                       Without a PID namespace (Docker's default) no new process and no signal
+                       either: to kill one is to kill all
     limit_...          the constants of confine.py, also elsewhere. There limit_processes means no
                        new process at all, since those that the user has are counted
     Always: own session and process group, killed whole when the call ends, the deadline comes, the

@@ -54,8 +54,19 @@ NUMBERS = {
     "prlimit64": (302, 261),
     "prctl": (157, 167),
     "clone3": (435, 435),
+    "sendto": (44, 206),
+    "fcntl": (72, 25),
 }
 REFUSED_FIRST = {"prctl": 1}  # by first argument: PR_SET_PDEATHSIG, which ends what we started
+# By second argument: what tells one call of another by a file that both can read. The locks that
+# fcntl sets do not: to see one takes a file that is open for writing.
+REFUSED_FCNTL = {
+    "F_GETLK": 5,
+    "F_OFD_GETLK": 36,
+    "F_SETLEASE": 1024,
+    "F_GETLEASE": 1025,
+    "F_NOTIFY": 1026,
+}
 REFUSED = {
     "socket": (41, 198),
     "io_uring_setup": (425, 425),
@@ -78,6 +89,21 @@ REFUSED = {
     "mq_open": (240, 180),
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
+    # by these one call reaches another: a socket of socketpair() can be named, and can ask for a
+    # name, and descriptors pass by sendmsg; of sendto() what has an address is refused
+    "bind": (49, 200),
+    "connect": (42, 203),
+    "listen": (50, 201),
+    "accept": (43, 202),
+    "accept4": (288, 242),
+    "sendmsg": (46, 211),
+    "sendmmsg": (307, 269),
+    "flock": (73, 32),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
+    "pidfd_open": (434, 434),
+    "pidfd_getfd": (438, 438),
 }
 REFUSED_WITHOUT_PID_NAMESPACE = {
     "fork": (57, None),
@@ -483,6 +509,9 @@ def seccomp_filter(pid_namespace: bool, only_reads: bool = False) -> tuple:
             program += _refuse(numbers[column], FAIL_EPERM)
         program += _refuse_new_processes(column)
         program += _refuse_limits_of_others(column)
+    program += _refuse_addresses(column)
+    for command in REFUSED_FCNTL.values():
+        program += _refuse_value(NUMBERS["fcntl"][column], 1, command)
     if only_reads:
         program.append((LOAD, 0, 0, CALL_NUMBER))
         for numbers in REFUSED_TO_READERS.values():
@@ -490,13 +519,7 @@ def seccomp_filter(pid_namespace: bool, only_reads: bool = False) -> tuple:
         for numbers, argument in OPENS:
             program += _refuse_bits(numbers[column], argument, MAY_WRITE)
     for name, first in REFUSED_FIRST.items():
-        program += [
-            (LOAD, 0, 0, CALL_NUMBER),
-            (IS, 0, 3, NUMBERS[name][column]),
-            (LOAD, 0, 0, FIRST_ARGUMENT),
-            (IS, 0, 1, first),
-            (ANSWER, 0, 0, FAIL_EPERM),
-        ]
+        program += _refuse_value(NUMBERS[name][column], 0, first)
     program.append((ANSWER, 0, 0, ALLOW))
     instructions = [struct.pack("=HBBI", *instruction) for instruction in program]
     code = ctypes.create_string_buffer(b"".join(instructions))
@@ -507,6 +530,31 @@ def _refuse(number, answer):
     if number is None:
         return []
     return [(IS, 0, 1, number), (ANSWER, 0, 0, answer)]
+
+
+def _refuse_value(number, argument, value):
+    """Refuses the call if that argument is this."""
+    return [
+        (LOAD, 0, 0, CALL_NUMBER),
+        (IS, 0, 3, number),
+        (LOAD, 0, 0, FIRST_ARGUMENT + 8 * argument),
+        (IS, 0, 1, value),
+        (ANSWER, 0, 0, FAIL_EPERM),
+    ]
+
+
+def _refuse_addresses(column):
+    """sendto() with an address, its fifth argument; send() is the same call without."""
+    address = FIRST_ARGUMENT + 8 * 4
+    return [
+        (LOAD, 0, 0, CALL_NUMBER),
+        (IS, 0, 5, NUMBERS["sendto"][column]),
+        (LOAD, 0, 0, address),
+        (IS, 0, 2, 0),
+        (LOAD, 0, 0, address + 4),  # the upper half
+        (IS, 1, 0, 0),
+        (ANSWER, 0, 0, FAIL_EPERM),
+    ]
 
 
 def _refuse_bits(number, argument, bits):
