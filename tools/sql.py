@@ -32,7 +32,7 @@ from contextlib import suppress
 from run.config import UserError, near
 from run.worker import Worker, WorkerDied
 from tools import ToolError
-from tools.sandbox import queries
+from tools.sandbox import caller, queries
 from tools.sandbox.queries import CELL, shown
 
 QUERY_SIZE = 100_000  # bytes
@@ -69,6 +69,7 @@ class sql:
                 "expected 1 or more, and seconds above 0"
             )
         _check(self.path)
+        _report_layers(self.path)
         file = os.stat(self.path)
         self.key = f"{os.path.abspath(self.path)} {file.st_size} {file.st_mtime_ns}"
         self.rows = rows
@@ -216,6 +217,18 @@ def _ask(path, request, seconds):
     if "error" in reply:
         raise ToolError("exception", _explained(reply, request.get("query", "")))
     return reply
+
+
+WANTED = ("network_namespace", "private_root", "no_capabilities", "no_new_privileges", "seccomp")
+_layers = {}  # of the workers on this system, once it is known
+
+
+def _report_layers(path):
+    """Prints, once, which layers there are not around the workers."""
+    if not _layers:
+        with suppress(ToolError):  # a busy machine: the next one will say it
+            _layers.update(_ask(path, {"layers": True}, DESCRIBE_SECONDS)["layers"])
+    caller.report([name for name in WANTED if _layers and not _layers[name]], "sql")
 
 
 def _take_idle(file):

@@ -1,7 +1,7 @@
 """What is put around a process that runs code which a model wrote: how each layer is made.
 
 caller.py says what the layers cover, and what they do not; fork_server.py puts them around. But for
-the constants this is used in the sandbox's own processes, never in the trainer.
+the constants and hide_memory() this is used in the sandbox's own processes, never in the trainer.
 
 seccomp: a filter of our own, as a library gives none here: pyseccomp is a wrapper from 2021 around
 the system's libseccomp, which is not everywhere, for the few lines of seccomp_filter().
@@ -210,6 +210,11 @@ def works(step) -> bool:
     except (OSError, ValueError):  # ValueError: setrlimit(), of a limit that macOS refuses
         return False
     return True
+
+
+def hide_memory() -> None:
+    """No other process of this user reads this one's memory and environment, or traces it."""
+    libc("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 # -- limits
@@ -628,7 +633,7 @@ def confine_reader(file: str) -> tuple[str, dict[str, bool]]:
 
     # 3. what the kernel does for us
     active["no_capabilities"] = works(no_capabilities)
-    libc("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody reads our memory; first: seccomp may not
+    hide_memory()
     active["no_new_privileges"] = works(no_new_privileges)
     active["seccomp"] = works(functools.partial(refuse_calls, False, only_reads=True))
     return file, active

@@ -70,6 +70,7 @@ def serve(
         active = confine.enter_namespaces(_shown_inside(kind, folders))
         prepare(["/packages"] if active["private_root"] else folders)
         loaded = confine.use_huge_pages(maps.read())
+    confine.hide_memory()  # and that of each call: they may be of one user
     confine.allow_open_files(MAX_FD)  # three per call
     active = confine.probe(active, confine.limits_of(loaded, False, confine.CPU_SECONDS))
     if active["seccomp"]:
@@ -322,6 +323,8 @@ def serve_one(run: Callable, is_session: bool, cpu: int) -> None:
     os.dup2(null, 0)
     os.dup2(null, 1)
     scratch = tempfile.mkdtemp(prefix=f"nanotool-{os.getppid()}-")
+    if sys.platform == "linux":
+        confine.hide_memory()
     pid = os.fork()
     if pid == 0:
 
