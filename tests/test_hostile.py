@@ -744,7 +744,12 @@ def world(tmp_path_factory):
 
 
 def descriptors(pid):
-    return len(os.listdir(f"/proc/{pid}/fd"))
+    """0 of a process that hides them from its own user, as servers do in one mode (C3)."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    except PermissionError:
+        assert os.geteuid() != 0
+        return 0
 
 
 def children(pid):

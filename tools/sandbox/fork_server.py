@@ -70,9 +70,10 @@ def serve(
         active = confine.enter_namespaces(_shown_inside(kind, folders))
         prepare(["/packages"] if active["private_root"] else folders)
         loaded = confine.use_huge_pages(maps.read())
-    confine.hide_memory()  # and that of each call: they may be of one user
     confine.allow_open_files(MAX_FD)  # three per call
     active = confine.probe(active, confine.limits_of(loaded, False, confine.CPU_SECONDS))
+    if not (active["own_user"] or active["private_root"]):
+        confine.hide_memory()  # and that of each call: all are of one user
     if active["seccomp"]:
         confine.seccomp_filter(active["pid_namespace"])  # made once, before any fork
 
