@@ -750,7 +750,7 @@ NO_SESSION = {
 
 @pytest.mark.parametrize("way", NO_SESSION)
 def test_a_server_that_has_forgotten_the_session_is_connected_again(toolbox, scripted, way):
-    """B3: it was started anew, say. It has done nothing, so the call is repeated, once."""
+    """B3: it was started anew, say. The model is told, as its state is lost; then all is well."""
     scripted.session = "1"
     scripted.no_session = NO_SESSION[way]
     box = toolbox(x={"url": scripted.url}, box={"options": ["do.retries=0"]})
@@ -762,10 +762,11 @@ def test_a_server_that_has_forgotten_the_session_is_connected_again(toolbox, scr
                 return (await session.call("do", asked))[:2]
 
             assert await call() == ("done", None)
-            scripted.session = "2"
-            assert await asyncio.gather(*(call() for _ in range(4))) == [("done", None)] * 4
-            scripted.session = "3"
-            assert await call() == ("done", None)
+            for session_id in ("2", "3"):
+                scripted.session = session_id
+                text, error = await call()
+                assert error == "server" and text.endswith("starts it again, without its state")
+                assert await asyncio.gather(*(call() for _ in range(4))) == [("done", None)] * 4
             # its own error, which only speaks of something else
             assert await call(code=-32001) == ("error: own", "exception")
             before = len(scripted.seen)
@@ -775,25 +776,21 @@ def test_a_server_that_has_forgotten_the_session_is_connected_again(toolbox, scr
     asyncio.run(scene())
 
 
-def test_a_server_that_never_knows_a_session_is_an_observation_and_no_loop(toolbox, scripted):
+def test_calls_at_once_that_lose_a_session_make_one_new_connection(toolbox, scripted):
     """B3."""
     scripted.session = "1"
     scripted.no_session = NO_SESSION["200 and -32001"]
     box = toolbox(x={"url": scripted.url}, box={"options": ["do.retries=0"]})
-    wrong = {"code": -32001, "message": "Session not found"}
-
-    def always(handler, said):
-        handler.reply(200, said | {"error": wrong})
 
     async def scene():
         async with opened(box) as session:
             await session.call("do", {})
-            scripted.no_session = always
-            scripted.result = None
-            scripted.session = "2"
             before = [method for method, _ in scripted.seen].count("initialize")
-            content, error, _ = await session.call("do", {"code": -32001})
-            assert error == "exception" and content == "error: own"
+            scripted.session = "2"
+            results = await asyncio.gather(*(session.call("do", {"n": n}) for n in range(4)))
+            assert {error for _, error, _ in results} <= {"server", None}
+            results = await asyncio.gather(*(session.call("do", {"n": n}) for n in range(4)))
+            assert [result[:2] for result in results] == [("done", None)] * 4
             assert [method for method, _ in scripted.seen].count("initialize") == before + 1
 
     asyncio.run(scene())

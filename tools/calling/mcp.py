@@ -208,7 +208,6 @@ class Connection:
     def __init__(self, server: Server, example: dict | None = None):
         self.server = server
         self._link = None
-        self._without_session = []  # links whose session the server has forgotten: see _call
 
     async def call(self, name: str, arguments: dict) -> str | list | None:
         """What the tool returns: see content(). Raises ToolError, NetworkError."""
@@ -223,9 +222,7 @@ class Connection:
         """Ends the connection, and the process of a command with all its children."""
         await _on_its_loop(self._close())
 
-    async def _call(self, name, arguments, again=True):
-        """again: whether the call may be repeated, if the server has forgotten our session and so
-        has done nothing."""
+    async def _call(self, name, arguments):
         link = await self._connected()
         http_errors = []
         _http_errors.set(http_errors)
@@ -239,13 +236,12 @@ class Connection:
             if error.code == types.INTERNAL_ERROR and is_busy:
                 why = f"is busy (HTTP {http_errors[-1]}: {error.message})"
                 raise NetworkError(f"error: the MCP server {self.server.name!r} {why}") from None
-            if self._is_session_lost(error, http_errors) and again:
-                self._forget(link)
-                self._without_session.append(link)  # not closed: other calls may be in it
-                return await self._call(name, arguments, again=False)
-            if error.code not in MAYBE_LOST or await _answers(link.client):
-                # its own answer: it is well
-                raise ToolError("exception", f"error: {error.message}") from None
+            # not repeated on a new session, though nothing was done: the model has to know that
+            # what it did before is lost
+            if not self._is_session_lost(error, http_errors):
+                if error.code not in MAYBE_LOST or await _answers(link.client):
+                    # its own answer: it is well
+                    raise ToolError("exception", f"error: {error.message}") from None
         except ValidationError as error:
             raise ToolError("exception", f"error: {_invalid(error)}") from None
         finally:
@@ -291,12 +287,10 @@ class Connection:
         return is_first
 
     async def _close(self):
-        links = [self._link, *self._without_session]
+        link = self._link
         self._link = None
-        self._without_session = []
-        for link in links:
-            if link is not None:
-                await link.close()
+        if link is not None:
+            await link.close()
 
 
 async def _answers(client):
