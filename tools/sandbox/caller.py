@@ -291,7 +291,7 @@ def report(missing: list[str], what: str) -> None:
     """Prints one line, once, that names the layers which `what` lacks here."""
     line = (
         f"{what}: this system lacks {', '.join(missing)}: "
-        "docs/questions.md says what that lets through"
+        "docs/tools.md says what that lets through"
     )
     if missing and line not in _reported:
         _reported.add(line)
