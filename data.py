@@ -173,7 +173,17 @@ def _answer(value, column, after):
 
 def _database(row, template, prompt_template):
     """What a row's SQLite file adds to it: database, its path, and schema, if the prompt has it."""
-    path = re.sub(r"\{(\w+)\}", lambda match: str(_column(row, match[1], "database")), template)
+    is_whole_path = re.fullmatch(r"\{\w+\}", template) is not None
+
+    def value(match):
+        text = str(_column(row, match[1], "database"))
+        leaves = text.startswith("/") or ".." in text.split("/") or "\0" in text
+        if leaves and not is_whole_path:
+            why = f"would leave the folder that database = {template!r} names"
+            raise UserError(f"its {match[1]!r} is {text!r}, which {why}: write a name without ..")
+        return text
+
+    path = re.sub(r"\{(\w+)\}", value, template)
     if not Path(path).is_file():
         raise UserError(f"its database {path!r} is no file: check database = {template!r}")
     if "{schema}" not in prompt_template:

@@ -70,6 +70,12 @@ def matches(said, gold, shop, **options):
         ("SELECT name FROM items", "SELECT name, 1 FROM items", 0),
         ("SELECT name FROM items ORDER BY price", "SELECT name FROM items ORDER BY price", 1),
         ("SELECT name FROM items ORDER BY price", "SELECT name FROM items ORDER BY price DESC", 0),
+        # A24: tokens, not text
+        ("SELECT name FROM items ORDER/**/BY price", "SELECT name FROM items", 0),
+        ("SELECT name FROM items order /* x */ by price", "SELECT name FROM items", 0),
+        ("SELECT name FROM items ORDER--\nBY price DESC", "SELECT name FROM items", 0),
+        ("SELECT name FROM items --ORDER BY x", "SELECT name FROM items ORDER BY price DESC", 1),
+        ("SELECT name FROM/**/items ORDER/**/BY price", "SELECT name FROM items ORDER BY price", 1),
         (
             "SELECT name FROM (SELECT name FROM items ORDER BY price) WHERE name != 'order by (x'",
             "SELECT name FROM items ORDER BY price DESC",
