@@ -411,6 +411,7 @@ def train(cfg: Config) -> dict:
 
     # 2. where it goes on: weights, optimizers and random generators of the last checkpoint
     state = run.restore(model, optimizers) or {"step": 0, "metrics": {}}
+    run.try_saving(model, tokenizer)
     first_step = state["step"]
     metrics = state["metrics"]
     order = row_order(len(samples), steps * cfg.batch_size, cfg.seed)
