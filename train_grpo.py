@@ -35,6 +35,7 @@ from run import config
 
 if __name__ == "__main__":
     config.answer_help(__file__)  # before torch takes its second to load
+    config.say_at_once("loading torch, then data and model: some seconds until the first step")
 
 import torch
 

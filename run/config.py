@@ -143,7 +143,7 @@ def main(run):
     try:
         run(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -156,6 +156,17 @@ def main(run):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)  # what a shell reports for a program that Ctrl-C ended
+
+
+def _printable(message):
+    """The message without what a terminal obeys: it may quote a model, a server or a data set."""
+    shown = [c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message]
+    return "".join(shown)
+
+
+def say_at_once(text):
+    """Prints a line before what takes long is imported: a screen that stays dark looks broken."""
+    print(text, flush=True)
 
 
 def answer_help(file, other=None, keys=()):
@@ -296,8 +307,9 @@ def near(name, names):
 
 
 def _unknown(key, names, where=""):
+    is_spelling = key.lower().replace("-", "_") in names
     there = translation(key)
-    if there:  # before what is near by spelling: max_steps is no max_tokens
+    if there and not is_spelling:  # before what is near by spelling: max_steps is no max_tokens
         return f"unknown key {key!r}{where}: in nanotool, {there} (docs/coming_from_trl.md)"
     hint = near(key, names)
     if not hint:

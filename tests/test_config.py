@@ -158,6 +158,7 @@ def test_an_unknown_key_names_the_nearest():
         ("importance_sampling_level", "loss=gspo"),
         ("use_vllm", "engine=vllm"),
         ("warmup_ratio", "warmup, in steps"),
+        ("save_total_limit", "save_every; two checkpoints stay"),
         ("top_p", "none: training on a distribution that was cut is biased"),
         ("canary", "--engine_options=canary=false"),
         ("sleep", "--engine_options=sleep=false, of engine=vllm"),
@@ -170,6 +171,14 @@ def test_a_name_of_another_trainer_or_an_old_key_is_translated(key, ours):
     assert complaint([f"--{key}=1"]) == f"unknown key {key!r}: {says}"
     if key.isidentifier():
         assert complaint(write(f"{key} = 1")) == f"unknown key {key!r} in calc.py: {says}"
+
+
+def test_a_key_of_the_other_script_is_translated():
+    """D2: epochs are SFT's, steps are GRPO's."""
+    for cls, key in ((train_grpo.Config, "epochs"), (train_sft.Config, "steps")):
+        with pytest.raises(UserError, match=f"^unknown key '{key}': in nanotool, .*SFT: epochs"):
+            parse(cls, [f"--{key}=3"])
+        assert key not in cls.__dataclass_fields__
 
 
 def test_the_table_of_names_is_one_and_says_what_there_is():
@@ -189,7 +198,7 @@ def test_the_table_of_names_is_one_and_says_what_there_is():
 
 # What the right column has beside keys.
 WORDS = set("token-mean dapo grpo low_var_kl cispo token_truncate token_mask WANDB_PROJECT".split())
-WORDS |= {"entropy", "sequence_mask", "messages"}
+WORDS |= {"entropy", "sequence_mask", "messages", "Config", "async"}
 
 
 @pytest.mark.parametrize(
@@ -455,6 +464,37 @@ def test_help_may_be_cut_short(script):
     done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
     os.close(write_end)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("script", ["train_grpo.py", "train_sft.py", "demo.py"])
+def test_a_line_is_said_before_anything_slow_is_loaded(script):
+    """D1: the first seconds were silent. Here torch cannot even be imported."""
+    write("raise ImportError('no torch here')", "torch.py")
+    code, out, err = run(f"{ROOT}/{script}", path=os.getcwd())
+    assert code == 1 and "no torch here" in err
+    assert out == "loading torch, then data and model: some seconds until the first step\n"
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("\x1b[2Jgone", "\\x1b[2Jgone"),
+        ("\x1b]52;c;aGk=\x07", "\\x1b]52;c;aGk=\\x07"),
+        ("\x9b31m", "\\x9b31m"),
+        ("a\u202eb", "a\\u202eb"),
+        ("\ud800", "\\ud800"),
+        ("wörter, 数, 👍\nline", "wörter, 数, 👍\nline"),
+    ],
+)
+def test_a_mistake_that_quotes_control_characters_shows_them_escaped(text, shown, capsys):
+    """C6: what a model, a server or a data set says may be a part of the message."""
+
+    def fails(argv):
+        raise UserError(text)
+
+    with pytest.raises(SystemExit):
+        config.main(fails)
+    assert capsys.readouterr().err == f"error: {shown}\n"
 
 
 def test_help_is_not_answered_unasked(monkeypatch):
