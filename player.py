@@ -72,6 +72,7 @@ class Player:
                 lora_targets=cfg.lora_targets,
                 seed=cfg.seed,
             )
+            models.check_positions(model, cfg.model, cfg.max_tokens)
         settings = Settings.of(cfg)
         return cls(chat, None, toolbox, rewards, settings, None, model, examples, cfg)
 

@@ -363,6 +363,8 @@ def setup(cfg: Config):
             lora_targets=cfg.lora_targets,
             seed=cfg.seed,
         )
+    longest = max(len(ids) for ids, _ in (*samples, *held_out))
+    models.check_positions(model, cfg.model, longest)
     if cfg.packing:
         check_packing(model, cfg.model)
     summary = (

@@ -314,6 +314,30 @@ def _check_vocabulary(model, tokenizer, name: str) -> None:
             )
 
 
+def check_positions(model, name: str, max_tokens: int) -> None:
+    """Checks that all positions of a trajectory of max_tokens are computed alike, whoever stands
+    beside it in a batch; UserError if not. Beyond a length some models (Phi-3.5: longrope; dynamic
+    scaling) take other factors for all rows of a forward pass, short ones too: then sampler and
+    trainer are not one function."""
+    settings = model.config.get_text_config()
+    positions = getattr(settings, "max_position_embeddings", None)
+    why = f"the model has {positions} positions"
+    rope = getattr(settings, "rope_parameters", None) or {}
+    by_layer = [value for value in rope.values() if isinstance(value, dict)]
+    for part in (rope, *by_layer):  # of all layers, or by their type
+        original = part.get("original_max_position_embeddings")
+        if part.get("rope_type") == "longrope" and original:
+            positions = original
+            why = f"beyond {original} tokens its positions are others, for all of a batch"
+        elif part.get("rope_type") == "dynamic":
+            why = f"beyond {positions} tokens its positions are others, for all of a batch"
+    if positions and max_tokens > positions:
+        raise UserError(
+            f"max_tokens = {max_tokens} with model = {name!r}: {why}, so use "
+            f"--max_tokens={positions} or less"
+        )
+
+
 def mend_generation_config(model, name: str) -> None:
     """Makes generation_config one that transformers agrees to save: it loads a temperature without
     do_sample, and refuses to write it when all is trained."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import train_grpo
+import train_sft
 from learning import checkpoint, merge
 from learning import model as models
 from run import config
@@ -302,6 +303,45 @@ def test_an_adapter_on_a_folder_of_four_bits_is_not_merged(four_bits, tmp_path):
     with pytest.raises(UserError, match=r"its base .* has weights that are rounded \(bitsandbytes"):
         merge.merge(merge.Config(f"{tmp_path}/adapter", f"{tmp_path}/merged"))
     assert not (tmp_path / "merged").exists()
+
+
+def rope(kind, **values):
+    return {"rope_type": kind, "rope_theta": 10000.0, **values}
+
+
+@pytest.mark.parametrize(
+    "parameters, most",
+    [
+        (rope("default"), 4096),
+        (rope("longrope", original_max_position_embeddings=1024), 1024),
+        (rope("dynamic", factor=2.0), 4096),
+        (rope("yarn", factor=4.0, original_max_position_embeddings=1024), 4096),
+        ({"full_attention": rope("longrope", original_max_position_embeddings=512)}, 512),
+    ],
+)
+def test_more_tokens_than_a_model_has_positions_are_refused(base, parameters, most):
+    """A15: beyond a length, longrope and dynamic scaling change the rows beside a long one too."""
+    model = load(base, "none")
+    model.config.max_position_embeddings = 4096
+    model.config.rope_parameters = parameters
+    models.check_positions(model, "m", most)
+    with pytest.raises(UserError, match=f"^max_tokens = {most + 1} .* use --max_tokens={most} or"):
+        models.check_positions(model, "m", most + 1)
+
+
+def test_a_run_beyond_its_models_positions_is_refused(brought, tmp_path):
+    """A15: of both trainers, before the first step."""
+    change(brought / "config.json", max_position_embeddings=600)
+    common = [f"--model={brought}", "--format=fence"]
+    grpo = [*common, f"--out_dir={tmp_path}/grpo", "--max_tokens=700", "--tools="]
+    cfg = config.parse(Config, grpo, train_grpo.check)
+    with pytest.raises(UserError, match="^max_tokens = 700 .*: the model has 600 positions"):
+        train_grpo.train(cfg)
+    change(brought / "config.json", max_position_embeddings=20)
+    sft = [*common, f"--out_dir={tmp_path}/sft", "--rows=40"]
+    cfg = config.parse(train_sft.Config, sft, train_sft.check)
+    with pytest.raises(UserError, match="^max_tokens = .*: the model has 20 positions"):
+        train_sft.train(cfg)
 
 
 # Ours
