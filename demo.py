@@ -18,6 +18,7 @@ from run import config
 
 if __name__ == "__main__":
     config.answer_help(__file__)
+    config.say_at_once("loading torch, then data and model: some seconds until the first step")
 
 import evaluate
 import play

@@ -435,7 +435,7 @@ class ServerEngine(Engine):
         if not models.adapters_of(model):
             raise UserError("engine = 'server' takes adapters only: use --tune=lora or qlora")
         folder = self.memory / f"version-{version}"
-        model.save_pretrained(folder, selected_adapters=["default"])
+        models.save_adapter(model, folder)
         self.trains = True
         self.ready.clear()
         try:
@@ -511,6 +511,7 @@ async def start(
     engine = ServerEngine(urls, timeout)
     try:
         if models.is_adapter(name):
+            models.check_usable_alone(name)
             engine.name = engine.memory.name
             engine.folder = models.find(name)
         await engine.begin(tokenizer, max_tokens, vocabulary_of(name, tokenizer))

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from run import config
 from run import log as run_log
 from run import page as run_page
-from trajectory import ToolCall, Trajectory, token_kinds, token_texts
+from run.log import Log
+from trajectory import ToolCall, Trajectory, escaped, show, token_kinds, token_texts
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "</script><img src=x onerror=alert(1)><!-- <script>&lt;{{data}} \u2028 \u202e 😀 汉字"
@@ -574,3 +575,37 @@ def test_held_out_points_are_markers_with_a_line_and_say_that_they_are_greedy():
     assert lines["sampled"].get_marker() == "None"  # the running mean; its points have no label
     _, legend = panel(rows, "accuracy")
     assert legend == []
+
+
+CONTROLS = {
+    "clears the screen": ("\x1b[2J\x1b[H", "\\x1b[2J\\x1b[H"),
+    "fills the clipboard": ("\x1b]52;c;aGk=\x07", "\\x1b]52;c;aGk=\\x07"),
+    "is C1": ("\x9b31m\x90q\x9c", "\\x9b31m\\x90q\\x9c"),
+    "turns the line around": ("\u202eabc\u2066x\u2069", "\\u202eabc\\u2066x\\u2069"),
+    "writes over the line": ("right\rwrong\b\b", "right\\rwrong\\x08\\x08"),
+    "is no character": ("\x00\x7f", "\\x00\\x7f"),
+}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_what_a_model_says_cannot_act_on_the_terminal(name, tokenizer, capsys, tmp_path):
+    """C6: in the conversation, in a call, in the answer and in a line of the log."""
+    raw, shown = CONTROLS[name]
+    ids = tokenizer.encode(f"Look: {raw}.", add_special_tokens=False)
+    trajectory = Trajectory({"answer": raw}, stop="answered")
+    trajectory.add(ids, 1, [-1.0] * len(ids))
+    trajectory.turn_starts = [0]
+    trajectory.calls = [ToolCall(0, f"find{raw}", {"x": raw}, "ok", None, 0.1)]
+    show(trajectory, tokenizer)
+    said = capsys.readouterr().out
+    assert f"Look: {shown}." in said and f"find{shown}(" in said
+    assert not any(character in said for character in set(raw) if not character.isprintable())
+    with Log(tmp_path, 1, {}) as log:
+        log.print(f"reward failed on {raw}")
+    assert f"reward failed on {shown}\n" in capsys.readouterr().out
+
+
+def test_what_people_write_is_shown_as_it_is():
+    """C6: line breaks, tabs, other scripts, joined emoji."""
+    for text in ("a\n\tb", "naïve 数学 ١٢", "👩‍🔬 ﷺ ñ", "\u3000\xa0"):
+        assert escaped(text) == text

@@ -581,5 +581,5 @@ def test_a_tool_that_hangs_at_every_call_ends_the_run_with_a_sentence(monkeypatc
             call(box, "slow_page", {})
     assert box.leaked == 4
     release.set()
-    wait_until(lambda: box.leaked == 0)
+    assert until(lambda: box.leaked == 0)
     assert call(box, "slow_page", {})[0] == "page"

@@ -325,6 +325,9 @@ def _set_common_options(tool: Tool, texts: dict, most: int, cached: bool) -> Non
             why = "what it says depends on what it was asked before"
             raise UserError(f"{where}.cache: {why}: drop it")
         if not cached:
-            raise UserError(f"{where}.cache has no effect with tool_cache=none: drop one of them")
+            raise UserError(
+                f"{where}.cache=true has no effect, as no results are kept (tool_cache=none of "
+                f"serve/mcp_server.py): write cache=false, or drop one of them"
+            )
     if options.cache is not None:
         tool.pure = options.cache
