@@ -117,10 +117,9 @@ def _prompt(row, column, template, answer_column):
             raise UserError(f"its {column!r} is {prompt!r:.80}: expected text, or {form}")
         text = _fill(template, row, column, answer_column)
         return [{"role": "user", "content": text}]
-    messages = read_messages(prompt, column, is_prompt=True)
-    if template != "{prompt}":
+    if template != "{prompt}" and all(isinstance(message, dict) for message in prompt):
         raise UserError(f"prompt_template has no effect: {column!r} holds chat messages")
-    return messages
+    return read_messages(prompt, column, is_prompt=True)
 
 
 def _is_json_of_messages(text):
@@ -174,7 +173,17 @@ def _answer(value, column, after):
 
 def _database(row, template, prompt_template):
     """What a row's SQLite file adds to it: database, its path, and schema, if the prompt has it."""
-    path = re.sub(r"\{(\w+)\}", lambda match: str(_column(row, match[1], "database")), template)
+    is_whole_path = re.fullmatch(r"\{\w+\}", template) is not None
+
+    def value(match):
+        text = str(_column(row, match[1], "database"))
+        leaves = text.startswith("/") or ".." in text.split("/") or "\0" in text
+        if leaves and not is_whole_path:
+            why = f"would leave the folder that database = {template!r} names"
+            raise UserError(f"its {match[1]!r} is {text!r}, which {why}: write a name without ..")
+        return text
+
+    path = re.sub(r"\{(\w+)\}", value, template)
     if not Path(path).is_file():
         raise UserError(f"its database {path!r} is no file: check database = {template!r}")
     if "{schema}" not in prompt_template:

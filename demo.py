@@ -9,6 +9,7 @@ both greedy on the same 512 held-out problems. The runs are out/calc_sft and out
 configs of these names say. The last lines are `key: value`, for people and for grep.
 """
 
+import os
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -17,12 +18,14 @@ from run import config
 
 if __name__ == "__main__":
     config.answer_help(__file__)
+    config.say_at_once("loading torch, then data and model: some seconds until the first step")
 
 import evaluate
 import play
 import train_grpo
 import train_sft
 from run import log as run_log
+from tools.sandbox import caller
 
 
 @dataclass
@@ -35,6 +38,8 @@ class Config:
 def run(cfg: Config) -> dict:
     """Trains and evaluates; returns what it prints at the end."""
     started = time.monotonic()
+    # this model, made here, can write nothing but sums: let it run where a container forbids layers
+    os.environ.setdefault(caller.UNCONFINED, "true")
     sft_dir = f"{cfg.out_dir}/{cfg.task}_sft"
     grpo_dir = f"{cfg.out_dir}/{cfg.task}"
     for folder in (sft_dir, grpo_dir):

@@ -32,6 +32,7 @@ import torch
 from run.config import UserError
 
 IS_CAP = 2.0  # of importance weights: the ratio of two equal policies is 1
+EXPONENT_CAP = 20.0  # of what is exponentiated: exp of a thousand tokens' sum is infinite
 
 
 def advantages(
@@ -127,8 +128,9 @@ def importance(
     wanted = mask.bool()
     log_ratio = torch.where(wanted, old_logprobs - sampled_logprobs, 0.0).detach()
     if correction.startswith("sequence_"):
-        # of mask-1 tokens only; clamped, for exp of a thousand tokens' sum
-        log_ratio = log_ratio.sum(1, keepdim=True).clamp(-20, 20).expand_as(log_ratio)
+        # of mask-1 tokens only
+        log_ratio = log_ratio.sum(1, keepdim=True).clamp(-EXPONENT_CAP, EXPONENT_CAP)
+        log_ratio = log_ratio.expand_as(old_logprobs)
     ratio = log_ratio.exp()
     if correction.endswith("truncate"):
         weight = ratio.clamp(max=cap)
@@ -166,7 +168,7 @@ def sampler_mismatch(gaps: torch.Tensor) -> dict[str, float]:
     at_95_percent = int(0.95 * (len(gaps) - 1))
     # in double, and by expm1: exp(gap) - 1 - gap of a tiny gap loses its digits, and fell below 0
     exact = gaps.double()
-    k3 = torch.expm1(exact.clamp(-20, 20)) - exact  # (N,)
+    k3 = torch.expm1(exact.clamp(-EXPONENT_CAP, EXPONENT_CAP)) - exact  # (N,)
     return {
         "sampler_logprob_diff": sizes.mean().item(),
         "sampler_logprob_diff_p95": sorted_sizes[at_95_percent].item(),
@@ -212,7 +214,11 @@ def grpo_loss(
         objective = objective * importance
     if beta:
         difference = torch.where(wanted, ref_logprobs - logprobs, 0.0)
-        kl = difference.exp() - difference - 1  # k3: never negative, 0 where they agree
+        # k3: never negative, 0 where they agree. Bounded as in `importance`, else one token that
+        # the policy has all but given up makes it infinite; the other way it is only linear.
+        # In double: near 0 exp(d) - 1 - d loses its digits.
+        bounded = difference.double().clamp(max=EXPONENT_CAP)
+        kl = (torch.expm1(bounded) - bounded).float()
         objective = objective - beta * kl
     total = -(weights[:, None] * mask * objective).sum()
 

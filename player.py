@@ -74,6 +74,7 @@ class Player:
                 seed=cfg.seed,
             )
             models.set_stop_ids(model, chat.stop_ids)
+            models.check_positions(model, cfg.model, cfg.max_tokens)
         settings = Settings.of(cfg)
         return cls(chat, None, toolbox, rewards, settings, None, model, examples, cfg)
 

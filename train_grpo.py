@@ -35,6 +35,7 @@ from run import config
 
 if __name__ == "__main__":
     config.answer_help(__file__)  # before torch takes its second to load
+    config.say_at_once("loading torch, then data and model: some seconds until the first step")
 
 import torch
 
@@ -518,6 +519,7 @@ def train(cfg: Config) -> dict:
 
     # 2. where it goes on: weights, optimizers and random generators of the last checkpoint
     state = run.restore(model, optimizers) or {"step": 0, "cursor": 0, "metrics": {}}
+    run.try_saving(model, tokenizer)
     first_step = state["step"]
     cursor = state["cursor"]
     metrics = state["metrics"]

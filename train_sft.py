@@ -30,6 +30,7 @@ from run import config
 
 if __name__ == "__main__":
     config.answer_help(__file__)
+    config.say_at_once("loading torch, then data and model: some seconds until the first step")
 
 import torch
 
@@ -378,6 +379,8 @@ def setup(cfg: Config):
         )
     eos_ids = () if cfg.model == "tiny" else models.eos_ids(cfg.model)
     models.set_stop_ids(model, stop_ids(cfg, chosen, tokenizer, toolbox.schemas, eos_ids))
+    longest = max(len(ids) for ids, _ in (*samples, *held_out))
+    models.check_positions(model, cfg.model, longest)
     if cfg.packing:
         check_packing(model, cfg.model)
     summary = (
@@ -427,6 +430,7 @@ def train(cfg: Config) -> dict:
 
     # 2. where it goes on: weights, optimizers and random generators of the last checkpoint
     state = run.restore(model, optimizers) or {"step": 0, "metrics": {}}
+    run.try_saving(model, tokenizer)
     first_step = state["step"]
     metrics = state["metrics"]
     order = row_order(len(samples), steps * cfg.batch_size, cfg.seed)

@@ -11,12 +11,18 @@ evaluations are all of this one type.
 Shapes: T tokens, K turns.
 """
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
 
 MALFORMED = {"bad_json", "unknown_tool", "bad_arguments"}  # ToolCall.error of calls that never ran
+# What a terminal obeys: C0 but tab and line break, DEL and C1, what turns the direction of writing,
+# separators of lines and paragraphs, and half of a character.
+CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 COLOURS = {"t": "green", "c": "bright_black", "o": "yellow", "e": "yellow"}  # of token_kinds
 
 
@@ -91,6 +97,9 @@ class Trajectory:
 # ---- for people: what each token is, the trajectory in colour
 
 
+LONGEST_GARBAGE = 32  # tokens that are no text, such as stray bytes: more are cut off in front
+
+
 def token_texts(ids: list[int], tokenizer) -> list[str]:
     """Decodes each token; joined, the texts are the text of all.
 
@@ -101,6 +110,7 @@ def token_texts(ids: list[int], tokenizer) -> list[str]:
     start = 0  # first token of what is decoded together
     shown = 0  # characters of ids[start:] that are out
     waiting = 0  # tokens since the last whole character
+    whole_until = 0  # tokens up to the end of the last whole character
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
         whole = text.rstrip("\ufffd")  # that stands for bytes which the next token may complete
@@ -116,11 +126,21 @@ def token_texts(ids: list[int], tokenizer) -> list[str]:
             whole = text
         texts.append(whole[shown:])
         shown = max(shown, len(whole))
-        alone = tokenizer.decode(ids[end - 1 : end], skip_special_tokens=False)
-        if not waiting and "\ufffd" not in alone:
-            # One token stays as context: some tokenizers strip the space of the first.
-            start = end - 1
-            shown = len(alone)
+        # What is decoded again and again must stay short. Something stays as context: some
+        # tokenizers strip the space of the first.
+        new_start = start
+        if waiting == 0:
+            alone = tokenizer.decode(ids[end - 1 : end], skip_special_tokens=False)
+            new_start = whole_until if "\ufffd" in alone else end - 1  # the last character
+            whole_until = end
+        elif end - start > LONGEST_GARBAGE:
+            new_start = end - LONGEST_GARBAGE // 2
+        if new_start > start:
+            context = tokenizer.decode(ids[new_start:end], skip_special_tokens=False)
+            not_out = len(text) - shown
+            if len(context) >= not_out and context.endswith(text[shown:]):
+                start = new_start
+                shown = len(context) - not_out
     return texts
 
 
@@ -165,6 +185,13 @@ def spans(trajectory: Trajectory, tokenizer) -> list[tuple[str, str]]:
     return [(kind, text) for kind, text in joined if text]
 
 
+def escaped(text: str) -> str:
+    """Shows control characters as python writes them, \\x1b and \\u202e: printed raw, what a model
+    says could clear the terminal, fill its clipboard or turn its lines around. Line breaks and tabs
+    stay, and so do all other characters."""
+    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
 def show(trajectory: Trajectory, tokenizer, console=None) -> None:
     """Prints it: green is trained, grey is context, yellow is what a tool said. console: rich's."""
     from rich.console import Console
@@ -173,12 +200,12 @@ def show(trajectory: Trajectory, tokenizer, console=None) -> None:
     console = console or Console(highlight=False, soft_wrap=True)
     conversation = Text()
     for kind, text in spans(trajectory, tokenizer):
-        conversation.append(text, style=COLOURS[kind])
+        conversation.append(escaped(text), style=COLOURS[kind])
     console.print(conversation)
     console.rule(style="bright_black")
 
     for call in trajectory.calls:
-        line = Text(f"call     turn {call.turn}: {call.name}({call.arguments}) ")
+        line = Text(escaped(f"call     turn {call.turn}: {call.name}({call.arguments}) "))
         line.append(call.error or "ok", style="red" if call.error else "")
         line.append(f" in {1000 * call.seconds:.0f} ms")
         console.print(line)
@@ -186,7 +213,8 @@ def show(trajectory: Trajectory, tokenizer, console=None) -> None:
     if trajectory.rewards:  # a demonstration has none
         rewards = ", ".join(f"{name} {value}" for name, value in trajectory.rewards.items())
         answer = trajectory.example.get("answer")
-        console.print(Text(f"reward   {trajectory.reward} ({rewards}); the answer is {answer!r}"))
+        line = escaped(f"reward   {trajectory.reward} ({rewards}); the answer is {answer!r}")
+        console.print(Text(line))
     line = Text(f"stop     {trajectory.stop}, {len(trajectory.turn_starts)} turns, ")
     line.append(f"{len(trajectory.ids)} tokens of which ")
     line.append(f"{trajectory.new_tokens} trained", style="green")

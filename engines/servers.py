@@ -11,26 +11,36 @@ by all of them under a new name, and the one before it is dropped.
 
 A turn whose server dies is sampled again by another, from the same ids and with the same seed: what
 a trajectory has is whole turns only, so nothing is lost or counted twice. A server that comes back
-is given the adapter in use before it is asked again.
+is given the adapter in use before it is asked again. All that they say is checked
+(engines/server_answers.py): one that says what cannot be true, or answers no completions, is lost
+too, and given up if that happens again and again.
 """
 
 import asyncio
+import functools
+import json
 import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx2 as httpx
 
-from engines.base import Completion, Engine, Sampling, refuse_images, turn_end
+from engines import server_answers
+from engines.base import Completion, Engine, Sampling, refuse_images
 from learning import model as models
 from run.config import UserError
-from run.http import UNLIMITED, one_line
+from run.http import TEMPORARY, UNLIMITED, Answer, HttpError, one_line, read_answer
 
 EVERY = 1.0  # seconds between looks at each server's health
 PATIENCE = 20.0  # seconds in which a server has to say that it is well, however busy it is
+LOADING = 300.0  # seconds in which it has to have loaded an adapter
+STRIKES = 3  # times that a server is lost without a good answer in between; then it is given up
+TRIES = 5  # answers to one turn that cannot be used, whoever gave them; then the run ends
+ONE_TOKEN = {"temperature": 1.0, "max_tokens": 1, "logprobs": 0, "seed": 0}
 # All of these are off. What is not sent, a server may take from the model's generation_config.json,
 # and it would sample from another distribution than the trainer's.
 OFF = {
@@ -48,6 +58,10 @@ class _Lost(Exception):
     """A server that does not answer, or answers that it cannot go on."""
 
 
+class _Useless(_Lost):
+    """The answer, or the silence, by which a server was lost: it may be this question's fault."""
+
+
 class Server:
     """One `vllm serve`: where it is, and what is known of it."""
 
@@ -55,11 +69,18 @@ class Server:
         self.url = url.rstrip("/")
         self.alive = False
         self.busy = 0  # turns that it is sampling for us
+        self.heard = 0.0  # when it last gave a good answer, or was first asked for one
+        self.strikes = 0  # how often it was lost since its last good answer
+        self.why = ""  # it was lost
         self.base = ""  # the name of the model it serves
         self.adapter = ""  # the name of the adapter it has; "" for none
         self.room = None  # its max_model_len, if it says so
         self.proved = False  # that its logprobs are those at the temperature of the sampling
         self.gone = asyncio.Event()  # set when it is lost: whoever waits for an answer asks another
+
+    @property
+    def is_given_up(self) -> bool:
+        return self.strikes >= STRIKES
 
 
 class ServerEngine(Engine):
@@ -77,19 +98,22 @@ class ServerEngine(Engine):
         self.homes: dict[int, Server] = {}  # by session: who has its beginning cached
         self.flying = Counter()  # turns that are being sampled, by version
         self.events = []
-        self.watcher = None  # the task that looks after their health
+        self.watchers = []  # the tasks that look after their health, one each
+        self.tokenizer = None  # the trainer's; of `begin`, as the next two
+        self.max_tokens = 0
+        self.vocabulary = 0  # ids are below it
         # an answer may take as long as a turn; that nobody is there is known soon
         patience = httpx.Timeout(None, connect=5.0)
         self.http = httpx.AsyncClient(timeout=patience, limits=UNLIMITED, trust_env=False)
 
-    async def begin(self, tokenizer, max_tokens: int) -> None:
-        """Waits for a server, and checks those that are there. UserError if one will not do."""
+    async def begin(self, tokenizer, max_tokens: int, vocabulary: int) -> None:
+        """Waits for a server. UserError if one that is there will not do."""
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.vocabulary = vocabulary
         await asyncio.gather(*(self._first_look(server) for server in self.servers))
-        self.watcher = asyncio.create_task(self._watch())
+        self.watchers = [asyncio.create_task(self._watch(server)) for server in self.servers]
         await self._living()
-        for server in self.servers:
-            if server.alive:
-                await self._check(server, tokenizer, max_tokens)
 
     async def generate(self, ids: list[int], images: list, sampling: Sampling) -> Completion:
         refuse_images(images)
@@ -102,40 +126,66 @@ class ServerEngine(Engine):
             "ignore_eos": True,  # only what the format says ends a turn
             "logprobs": 0,  # of the sampled token alone
         }
-        choice = await self._ask(ids, options, sampling.session)
-        finish = turn_end(choice["finish_reason"], choice["stop_reason"])
-        return Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], finish)
+        read = functools.partial(
+            server_answers.completion, sampling=sampling, vocabulary=self.vocabulary
+        )
+        return await self._ask(ids, options, sampling.session, read)
 
     async def prompt_logprobs(self, ids: list[int]) -> list[list[float]]:
         options = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
+        read = functools.partial(server_answers.prompt_logprobs, prompt=ids)
         scores = []
         while not scores:  # _living ends it when no server comes back in time
             for server in await self._living():
                 try:
-                    choice = await self._complete(server, ids, options, self.version)
+                    scores.append(await self._complete(server, ids, options, self.version, read))
                 except _Lost:
                     continue
-                by_position = choice["prompt_logprobs"][1:]
-                pairs = zip(ids[1:], by_position, strict=True)
-                scores.append([logprobs[str(token)]["logprob"] for token, logprobs in pairs])
         return scores
 
-    async def _ask(self, ids: list[int], options: dict, session: int) -> dict:
-        """The one choice of a completion; if a server dies meanwhile, another one's."""
+    async def _ask(self, ids: list[int], options: dict, session: int, read: Callable) -> Completion:
+        """A completion; if a server is lost meanwhile, another one's. UserError if this turn has
+        had several answers that cannot be used."""
         await self.ready.wait()
         version = self.version
         self.flying[version] += 1
         try:
-            while True:
-                server = await self._pick(session)
-                try:
-                    return await self._complete(server, ids, options, version)
-                except _Lost:
-                    continue
+            for _ in range(TRIES):
+                server, outcome = await self._ask_one(ids, options, session, version, read)
+                if isinstance(outcome, Completion):
+                    return outcome
         finally:
             self.flying[version] -= 1
+        raise UserError(
+            f"one turn has had {TRIES} answers that cannot be used, the last from {server.url} "
+            f"({outcome}): look at its log"
+        )
 
-    async def _complete(self, server: Server, ids: list[int], options: dict, version: int) -> dict:
+    async def _ask_one(
+        self, ids: list[int], options: dict, session: int, version: int, read: Callable
+    ) -> tuple[Server, Completion | _Useless]:
+        """(who was asked, what came of it). Where a server is lost by other turns than this one,
+        the next is asked."""
+        while True:
+            server = await self._pick(session)
+            try:
+                return server, await self._complete(server, ids, options, version, read)
+            except _Useless as error:
+                return server, error
+            except _Lost:
+                continue
+
+    async def _complete(
+        self,
+        server: Server,
+        ids: list[int],
+        options: dict,
+        version: int,
+        read: Callable,
+        within: float | None = None,
+    ):
+        """What `read` makes of the one choice of a completion. _Lost if there is none, or if it
+        says ValueError to it. within: seconds, None for as long as it takes."""
         body = {
             "model": server.adapter or server.base,
             "prompt": ids,
@@ -146,15 +196,24 @@ class ServerEngine(Engine):
             # salted: whatever another version has left in the prefix cache is never used
             "cache_salt": f"version {version}",
         }
+        if not server.busy:
+            server.heard = time.monotonic()
         server.busy += 1
         try:
-            answer = await self._post(server, "/v1/completions", body)
+            answer = await self._post(server, "/v1/completions", body, within)
         finally:
             server.busy -= 1
-        (choice,) = answer["choices"]
-        if choice["prompt_token_ids"] != ids:
-            raise RuntimeError(f"{server.url} confirms other token ids than it was given")
-        return choice
+        value = self._read(server, answer, lambda said: read(server_answers.only_choice(said, ids)))
+        server.heard = time.monotonic()
+        server.strikes = 0
+        return value
+
+    def _read(self, server: Server, answer: Answer, read: Callable):
+        """What `read` makes of an answer's JSON; the server is lost if that cannot be read."""
+        try:
+            return read(answer.json())
+        except (HttpError, ValueError, OverflowError, RecursionError) as error:
+            raise self._lose(server, str(error)) from None
 
     async def _pick(self, session: int) -> Server:
         """The server that has the beginning of the session cached, else the least busy one."""
@@ -170,74 +229,126 @@ class ServerEngine(Engine):
             living = [server for server in self.servers if server.alive]
             if living:
                 return living
-            if time.monotonic() - since > self.timeout:
-                urls = ", ".join(server.url for server in self.servers)
+            if all(server.is_given_up for server in self.servers):
                 raise UserError(
-                    f"none of the servers ({urls}) has answered for {self.timeout:g} s: what was "
-                    "saved is whole, so start one and go on with --resume=true"
+                    f"no server is left that can be used ({self._names()}): what was saved is "
+                    "whole, so start one and go on with --resume=true"
+                )
+            if time.monotonic() - since > self.timeout:
+                raise UserError(
+                    f"none of the servers ({self._names()}) has answered for {self.timeout:g} s: "
+                    "what was saved is whole, so start one and go on with --resume=true"
                 )
             await asyncio.sleep(0.1)
 
-    async def _post(self, server: Server, path: str, body: dict):
-        """The JSON (or text) of an answer. _Lost if the server dies, UserError if it refuses."""
-        post = asyncio.ensure_future(self.http.post(server.url + path, json=body))
+    def _names(self) -> str:
+        """All servers, and why those were lost that answered something."""
+        names = [
+            f"{server.url}: {server.why}" if server.why else server.url for server in self.servers
+        ]
+        return ", ".join(names)
+
+    async def _post(
+        self, server: Server, path: str, body: dict, within: float | None = None
+    ) -> Answer:
+        """An answer of status 200. _Lost if the server dies or is late, UserError if it refuses."""
+        asking = read_answer(self.http, "POST", server.url + path, json=body)
+        post = asyncio.ensure_future(asking)
         gone = asyncio.ensure_future(server.gone.wait())
         try:
-            await asyncio.wait((post, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not post.done():
+            await asyncio.wait((post, gone), timeout=within, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done() and not post.done():
                 raise _Lost
+            if not post.done():
+                raise self._lose(server, f"{path} has not answered in {within:g} s")
             answer = post.result()
-        except httpx.TransportError as error:
-            self._lose(server, _reason(error))
-            raise _Lost from None
+        except (httpx.RequestError, HttpError) as error:
+            raise self._lose(server, _reason(error)) from None
         finally:
             post.cancel()
             gone.cancel()
-        if answer.status_code >= 500:
-            self._lose(server, f"HTTP {answer.status_code}: {answer.text[:200]}")
-            raise _Lost
-        if answer.status_code >= 400:
-            why = f"refuses (HTTP {answer.status_code}): {one_line(answer.text)}"
+        status = answer.status
+        # 404: started anew, it has not the adapter yet
+        is_away = status == 404 and path == "/v1/completions"
+        if status in TEMPORARY or status >= 500 or is_away or 200 != status < 400:
+            raise self._lose(server, f"HTTP {status}: {one_line(answer.text, 200)}")
+        if status >= 400:
+            why = f"refuses (HTTP {status}): {one_line(answer.text)}"
             raise UserError(f"{server.url}{path} {why}")
-        if "json" in answer.headers.get("content-type", ""):
-            return answer.json()
-        return answer.text
+        return answer
 
     # Their health
 
-    def _lose(self, server: Server, why: str) -> None:
-        if not server.alive:
-            return
-        server.alive = False
-        server.adapter = ""
-        server.proved = False
-        server.gone.set()
-        self._tell(f"{server.url} was lost ({why}): its turns are sampled again by the others")
+    def _lose(self, server: Server, why: str) -> _Useless:
+        """Counts a server as lost. Returns what is to be raised by who asked it."""
+        if server.alive:
+            server.alive = False
+            server.adapter = ""
+            server.proved = False
+            server.gone.set()
+            self._tell(f"{server.url} was lost ({why}): its turns are sampled again by the others")
+            self._strike(server, why)
+        return _Useless(why)
+
+    def _strike(self, server: Server, why: str) -> None:
+        server.why = why
+        server.strikes += 1
+        if server.strikes == STRIKES:
+            self._tell(
+                f"{server.url} is given up until it is started anew: lost {STRIKES} times without "
+                f"a good answer ({why})"
+            )
 
     def _tell(self, line: str) -> None:
         self.events.append(line)
         print(line, file=sys.stderr, flush=True)
 
-    async def _watch(self) -> None:
-        """Looks after the health of all servers until the engine is closed."""
+    async def _watch(self, server: Server) -> None:
+        """Looks after the health of a server until the engine is closed."""
         while True:
-            await asyncio.gather(*(self._look(server) for server in self.servers))
+            await self._look(server)
             await asyncio.sleep(EVERY)
 
     async def _look(self, server: Server) -> None:
+        why = ""
         try:
-            health = await self.http.get(server.url + "/health", timeout=PATIENCE)
-        except httpx.TransportError as error:
-            self._lose(server, _reason(error))
-            return
-        if health.status_code != 200:
-            self._lose(server, f"/health says HTTP {health.status_code}")
-        elif not server.alive:
+            health = await self._get(server, "/health")
+            if health.status != 200:
+                why = f"/health says HTTP {health.status}"
+        except (httpx.RequestError, HttpError) as error:
+            why = _reason(error)
+        except TimeoutError:
+            why = f"/health has not answered in {PATIENCE:g} s"
+        if why:
+            self._lose(server, why)
+            server.strikes = 0  # it is down: what comes back is another one
+        elif not server.alive and not server.is_given_up:
             await self._take_back(server)
+        elif server.alive and server.busy and time.monotonic() - server.heard > PATIENCE:
+            await self._ask_for_one_token(server)
+
+    async def _get(self, server: Server, path: str) -> Answer:
+        async with asyncio.timeout(PATIENCE):
+            return await read_answer(self.http, "GET", server.url + path)
+
+    async def _ask_for_one_token(self, server: Server) -> None:
+        """Loses a server that says to be well and samples nothing: a turn may take long, one token
+        does not."""
+        sampling = Sampling(max_new_tokens=1)
+        read = functools.partial(
+            server_answers.completion, sampling=sampling, vocabulary=self.vocabulary
+        )
+        try:
+            await self._complete(server, [1, 2, 3], ONE_TOKEN, self.version, read, PATIENCE)
+        except (_Lost, UserError):
+            return
 
     async def _take_back(self, server: Server) -> None:
         try:
             await self._admit(server)
+        except _Useless as error:
+            self._strike(server, str(error))
+            return
         except _Lost:
             return
         except UserError as error:  # started anew, in another way: the others go on
@@ -248,40 +359,53 @@ class ServerEngine(Engine):
         self._tell(f"{server.url} is back")
 
     async def _admit(self, server: Server) -> None:
-        """Learns what the server serves, and gives it the adapter in use."""
+        """Learns what the server serves, checks it, and gives it the adapter in use."""
         server.gone.clear()
         try:
-            answer = await self.http.get(server.url + "/v1/models", timeout=PATIENCE)
-            cards = answer.json()["data"]
-        except (httpx.TransportError, ValueError):
+            answer = await self._get(server, "/v1/models")
+        except (httpx.RequestError, HttpError, TimeoutError):
             raise _Lost from None
-        server.base = next(card["id"] for card in cards if not card.get("parent"))
-        server.room = cards[0].get("max_model_len")
-        if self.name in [card["id"] for card in cards]:
+        if answer.status != 200:
+            raise _Useless(f"/v1/models says HTTP {answer.status}")
+        served = self._read(server, answer, server_answers.models_served)
+        server.base, server.room, adapters = served
+        await self._check(server)
+        if self.name in adapters:
             server.adapter = self.name  # it was away, and has not been started anew
         elif self.folder:
             await self._load(server, self.name, self.folder)
+        strikes = server.strikes
+        if strikes:  # does it sample at all?
+            await self._complete(
+                server, [1, 2, 3], ONE_TOKEN, self.version, lambda choice: None, PATIENCE
+            )
+            server.strikes = strikes  # only a turn shows that it samples well
         if self.trains and not server.proved:
             await self._prove(server)
+            server.strikes = strikes
         server.alive = True
 
     async def _first_look(self, server: Server) -> None:
         """Admits the server if it is there already."""
         try:
             await self._admit(server)
+        except _Useless as error:
+            self._strike(server, str(error))
+            self._tell(f"{server.url} cannot be used yet ({error})")
         except _Lost:
             self._tell(f"{server.url} does not answer yet")
 
-    async def _check(self, server: Server, tokenizer, max_tokens: int) -> None:
-        """UserError if the server has another tokenizer, or less room than max_tokens."""
+    async def _check(self, server: Server) -> None:
+        """UserError if the server has another tokenizer than the trainer, or too little room."""
         body = {"model": server.base, "prompt": TOKENIZER_PROBE, "add_special_tokens": False}
-        answer = await self._post(server, "/tokenize", body)
-        if answer["tokens"] != tokenizer.encode(TOKENIZER_PROBE, add_special_tokens=False):
+        answer = await self._post(server, "/tokenize", body, PATIENCE)
+        ids = self._read(server, answer, server_answers.tokens)
+        if ids != self.tokenizer.encode(TOKENIZER_PROBE, add_special_tokens=False):
             raise UserError(f"{server.url} serves {server.base!r}, which has another tokenizer")
-        if server.room and server.room < max_tokens:
+        if server.room and server.room < self.max_tokens:
             raise UserError(
                 f"{server.url} has max_model_len = {server.room}, less than max_tokens = "
-                f"{max_tokens}: start it with --max-model-len={max_tokens}"
+                f"{self.max_tokens}: start it with --max-model-len={self.max_tokens}"
             )
 
     async def _prove(self, server: Server) -> None:
@@ -299,10 +423,9 @@ class ServerEngine(Engine):
     async def _gap(self, server: Server, temperature: float) -> float:
         """The difference of the two best logprobs behind a fixed prompt."""
         options = {"temperature": temperature, "max_tokens": 1, "logprobs": 2, "seed": 0}
-        choice = await self._complete(server, [1, 2, 3], options, self.version)
-        logprobs = choice["logprobs"]["top_logprobs"][0].values()
-        best = sorted(logprobs, reverse=True)
-        return best[0] - best[1]
+        return await self._complete(
+            server, [1, 2, 3], options, self.version, server_answers.gap_of_best, PATIENCE
+        )
 
     # Their adapters
 
@@ -312,7 +435,7 @@ class ServerEngine(Engine):
         if not models.adapters_of(model):
             raise UserError("engine = 'server' takes adapters only: use --tune=lora or qlora")
         folder = self.memory / f"version-{version}"
-        model.save_pretrained(folder, selected_adapters=["default"])
+        models.save_adapter(model, folder)
         self.trains = True
         self.ready.clear()
         try:
@@ -355,7 +478,7 @@ class ServerEngine(Engine):
     async def _load(self, server: Server, name: str, folder: str) -> None:
         body = {"lora_name": name, "lora_path": folder}
         try:
-            await self._post(server, "/v1/load_lora_adapter", body)
+            await self._post(server, "/v1/load_lora_adapter", body, LOADING)
         except UserError as error:
             raise UserError(
                 f"{error}. Start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora "
@@ -368,13 +491,14 @@ class ServerEngine(Engine):
             if not server.alive:
                 continue
             try:
-                await self._post(server, "/v1/unload_lora_adapter", {"lora_name": name})
+                body = {"lora_name": name}
+                await self._post(server, "/v1/unload_lora_adapter", body, LOADING)
             except (_Lost, UserError):
                 continue  # it has come back meanwhile, and never had it
 
     async def close(self) -> None:
-        if self.watcher:
-            self.watcher.cancel()
+        for watcher in self.watchers:
+            watcher.cancel()
         await self.http.aclose()
         shutil.rmtree(self.memory, ignore_errors=True)
 
@@ -387,14 +511,33 @@ async def start(
     engine = ServerEngine(urls, timeout)
     try:
         if models.is_adapter(name):
+            models.check_usable_alone(name)
             engine.name = engine.memory.name
             engine.folder = models.find(name)
-        await engine.begin(tokenizer, max_tokens)
+        await engine.begin(tokenizer, max_tokens, vocabulary_of(name, tokenizer))
     except BaseException:
         await engine.close()
         raise
     return engine
 
 
-def _reason(error: httpx.TransportError) -> str:
+def vocabulary_of(name: str, tokenizer) -> int:
+    """How many ids the model `name` has: more than its tokenizer where its embedding is padded.
+    What is on this machine is asked, no hub."""
+    from transformers import AutoConfig
+
+    if models.is_adapter(name):
+        settings = Path(models.find(name)) / "adapter_config.json"
+        name = json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=True)
+        size = config.get_text_config().vocab_size
+    except (OSError, ValueError, KeyError, AttributeError):
+        return len(tokenizer)
+    return max(len(tokenizer), size)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, HttpError):
+        return error.detail
     return f"{type(error).__name__} {error}".strip()

@@ -106,6 +106,8 @@ async def start(
     by_ipc = full and has_gpu and tensor_parallel_size == 1
 
     rank = lora_r
+    if is_adapter:
+        models.check_usable_alone(name)
     if is_adapter and not rank:
         rank = models.adapter_settings(name)["r"]
     options = {
@@ -309,7 +311,7 @@ class VllmEngine(Engine):
         if models.adapters_of(model):
             size = sum(p.nbytes for p in model.parameters() if p.requires_grad)
             with _folder(size) as folder:
-                model.save_pretrained(folder, selected_adapters=["default"])
+                models.save_adapter(model, folder)
                 await self._adopt(folder, version)
         else:
             self.ready.clear()

@@ -44,6 +44,13 @@ def equal(given, gold):
     # units: 5 hours is 5, not 5 minutes
     given, given_unit = _split_unit(given)
     gold, gold_unit = _split_unit(gold)
+    if gold_unit and not given_unit:
+        given, given_unit = _split_letter_unit(given)
+    elif given_unit and not gold_unit:
+        gold, gold_unit = _split_letter_unit(gold)
+    elif not given_unit:  # two letters stay: they may be variables
+        _, given_unit = _split_letter_unit(given)
+        _, gold_unit = _split_letter_unit(gold)
     if not _same_unit(given_unit, gold_unit):
         return False
 
@@ -227,6 +234,17 @@ _NO_UNIT = re.compile(
     r"|mod|base|if|for|when|where|with|undefined|infinity)\b",
     re.I,
 )
+
+
+_LETTER_UNIT = re.compile(rf"(?<=\d)[ ~]?([mgshLNJWVK]{_POWER})\.?$")
+
+
+def _split_letter_unit(text):
+    """As _split_unit, of a unit of one letter without `\\text{}`, which may be a variable too."""
+    match = _LETTER_UNIT.search(text)
+    if not match:
+        return text, ()
+    return text[: match.start()], _unit_parts(match[1])
 
 
 def _split_unit(text):

@@ -77,20 +77,26 @@ def _gold_result(file, query, rows, seconds, row_number):
 # ---- what a query says
 
 _NO_SQL = re.compile(  # what stands in quotes, and comments
-    r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?(?:\*/|\Z)", re.S
+    r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*(?:\]|\Z)|--[^\n]*|/\*.*?(?:\*/|\Z)", re.S
 )
+_COMMENTS = ("--", "/*")
 _INNERMOST = re.compile(r"\([^()]*\)")  # parentheses without others in them
+
+
+def _word_in_its_place(match):
+    """A blank for a comment, which may stand between ORDER and BY; else a word."""
+    return " " if match[0].startswith(_COMMENTS) else " x "
 
 
 def _reads_a_table(query):
     """Whether it has a FROM: else it is made of constants."""
-    text = _NO_SQL.sub(" x ", query)
+    text = _NO_SQL.sub(_word_in_its_place, query)
     return re.search(r"\bfrom\b", text, re.I) is not None
 
 
 def _is_ordered(query):
     """Whether it has an ORDER BY outside of parentheses, texts and comments."""
-    text = _NO_SQL.sub(" x ", query)
+    text = _NO_SQL.sub(_word_in_its_place, query)
     replaced = 1
     while replaced:  # from the inside out
         text, replaced = _INNERMOST.subn(" x ", text)

@@ -2,7 +2,8 @@
 
     run = Run(cfg)                              # out_dir: new, or with resume=true the one there is
     state = run.restore(model, optimizers)      # {} at the beginning
-    with run:                                   # Ctrl-C and SIGTERM are noted, not raised
+    run.try_saving(model, tokenizer)            # what cannot be saved is not trained
+    with run:                                   # Ctrl-C, SIGTERM and SIGHUP are noted, not raised
         for step in range(state.get("step", 0), cfg.steps):
             ...
             run.after(step + 1, cfg.steps, model, tokenizer, optimizers, log, cursor=cursor)
@@ -21,6 +22,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -39,12 +41,14 @@ from run.config import UserError
 FREE = {"resume", "steps", "epochs", "save_every", "logger", "max_concurrent", "urls"}
 FREE |= {"token_budget", "gradient_checkpointing", "gpu_memory_utilization", "tool_concurrency"}
 FREE |= {"eval_every", "eval_data", "eval_rows"}  # they are looked at, not learnt
+NOT_DETERMINISTIC = "deterministic=false"  # the one engine option that changes what is learnt
 KEEP_LAST = 2  # checkpoints; each takes three times the memory of what is trained
 
 
 class Run:
-    """The out_dir of one run and its checkpoints. While entered, the first SIGTERM or Ctrl-C is
-    only noted in `signal`, so that the step is finished and saved; a second one ends it at once.
+    """The out_dir of one run and its checkpoints. While entered, the first SIGTERM, Ctrl-C or
+    SIGHUP (the terminal is gone) is only noted in `signal`, so that the step is finished and saved;
+    a second one ends it at once.
 
     cfg: a flat dataclass with out_dir, resume, seed and save_every; all of it is written to
     out_dir/config.py, and compared with what is there. keep_last: how many checkpoints stay."""
@@ -103,6 +107,25 @@ class Run:
         torch.manual_seed(self.cfg.seed)
         return {}
 
+    def try_saving(self, model, tokenizer) -> None:
+        """Saves the model once and removes it, so that a run which could not save what it learns
+        ends here and not behind its last step; UserError if so. Does nothing where a checkpoint
+        proves it."""
+        if self.saved is not None:
+            return
+        aside = self.folder / "aside"
+        try:
+            aside.mkdir(parents=True, exist_ok=True)
+            models.save(model, tokenizer, aside)
+        except Exception as error:
+            message = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"what is trained could not be saved in {self.out_dir} ({message}): make room, or "
+                f"mend the files of model = {self.cfg.model!r}"
+            ) from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
     def _lock(self) -> None:
         """Locks out_dir; raises UserError if another process trains there: each would remove what
         the other writes. The lock goes with the process, however that ends."""
@@ -128,7 +151,7 @@ class Run:
         if number or is_due or step == steps:
             self.save(step, model, tokenizer, optimizers, log, **state)
         if number and step < steps:
-            log.print(f"stopped after {step} of {steps} steps; go on with --resume=true")
+            log.print(f"stopped after {step} of {steps} steps; go on with {self.command()}")
             raise SystemExit(128 + number)
 
     @contextlib.contextmanager
@@ -141,8 +164,15 @@ class Run:
             trained = (p for p in model.parameters() if p.requires_grad)
             if step and all(p.isfinite().all() for p in trained):
                 self.save(step, model, tokenizer, optimizers, log, prune=False, **state)
-                log.print(f"saved {step} steps; go on with --resume=true")
+                log.print(f"saved {step} steps; go on with {self.command()}")
             raise
+
+    def command(self) -> str:
+        """Gives the command that goes on with this run: out_dir/config.py has all of its keys."""
+        script = sys.modules[type(self.cfg).__module__].__file__
+        config_file = str(self.out_dir / "config.py")
+        command = ["python", os.path.relpath(script), "--config", config_file, "--resume=true"]
+        return shlex.join(command)
 
     def save(self, step, model, tokenizer, optimizers: list, log, prune=True, **state) -> None:
         """Writes the checkpoint of `step`; of the older ones keep_last - 1 stay. Raises UserError
@@ -200,7 +230,9 @@ class Run:
 
     def __enter__(self) -> "Run":
         if threading.current_thread() is threading.main_thread():  # others may set no handler
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is signal.SIG_IGN:
+                    continue  # as nohup has it: that run is to outlive its terminal
                 self.handlers[number] = signal.signal(number, self._note)
         return self
 
@@ -213,7 +245,9 @@ class Run:
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
-        print("finishing this step, then saving; once more to end at once", file=sys.stderr)
+        # of a terminal that is gone nothing can be written, and that must not end the run
+        with contextlib.suppress(OSError):
+            print("finishing this step, then saving; once more to end at once", file=sys.stderr)
 
 
 # -- files
@@ -288,6 +322,9 @@ def _check_same_config(cfg, file: Path) -> None:
         name = field.name
         old = getattr(before, name)
         new = getattr(cfg, name)
+        if name == "engine_options":  # the others say how it runs: a timeout, room for a cache
+            old = tuple(option for option in old if option == NOT_DETERMINISTIC)
+            new = tuple(option for option in new if option == NOT_DETERMINISTIC)
         if old != new and name not in FREE and name != "out_dir":
             raise UserError(
                 f"{name} = {new!r}, but the run in {cfg.out_dir} has {old!r}: give that, or begin "

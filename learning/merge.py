@@ -32,12 +32,21 @@ def merge(cfg: Config) -> None:
     adapter."""
     if not cfg.adapter:
         raise UserError("adapter is missing: write --adapter=<folder of a run with tune=lora>")
+    method = models.quantization_of(models.base_of(cfg.adapter))
+    if method:
+        base = models.base_of(cfg.adapter)
+        raise UserError(
+            f"adapter = {cfg.adapter!r}: its base {base!r} has weights that are rounded "
+            f"({method}), and so would be the sum: write the model that is not rounded as "
+            "base_model_name_or_path into its adapter_config.json"
+        )
     model, tokenizer = models.load(cfg.adapter, "none", cfg.dtype, "cpu")
     if not models.adapters_of(model):
         raise UserError(f"adapter = {cfg.adapter!r} is a whole model: there is nothing to merge")
     models.set_stop_ids(model, models.eos_ids(cfg.adapter))
     out_dir = config.fresh_dir(cfg.out_dir)
     merged = model.merge_and_unload()
+    models.mend_generation_config(merged, cfg.adapter)
     models.save(merged, tokenizer, out_dir)
     print(f"saved: {out_dir}")
 

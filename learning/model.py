@@ -14,6 +14,30 @@ import torch
 from learning.logprobs import token_logprobs
 from run.config import UserError
 
+# Kinds of adapters (peft_type) that put virtual tokens before the prompt.
+PROMPT_ADAPTERS = {
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "ADAPTION_PROMPT",
+    "CPT",
+}
+BASE_CHANGERS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of init_lora_weights
+# README.md of an adapter: the hub shows it, and finds the base by it.
+CARD = """\
+---
+base_model: {base}
+library_name: peft
+tags: [lora, tool-use, nanotool]
+---
+
+A LoRA adapter of rank {rank} to `{base}`, trained with nanotool to use tools.
+
+    from peft import AutoPeftModelForCausalLM
+    model = AutoPeftModelForCausalLM.from_pretrained("this folder")
+"""
+
 # -- where a model is
 
 
@@ -70,12 +94,34 @@ def adapter_settings(name: str) -> dict:
     """Reads the adapter_config.json of a folder; {} where it holds a whole model."""
     if not is_adapter(name):
         return {}
-    return json.loads((Path(name).expanduser() / "adapter_config.json").read_text())
+    file = Path(name).expanduser() / "adapter_config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file} ({error}): mend it") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} holds no settings, but {str(settings)[:40]!r}: mend it")
+    return settings
 
 
 def base_of(name: str) -> str:
-    """Returns the model below an adapter; a whole model is its own."""
-    return find(adapter_settings(name).get("base_model_name_or_path", name))
+    """Returns the model below an adapter; a whole model is its own. UserError where an adapter does
+    not say what it was trained on."""
+    if not is_adapter(name):
+        return find(name)
+    base = adapter_settings(name).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(
+            f"model = {name!r}: its adapter_config.json has base_model_name_or_path = {base!r}: "
+            "write the hub id or folder of the model that it was trained on"
+        )
+    return find(base)
+
+
+def lasting_name(base: str) -> str:
+    """Returns a name that is good in any folder and on another day: a hub id, or a whole path."""
+    folder = Path(base).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else base
 
 
 def eos_ids(name: str) -> list[int]:
@@ -137,7 +183,6 @@ def load(
     weights; "mixed" keeps them in float32 and multiplies in bfloat16. Raises UserError where a part
     is missing.
     """
-    from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of the shards: it would tear our own bar
@@ -149,41 +194,202 @@ def load(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    # 1. the weights: of a whole model, or of the one below an adapter
+    # 1. what the folder says, before any weights are read
+    settings = adapter_settings(name)
+    base = base_of(name)
+    if settings:
+        _check_adapter(name, settings, tune)
+    if settings and trains_adapter:
+        _check_same_lora(name, settings, lora_r, lora_alpha, lora_targets)
+    _check_quantization(base, tune)
+
+    # 2. the weights: of a whole model, or of the one below an adapter
+    tokenizer = load_tokenizer(name)
     try:
-        base = name
-        settings = adapter_settings(name)
-        if settings:
-            if tune == "full":
-                raise UserError(
-                    f"model = {name!r} is an adapter: use tune=lora, or give a whole model"
-                )
-            if trains_adapter:
-                _check_same_lora(name, settings, lora_r, lora_alpha, lora_targets)
-            base = find(settings["base_model_name_or_path"])
-        tokenizer = load_tokenizer(name)
         model = _load_weights(base, weights_dtype, device, tune in ("qlora", "none4bit"))
         if settings:
             model = _load_adapter(model, name, trains_adapter)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:  # missing, broken, unknown
-        raise _cannot_load(name, error) from None
+    except UserError:
+        raise
+    except Exception as error:  # missing, broken, unknown, or of a package that is not there
+        raise _cannot_load(name, error) from error
+    _check_vocabulary(model, tokenizer, name)
 
-    # 2. what of it is trained
+    # 3. what of it is trained
     if trains_adapter and not settings:
         model = _add_adapter(model, lora_r, lora_alpha, lora_targets, seed)
+    if trains_adapter:
+        # it is saved with this name, and found by it from other folders than this one
+        model.peft_config["default"].base_model_name_or_path = lasting_name(base)
     if not trains_adapter:
         model.requires_grad_(tune == "full")
     model.eval()
     if dtype == "mixed":
         in_dtype(model, dtype)
     if trains_adapter or tune == "full":
+        mend_generation_config(model, name)  # before the first step: it is saved behind the last
         check_head(model, name)
     return model, tokenizer
 
 
 def _cannot_load(name: str, error: Exception) -> UserError:
     message = " ".join(str(error).split())[:300]
-    return UserError(f"model = {name!r}: {message}")
+    if "size mismatch" in message and is_adapter(name):
+        return UserError(
+            f"model = {name!r}: the adapter does not fit its base, whose vocabulary was resized or "
+            f"which is another model than it was trained on ({message}): merge it with the program "
+            "that trained it, and give the whole model"
+        )
+    return UserError(f"model = {name!r}: {message or type(error).__name__}")
+
+
+def _check_adapter(name: str, settings: dict, tune: str) -> None:
+    """Checks that an adapter is of a kind that is computed here as where it was trained, and, if it
+    is to be trained on, that it is plain LoRA. settings: its adapter_config.json."""
+    kind = settings.get("peft_type")
+    merged = f"merge it (python -m learning.merge --adapter={name}) and give the whole model"
+    if tune == "full":
+        raise UserError(f"model = {name!r} is an adapter: use tune=lora, or give a whole model")
+    if kind in PROMPT_ADAPTERS:  # made of virtual tokens, which no trajectory has
+        raise UserError(
+            f"model = {name!r} is a {kind} adapter, which cannot be used here: expected LoRA, "
+            "or another kind that changes the model's layers"
+        )
+    if tune not in ("lora", "qlora"):
+        return
+    if kind != "LORA":
+        raise UserError(
+            f"model = {name!r} is a {kind} adapter: only LoRA can be trained on; {merged}"
+        )
+    if changes_base(settings):
+        raise UserError(
+            f"model = {name!r} has init_lora_weights = {settings['init_lora_weights']!r}, which "
+            f"changes its base too: training on it would lose that; {merged}"
+        )
+
+
+def check_usable_alone(name: str) -> None:
+    """Checks that an adapter can be put on its plain base by an engine that knows only LoRA."""
+    settings = adapter_settings(name)
+    kind = settings.get("peft_type")
+    if kind == "LORA" and not changes_base(settings):
+        return
+    how = settings["init_lora_weights"] if kind == "LORA" else kind
+    raise UserError(
+        f"model = {name!r} is a {how} adapter, which vLLM cannot put on its base: use "
+        f"engine=transformers, or merge it (python -m learning.merge --adapter={name})"
+    )
+
+
+def changes_base(settings: dict) -> bool:
+    """Says whether an adapter (its adapter_config.json) is one to a base that was changed when it
+    was made, as PiSSA does: on the plain base it is another model."""
+    return str(settings.get("init_lora_weights", True)).startswith(BASE_CHANGERS)
+
+
+def quantization_of(base: str) -> str:
+    """Returns how the weights of a whole model are rounded in its files ("awq", "gptq", ...), with
+    "bitsandbytes" that of its 4-bit kind only; "" where they are not."""
+    from transformers import PretrainedConfig
+
+    try:
+        settings = PretrainedConfig.get_config_dict(base)[0].get("quantization_config")
+    except Exception as error:
+        raise _cannot_load(base, error) from error
+    if not settings:
+        return ""
+    method = str(settings.get("quant_method", "bitsandbytes"))
+    if method == "bitsandbytes" and not settings.get("load_in_4bit"):
+        return "bitsandbytes with 8 bits"
+    return method
+
+
+def _check_quantization(base: str, tune: str) -> None:
+    """Checks that weights which are rounded in the model's files are not trained themselves, and
+    not rounded again."""
+    method = quantization_of(base)
+    if method and tune == "full":
+        raise UserError(
+            f"model = {base!r} has weights that are rounded ({method}): they cannot be trained, so "
+            "use tune=lora, or give the model that is not rounded"
+        )
+    if method not in ("", "bitsandbytes") and tune in ("qlora", "none4bit"):
+        raise UserError(
+            f"model = {base!r} has weights that are rounded already ({method}): use tune=lora, or "
+            "give the model that is not rounded"
+        )
+
+
+def _check_vocabulary(model, tokenizer, name: str) -> None:
+    """Checks that the model has an embedding for each token that can be met. What is not: a special
+    token that neither the template nor an end has (Gemma 3's for an image, or one to pad with)."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    template = str(tokenizer.chat_template)
+    ends = (tokenizer.eos_token, tokenizer.bos_token)
+    special = set(tokenizer.all_special_ids)
+    for token, number in tokenizer.added_tokens_decoder.items():
+        if number.special:
+            special.add(token)
+    for token, number in tokenizer.get_vocab().items():
+        is_met = number not in special or token in ends or token in template
+        if number >= rows and is_met:
+            raise UserError(
+                f"model = {name!r}: its tokenizer has {token!r} as token {number}, but the model "
+                f"has embeddings of {rows} only: give it the tokenizer that it was trained with, "
+                "or resize the embeddings and train those of the new tokens"
+            )
+
+
+def check_positions(model, name: str, max_tokens: int) -> None:
+    """Checks that all positions of a trajectory of max_tokens are computed alike, whoever stands
+    beside it in a batch; UserError if not. Beyond a length some models (Phi-3.5: longrope; dynamic
+    scaling) take other factors for all rows of a forward pass, short ones too: then sampler and
+    trainer are not one function."""
+    settings = model.config.get_text_config()
+    positions = getattr(settings, "max_position_embeddings", None)
+    why = f"the model has {positions} positions"
+    rope = getattr(settings, "rope_parameters", None) or {}
+    by_layer = [value for value in rope.values() if isinstance(value, dict)]
+    for part in (rope, *by_layer):  # of all layers, or by their type
+        original = part.get("original_max_position_embeddings")
+        if part.get("rope_type") == "longrope" and original:
+            positions = original
+            why = f"beyond {original} tokens its positions are others, for all of a batch"
+        elif part.get("rope_type") == "dynamic":
+            why = f"beyond {positions} tokens its positions are others, for all of a batch"
+    if positions and max_tokens > positions:
+        raise UserError(
+            f"max_tokens = {max_tokens} with model = {name!r}: {why}, so use "
+            f"--max_tokens={positions} or less"
+        )
+
+
+def mend_generation_config(model, name: str) -> None:
+    """Makes generation_config one that transformers agrees to save: it loads a temperature without
+    do_sample, and refuses to write it when all is trained."""
+    generation = getattr(model, "generation_config", None)
+    if generation is None or _is_valid(generation):
+        return
+    if generation.pad_token_id is not None and generation.pad_token_id < 0:
+        generation.pad_token_id = None
+    if not _is_valid(generation):
+        generation.do_sample = True  # what a temperature, top_p or top_k is for
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        message = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model = {name!r}: its generation_config.json could not be saved with what is "
+            f"trained ({message}): mend or remove it"
+        ) from None
+
+
+def _is_valid(generation) -> bool:
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_same_lora(
@@ -191,9 +397,9 @@ def _check_same_lora(
 ) -> None:
     """Checks that an adapter can be trained on with these keys: they cannot change it. settings:
     its adapter_config.json."""
-    r = settings["r"]
-    alpha = settings["lora_alpha"]
-    targets = settings["target_modules"]
+    r = settings.get("r")
+    alpha = settings.get("lora_alpha")
+    targets = settings.get("target_modules") or []
     if (r, alpha) != (lora_r, lora_alpha):
         raise UserError(
             f"model = {name!r} has lora_r = {r} and lora_alpha = {alpha}, and training it cannot "
@@ -213,25 +419,28 @@ def _load_weights(base: str, dtype: torch.dtype, device: str, four_bits: bool):
     `dtype` is what they multiply in."""
     from transformers import AutoModelForCausalLM
 
-    if not four_bits:
+    method = quantization_of(base)
+    if not four_bits and not method:
         return AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device)
 
-    import_bitsandbytes("tune = qlora")  # transformers' own message names another way to get it
-    from transformers import BitsAndBytesConfig
+    options = {}
+    if four_bits or method.startswith("bitsandbytes"):
+        # transformers' own message names another way to get it
+        import_bitsandbytes("tune = qlora" if four_bits else f"model = {base!r}")
+    if four_bits and not method:  # else its files say how it is rounded
+        from transformers import BitsAndBytesConfig
 
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
     model = AutoModelForCausalLM.from_pretrained(
-        base,
-        dtype=dtype,
-        quantization_config=quantisation,
-        device_map={"": device},
+        base, dtype=dtype, device_map={"": device}, **options
     )
-    _never_repack(model)
+    if is_quantized(model):
+        _never_repack(model)
     return model
 
 
@@ -259,10 +468,13 @@ def _load_adapter(model, folder: str, is_trainable: bool):
     """Puts the adapter of a folder on its base model."""
     from peft import PeftModel
 
-    # without low_cpu_mem_usage random weights are drawn first: torch's generator moves
-    return PeftModel.from_pretrained(
-        model, folder, is_trainable=is_trainable, low_cpu_mem_usage=True
-    )
+    # what changes the base is computed from weights that are there, so it is made in full; else
+    # random weights would be drawn first
+    is_quick = not changes_base(adapter_settings(folder))
+    with torch.random.fork_rng():  # torch's generator stays where it was in any case
+        return PeftModel.from_pretrained(
+            model, folder, is_trainable=is_trainable, low_cpu_mem_usage=is_quick
+        )
 
 
 def _add_adapter(model, lora_r: int, lora_alpha: int, lora_targets: tuple[str, ...], seed: int):
@@ -278,6 +490,8 @@ def _add_adapter(model, lora_r: int, lora_alpha: int, lora_targets: tuple[str, .
         return get_peft_model(model, lora)
     except ValueError as error:  # no module of that name
         raise UserError(f"lora_targets = {lora_targets}: {error}") from None
+    except ImportError as error:  # for layers that are rounded in a way of their own
+        raise UserError(f"tune = lora on this model: {error}") from None
 
 
 def check_head(model, name: str) -> None:
@@ -351,7 +565,16 @@ def load_reference(name: str, model, tune: str, dtype: str):
         reference, _ = load(name, "none", dtype, str(model.device))
         return reference
     if is_adapter(name):
-        model.load_adapter(find(name), adapter_name="reference")
+        bias = adapter_settings(name).get("bias", "none")
+        if bias != "none":  # the biases are the base's own: there are no two sets of them
+            raise UserError(
+                f"beta > 0 with model = {name!r}, an adapter with bias = {bias!r}: its biases "
+                "cannot be switched back, so use beta=0, or merge it and give the whole model"
+            )
+        try:
+            model.load_adapter(find(name), adapter_name="reference")
+        except Exception as error:
+            raise _cannot_load(name, error) from error
     return model
 
 
@@ -388,13 +611,29 @@ def save(model, tokenizer, folder) -> None:
 
     disable_progress_bar()
     if "default" in adapters_of(model):
-        # beside it there may be the adapter that `beta` compares with
-        model.save_pretrained(folder, selected_adapters=["default"])
+        save_adapter(model, folder)
         ids = model.generation_config.eos_token_id  # what ends a turn may be learnt, too
         GenerationConfig(eos_token_id=ids).save_pretrained(folder)
     else:
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def save_adapter(model, folder) -> None:
+    """Writes the adapter that is trained, without a word to the hub: left alone, peft asks it at
+    each save whether the vocabulary was resized, and none is here."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    model.save_pretrained(
+        folder,
+        # beside it there may be the adapter that `beta` compares with
+        selected_adapters=["default"],
+        save_embedding_layers=any(isinstance(layer, BaseTunerLayer) for layer in embeddings),
+    )
+    settings = model.peft_config["default"]
+    card = CARD.format(base=settings.base_model_name_or_path, rank=settings.r)
+    (Path(folder) / "README.md").write_text(card, encoding="utf-8")
 
 
 def save_dequantized(model, name: str, dtype: str, folder) -> None:
@@ -403,6 +642,11 @@ def save_dequantized(model, name: str, dtype: str, folder) -> None:
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 
+    if quantization_of(base_of(name)):
+        raise UserError(
+            f"model = {base_of(name)!r} is rounded to 4 bits in its own files, which engine = "
+            "'vllm' cannot have as they are trained: give the model that is not rounded"
+        )
     plain, tokenizer = load(base_of(name), "none", dtype, "cpu")
     base = model.get_base_model() if adapters_of(model) else model
     for path, layer in base.named_modules():
@@ -411,6 +655,7 @@ def save_dequantized(model, name: str, dtype: str, folder) -> None:
             # peft puts a layer with an adapter one level down
             target = plain.get_submodule(path.removesuffix(".base_layer"))
             target.weight.data.copy_(weights.reshape(target.weight.shape))
+    mend_generation_config(plain, name)
     save(plain, tokenizer, folder)
 
 

@@ -26,6 +26,8 @@ import types
 import typing
 from pathlib import Path
 
+from run.names import translation
+
 HERE = Path(__file__).resolve().parent.parent
 # The keys of train_grpo's Config that shape a rollout: those that rollout.py and evaluate.py take.
 ROLLOUT_KEYS = tuple(
@@ -141,7 +143,7 @@ def main(run):
     try:
         run(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -156,6 +158,17 @@ def main(run):
         sys.exit(130)  # what a shell reports for a program that Ctrl-C ended
 
 
+def _printable(message):
+    """The message without what a terminal obeys: it may quote a model, a server or a data set."""
+    shown = [c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message]
+    return "".join(shown)
+
+
+def say_at_once(text):
+    """Prints a line before what takes long is imported: a screen that stays dark looks broken."""
+    print(text, flush=True)
+
+
 def answer_help(file, other=None, keys=()):
     """Answers -h and --help, if sys.argv has one of them, and exits with 0.
 
@@ -166,16 +179,19 @@ def answer_help(file, other=None, keys=()):
     if "-h" not in sys.argv[1:] and "--help" not in sys.argv[1:]:
         return
     docstring, lines, fields = _read_source(file)
-    print(docstring, end="\n\n")
+    text = f"{docstring}\n\n"
     if lines:
-        print("\n".join(lines), end="\n\n")
+        text += "\n".join(lines) + "\n\n"
     if other:
         own = [name for name, _, _ in fields]
         wanted = [key for key in keys if key not in own]
-        print(f"and these of {other}:")
-        for line in _lines_of_keys(other, wanted):
-            print(line)
-        print()
+        text += f"and these of {other}:\n"
+        text += "".join(f"{line}\n" for line in _lines_of_keys(other, wanted)) + "\n"
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:  # `--help | head` has read enough
+        # python writes what is left once more when it ends, and would complain again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
 
 
@@ -291,6 +307,10 @@ def near(name, names):
 
 
 def _unknown(key, names, where=""):
+    is_spelling = key.lower().replace("-", "_") in names
+    there = translation(key)
+    if there and not is_spelling:  # before what is near by spelling: max_steps is no max_tokens
+        return f"unknown key {key!r}{where}: in nanotool, {there} (docs/coming_from_trl.md)"
     hint = near(key, names)
     if not hint:
         hint = ": --help lists the keys"

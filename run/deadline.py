@@ -12,7 +12,11 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from functools import partial
 
+from run.config import UserError
+
+MOST_HANGING = 256  # threads left behind that still run, of one tool box or reward: then it ends
 GRACE = 0.1  # seconds that cancelled work has to clean up before it counts as left behind
 
 
@@ -55,8 +59,10 @@ async def in_thread(function: Callable, abandoned: list, late: Callable | None =
     costs no worker and does not block the exit.
 
     If this is cancelled, the thread is added to `abandoned` and goes on; late(result) is called
-    with what it gives in the end. Raises what the function raises, Exited if it exits.
+    with what it gives in the end. Raises what the function raises, Exited if it exits, and
+    UserError instead of starting a thread if MOST_HANGING of those in `abandoned` still run.
     """
+    _refuse_more_threads(abandoned)
     loop = asyncio.get_running_loop()
     outcome = loop.create_future()  # (the result, None), or (None, what the function raised)
 
@@ -76,7 +82,7 @@ async def in_thread(function: Callable, abandoned: list, late: Callable | None =
         elif late and error is None:  # nobody waits for it any more
             late(result)
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=work, name=_name_of(function), daemon=True)
     thread.start()
     try:
         result, error = await outcome
@@ -102,6 +108,25 @@ def is_alive(job: threading.Thread | asyncio.Task) -> bool:
 def shown(error: BaseException) -> str:
     """An error as it reads in a message: its type, and its text if it has one."""
     return f"{type(error).__name__}: {str(error)[:2000]}".removesuffix(": ")
+
+
+def _refuse_more_threads(abandoned):
+    """Each costs memory for ever, as nothing can stop a thread."""
+    hanging = [job for job in abandoned if isinstance(job, threading.Thread) and job.is_alive()]
+    if len(hanging) >= MOST_HANGING:
+        names = sorted({thread.name for thread in hanging})
+        raise UserError(
+            f"{len(hanging)} calls hang in threads that nothing can stop, of {', '.join(names)}: "
+            "give what they wait for a time limit of its own (requests.get(url, timeout=5)), or "
+            "write it as an async function, which can be cancelled"
+        )
+
+
+def _name_of(function):
+    """What the user calls it: a partial is of the function in it."""
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _abandon(job, abandoned):

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from run import page as run_page
 from run.config import UserError
 from run.page import each_row, finite_numbers, six_digits
-from trajectory import token_kinds, token_texts
+from trajectory import escaped, token_kinds, token_texts
 
 LOGGERS = {"none": "", "wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
 
@@ -169,7 +169,7 @@ class Log:
             self.print(f"{action.__name__} failed: {type(error).__name__}: {error}")
 
     def print(self, text: str) -> None:
-        self.progress.console.print(text, markup=False)
+        self.progress.console.print(escaped(text), markup=False)
 
     def step(self, metrics: dict) -> None:
         """Prints a line, and writes everything to metrics.jsonl: whole lines, at once on disk."""

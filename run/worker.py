@@ -7,8 +7,8 @@ For code that no thread can stop, since it runs for hours inside of one function
 starts at the first request (tens of milliseconds), is used again (0.2 ms a request on top of the
 work), and is started anew after it has ended. It gets no environment, and none of our descriptors.
 
-The file is loaded by its path, with nothing of this repository to import. It has to define
-prepare(), which is called once, and answer(request) -> reply.
+The file is loaded by its path, with nothing of this repository to import but the files beside it,
+as it is loaded. It has to define prepare(), which is called once, and answer(request) -> reply.
 
 What is covered: at the deadline the kernel ends the process, whatever it is doing, by an alarm of
 its own: also if this program has died meanwhile. Else it ends when our end of its socket closes.
@@ -197,7 +197,9 @@ def serve(file: str) -> None:
     """Answers requests from stdin, a socket, until its other end is closed."""
     spec = importlib.util.spec_from_file_location("served", file)
     module = importlib.util.module_from_spec(spec)
+    sys.path.append(os.path.dirname(file))  # last: it replaces no module of python
     spec.loader.exec_module(module)
+    sys.path.pop()
     module.prepare()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever it is doing
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])

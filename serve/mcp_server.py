@@ -10,7 +10,8 @@ instances of stateful tools, such as python_session, until it ends the session o
 minutes. An error of a tool is a result with isError and its text.
 
 What is covered: over HTTP a bearer token, without which only this machine is served; requests that
-a web page sends to this machine (DNS rebinding). What is not: TLS (put a proxy in front), limits on
+a web page sends to this machine (DNS rebinding); requests that do not come to their end, with or
+without the token (REQUEST_SECONDS). What is not: TLS (put a proxy in front), limits on
 rates, users of different rights. Who has the token runs the tools: python, code in its sandbox.
 """
 
@@ -36,11 +37,13 @@ from tools import Toolbox
 from tools.calling.toolbox import Session
 
 try:
+    import h11
     import uvicorn
     from mcp import MCPError, types
     from mcp.server.lowlevel import Server
     from mcp.server.stdio import stdio_server
     from mcp.types.version import HANDSHAKE_PROTOCOL_VERSIONS, MODERN_PROTOCOL_VERSIONS
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     raise UserError(f'MCP needs a package ({error}): pip install -e ".[mcp]"') from None
 
@@ -252,13 +255,52 @@ def over_http(cfg: Config, tools: list[str]) -> None:
     asyncio.run(try_out(box))
     listening = _listen(cfg)
     print(f"serving {', '.join(box.tools)} at {_url(listening)}", flush=True)
-    settings = uvicorn.Config(
-        application(cfg, box),
+    uvicorn.Server(settings(application(cfg, box))).run(sockets=[listening])
+
+
+def settings(app) -> uvicorn.Config:
+    """Of the server, whatever it serves."""
+    return uvicorn.Config(
+        app,
+        http=ImpatientProtocol,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=2,  # clients keep a stream open for ever
     )
-    uvicorn.Server(settings).run(sockets=[listening])
+
+
+REQUEST_SECONDS = 20.0  # that a request, its head and its body, has to arrive
+
+
+class ImpatientProtocol(H11Protocol):
+    """Closes a connection over which no whole request comes in time: uvicorn waits for ever, and
+    each costs a descriptor. What is there already is answered, however long that takes."""
+
+    deadline = None  # a timer, while a request is waited for
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data):
+        super().data_received(data)
+        is_waiting = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        if not is_waiting:
+            self._stop_waiting()
+        elif self.deadline is None:
+            self._wait()
+
+    def connection_lost(self, exc):
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait(self):
+        self.deadline = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
+
+    def _stop_waiting(self):
+        if self.deadline is not None:
+            self.deadline.cancel()
+            self.deadline = None
 
 
 def _url(listening):

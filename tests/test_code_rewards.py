@@ -8,12 +8,13 @@ import asyncio
 import hashlib
 import json
 import sqlite3
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from grading import programs
+from grading import programs, queries
 from rewards import oracle, score, select
 from run.config import UserError
 from tools.sql import execute
@@ -69,6 +70,12 @@ def matches(said, gold, shop, **options):
         ("SELECT name FROM items", "SELECT name, 1 FROM items", 0),
         ("SELECT name FROM items ORDER BY price", "SELECT name FROM items ORDER BY price", 1),
         ("SELECT name FROM items ORDER BY price", "SELECT name FROM items ORDER BY price DESC", 0),
+        # A24: tokens, not text
+        ("SELECT name FROM items ORDER/**/BY price", "SELECT name FROM items", 0),
+        ("SELECT name FROM items order /* x */ by price", "SELECT name FROM items", 0),
+        ("SELECT name FROM items ORDER--\nBY price DESC", "SELECT name FROM items", 0),
+        ("SELECT name FROM items --ORDER BY x", "SELECT name FROM items ORDER BY price DESC", 1),
+        ("SELECT name FROM/**/items ORDER/**/BY price", "SELECT name FROM items ORDER BY price", 1),
         (
             "SELECT name FROM (SELECT name FROM items ORDER BY price) WHERE name != 'order by (x'",
             "SELECT name FROM items ORDER BY price DESC",
@@ -184,6 +191,18 @@ def test_on_a_real_database():
     assert matches(other, gold, str(CHINOOK)) == 1.0
     assert matches(other.replace("DESC", "ASC"), gold, str(CHINOOK)) == 0.0
     assert hashlib.sha256(CHINOOK.read_bytes()).hexdigest() == before
+
+
+@pytest.mark.parametrize("part", ["[", "(", "'", '"', "`", "--", "/*", "''", "from", "'x"])
+def test_no_query_takes_long_to_read(part):
+    """C4: 100,000 characters in less than 0.2 s of CPU time."""
+    query = part * (100_000 // len(part))
+    spent = []
+    for _ in range(5):  # the best of five: a busy machine fails nothing
+        start = time.process_time()
+        queries._reads_a_table(query)
+        spent.append(time.process_time() - start)
+    assert min(spent) < 0.2
 
 
 # ---- programs

@@ -5,6 +5,7 @@ pytest tests/test_config.py
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from typing import Literal
 
 import pytest
 
-from run import config
+import train_grpo
+import train_sft
+from run import config, names
 from run.config import UserError, parse, split
 
 ROOT = str(config.HERE)
@@ -138,6 +141,64 @@ def test_an_unknown_key_names_the_nearest():
         "unknown key 'zzz' in calc.py: --help lists the keys, and a name of your own starts with _"
     )
     assert complaint(write("zzz = 1")) == says
+
+
+@pytest.mark.parametrize(
+    "key, ours",
+    [
+        ("max_steps", "steps; SFT: epochs"),
+        ("scale_rewards", "adv_norm: group, batch, none"),
+        ("num_generations", "group_size"),
+        ("Num-Generations", "group_size"),
+        ("n", "group_size"),
+        ("actor_rollout_ref.rollout.n", "group_size"),
+        ("algorithm.kl_coef", "beta (k3, verl's low_var_kl)"),
+        ("epsilon_high", "clip_low, clip_high; of cispo TRL's bound is ours plus one"),
+        ("max_seq_length", "max_tokens, of the whole trajectory; a prompt is never cut"),
+        ("importance_sampling_level", "loss=gspo"),
+        ("use_vllm", "engine=vllm"),
+        ("warmup_ratio", "warmup, in steps"),
+        ("save_total_limit", "save_every; two checkpoints stay"),
+        ("top_p", "none: training on a distribution that was cut is biased"),
+        ("canary", "--engine_options=canary=false"),
+        ("sleep", "--engine_options=sleep=false, of engine=vllm"),
+        ("rloo", "--adv_norm=rloo"),
+    ],
+)
+def test_a_name_of_another_trainer_or_an_old_key_is_translated(key, ours):
+    """D2: by spelling, max_steps is near max_tokens and scale_rewards near rewards."""
+    says = f"in nanotool, {ours} (docs/coming_from_trl.md)"
+    assert complaint([f"--{key}=1"]) == f"unknown key {key!r}: {says}"
+    if key.isidentifier():
+        assert complaint(write(f"{key} = 1")) == f"unknown key {key!r} in calc.py: {says}"
+
+
+def test_a_key_of_the_other_script_is_translated():
+    """D2: epochs are SFT's, steps are GRPO's."""
+    for cls, key in ((train_grpo.Config, "epochs"), (train_sft.Config, "steps")):
+        with pytest.raises(UserError, match=f"^unknown key '{key}': in nanotool, .*SFT: epochs"):
+            parse(cls, [f"--{key}=3"])
+        assert key not in cls.__dataclass_fields__
+
+
+def test_the_table_of_names_is_one_and_says_what_there_is():
+    """D2: each key that it answers with is one of a script's Config, or an option of an engine."""
+    table = names._read()
+    assert len(table) > 100
+    classes = (train_grpo.Config, train_sft.Config)
+    keys = {name for cls in classes for name in cls.__dataclass_fields__}
+    assert not [name for name in table if name in keys and name not in table[name]]
+    for line in names.TABLE.read_text().splitlines():
+        cells = line.strip("|").split(" | ")
+        if not line.startswith("|") or len(cells) != 2:
+            continue
+        for key in re.findall(r"`-{0,2}(\w+)[=`]", cells[1]):
+            assert key in keys | WORDS, f"{key} in {line}"
+
+
+# What the right column has beside keys.
+WORDS = set("token-mean dapo grpo low_var_kl cispo token_truncate token_mask WANDB_PROJECT".split())
+WORDS |= {"entropy", "sequence_mask", "messages", "Config", "async"}
 
 
 @pytest.mark.parametrize(
@@ -392,6 +453,48 @@ class Config:
     left = "    # one\n    k: int = 1  # tries\n    # three\n    n: int = 2  # samples\n\n"
     assert caught.value.code == 0 and out.endswith(f"and these of {tmp_path}/other.py:\n{left}")
     assert out.count("rate: float") == 1 and "Other words" not in out
+
+
+@pytest.mark.parametrize("script", ["train_grpo.py", "train_sft.py", "evaluate.py", "demo.py"])
+def test_help_may_be_cut_short(script):
+    """`--help | head -1` ended in a traceback."""
+    read, write_end = os.pipe()
+    os.close(read)  # nobody reads on
+    command = [sys.executable, f"{ROOT}/{script}", "--help"]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("script", ["train_grpo.py", "train_sft.py", "demo.py"])
+def test_a_line_is_said_before_anything_slow_is_loaded(script):
+    """D1: the first seconds were silent. Here torch cannot even be imported."""
+    write("raise ImportError('no torch here')", "torch.py")
+    code, out, err = run(f"{ROOT}/{script}", path=os.getcwd())
+    assert code == 1 and "no torch here" in err
+    assert out == "loading torch, then data and model: some seconds until the first step\n"
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("\x1b[2Jgone", "\\x1b[2Jgone"),
+        ("\x1b]52;c;aGk=\x07", "\\x1b]52;c;aGk=\\x07"),
+        ("\x9b31m", "\\x9b31m"),
+        ("a\u202eb", "a\\u202eb"),
+        ("\ud800", "\\ud800"),
+        ("wörter, 数, 👍\nline", "wörter, 数, 👍\nline"),
+    ],
+)
+def test_a_mistake_that_quotes_control_characters_shows_them_escaped(text, shown, capsys):
+    """C6: what a model, a server or a data set says may be a part of the message."""
+
+    def fails(argv):
+        raise UserError(text)
+
+    with pytest.raises(SystemExit):
+        config.main(fails)
+    assert capsys.readouterr().err == f"error: {shown}\n"
 
 
 def test_help_is_not_answered_unasked(monkeypatch):

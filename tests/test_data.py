@@ -576,3 +576,25 @@ def test_null_in_a_list_of_answers_is_dropped(tmp_path, answers, kept):
             data.load(str(path))
     else:
         assert data.load(str(path))[0]["answer"] == kept
+
+
+@pytest.mark.parametrize(
+    "name", ["../gold", "a/../../gold", "..", "/etc/gold", "a\0b", "..\\/../x", "a/.."]
+)
+def test_a_name_in_a_path_of_databases_does_not_leave_their_folder(tmp_path, monkeypatch, name):
+    """C5."""
+    monkeypatch.chdir(tmp_path)
+    for place in ("dbs/a", "dbs"):
+        Path(place).mkdir(parents=True, exist_ok=True)
+    for place in ("gold.sqlite", "dbs/in.sqlite", "dbs/a/in.sqlite"):
+        Path(place).touch()
+    template = "dbs/{db_id}.sqlite"
+    for inside in ("in", "a/in"):
+        (read,) = data.load(write(row(db_id=inside)), database=template)
+        assert read["database"] == f"dbs/{inside}.sqlite"
+    with pytest.raises(UserError, match="row 1: its 'db_id' is .*: write a name without"):
+        data.load(write(row(db_id=name)), database=template)
+    # a column that holds the whole path has no folder to leave
+    path = f"../{tmp_path.name}/gold.sqlite"
+    (read,) = data.load(write(row(file=path)), database="{file}")
+    assert read["database"] == path

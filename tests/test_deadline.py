@@ -4,11 +4,14 @@ pytest tests/test_deadline.py
 """
 
 import asyncio
+import functools
 import queue
 import threading
 
 import pytest
 
+from run import deadline
+from run.config import UserError
 from run.deadline import Exited, in_thread, in_time, is_alive
 
 
@@ -148,3 +151,45 @@ def test_a_stop_iteration_is_an_error_like_any_other():
             await in_time(in_thread(lambda: next(iter([])), []), 60.0, [])
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", ["a function", "a partial", "an instance", "a tool's make"])
+def test_threads_that_hang_are_not_started_for_ever(monkeypatch, kind):
+    """B8: they are counted, and above a number a sentence ends the run; those that have ended do
+    not count."""
+    monkeypatch.setattr(deadline, "MOST_HANGING", 3)
+    release = threading.Event()
+
+    class hang:
+        def __call__(self):
+            release.wait()
+
+    def wait_for_the_bus(*_):
+        release.wait()
+
+    functions = {
+        "a function": wait_for_the_bus,
+        "a partial": functools.partial(functools.partial(wait_for_the_bus, 1), 2),
+        "an instance": hang(),
+        "a tool's make": lambda: release.wait(),
+    }
+    abandoned = []
+
+    async def scene():
+        for _ in range(3):
+            work = deadline.in_thread(functions[kind], abandoned)
+            assert await deadline.in_time(work, 0.01, abandoned) == (False, None)
+        count = threading.active_count()
+        for _ in range(5):
+            with pytest.raises(UserError, match="3 calls hang in threads .*a time limit") as caught:
+                work = deadline.in_thread(functions[kind], abandoned)
+                await deadline.in_time(work, 0.01, abandoned)
+            if kind in ("a function", "a partial"):
+                assert "wait_for_the_bus" in str(caught.value)
+        assert threading.active_count() == count
+        release.set()
+        for thread in abandoned:
+            thread.join()
+        assert await deadline.in_thread(lambda: 7, abandoned) == 7
+
+    asyncio.run(scene())

@@ -47,6 +47,9 @@ x^2+1 \text{ cm}^2 ~ 1+x^2
 4\pi cm ~ 4\pi
 5 \text{ million dollars} ~ 5000000
 9.8 \text{ m/s}^2 ~ 9.8 \mathrm{m}/\mathrm{s}^2
+5 m ~ 5m
+5 \text{ m} ~ 5 m
+5kg ~ 5 kg
 # A4: blanks and markup
 p-q ~ p - q
 p - q ~ -q + p
@@ -125,6 +128,10 @@ UNEQUAL = r"""
 25^\circ\text{C} ~ 25^\circ\text{F}
 5 \text{ cm}, 3 \text{ m} ~ 5 \text{ m}, 3 \text{ cm}
 9.8 \text{ m/s}^2 ~ 9.8 \text{ m/s}
+5 km ~ 5 m
+5 g ~ 5kg
+5 m ~ 5 s
+5\,\text{km}/\text{h} ~ 5\,\text{m}/\text{s}
 # A4
 p-q ~ q - p
 78 ~ \boldsymbol{87}

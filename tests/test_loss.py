@@ -324,6 +324,32 @@ def test_the_kl_is_k3_never_negative_and_zero_where_policy_and_reference_agree()
     assert "kl" not in grpo_loss(*plain)[1]
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("gap", [30.0, 100.0, 1e4, -100.0, -1e4])
+def test_the_kl_is_finite_however_far_the_policy_is_from_the_reference(loss, gap):
+    """A20: exp of an unbounded difference made it, and the gradient, infinite."""
+    mask = torch.tensor([[0, 1, 1]])
+    logprobs = torch.tensor([[-1.0, -1.0, -2.0]], requires_grad=True)
+    ref = torch.tensor([[float("nan"), -1.0 + gap, -2.0]])
+    plain = logprobs, logprobs.detach(), mask, torch.zeros(1), torch.tensor([0.5]), loss
+    total, parts = grpo_loss(*plain, beta=0.1, ref_logprobs=ref)
+    total.backward()
+    assert torch.isfinite(total) and torch.isfinite(logprobs.grad).all()
+    assert 0 < parts["kl"].max() < 5e8
+    if gap < 0:  # what the policy alone likes: it is still drawn back
+        assert logprobs.grad[0, 1].item() == pytest.approx(0.5 * 0.1, rel=1e-4)
+
+
+@pytest.mark.parametrize("gap", [1e-6, -1e-6, 3e-5, -3e-4, 1e-3])
+def test_the_kl_of_two_models_that_hardly_differ_keeps_its_digits(gap):
+    """A20: exp(d) - 1 - d in float32 is rounding near 0, and fell below it."""
+    logprobs = torch.zeros(1, 2)
+    ref = torch.tensor([[0.0, gap]])
+    plain = logprobs, logprobs, torch.tensor([[0, 1]]), torch.zeros(1), torch.ones(1)
+    kl = grpo_loss(*plain, beta=0.1, ref_logprobs=ref)[1]["kl"][0, 1].item()
+    assert kl == pytest.approx(ref[0, 1].item() ** 2 / 2, rel=1e-3)
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_importance_weights_by_hand(level):
     """Pitfalls 15, 16: of trained tokens only, whatever the engine says of others."""

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -439,7 +440,9 @@ def test_a_server_without_the_handshake_pages_of_tools_and_errors_of_the_protoco
 @pytest.fixture
 def scripted():
     """An MCP server over HTTP whose tool answers with the HTTP status, or the JSON-RPC error code,
-    that it is asked for; .seen: the methods and the tokens that came."""
+    that it is asked for; .seen: the methods and the tokens that came. .tools, .result: what it
+    offers and returns. .session: the one that it knows, and .no_session(handler, answer) is what it
+    says to another."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -452,8 +455,13 @@ def scripted():
             self.send_response(status)
             self.send_header("content-type", "application/json" if text else "text/plain")
             self.send_header("content-length", str(len(text)))
+            if server.session:
+                self.send_header("mcp-session-id", server.session)
             self.end_headers()
             self.wfile.write(text)
+
+        def do_DELETE(self):
+            self.reply(200)
 
         def do_GET(self):
             self.reply(405)
@@ -463,26 +471,32 @@ def scripted():
             server.seen.append((asked["method"], self.headers["authorization"]))
             if "id" not in asked:
                 return self.reply(202)
+            knows = asked["method"] == "initialize" or server.session is None
+            if not knows and self.headers["mcp-session-id"] != server.session:
+                return server.no_session(self, {"jsonrpc": "2.0", "id": asked["id"]})
             given = asked.get("params", {}).get("arguments", {})
             if "status" in given:
                 return self.reply(given["status"])
             said = {"jsonrpc": "2.0", "id": asked["id"]}
             if "code" in given:
                 return self.reply(200, said | {"error": {"code": given["code"], "message": "own"}})
-            whole = {"type": "object", "additionalProperties": True}
             results = {
                 "initialize": {
                     "protocolVersion": "2025-06-18",
                     "capabilities": {"tools": {}},
                     "serverInfo": {"name": "scripted", "version": "1"},
                 },
-                "tools/list": {"tools": [{"name": "do", "inputSchema": whole}]},
-                "tools/call": {"content": [{"type": "text", "text": "done"}]},
+                "tools/list": {"tools": server.tools},
+                "tools/call": server.result,
             }
             self.reply(200, said | {"result": results[asked["method"]]})
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads, server.seen = True, []
+    whole = {"type": "object", "additionalProperties": True}
+    server.tools = [{"name": "do", "inputSchema": whole}]
+    server.result = {"content": [{"type": "text", "text": "done"}]}
+    server.session = None
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     server.url = f"http://127.0.0.1:{server.server_address[1]}/mcp"
     yield server
@@ -713,3 +727,240 @@ def test_an_error_of_the_server_has_its_words():
     assert caught.value.kind == "exception"
     with pytest.raises(ToolError, match="does not say why"):
         result(is_error=True)
+
+
+# -- B3: what servers do that MCP does not say
+
+
+NOT_FOUND = {"code": -32001, "message": "Session not found"}
+NO_SESSION = {
+    "404 and no text": lambda handler, said: handler.reply(404),
+    "404 and -32001": lambda handler, said: handler.reply(404, said | {"error": NOT_FOUND}),
+    "404 without an id": lambda handler, said: handler.reply(
+        404, said | {"id": None, "error": NOT_FOUND}
+    ),
+    "200 and -32001": lambda handler, said: handler.reply(200, said | {"error": NOT_FOUND}),
+    "400 and words": lambda handler, said: handler.reply(
+        400, said | {"error": {"code": -32000, "message": "Bad Request: No valid session ID"}}
+    ),
+    "200, expired": lambda handler, said: handler.reply(
+        200, said | {"error": {"code": -32600, "message": "the session has expired"}}
+    ),
+}
+
+
+@pytest.mark.parametrize("way", NO_SESSION)
+def test_a_server_that_has_forgotten_the_session_is_connected_again(toolbox, scripted, way):
+    """B3: it was started anew, say. The model is told, as its state is lost; then all is well."""
+    scripted.session = "1"
+    scripted.no_session = NO_SESSION[way]
+    box = toolbox(x={"url": scripted.url}, box={"options": ["do.retries=0"]})
+
+    async def scene():
+        async with opened(box) as session:
+
+            async def call(**asked):
+                return (await session.call("do", asked))[:2]
+
+            assert await call() == ("done", None)
+            for session_id in ("2", "3"):
+                scripted.session = session_id
+                text, error = await call()
+                assert error == "server" and text.endswith("starts it again, without its state")
+                assert await asyncio.gather(*(call() for _ in range(4))) == [("done", None)] * 4
+            # its own error, which only speaks of something else
+            assert await call(code=-32001) == ("error: own", "exception")
+            before = len(scripted.seen)
+            assert await call() == ("done", None)
+            assert [method for method, _ in scripted.seen[before:]] == ["tools/call"]
+
+    asyncio.run(scene())
+
+
+def test_calls_at_once_that_lose_a_session_make_one_new_connection(toolbox, scripted):
+    """B3."""
+    scripted.session = "1"
+    scripted.no_session = NO_SESSION["200 and -32001"]
+    box = toolbox(x={"url": scripted.url}, box={"options": ["do.retries=0"]})
+
+    async def scene():
+        async with opened(box) as session:
+            await session.call("do", {})
+            before = [method for method, _ in scripted.seen].count("initialize")
+            scripted.session = "2"
+            results = await asyncio.gather(*(session.call("do", {"n": n}) for n in range(4)))
+            assert {error for _, error, _ in results} <= {"server", None}
+            results = await asyncio.gather(*(session.call("do", {"n": n}) for n in range(4)))
+            assert [result[:2] for result in results] == [("done", None)] * 4
+            assert [method for method, _ in scripted.seen].count("initialize") == before + 1
+
+    asyncio.run(scene())
+
+
+GO = {  # as Go writes what is not set
+    "type": "object",
+    "properties": {
+        "a": {"type": "string", "enum": None, "anyOf": None, "items": None, "required": None},
+        "b": {"type": None, "default": None, "properties": None, "description": None},
+        "c": None,
+        "d": {"anyOf": [{"type": "integer"}, {"type": None}], "$ref": None, "format": None},
+        "e": {"type": ["null"]},
+    },
+    "required": None,
+    "additionalProperties": None,
+    "$defs": None,
+}
+
+
+def test_null_in_a_schema_is_what_is_not_there(toolbox, scripted):
+    """B3."""
+    made = module.parameters(GO)
+    assert made == {
+        "type": "object",
+        "properties": {
+            "a": {"type": "string"},
+            "b": {"default": None},
+            "c": {},
+            "d": {"anyOf": [{"type": "integer"}, {}]},
+            "e": {"type": ["null"]},
+        },
+    }
+    for schema in (None, {}, {"type": None}, {"properties": None, "required": None}):
+        assert module.parameters(schema or {}) == {"type": "object", "properties": {}}
+    scripted.tools = [
+        {"name": "go", "description": None, "title": None, "inputSchema": GO, "annotations": None},
+        {"name": "none", "inputSchema": None},
+        {"name": "outputs", "inputSchema": {}, "outputSchema": {"type": None}},
+    ]
+    box = toolbox(x={"url": scripted.url})
+    assert set(box.tools) == {"go", "none", "outputs"}
+    assert box.tools["go"].schema["function"]["parameters"] == made
+
+    async def scene():
+        async with opened(box) as session:
+            assert (await session.call("go", {"a": "x", "d": 3}))[:2] == ("done", None)
+            assert (await session.call("none", {}))[:2] == ("done", None)
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    "bad, why",
+    [
+        ({"name": "bad", "inputSchema": [1]}, "'bad' .its inputSchema is .1.: expected an object"),
+        ({"name": "bad", "inputSchema": "none"}, "expected an object"),
+        ({"name": None, "inputSchema": {}}, "tool 1 .it has no name"),
+        ({"name": 7, "inputSchema": {}}, "tool 7 "),
+        ({"name": "bad", "description": ["a"], "inputSchema": {}}, "tool 'bad' "),
+        ("bad", "tool 1 "),
+    ],
+)
+def test_one_bad_tool_is_left_out_and_named_and_the_others_stay(
+    toolbox, scripted, caplog, bad, why
+):
+    """B3."""
+    scripted.tools.insert(0, bad)
+    with caplog.at_level("WARNING"):
+        box = toolbox(x={"url": scripted.url})
+    assert set(box.tools) == {"do"}
+    (line,) = [record.getMessage() for record in caplog.records if "left out" in record.message]
+    assert "MCP server 'x'" in line and re.search(why, line), line
+
+    async def scene():
+        async with opened(box) as session:
+            assert (await session.call("do", {}))[:2] == ("done", None)
+
+    asyncio.run(scene())
+
+
+SPEAKS = """
+import json, sys
+for line in sys.stdin:
+    asked = json.loads(line)
+    if "id" not in asked:
+        continue
+    said = {"jsonrpc": "2.0", "id": asked["id"]}
+    if asked["method"] == "initialize":
+        said["result"] = {"protocolVersion": "2025-06-18", "capabilities": {"tools": {}},
+                          "serverInfo": {"name": "x", "version": "1"}}
+    else:
+        said.update(ANSWER)
+    print(json.dumps(said), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "answer, shown",
+    [
+        ({"result": {"tools": None}}, "its answer is not what MCP expects, at tools: .*not None"),
+        ({"result": {}}, "its answer is not what MCP expects, at tools: Field required"),
+        ({"result": {"tools": {"do": 1}}}, "its answer is not what MCP expects, at tools"),
+        (
+            {"error": {"code": 5, "message": "no licence"}},
+            "it answered with the error 'no licence'",
+        ),
+    ],
+)
+def test_a_live_server_with_a_bad_answer_is_told_from_one_that_ended(toolbox, answer, shown):
+    """B3."""
+    code = SPEAKS.replace("ANSWER", repr(answer))
+    with pytest.raises(UserError, match=shown) as caught:
+        toolbox(x={"command": sys.executable, "args": ["-c", code]})
+    assert "ended" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfffb", ["x", {"y": "\ud83d"}], {"\udc00": 1}])
+def test_half_a_character_in_an_argument_fails_that_call_alone(toolbox, scripted, text):
+    """B3: it killed the connection of all."""
+    box = toolbox(x={"url": scripted.url})
+
+    async def scene():
+        async with opened(box) as session:
+            calls = [session.call("do", {"x": value}) for value in ("é", text, "\U0001f600")]
+            good, bad, other = await asyncio.gather(*calls)
+            assert good[:2] == other[:2] == ("done", None)
+            assert bad[1] == "bad_arguments" and "half a character" in bad[0]
+            assert [method for method, _ in scripted.seen].count("initialize") == 2
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("structured", [{"n": "seven"}, {}, [7], None, "seven", 7])
+def test_a_text_beside_structured_content_that_is_wrong_is_kept(toolbox, scripted, structured):
+    """B3."""
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    scripted.tools[0]["outputSchema"] = schema
+    scripted.result["structuredContent"] = structured
+    box = toolbox(x={"url": scripted.url})
+
+    async def scene():
+        async with opened(box) as session:
+            assert (await session.call("do", {}))[:2] == ("done", None)
+            if structured is not None:
+                for content in ([], None):
+                    scripted.result = {"content": content, "structuredContent": structured}
+                    text = json.dumps(structured)
+                    assert (await session.call("do", {}))[:2] == (text, None)
+            for result in ({"content": 7}, {"content": [{"type": "smell"}]}, {"content": ["x"]}):
+                scripted.result = result
+                text, error, _ = await session.call("do", {})
+                assert error == "exception" and "its answer is not what MCP expects" in text
+            scripted.result = {"content": [{"type": "text", "text": "well"}]}
+            assert (await session.call("do", {}))[:2] == ("well", None)
+            assert [method for method, _ in scripted.seen].count("initialize") == 2
+
+    asyncio.run(scene())
+
+
+def test_names_that_cleaning_makes_equal_are_numbered(toolbox, scripted):
+    """B3."""
+    names = ["a.b", "a/b", "a_b", "x" * 70 + "1", "x" * 70 + "2", "é", "ü", "a_b_2"]
+    scripted.tools = [{"name": name, "inputSchema": {}} for name in names]
+    box = toolbox(x={"url": scripted.url})
+    x = "x" * 62
+    assert list(box.tools) == ["a_b", "a_b_2", "a_b_3", f"{x}xx", f"{x}_2", "_", "__2", "a_b_2_2"]
+    for name, tool in box.tools.items():
+        assert tool.schema["function"]["name"] == name
+    both = toolbox(x={"url": scripted.url}, y={"url": scripted.url})
+    assert len(both.tools) == 2 * len(names)
+    assert {"x_a_b", "x_a_b_2", "y_a_b"} <= set(both.tools)

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from run import config
 from run import log as run_log
 from run import page as run_page
-from trajectory import ToolCall, Trajectory, token_kinds, token_texts
+from run.log import Log
+from trajectory import ToolCall, Trajectory, escaped, show, token_kinds, token_texts
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "</script><img src=x onerror=alert(1)><!-- <script>&lt;{{data}} \u2028 \u202e 😀 汉字"
@@ -266,6 +267,41 @@ def test_bytes_that_are_no_text_do_not_stop_or_shift_the_pieces(tokenizer):
     emoji = tokenizer.encode("😀", add_special_tokens=False)
     stray = [emoji[1]] * 3  # then come the bytes of a whole character
     assert token_texts(stray + emoji, tokenizer)[-1] == "😀"
+
+
+class ByteTokenizer:
+    """Each byte is a token; counts what it decodes."""
+
+    decoded = 0
+
+    def decode(self, ids, skip_special_tokens):
+        self.decoded += len(ids)
+        return bytes(ids).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "😀".encode() * 1000,
+        "é".encode() * 2000,
+        "汉\ufffd".encode() * 700,
+        "a\ufffd".encode() * 1000,
+        b"\xff" * 4000,
+        b"\xf0" * 4000,
+        b"\x80" * 4000,
+        b"\xf0\x9f" * 2000,
+        b"\xff" * 2000 + "😀".encode() * 500,
+        random.Random(0).randbytes(4000),
+    ],
+)
+def test_tokens_that_are_bytes_take_a_time_that_is_linear(data):
+    """C4: it was quadratic."""
+    tokenizer = ByteTokenizer()
+    pieces = token_texts(list(data), tokenizer)
+    assert tokenizer.decoded <= 60 * len(data)
+    assert len(pieces) == len(data)
+    assert "".join(pieces) == data.decode("utf-8", "replace")
+    assert ("😀" in pieces) == ("😀" in "".join(pieces))
 
 
 def test_a_tokenizer_that_strips_the_first_space_keeps_those_between_words():
@@ -539,3 +575,37 @@ def test_held_out_points_are_markers_with_a_line_and_say_that_they_are_greedy():
     assert lines["sampled"].get_marker() == "None"  # the running mean; its points have no label
     _, legend = panel(rows, "accuracy")
     assert legend == []
+
+
+CONTROLS = {
+    "clears the screen": ("\x1b[2J\x1b[H", "\\x1b[2J\\x1b[H"),
+    "fills the clipboard": ("\x1b]52;c;aGk=\x07", "\\x1b]52;c;aGk=\\x07"),
+    "is C1": ("\x9b31m\x90q\x9c", "\\x9b31m\\x90q\\x9c"),
+    "turns the line around": ("\u202eabc\u2066x\u2069", "\\u202eabc\\u2066x\\u2069"),
+    "writes over the line": ("right\rwrong\b\b", "right\\rwrong\\x08\\x08"),
+    "is no character": ("\x00\x7f", "\\x00\\x7f"),
+}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_what_a_model_says_cannot_act_on_the_terminal(name, tokenizer, capsys, tmp_path):
+    """C6: in the conversation, in a call, in the answer and in a line of the log."""
+    raw, shown = CONTROLS[name]
+    ids = tokenizer.encode(f"Look: {raw}.", add_special_tokens=False)
+    trajectory = Trajectory({"answer": raw}, stop="answered")
+    trajectory.add(ids, 1, [-1.0] * len(ids))
+    trajectory.turn_starts = [0]
+    trajectory.calls = [ToolCall(0, f"find{raw}", {"x": raw}, "ok", None, 0.1)]
+    show(trajectory, tokenizer)
+    said = capsys.readouterr().out
+    assert f"Look: {shown}." in said and f"find{shown}(" in said
+    assert not any(character in said for character in set(raw) if not character.isprintable())
+    with Log(tmp_path, 1, {}) as log:
+        log.print(f"reward failed on {raw}")
+    assert f"reward failed on {shown}\n" in capsys.readouterr().out
+
+
+def test_what_people_write_is_shown_as_it_is():
+    """C6: line breaks, tabs, other scripts, joined emoji."""
+    for text in ("a\n\tb", "naïve 数学 ١٢", "👩‍🔬 ﷺ ñ", "\u3000\xa0"):
+        assert escaped(text) == text

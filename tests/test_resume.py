@@ -19,6 +19,7 @@ import pkgutil
 import random
 import resource
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -387,11 +388,11 @@ def test_the_run_that_is_compared_with_has_moved_all_that_has_a_state(name, whol
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if "lora" not in name])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_run_that_is_told_to_stop_finishes_its_step_and_saves(
     name, number, start, run, whole, place
 ):
-    """Pitfall 52: and ends with the exit code of the signal."""
+    """Pitfall 52: and ends with the exit code of the signal. B6: SIGHUP is a closed ssh."""
     out_dir = place / f"stopped_{name}_{number}"
     child = start(name, out_dir, "halt", 2, save_every=0)
     wait_for(place / "log", "halted")
@@ -401,7 +402,8 @@ def test_a_run_that_is_told_to_stop_finishes_its_step_and_saves(
     child.join(HANGS)
     assert child.exitcode == 128 + number
     done = len(lines(out_dir / "metrics.jsonl"))
-    assert f"stopped after {done} of {STEPS} steps" in (place / "log").read_text()
+    said = " ".join((place / "log").read_text().split())
+    assert f"stopped after {done} of {STEPS} steps; go on with python " in said
     assert "Traceback" not in (place / "log").read_text()
     assert [path.name for path in (out_dir / "checkpoints").iterdir()] == [f"step-{done:06d}"]
     exitcode, log = run(name, out_dir)
@@ -461,6 +463,67 @@ def test_a_signal_between_saving_and_stopping_does_not_stop_an_unsaved_run(laid,
     with pytest.raises(SystemExit) as stopped:
         run.after(2, 5, *parts)
     assert run.saved == 2 and stopped.value.code == 128 + signal.SIGTERM
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored(laid):
+    """B6: such a run is to outlive its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with laid()[0]:
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_is_noted_though_its_terminal_is_gone(laid, monkeypatch):
+    """B6: to write to it raises OSError, which would end the run unsaved."""
+
+    class Gone:
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    run, parts = laid(save_every=100)
+    run.restore(parts[0], parts[2])
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with run:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert run.signal == signal.SIGHUP
+        with pytest.raises(SystemExit) as stopped:
+            run.after(1, 5, *parts)
+    assert run.saved == 1 and stopped.value.code == 128 + signal.SIGHUP
+
+
+def test_the_command_that_goes_on_is_whole(here, tmp_path, monkeypatch):
+    """D4: with all keys, out_dir among them, whatever the run was begun with."""
+    out_dir = tmp_path / "a folder with 'quotes'"
+    cfg = configured("grpo", out_dir)
+    run = Run(cfg)
+    config.save(cfg, out_dir / "config.py")
+    python, script, *argv = shlex.split(run.command())
+    assert python == "python" and Path(script).resolve() == Path(train_grpo.__file__)
+    assert config.parse(train_grpo.Config, argv, train_grpo.check) == replace(cfg, resume=True)
+    Run(replace(cfg, resume=True))  # nothing differs
+    monkeypatch.chdir(Path(train_grpo.__file__).parent)
+    assert run.command().startswith("python train_grpo.py --config ")
+    (tmp_path / "sft").mkdir()
+    sft = train_sft.Config(out_dir=f"{tmp_path}/sft")
+    assert Run(sft).command().startswith("python train_sft.py --config ")
+
+
+def test_of_the_engine_options_only_what_changes_the_samples_must_stay(tmp_path):
+    """A timeout or the size of a cache may differ when a run goes on."""
+    kinds = {"server": ("timeout=5",), "vllm": ("kv_cache_gib=2", "enforce_eager=true")}
+    kinds["transformers"] = ("canary=false", "deterministic=true")
+    for number, (engine, options) in enumerate(kinds.items()):
+        out_dir = tmp_path / str(number)
+        out_dir.mkdir()
+        cfg = train_grpo.Config(out_dir=str(out_dir), engine=engine)
+        config.save(cfg, out_dir / "config.py")
+        Run(replace(cfg, engine_options=options, resume=True))
+    with pytest.raises(UserError, match=r"^engine_options = .*, but the run in .* has \(\): give"):
+        Run(replace(cfg, engine_options=("deterministic=false",), resume=True))
 
 
 # Checkpoints: whole or not at all

@@ -408,3 +408,79 @@ def test_help_is_printed(capsys):
         text=True,
     )
     assert done.returncode == 0 and "token_env" in done.stdout and "--stdio" in done.stdout
+
+
+# -- C7: requests that do not come to their end
+
+
+@contextlib.asynccontextmanager
+async def impatient(monkeypatch, app, seconds):
+    """A server with our settings, in this process; its port."""
+    monkeypatch.setattr(serve, "REQUEST_SECONDS", seconds)
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = serve.uvicorn.Server(serve.settings(app))
+    monkeypatch.setattr(server, "capture_signals", contextlib.nullcontext)
+    running = asyncio.create_task(server.serve(sockets=[listening]))
+    try:
+        yield listening.getsockname()[1]
+    finally:
+        server.should_exit = True
+        await running
+
+
+async def answer_late(scope, receive, send):
+    """Reads the request, and answers after the deadline of the next one."""
+    if scope["type"] != "http":
+        return
+    while (await receive()).get("more_body"):
+        pass
+    await asyncio.sleep(0.5)
+    headers = [(b"content-length", b"4")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"done"})
+
+
+HEAD = b"POST /mcp HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"P",
+        b"POST /mcp HTTP/1.1\r\nHost: x\r\n",
+        HEAD,
+        HEAD + b"abc",
+        b"\r\n",
+        HEAD + b"abcdG",
+    ],
+    ids=["nothing", "a byte", "half a head", "no body", "half a body", "an empty line", "the next"],
+)
+def test_a_request_that_does_not_end_is_closed(monkeypatch, sent):
+    """C7: with or without a token. Slow bytes do not put the end off."""
+
+    async def scene():
+        async with impatient(monkeypatch, answer_late, 0.3) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(sent)
+            with contextlib.suppress(ConnectionError):
+                await asyncio.wait_for(reader.read(), PATIENCE)  # returns when it is closed
+            writer.close()
+
+    asyncio.run(scene())
+
+
+def test_a_slow_answer_and_the_requests_after_it_are_not_cut(monkeypatch):
+    """C7."""
+
+    async def scene():
+        async with impatient(monkeypatch, answer_late, 0.3) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            for _ in range(2):  # over one connection
+                writer.write(HEAD + b"abcd")
+                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
+                assert b"200 OK" in head
+                await reader.readuntil(b"done")
+            writer.close()
+
+    asyncio.run(scene())

@@ -23,6 +23,7 @@ from chat import Chat
 from engines import servers as server_engine
 from engines.base import Sampling
 from rollout import Settings, rollouts
+from run import http
 from run.config import UserError
 from run.loop import run_blocking
 from tools import Toolbox
@@ -61,12 +62,13 @@ class Fake:
                 if outer.deaf.is_set():
                     self.close_connection = True
                     return
-                text = json.dumps(said).encode()
+                text = said if isinstance(said, bytes) else json.dumps(said).encode()
                 self.send_response(code)
                 self.send_header("content-type", "application/json")
                 self.send_header("content-length", str(len(text)))
                 self.end_headers()
-                self.wfile.write(text)
+                with contextlib.suppress(ConnectionError):  # more than is ever read
+                    self.wfile.write(text)
 
         class Server(ThreadingHTTPServer):
             request_queue_size, daemon_threads = 128, True  # as many connect at once
@@ -148,10 +150,10 @@ def engine_of(servers, tokenizer, timeout=PATIENCE, max_tokens=512, name="nowher
         run_blocking(engine.close())
 
 
-def play(engine, tokenizer, samples=8, on_done=None):
+def play(engine, tokenizer, samples=8, on_done=None, examples=EXAMPLES):
     chat = Chat(tokenizer, "hermes", [])
     settings = Settings(max_turns=1, max_new_tokens=4, seed=1)
-    played = rollouts(EXAMPLES, chat, engine, Toolbox([]), settings, 0, samples, on_done=on_done)
+    played = rollouts(examples, chat, engine, Toolbox([]), settings, 0, samples, on_done=on_done)
     return run_blocking(played)
 
 
@@ -314,6 +316,224 @@ def test_full_weights_do_not_go_to_servers(fakes, tokenizer):
     with engine_of(fakes(), tokenizer) as engine:
         with pytest.raises(UserError, match="takes adapters only: use --tune=lora"):
             run_blocking(engine.sync(Plain(), 1))
+
+
+def changed(**keys):
+    """An answer whose choice has other values for these keys."""
+    return lambda body: (200, {"choices": [body["choices"][0] | keys]})
+
+
+def with_logprob(value):
+    return changed(logprobs={"token_logprobs": [-0.5, value, -0.5]})
+
+
+def with_token(value):
+    return changed(token_ids=[11, value, 12])
+
+
+# What a server makes of a good answer; three tokens are asked for.
+ODD = {
+    "a logprob not a number": with_logprob(float("nan")),
+    "a logprob of -inf": with_logprob(float("-inf")),
+    "a logprob of inf": with_logprob(float("inf")),
+    "a logprob above 0": with_logprob(0.5),
+    "a logprob null": with_logprob(None),
+    "a logprob a text": with_logprob("-0.5"),
+    "a logprob true": with_logprob(True),
+    "a logprob a list": with_logprob([-0.5]),
+    "a logprob that cannot be": with_logprob(-9999.0),
+    "a logprob of 400 digits": with_logprob(-(10**400)),
+    "too few logprobs": changed(logprobs={"token_logprobs": [-0.5]}),
+    "too many logprobs": changed(logprobs={"token_logprobs": [-0.5] * 4}),
+    "no logprobs": changed(logprobs=None),
+    "logprobs a list": changed(logprobs=[-0.5] * 3),
+    "a token beyond the vocabulary": with_token(1_000_000),
+    "a token below 0": with_token(-1),
+    "a token a text": with_token("12"),
+    "a token a float": with_token(12.0),
+    "a token true": with_token(True),
+    "a token null": with_token(None),
+    "more tokens than asked": changed(token_ids=[11] * 5, logprobs={"token_logprobs": [-0.5] * 5}),
+    "no token": changed(token_ids=[], logprobs={"token_logprobs": []}),
+    "tokens a text": changed(token_ids="abc"),
+    "tokens null": changed(token_ids=None),
+    "another prompt": changed(prompt_token_ids=[1, 2]),
+    "no prompt": changed(prompt_token_ids=None),
+    "an end by abort": changed(finish_reason="abort"),
+    "no end": changed(finish_reason=None),
+    "an end a list": changed(finish_reason=["stop"]),
+    "a stop at no stop token": changed(finish_reason="stop"),
+    "a stop at no stop text": changed(finish_reason="stop", stop_reason="###"),
+    "no choice": lambda body: (200, {"choices": []}),
+    "two choices": lambda body: (200, {"choices": body["choices"] * 2}),
+    "choices null": lambda body: (200, {"choices": None}),
+    "a choice a text": lambda body: (200, {"choices": ["hello"]}),
+    "an error in the body": lambda body: (200, {"error": {"message": "out of memory"}}),
+    "a list": lambda body: (200, [1, 2]),
+    "null": lambda body: (200, None),
+    "a page": lambda body: (200, b"<html>nginx</html>"),
+    "half of its JSON": lambda body: (200, b'{"choices": [{"token_ids": [1'),
+    "JSON without end": lambda body: (200, b"[" * 100_000),
+    "nothing": lambda body: (200, b""),
+    "no content": lambda body: (204, b""),
+    "moved": lambda body: (307, b""),
+    "busy": lambda body: (429, {"error": "busy"}),
+    "broken": lambda body: (500, b"\xff"),
+    "another model": lambda body: (404, {"error": "no such model"}),
+    "too large": lambda body: (200, b" " * 300_000),
+}
+
+
+@pytest.mark.parametrize("way", ODD)
+def test_what_a_server_says_of_tokens_is_checked(fakes, tokenizer, monkeypatch, way):
+    """B4: the odd one is lost by its URL, and the good one beside it samples its turns; alone, it
+    ends the run with one sentence that names it."""
+    monkeypatch.setattr(server_engine, "EVERY", 0.02)
+    monkeypatch.setattr(http, "BIGGEST", 200_000)
+    odd, good = fakes()
+    honest = odd.completion
+    odd.completion = lambda body: ODD[way](honest(body)[1])
+    few = EXAMPLES[:4]
+    with engine_of((odd, good), tokenizer, timeout=20) as engine:
+        played = play(engine, tokenizer, samples=2, examples=few)
+        lost = [line for line in engine.events if f"{odd.url} was lost" in line]
+    with engine_of((good,), tokenizer, timeout=20) as engine:
+        assert [t.ids for t in played] == [
+            t.ids for t in play(engine, tokenizer, samples=2, examples=few)
+        ]
+    assert lost and len(played) == 8
+    with engine_of((odd,), tokenizer, timeout=20) as engine:
+        with pytest.raises(UserError, match=f"{odd.url}") as caught:
+            play(engine, tokenizer, samples=2, examples=few)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_a_turn_that_no_server_can_answer_ends_the_run(fakes, tokenizer, monkeypatch):
+    """B4: not a server each time it comes back, for ever, though all other turns are well."""
+    monkeypatch.setattr(server_engine, "EVERY", 0.02)
+    one, two = fakes()
+    for server in (one, two):
+        server.completion = _odd_at(server.completion, [5, 6])
+    with engine_of((one, two), tokenizer, timeout=20) as engine:
+
+        async def turns():
+            others = asyncio.create_task(_ask_often(engine, [7, 8]))
+            try:
+                await engine.generate([5, 6], [], Sampling(max_new_tokens=3))
+            finally:
+                others.cancel()
+
+        with pytest.raises(UserError, match="no server is left|one turn has had 5 answers"):
+            run_blocking(turns())
+
+
+def _odd_at(honest, prompt):
+    def completion(body):
+        code, said = honest(body)
+        return with_logprob(None)(said) if body["prompt"] == prompt else (code, said)
+
+    return completion
+
+
+async def _ask_often(engine, ids):
+    while True:
+        await engine.generate(ids, [], Sampling(max_new_tokens=3))
+        await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("how", ["completions", "everything else"])
+def test_a_server_that_is_well_and_samples_nothing_is_lost(fakes, tokenizer, monkeypatch, how):
+    """B4: its turns go to the other, and do not end as late."""
+    monkeypatch.setattr(server_engine, "EVERY", 0.02)
+    monkeypatch.setattr(server_engine, "PATIENCE", 1.0)
+    odd, good = fakes()
+    woken = threading.Event()
+    said = odd.said
+
+    def hanging(path, body):
+        if path == "/v1/completions" or (how != "completions" and path != "/health"):
+            woken.wait(120)
+        return said(path, body)
+
+    with engine_of((odd, good), tokenizer, timeout=60) as engine:
+        odd.said = hanging
+        assert len(play(engine, tokenizer)) == 64
+        assert any(f"{odd.url} was lost" in line for line in engine.events)
+    with engine_of((good,), tokenizer, timeout=60) as engine:
+        good.said = lambda path, body: (
+            (woken.wait(120), {}) if path == "/v1/completions" else (200, {"tokens": 3, "data": 4})
+        )
+        with pytest.raises(UserError, match=f"no server is left that can be used .{good.url}"):
+            play(engine, tokenizer)
+    woken.set()
+
+
+@pytest.mark.parametrize(
+    "path, answer",
+    [
+        ("/v1/models", {"data": []}),
+        ("/v1/models", {"data": [{"id": 3}]}),
+        ("/v1/models", {"data": [{"id": "a", "parent": "b"}]}),
+        ("/v1/models", {"data": [{"id": "a", "max_model_len": "many"}]}),
+        ("/v1/models", b"<html>"),
+        ("/tokenize", {"tokens": None}),
+        ("/tokenize", {"tokens": ["a"]}),
+        ("/tokenize", b"{"),
+    ],
+)
+def test_what_a_server_says_of_itself_is_checked(fakes, tokenizer, monkeypatch, path, answer):
+    """B4: at the start, and when it comes back."""
+    monkeypatch.setattr(server_engine, "EVERY", 0.02)
+    odd, good = fakes()
+    said = odd.said
+    odd.said = lambda asked, body: (200, answer) if asked == path else said(asked, body)
+    with engine_of((odd, good), tokenizer, timeout=20) as engine:
+        assert len(play(engine, tokenizer)) == 64
+        assert any(f"{odd.url} cannot be used yet" in line for line in engine.events)
+    with pytest.raises(UserError, match=f"no server is left that can be used .{odd.url}: "):
+        run_blocking(server_engine.start((odd.url,), "x", tokenizer, 20.0))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        None,
+        [None, {"6": {"logprob": -1.0}}],
+        [None, {"9": {"logprob": -1.0}}, {"7": {"logprob": -1.0}}],
+        [None, {"6": {"logprob": float("nan")}}, {"7": {"logprob": -1.0}}],
+        [None, {"6": {"logprob": 2.0}}, {"7": {"logprob": -1.0}}],
+        [None, {"6": None}, {"7": {"logprob": -1.0}}],
+    ],
+)
+def test_the_logprobs_of_a_prompt_are_checked(fakes, tokenizer, odd):
+    """B4."""
+    one, two = fakes()
+    honest = one.completion
+    one.completion = lambda body: changed(prompt_logprobs=odd)(honest(body)[1])
+    with engine_of((one, two), tokenizer) as engine:
+        assert run_blocking(engine.prompt_logprobs([5, 6, 7])) == [[-6.0, -7.0]]
+        assert any(f"{one.url} was lost" in line for line in engine.events)
+
+
+def test_a_server_that_was_given_up_is_asked_again_when_it_was_started_anew(
+    fakes, tokenizer, monkeypatch
+):
+    """B4."""
+    monkeypatch.setattr(server_engine, "EVERY", 0.02)
+    odd, good = fakes()
+    honest = odd.completion
+    odd.completion = lambda body: with_logprob(None)(honest(body)[1])
+    with engine_of((odd, good), tokenizer, timeout=20) as engine:
+        for _ in range(server_engine.STRIKES):
+            until(lambda: engine.servers[0].alive)
+            engine.homes.clear()  # or all turns stay with the good one
+            play(engine, tokenizer, samples=1)
+        assert any("is given up" in line for line in engine.events)
+        odd.broken = 503
+        until(lambda: engine.servers[0].strikes == 0)
+        odd.broken = 0
+        odd.completion = honest
+        wait_for_line(engine, "is back")
 
 
 def test_each_server_is_scored_so_that_an_odd_one_is_seen(fakes, tokenizer):

@@ -468,7 +468,7 @@ def test_a_result_that_is_too_long_is_not_kept(monkeypatch):
 
 def test_keeping_the_results_of_a_tool_where_none_are_kept_is_refused():
     """Pitfall 55."""
-    with pytest.raises(UserError, match="count.cache has no effect with tool_cache=none"):
+    with pytest.raises(UserError, match="count.cache=true has no effect, .*: write cache=false"):
         Toolbox([counted(pure=False)], options=("count.cache=true",), cache="none")
 
 

@@ -108,6 +108,16 @@ def need(layer):
         ("from dataclasses import dataclass\n@dataclass\nclass A: x: int\nA(1)", "A(x=1)"),
         ("open('a', 'w').write('é')\nopen('a').read()", "'é'"),
         ("import tempfile\nwith tempfile.TemporaryFile() as f: print(f.write(b'xy'))", "2"),
+        # C2: what a pair of sockets, a lock and a database of one's own need goes on
+        ("import socket as s\na, b = s.socketpair()\na.send(b'x')\nb.recv(1)", "b'x'"),
+        ("import asyncio\nasyncio.run(asyncio.sleep(0, 7))", "7"),
+        ("import fcntl\nf = open('f', 'w')\nfcntl.lockf(f, fcntl.LOCK_EX); 7", "7"),
+        (
+            "import sqlite3\nd = sqlite3.connect('d')\nd.execute('CREATE TABLE t (x)')\n"
+            "d.execute('INSERT INTO t VALUES (7)')\nd.commit()\nd.close()\n"
+            "sqlite3.connect('d').execute('SELECT x FROM t').fetchall()",
+            "[(7,)]",
+        ),
         ("from threading import Thread\nt = Thread(target=print)\nt.start(); t.join(); 1", "\n1"),
     ],
 )
@@ -523,8 +533,11 @@ import os, sys
 from tools.sandbox import confine
 if os.geteuid() == 0:
     confine.libc("prctl", 24, 21, 0, 0, 0)
-del confine.REFUSED["socket"]  # that one is the sandbox's own to refuse, and so is this:
-del confine.REFUSED_FIRST["prctl"]
+namespaces = ("unshare", "setns", "mount")  # the others are the sandbox's own to refuse
+for name in set(confine.REFUSED) - set(namespaces):
+    del confine.REFUSED[name]
+confine.REFUSED_FIRST.clear()
+confine.REFUSED_FCNTL.clear()
 confine.libc("prctl", 38, 1, 0, 0, 0)
 confine.refuse_calls(True)
 os.execv(sys.executable, [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider",
@@ -558,3 +571,105 @@ def test_bare_code_cannot_start_a_process_or_signal_the_trainer():
     ):
         text, error = run(code)
         assert error == "exception" and ("PermissionError" in text or "not permitted" in text)
+
+
+# -- C3: what a system lacks is printed or refused, never silent
+
+NAMESPACES = {"network_namespace": True, "private_root": True, "pid_namespace": True}
+BARE_LAYERS = dict.fromkeys(confine.LAYERS, False) | {"limit_memory": True}
+ALL = dict.fromkeys(BARE_LAYERS, True)
+MACOS = BARE_LAYERS | {"limit_memory": False}
+
+
+@pytest.mark.parametrize(
+    "name, here, uid, platform, printed, refused",
+    [
+        ("all", ALL, 0, "linux", False, False),
+        ("user with namespaces", ALL | {"own_user": False}, 1000, "linux", False, False),
+        ("Docker's default", BARE_LAYERS | {"own_user": True}, 0, "linux", True, False),
+        ("root, python in /root", BARE_LAYERS, 0, "linux", True, True),
+        ("Docker with USER", BARE_LAYERS, 1000, "linux", True, True),
+        ("only seccomp", BARE_LAYERS | {"seccomp": True}, 1000, "linux", True, True),
+        ("no seccomp", ALL | {"seccomp": False}, 0, "linux", True, False),
+        ("no limit", ALL | {"limit_memory": False}, 0, "linux", True, False),
+        ("macOS", MACOS, 501, "darwin", True, False),
+        ("root of macOS", MACOS, 0, "darwin", True, True),
+        ("forced fallback", MACOS, 0, "linux", True, True),
+        ("forced fallback, user", MACOS, 1000, "linux", True, True),
+    ],
+)
+def test_missing_layers_are_named_in_one_line_or_refused(
+    monkeypatch, capsys, name, here, uid, platform, printed, refused
+):
+    """C3."""
+    hidden = []
+    monkeypatch.delenv(sandbox.UNCONFINED)
+    monkeypatch.setattr(sandbox, "_permissions", set())
+    monkeypatch.setattr(sandbox, "_reported", set())
+    monkeypatch.setattr(sandbox, "_layers_here", lambda _: here)
+    monkeypatch.setattr(confine, "hide_memory", lambda: hidden.append(True))
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    monkeypatch.setattr(sys, "platform", platform)
+    if refused:
+        with pytest.raises(UserError, match="the model's code would run as .*unconfined=true"):
+            sandbox.require_confinement()
+        with pytest.raises(UserError):  # not the first call alone
+            sandbox.require_confinement()
+    else:
+        sandbox.require_confinement()
+        sandbox.require_confinement()
+    assert not hidden
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == printed
+    if printed:
+        (line,) = lines
+        for layer, is_there in here.items():
+            is_named = layer in line.partition(" lacks ")[2]
+            assert is_named == (not is_there)
+    # allowed: by the option, for all calls from then on; or by the variable
+    sandbox.require_confinement(unconfined=True)
+    sandbox.require_confinement()
+    monkeypatch.setattr(sandbox, "_permissions", set())
+    monkeypatch.setenv(sandbox.UNCONFINED, "true")
+    sandbox.require_confinement()
+    assert bool(hidden) == (refused and platform == "linux")
+
+
+def test_the_tools_are_refused_at_the_start_and_have_the_option(monkeypatch):
+    """C3: when they are loaded, before any rollout; a notebook's direct call too."""
+    monkeypatch.delenv(sandbox.UNCONFINED)
+    monkeypatch.setattr(sandbox, "_permissions", set())
+    monkeypatch.setattr(sandbox, "_layers_here", lambda _: BARE_LAYERS)
+    monkeypatch.setattr(confine, "hide_memory", lambda: None)
+    for name in ("python", "python_session"):
+        monkeypatch.setattr(sandbox, "_permissions", set())
+        with pytest.raises(UserError, match="code would run as"):
+            Toolbox([name])
+        with pytest.raises(UserError, match="code would run as"):
+            Toolbox([name], options=(f"{name}.unconfined=false",))
+        Toolbox([name], describe_only=True)  # nothing will be run
+        with pytest.raises(UserError, match="unconfined = 'maybe': expected true or false"):
+            Toolbox([name], options=(f"{name}.unconfined=maybe",))
+        with pytest.raises(UserError, match="no option 'unconfine'"):
+            Toolbox([name], options=(f"{name}.unconfine=true",))
+        if sys.platform == "linux":
+            with pytest.raises(UserError, match="code would run as"):
+                asyncio.run(python("1"))
+        Toolbox([name], options=(f"{name}.unconfined=true",))
+
+
+@pytest.mark.skipif("BARE_SANDBOX" not in os.environ, reason="part of a test above")
+def test_bare_code_that_is_allowed_does_not_read_the_trainers_memory():
+    """C3: its keys are in its environment and memory."""
+    for file in ("environ", "mem", "maps", "fd/0"):
+        text, error = run(f"open('/proc/{os.getpid()}/{file}', 'rb').read(9)")
+        assert error == "exception" and ("Permission" in text or "No such file" in text), file
+    for target in (os.getpid(), server()):
+        text, error = run(
+            "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+            f"print(libc.syscall(434, {target}, 0), libc.ptrace(16, {target}, 0, 0), "
+            f"libc.process_vm_readv({target}, 0, 0, 0, 0, 0), libc.syscall(438, 3, 0, 0))"
+        )
+        assert (text, error) == ("-1 -1 -1 -1", None)
+    text, error = run(f"open('/proc/{server()}/mem', 'rb')")
+    assert error == "exception" and ("Permission" in text or "No such file" in text)

@@ -89,7 +89,7 @@ def cpu_seconds():
 
 def stop_workers():
     while module._idle:
-        module._idle.pop().stop()
+        module._idle.pop()[1].stop()
 
 
 @needs_chinook
@@ -441,12 +441,12 @@ from tools import sql as module
 from tools.sandbox import queries
 tool = module.sql({{}}, {shop!r})
 tool("SELECT 1")
-print(module._idle[0].process.pid, flush=True)
+print(module._idle[0][1].process.pid, flush=True)
 pid = os.fork()
 if pid == 0:
-    assert module._idle[0].process is None
+    assert module._idle[0][1].process is None
     assert tool("SELECT 2") == "2\\n2"
-    print(module._idle[0].process.pid, flush=True)
+    print(module._idle[0][1].process.pid, flush=True)
     os._exit(0)
 assert os.waitpid(pid, 0)[1] == 0
 assert tool("SELECT 1") == "1\\n1"
@@ -471,3 +471,249 @@ def test_no_file_stays_open_over_many_calls(shop):
         tool("SELECT 1")
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# -- C1: what a query may call, what the worker may do, and full-text search
+
+
+@pytest.fixture
+def searchable(tmp_path):
+    """A database with each kind of search that SQLite may have, and a plain table beside them."""
+    path = tmp_path / "search.sqlite"
+    kinds = {
+        "five": ("fts5(x)", "('hello world')"),
+        "four": ("fts4(x)", "('hello world')"),
+        "three": ("fts3(x)", "('hello world')"),
+        "words": ("fts5vocab(five, row)", None),
+        "terms": ("fts4aux(four)", None),
+        "boxes": ("rtree(id, x0, x1)", "(1, 2, 3)"),
+    }
+    made = set()
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE plain (x)")
+        database.execute("INSERT INTO plain VALUES (7)")
+        for name, (module_and_columns, row) in kinds.items():
+            try:
+                database.execute(f"CREATE VIRTUAL TABLE {name} USING {module_and_columns}")
+            except sqlite3.OperationalError:  # this SQLite was built without it
+                continue
+            made.add(name)
+            if row:
+                database.execute(f"INSERT INTO {name} VALUES {row}")
+        database.commit()
+    return str(path), made
+
+
+@pytest.mark.parametrize(
+    "table, query, shown",
+    [
+        ("five", "SELECT x FROM plain", "x\n7"),
+        ("five", "SELECT x FROM five WHERE five MATCH 'hello' ORDER BY rank", "x\nhello world"),
+        ("five", "SELECT highlight(five, 0, '<', '>') AS h FROM five('world')", "h\nhello <world>"),
+        ("five", "SELECT bm25(five) < 0 AS n FROM five WHERE five = 'world'", "n\n1"),
+        ("words", "SELECT term FROM words WHERE doc = 1 LIMIT 1", "term\nhello"),
+        ("four", "SELECT offsets(four) AS o FROM four WHERE four MATCH 'world'", "o\n0 0 6 5"),
+        ("four", "SELECT snippet(four) AS s FROM four WHERE x MATCH 'w*'", "s\nhello <b>world</b>"),
+        ("terms", "SELECT term FROM terms WHERE col = 0 LIMIT 1", "term\nhello"),
+        ("three", "SELECT x FROM three WHERE x MATCH 'hello'", "x\nhello world"),
+        ("boxes", "SELECT id FROM boxes WHERE x0 > 1", "id\n1"),
+    ],
+)
+def test_a_database_with_full_text_search_is_read_like_any_other(searchable, table, query, shown):
+    """C1."""
+    path, made = searchable
+    if table not in made:
+        pytest.skip(f"this SQLite cannot make {table}")
+    assert sql({}, path)(query) == shown
+    assert "CREATE TABLE plain (x);\n-- 7" in describe(path)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT fts3_tokenizer('x', x'4141414141414141')",
+        "SELECT hex(fts3_tokenizer('simple'))",
+        "SELECT FTS3_Tokenizer('simple')",
+        "SELECT (SELECT fts3_tokenizer('x', x'00')) FROM pragma_table_info('three')",
+        "SELECT optimize(four) FROM four",
+        "SELECT sqlite_log(1, 'x')",
+        "SELECT load_extension('/x')",
+        "SELECT fts5(NULL)",
+        "SELECT rtreecheck('boxes')",
+        "SELECT edit('x')",
+        "SELECT writefile('/tmp/x', 'x')",
+    ],
+)
+def test_a_query_calls_only_functions_of_a_list(searchable, query):
+    """C1: with an address of its own for a tokenizer, a query makes SQLite jump there."""
+    text = refused(searchable[0], query)[1]
+    assert "not authorized to use function" in text or "no such" in text or "unable to use" in text
+    assert sql({}, searchable[0])("SELECT x FROM plain") == "x\n7"
+
+
+def test_every_function_of_this_sqlite_is_allowed_or_is_known_to_be_refused():
+    """C1: a new one is looked at before it is allowed."""
+    with closing(sqlite3.connect(":memory:")) as database:
+        names = {name for (name,) in database.execute("SELECT name FROM pragma_function_list")}
+    harmful = {"fts3_tokenizer", "load_extension", "optimize", "sqlite_log"}
+    assert not harmful & queries.FUNCTIONS
+    assert {"sum", "substr", "strftime", "json_extract", "row_number"} <= names & queries.FUNCTIONS
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "INSERT INTO boxes VALUES (2, 3, 4)",
+        "DELETE FROM boxes_rowid",
+        "UPDATE boxes_node SET data = x'00'",
+        "INSERT INTO five(five) VALUES ('rebuild')",
+        "INSERT INTO four(four) VALUES ('optimize')",
+        "DROP TABLE five",
+        "PRAGMA page_size = 512",
+    ],
+)
+def test_what_search_tables_may_ask_for_themselves_a_query_may_not(searchable, query):
+    """C1."""
+    path, made = searchable
+    if made != {"five", "four", "three", "words", "terms", "boxes"}:
+        pytest.skip("this SQLite lacks one of them")
+    before = digest(path)
+    assert "can only be read" in refused(path, query)[1]
+    assert digest(path) == before
+
+
+CONFINED = """
+import os, socket, sys, threading
+import confine
+
+def prepare():
+    pass
+
+def attempt(work, *args):
+    try:
+        work(*args)
+    except BaseException as error:
+        return type(error).__name__
+    return "done"
+
+def answer(request):
+    file, layers = confine.confine_reader(request["file"])
+    other, folder = request["other"], os.path.dirname(request["file"])
+    return {
+        "layers": layers,
+        "read": open(file).read(),
+        "user": os.geteuid(),
+        "other": attempt(open, other),
+        "tries": {
+            "socket": attempt(socket.socket),
+            "connect": attempt(socket.create_connection, ("127.0.0.1", 9), 1),
+            "fork": attempt(os.fork),
+            "exec": attempt(os.execv, "/bin/true", ["true"]),
+            "kill": attempt(os.kill, os.getppid(), 0),
+            "write": attempt(open, file, "a"),
+            "make": attempt(open, folder + "/new", "w"),
+            "folder": attempt(os.mkdir, folder + "/new"),
+            "remove": attempt(os.unlink, file),
+            "rename": attempt(os.rename, file, file + "2"),
+            "link": attempt(os.symlink, "/etc/passwd", folder + "/link"),
+            "mode": attempt(os.chmod, file, 0o777),
+            "truncate": attempt(os.truncate, file, 0),
+            "times": attempt(os.utime, file),
+        },
+    }
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there are no layers")
+@pytest.mark.parametrize("mode", [0o644, 0o600])
+def test_a_worker_reads_its_one_file_and_can_do_nothing_else(tmp_path, mode):
+    """C1: also one that runs code of the model's, by a hole of SQLite."""
+    inside = tmp_path / "inside.py"
+    folder = os.path.dirname(queries.__file__)
+    inside.write_text(f"import sys\nsys.path.append({folder!r})\n{CONFINED}")
+    mine = tmp_path / "mine"
+    mine.write_text("rows")
+    mine.chmod(mode)
+    other = tmp_path / "other"
+    other.write_text("gold")
+    worker = module.Worker(inside)
+    reply = worker.ask({"file": str(mine), "other": str(other)}, 60)
+    worker.stop()
+    assert reply["read"] == "rows" and mine.read_text() == "rows"
+    assert set(os.listdir(tmp_path)) - {"__pycache__"} == {"inside.py", "mine", "other"}
+    layers = reply["layers"]
+    if layers["seccomp"]:
+        assert "done" not in reply["tries"].values(), reply["tries"]
+    if layers["private_root"]:
+        assert reply["other"] == "FileNotFoundError"
+    if layers["own_user"]:
+        assert reply["user"] != 0
+
+
+def test_the_sql_worker_is_confined_before_its_first_query(shop):
+    """C1."""
+    layers = module._ask(shop, {"layers": True}, 5.0)["layers"]
+    if not layers["seccomp"]:
+        pytest.skip("this system does not allow seccomp")
+    assert layers["no_new_privileges"]
+    (pid,) = {each.process.pid for file, each in module._idle if file[0] == os.path.realpath(shop)}
+    assert "Seccomp:\t2" in Path(f"/proc/{pid}/status").read_text()
+
+
+def test_another_file_at_the_same_path_is_another_database(shop):
+    """C1: a worker keeps the file that it was given, for good."""
+    tool = sql({}, shop)
+    assert tool("SELECT name FROM city WHERE id = 1") == "name\nOslo"
+    other = f"{shop}.new"
+    with closing(sqlite3.connect(other)) as database:
+        database.executescript("CREATE TABLE city (id, name); INSERT INTO city VALUES (1, 'Bonn')")
+    os.replace(other, shop)
+    assert tool("SELECT name FROM city WHERE id = 1") == "name\nBonn"
+    with closing(sqlite3.connect(shop)) as database:
+        database.execute("UPDATE city SET name = 'Rome'")
+        database.commit()
+    assert tool("SELECT name FROM city WHERE id = 1") == "name\nRome"
+
+
+# -- A24, C5: which file it is
+
+
+@pytest.mark.parametrize("kind", ["link", "link to a link", "link in a folder", "linked folder"])
+def test_a_database_behind_a_link_is_refused_for_its_own_log(shop, tmp_path, kind):
+    """A24: SQLite follows the link, and looks for the log beside the file."""
+    folder = tmp_path / "folder"
+    link = tmp_path / "link.sqlite"
+    if kind == "linked folder":
+        folder.symlink_to(os.path.dirname(shop))
+        link = folder / os.path.basename(shop)
+    else:
+        folder.mkdir()
+        first = folder / "first.sqlite" if kind != "link" else link
+        first.symlink_to(shop)
+        if kind == "link to a link":
+            link.symlink_to(first)
+        elif kind == "link in a folder":
+            link = first
+    assert "Oslo" in sql({}, str(link))("SELECT * FROM city")
+    with closing(sqlite3.connect(shop)) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("INSERT INTO city VALUES (3, 'Bonn')")
+        database.commit()
+        with pytest.raises(UserError, match="changes that are not in it yet"):
+            execute(str(link), "SELECT 1")
+        with pytest.raises(UserError, match="changes that are not in it yet"):
+            sql({}, str(link))
+
+
+def test_a_pipe_or_device_in_place_of_a_database_is_refused_at_once(tmp_path):
+    """C5: to open a pipe waits for who writes to it."""
+    pipe = tmp_path / "pipe.sqlite"
+    os.mkfifo(pipe)
+    link = tmp_path / "link.sqlite"
+    link.symlink_to(pipe)
+    for path in (pipe, link, "/dev/zero", "/dev/tty"):
+        if not os.path.exists(path):
+            continue
+        for use in (describe, lambda path: sql({}, path), lambda path: execute(path, "SELECT 1")):
+            with pytest.raises(UserError, match="no file but a pipe or a device"):
+                use(str(path))

@@ -12,6 +12,7 @@ from typing import Literal
 import pytest
 from until import until
 
+from run import deadline
 from run.config import UserError
 from tools import Toolbox, ToolError
 from tools.calling import toolbox as toolboxes
@@ -560,3 +561,25 @@ def test_the_state_behind_a_hung_call_is_not_used_again():
         released.set()
 
     asyncio.run(run())
+
+
+def test_a_tool_that_hangs_at_every_call_ends_the_run_with_a_sentence(monkeypatch):
+    """B8."""
+    monkeypatch.setattr(deadline, "MOST_HANGING", 4)
+    release = threading.Event()
+
+    def slow_page() -> str:
+        """Get a page."""
+        release.wait()
+        return "page"
+
+    box = Toolbox([slow_page], timeout=0.02)
+    kinds = [call(box, "slow_page", {})[1] for _ in range(4)]
+    assert kinds == ["timeout"] * 4 and box.leaked == 4
+    for _ in range(3):
+        with pytest.raises(UserError, match="4 calls hang in threads .*slow_page: give what they"):
+            call(box, "slow_page", {})
+    assert box.leaked == 4
+    release.set()
+    assert until(lambda: box.leaked == 0)
+    assert call(box, "slow_page", {})[0] == "page"

@@ -17,6 +17,8 @@ image, or a list of both; all else becomes text. Marks, on the function or the c
                     instance of a trajectory also has a `key`: what else its results depend on
     network = True  a NetworkError that it raises is tried again, inside the deadline
     ends = True     a call without an error ends the episode, and its result is the answer
+    prepare = f     f(options) is called at the start: UserError where the tool cannot work here; a
+                    function has the options of its f, a class those of its __init__
 
 Options of every tool: timeout, concurrency, cache (true, false), retries (of network tools).
 

@@ -14,7 +14,7 @@ import contextlib
 import socket
 
 from tools import ToolError
-from tools.python import NO_OUTPUT
+from tools.python import NO_OUTPUT, prepare
 from tools.sandbox import caller
 
 LOST = "(a new session: what was defined before is lost)"
@@ -22,7 +22,10 @@ ENDED = "(the session ended: what was defined is lost)"
 
 
 class python_session:
-    def __init__(self):
+    prepare = staticmethod(prepare)
+
+    def __init__(self, unconfined: bool = False):
+        """unconfined: as of the python tool; prepare() has looked at it."""
         self._ctl = None  # the server tells the session's end here; closing it ends the session
         self._requests = None  # each call's sockets go to the session over it
         self._was_lost = False  # the next call has to say so

@@ -12,13 +12,17 @@ memory would hold for all of the trainer.
 
 What is covered: the file is opened read-only and immutable, so that SQLite makes no journal and no
 lock; an authorizer lets through only what reads (no ATTACH, no PRAGMA but those that describe a
-table, no extension), and the worker may not write to any file (RLIMIT_FSIZE). A query that takes
-longer than `seconds` is stopped, inside of a function the worker is killed by its alarm. Memory is
-limited by SQLite, and the worker's by RLIMIT_AS. Rows, width and size of the result are limited.
+table) and calls functions of a list (queries.FUNCTIONS). A query that takes longer than `seconds`
+is stopped, inside of a function the worker is killed by its alarm. Memory is limited by SQLite, and
+the worker's by RLIMIT_AS. Rows, width and size of the result are limited. Should a hole in SQLite
+let a query run code, that code is confined, on Linux: it reads this one file and writes none
+(RLIMIT_FSIZE 0, seccomp), starts no program, has no network and, if we are root, another user.
+`describe` and full-text search (FTS3 to FTS5), R*Trees and JSON work.
 
 What is not covered: a database that somebody else changes during the run (immutable: it is not
 looked at whether it has changed); one with a write-ahead log or a journal beside it is refused.
-macOS refuses RLIMIT_AS; SQLite's own limit holds there. Windows is not supported.
+Without namespaces (Docker's default) such code reads what its user may read. macOS has no such
+layers and refuses RLIMIT_AS; SQLite's own limit holds there. Windows is not supported.
 """
 
 import os
@@ -28,7 +32,7 @@ from contextlib import suppress
 from run.config import UserError, near
 from run.worker import Worker, WorkerDied
 from tools import ToolError
-from tools.sandbox import queries
+from tools.sandbox import caller, queries
 from tools.sandbox.queries import CELL, shown
 
 QUERY_SIZE = 100_000  # bytes
@@ -65,6 +69,7 @@ class sql:
                 "expected 1 or more, and seconds above 0"
             )
         _check(self.path)
+        _report_layers(self.path)
         file = os.stat(self.path)
         self.key = f"{os.path.abspath(self.path)} {file.st_size} {file.st_mtime_ns}"
         self.rows = rows
@@ -102,6 +107,8 @@ def describe(path: str, samples: int = 2) -> str:
 
 def _check(path):
     """UserError if the file is no database, or one that immutable would show as it was before."""
+    if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is no file but a pipe or a device: give a SQLite database")
     try:
         with open(path, "rb") as file:
             head = file.read(16)
@@ -109,6 +116,7 @@ def _check(path):
         raise UserError(f"cannot read the database {path} ({error.strerror})") from None
     if head != b"SQLite format 3\0":
         raise UserError(f"{path} is no SQLite database")
+    path = os.path.realpath(path)  # SQLite's log lies beside the file, not beside a link to it
     for end in "-wal", "-journal":
         with suppress(OSError), open(path + end, "rb") as file:
             if file.read(1) not in (b"", b"\0"):  # emptied, or its header is: nothing to do
@@ -186,13 +194,16 @@ def _listed(names):
 
 # -- workers
 
-_idle = []  # workers that wait for a query; append and pop need no lock
+_idle = []  # (file, worker that waits for another query of it): a worker reads one file, for good
 
 
 def _ask(path, request, seconds):
     """What a worker replies. ToolError if it is an error, or the worker did not live to reply."""
-    request = request | {"path": os.path.abspath(path), "seconds": seconds}
-    worker = _take_idle() or Worker(queries.__file__)
+    path = os.path.realpath(path)
+    status = os.stat(path)
+    file = (path, status.st_dev, status.st_ino)  # another may be at this path later
+    request = request | {"path": path, "seconds": seconds}
+    worker = _take_idle(file) or Worker(queries.__file__)
     try:
         reply = worker.ask(request, seconds + ALARM_LATER)
     except TimeoutError:
@@ -200,7 +211,7 @@ def _ask(path, request, seconds):
     except WorkerDied:
         text = "error: the query needs too much memory, or crashed SQLite"
         raise ToolError("exception", text) from None
-    _keep(worker)
+    _keep(file, worker)
     if "late" in reply:
         raise _late(seconds)
     if "error" in reply:
@@ -208,18 +219,36 @@ def _ask(path, request, seconds):
     return reply
 
 
-def _take_idle():
-    try:
-        return _idle.pop()
-    except IndexError:
-        return None
+WANTED = ("network_namespace", "private_root", "no_capabilities", "no_new_privileges", "seccomp")
+_layers = {}  # of the workers on this system, once it is known
 
 
-def _keep(worker):
-    if len(_idle) < IDLE:
-        _idle.append(worker)
-    else:
-        worker.stop()
+def _report_layers(path):
+    """Prints, once, which layers there are not around the workers."""
+    if not _layers:
+        with suppress(ToolError):  # a busy machine: the next one will say it
+            _layers.update(_ask(path, {"layers": True}, DESCRIBE_SECONDS)["layers"])
+    caller.report([name for name in WANTED if _layers and not _layers[name]], "sql")
+
+
+def _take_idle(file):
+    """A worker that has read this file before, or None."""
+    for waiting in reversed(_idle):  # the newest: those that nobody needs grow old
+        if waiting[0] == file:
+            try:
+                _idle.remove(waiting)
+            except ValueError:  # another thread was faster
+                continue
+            return waiting[1]
+    return None
+
+
+def _keep(file, worker):
+    _idle.append((file, worker))
+    if len(_idle) > IDLE:
+        with suppress(IndexError):  # other threads do the same
+            _, oldest = _idle.pop(0)
+            oldest.stop()
 
 
 def _late(seconds):

@@ -17,6 +17,7 @@ class Tool:
     function: Callable  # function(**arguments); where there is `make`: function(state, **arguments)
     is_async: bool
     make: Callable | None = None  # make(example) -> the state; tools with the same one share it
+    prepare: Callable | None = None  # called at the start: UserError where it cannot work here
     shared: bool = False  # one state for the run, else one for each trajectory
     serial: bool = True  # calls on the state of one trajectory wait for each other
     pure: bool = False  # the same arguments give the same result: it is kept

@@ -11,6 +11,7 @@ import typing
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 from run import plugins
@@ -88,6 +89,10 @@ def load(
         if tool not in made_here:
             _set_common_options(tool, texts, concurrency, cached)
     # last: a mistake elsewhere must not leave a state behind that nobody closes
+    if not describe_only:
+        for tool in tools:
+            if tool.prepare:
+                tool.prepare()
     states = {}
     for tool in made_here:
         state = _make(tool)
@@ -183,8 +188,13 @@ def _describe(target: Callable, texts: dict, describe_only: bool) -> Tool:
         network=bool(getattr(target, "network", False)),
         ends=bool(getattr(target, "ends", False)),
     )
+    prepare = getattr(target, "prepare", None)
     if not is_class:
-        _refuse_own_options(name, texts)
+        if prepare is None:
+            _refuse_own_options(name, texts)
+        else:
+            options = plugins.bind(prepare, _own_options(name, texts), f"{OPTIONS}: {name}")
+            tool.prepare = partial(prepare, **options)
         return tool
 
     parameters = inspect.signature(target).parameters
@@ -195,6 +205,9 @@ def _describe(target: Callable, texts: dict, describe_only: bool) -> Tool:
         return tool
     takes_example = "example" in parameters
     options = plugins.bind(target, _own_options(name, texts), f"{OPTIONS}: {name}")
+
+    if prepare is not None:
+        tool.prepare = partial(prepare, **options)
 
     def make(example: dict):
         if takes_example:
@@ -312,6 +325,9 @@ def _set_common_options(tool: Tool, texts: dict, most: int, cached: bool) -> Non
             why = "what it says depends on what it was asked before"
             raise UserError(f"{where}.cache: {why}: drop it")
         if not cached:
-            raise UserError(f"{where}.cache has no effect with tool_cache=none: drop one of them")
+            raise UserError(
+                f"{where}.cache=true has no effect, as no results are kept (tool_cache=none of "
+                f"serve/mcp_server.py): write cache=false, or drop one of them"
+            )
     if options.cache is not None:
         tool.pure = options.cache

@@ -29,6 +29,7 @@ run that is killed closes its servers' stdin: one that does not end at that stay
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import re
@@ -39,6 +40,7 @@ from contextvars import ContextVar
 from functools import cache, partial
 
 import httpx2
+from pydantic import ValidationError
 
 from run.config import UserError, near
 from run.http import TEMPORARY
@@ -53,11 +55,18 @@ try:
 except ImportError as error:
     raise UserError(f'MCP needs a package ({error}): pip install -e ".[mcp]"') from None
 
-from tools.calling.mcp_forms import content, parameters
+from tools.calling.mcp_forms import clean_result, clean_tools, content, parameters
 
 log = logging.getLogger(__name__)
 NO_HANDSHAKE = {types.METHOD_NOT_FOUND, types.UNSUPPORTED_PROTOCOL_VERSION}
 MAYBE_LOST = {types.CONNECTION_CLOSED, types.INVALID_REQUEST, types.INTERNAL_ERROR}
+NAME_LENGTH = 64  # characters
+SESSION_CODES = {types.CONNECTION_CLOSED, types.INVALID_REQUEST, -32001}  # -32001: "not found"
+LOST_SESSION = re.compile(
+    r"session.*(not found|not exist|expired|terminated|invalid|unknown|no longer|closed)"
+    r"|(no|not|invalid|unknown|missing|expired)\b.*session",
+    re.I | re.S,
+)
 TO_ANSWER = 5.0  # seconds, for a server that may be lost
 TO_END = 10.0  # seconds that the end of a connection is waited for; it may go on alone
 
@@ -112,18 +121,34 @@ def _function(name):
 
 def _safe(name):
     """What function calling takes as a name."""
-    return re.sub(r"[^A-Za-z0-9_-]", "_", name)[:64]
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)[:NAME_LENGTH]
 
 
 def _named_apart(tools):
-    """Tools of one name, of two servers: each gets its server's name in front."""
+    """Tools of one name, of two servers: each gets its server's name in front. Names that _safe()
+    has made equal get a number."""
     count = Counter(tool.name for tool in tools)
+    servers = {}  # name -> those that have it
     for tool in tools:
-        if count[tool.name] > 1:
-            server = tool.make.args[0]
-            tool.name = _safe(f"{server.name}_{tool.name}")
-            tool.schema["function"]["name"] = tool.name
+        servers.setdefault(tool.name, set()).add(tool.make.args[0].name)
+    for tool in tools:
+        if count[tool.name] > 1 and len(servers[tool.name]) > 1:
+            _rename(tool, _safe(f"{tool.make.args[0].name}_{tool.name}"))
+    taken = set()
+    for tool in tools:
+        name = tool.name
+        number = 2
+        while tool.name in taken:
+            end = f"_{number}"
+            _rename(tool, name[: NAME_LENGTH - len(end)] + end)
+            number += 1
+        taken.add(tool.name)
     return tools
+
+
+def _rename(tool, name):
+    tool.name = name
+    tool.schema["function"]["name"] = name
 
 
 def _wanted(server, offered):
@@ -186,6 +211,11 @@ class Connection:
 
     async def call(self, name: str, arguments: dict) -> str | list | None:
         """What the tool returns: see content(). Raises ToolError, NetworkError."""
+        try:
+            json.dumps(arguments, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # sent, it would end the connection of all
+            text = "error: the arguments have half a character (a lone surrogate): write text"
+            raise ToolError("bad_arguments", text) from None
         return await _on_its_loop(self._call(name, arguments))
 
     async def close(self) -> None:
@@ -206,14 +236,27 @@ class Connection:
             if error.code == types.INTERNAL_ERROR and is_busy:
                 why = f"is busy (HTTP {http_errors[-1]}: {error.message})"
                 raise NetworkError(f"error: the MCP server {self.server.name!r} {why}") from None
-            if error.code not in MAYBE_LOST or await _answers(link.client):
-                # its own answer: it is well
-                raise ToolError("exception", f"error: {error.message}") from None
+            # not repeated on a new session, though nothing was done: the model has to know that
+            # what it did before is lost
+            if not self._is_session_lost(error, http_errors):
+                if error.code not in MAYBE_LOST or await _answers(link.client):
+                    # its own answer: it is well
+                    raise ToolError("exception", f"error: {error.message}") from None
+        except ValidationError as error:
+            raise ToolError("exception", f"error: {_invalid(error)}") from None
         finally:
             request.cancel()
         await self._lose(link)
         text = f"error: the MCP server {self.server.name!r} ended during the call; the next call"
         raise ToolError("server", f"{text} starts it again, without its state")
+
+    def _is_session_lost(self, error, http_errors):
+        """Whether the server does not know our session any more: it was started anew, say."""
+        if self.server.kind == "stdio":
+            return False
+        if http_errors and http_errors[-1] == 404 and error.code == types.INVALID_REQUEST:
+            return True  # what the SDK makes of a 404 that says nothing
+        return error.code in SESSION_CODES and LOST_SESSION.search(error.message) is not None
 
     async def _connected(self):
         """The link, which is there. Raises ToolError, NetworkError if it cannot be."""
@@ -298,7 +341,11 @@ class _Link:
             async with contextlib.AsyncExitStack() as stack:
                 async with asyncio.timeout(self.server.start_timeout) as self._start_limit:
                     client = await self._connect(stack)
+                    left_out = _read_leniently(client)
                     self.tools = await _all_tools(client)
+                if left_out and not self.server.has_warned:
+                    self.server.has_warned = True
+                    log.warning("%s: left out: %s", self.server.where, "; ".join(left_out))
                 self.client = client
                 self._is_settled.set()
                 await self._has_to_stop.wait()
@@ -371,6 +418,8 @@ class _Link:
 
     def _explain_command(self, error):
         given = self.server.given
+        if self._explain_answer(error):
+            return
         if isinstance(error, OSError):
             self.short = f"cannot run {given['command']!r}: {error.strerror}"
             self.why = f"{self.short}: install it, or correct its command"
@@ -382,6 +431,8 @@ class _Link:
 
     def _explain_url(self, error):
         url = self.server.given["url"]
+        if self._explain_answer(error):
+            return
         if isinstance(error, httpx2.LocalProtocolError):  # its text quotes the token
             self.short = "a header has a value that cannot be sent"
             self.why = f"{self.short} to {url}: correct its headers"
@@ -395,6 +446,20 @@ class _Link:
             self.short = f"{type(error).__name__}: {error}".removesuffix(": ")
             self.why = f"{self.short}, from {url}: start it, or correct its url"
 
+    def _explain_answer(self, error):
+        """Of a server that is alive and has answered, with an error or with what is none."""
+        if isinstance(error, ValidationError):
+            self.short = _invalid(error)
+        elif isinstance(error, MCPError) and error.code != types.CONNECTION_CLOSED:
+            if self.status is not None:  # the words are the SDK's
+                return False
+            words = error.message.partition("\n")[0][:200]
+            self.short = f"it answered with the error {words!r} ({error.code})"
+        else:
+            return False
+        self.why = f"{self.short}: ask who makes it, or leave it out"
+        return True
+
     def last_words(self, size):
         """The end of what it wrote to stderr."""
         lines = [line.strip() for line in tuple(self.stderr)]
@@ -406,6 +471,34 @@ def _leaf(error):
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+def _invalid(error):
+    """A ValidationError in one line."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    value = repr(first["input"])[:200]
+    return f"its answer is not what MCP expects, at {place}: {first['msg']}, not {value}"
+
+
+def _read_leniently(client):
+    """Lets what servers say in a form that MCP does not know pass, where its meaning is clear. The
+    SDK checks an answer as a whole, and has no other way to what came. -> the list to which goes
+    what was left out"""
+    left_out = []
+    dispatcher = client.session._dispatcher
+    send = dispatcher.send_raw_request
+
+    async def send_raw_request(method, *arguments, **options):
+        answer = await send(method, *arguments, **options)
+        if method == "tools/list":
+            return clean_tools(answer, left_out)
+        if method == "tools/call":
+            return clean_result(answer)
+        return answer
+
+    dispatcher.send_raw_request = send_raw_request
+    return left_out
 
 
 async def _all_tools(client):

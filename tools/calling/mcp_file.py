@@ -38,6 +38,7 @@ class Server:
     kind: str  # "stdio" "http" "sse"
     values: dict  # the same with the environment's values
     start_timeout: float  # seconds
+    has_warned: bool = False  # of tools that are left out
     newest: bool = False  # it was found to refuse the handshake of the older protocols
 
 

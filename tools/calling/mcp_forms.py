@@ -13,6 +13,53 @@ from tools.calling.base import ToolError
 
 DROPPED = {"$schema", "$id", "$comment", "$ref", "$defs", "definitions", "title"}
 AS_IT_IS = {"enum", "const", "default", "examples", "required"}  # values: no schemas
+MAY_BE_NULL = {"const", "default"}  # any other keyword that is null is not there: so Go writes it
+
+
+def clean_tools(answer: dict, left_out: list[str]) -> dict:
+    """The raw answer to tools/list, with schemas as parameters() makes them, and without what is no
+    tool: to `left_out` goes which and why, so that one bad tool does not take the others with it.
+    What a tool returns is shown as it is: no schema of it is needed."""
+    if not isinstance(answer, dict) or not isinstance(answer.get("tools"), list):
+        return answer  # the SDK will say what is wrong
+    tools = []
+    for number, tool in enumerate(answer["tools"], 1):
+        try:
+            tools.append(_clean_tool(tool))
+        except Exception as error:  # of another program's making: it may be anything
+            name = tool.get("name") if isinstance(tool, dict) else None
+            why = str(error).strip().splitlines() or [type(error).__name__]
+            left_out.append(f"tool {name or number!r} ({' '.join(why)[:200]})")
+    return {**answer, "tools": tools}
+
+
+def _clean_tool(tool):
+    tool = {key: value for key, value in tool.items() if value is not None}
+    tool.pop("outputSchema", None)
+    schema = tool.get("inputSchema", {})
+    if not isinstance(schema, dict):
+        raise ValueError(f"its inputSchema is {json.dumps(schema)[:80]}: expected an object")
+    tool["inputSchema"] = parameters(schema)
+    if not tool.get("name"):
+        raise ValueError("it has no name")
+    types.Tool.model_validate(tool, by_name=False)
+    return tool
+
+
+def clean_result(answer: dict) -> dict:
+    """The raw answer to tools/call: with content, structuredContent is not looked at, and so cannot
+    be wrong."""
+    if not isinstance(answer, dict):
+        return answer
+    answer = {key: value for key, value in answer.items() if value is not None}
+    if answer.get("content"):
+        answer.pop("structuredContent", None)
+    elif "structuredContent" in answer:
+        answer["content"] = []
+        if not isinstance(answer["structuredContent"], dict):
+            text = json.dumps(answer.pop("structuredContent"), ensure_ascii=False)
+            answer["content"] = [{"type": "text", "text": text}]
+    return answer
 
 
 def parameters(schema: dict) -> dict:
@@ -35,8 +82,10 @@ def _plain(schema, root, inside):
     schema, inside = _resolved(schema, root, inside)
     made = {}
     for key, value in schema.items():
+        if value is None and key not in MAY_BE_NULL:
+            continue
         if key == "properties" and isinstance(value, dict):  # its keys are names of arguments
-            made[key] = {name: _plain(item, root, inside) for name, item in value.items()}
+            made[key] = {name: _plain(item or {}, root, inside) for name, item in value.items()}
         elif key in AS_IT_IS:
             made[key] = value
         elif key not in DROPPED:
@@ -81,9 +130,10 @@ def _nullable(schema):
             return {**others[0], **beside, "nullable": True}
         return {"anyOf": others, **beside, "nullable": True}
     types_of_it = schema.get("type")
-    if isinstance(types_of_it, list) and len(types_of_it) == 2 and "null" in types_of_it:
-        (other,) = [name for name in types_of_it if name != "null"]
-        return {**schema, "type": other, "nullable": True}
+    if isinstance(types_of_it, list) and "null" in types_of_it:
+        others = [name for name in types_of_it if name != "null"]
+        if len(others) == 1:
+            return {**schema, "type": others[0], "nullable": True}
     return schema
 
 

@@ -46,7 +46,7 @@ class Toolbox:
                 f"tool concurrency {concurrency}, timeout {timeout}: expected >= 1, and > 0 seconds"
             )
         if cache not in ("memory", "none"):
-            why = "results are kept for the run, not in a file"
+            why = "kept for the run, not in a file; <tool>.cache=false keeps none of a tool"
             raise UserError(f"tool_cache = {cache!r}: expected memory or none: {why}")
         loaded, self._shared = loading.load(
             tools,

@@ -27,9 +27,12 @@ What is covered, where layers() says so (Linux, root or not):
     own_user           if we are root: an unprivileged user id
     user_namespace     one per call: its own count of processes, and no way to nest another
     no_capabilities, no_new_privileges
-    seccomp            no socket(), ptrace(), mount() and such, and nothing that lives on or that no
-                       limit counts (System V IPC, memfd). Without a PID namespace (Docker's
-                       default) no new process and no signal either: to kill one is to kill all
+    seccomp            no socket(), ptrace(), mount() and such; nothing that lives on or that no
+                       limit counts (System V IPC, memfd); nothing by which one call reaches another
+                       (bind, connect, sendmsg, flock, leases, inotify, others' descriptors; SQLite
+                       needs such locks for its write-ahead log, not for its other journals).
+                       Without a PID namespace (Docker's default) no new process and no signal
+                       either: to kill one is to kill all
     limit_...          the constants of confine.py, also elsewhere. There limit_processes means no
                        new process at all, since those that the user has are counted
     Always: own session and process group, killed whole when the call ends, the deadline comes, the
@@ -37,19 +40,23 @@ What is covered, where layers() says so (Linux, root or not):
     directory that is removed; no more output than is asked for.
 
 What is not covered: bugs of the kernel; side channels; the limits on CPU and memory hold for each
-process of a call, not for their sum. Without private_root the code reads what its user may read (if
-we are not root also /proc/<pid>/environ and mem of the trainer), and may leave files where its user
-may write, in /tmp say, in any number. Without pid_namespace and seccomp, what it daemonises lives
-on. In a session what a call leaves running goes on between calls, until the session ends; and there
-the limit on CPU time is an exception, which code can catch (confine.SESSION_CPU_SECONDS it cannot).
-Run models that you do not trust in a virtual machine too.
+process of a call, not for their sum. What this system lacks is printed once, at the start. Without
+private_root the code reads what its user may read, and may leave files where its user may write, in
+/tmp say, in any number; where that user is ours (no own_user either) it is refused, unless
+python.unconfined=true or NANOTOOL_UNCONFINED=true allows it. Then this program's memory and
+environment are hidden (PR_SET_DUMPABLE), but not those of programs that it starts, such as vLLM.
+Without pid_namespace and seccomp, what it daemonises lives on. In a session what a call leaves
+running goes on between calls, until the session ends; and there the limit on CPU time is an
+exception, which code can catch (confine.SESSION_CPU_SECONDS it cannot). Run models that you do not
+trust in a virtual machine too.
 
-What is not covered elsewhere (macOS): all of that, and none of the layers but limit_..., so code is
-held from accidents, not from malice. It runs as your user: reads, changes and deletes what you may,
-uses the network, and may signal your processes: the trainer, or the one that watches over it, and
-then nothing ends it and its directory stays. Without limit_processes (root), what makes a session
-of its own lives on. macOS refuses limit_memory: until the deadline a call may take all memory. bash
-does not run there, nor where there is no PID namespace. Windows has no way; the tools say so.
+What is not covered elsewhere (macOS; a line says so at the start): all of that, and none of the
+layers but limit_..., so code is held from accidents, not from malice. It runs as your user: reads,
+changes and deletes what you may, uses the network, and may signal your processes: the trainer, or
+the one that watches over it, and then nothing ends it and its directory stays. Without
+limit_processes (root), what makes a session of its own lives on. macOS refuses limit_memory: until
+the deadline a call may take all memory. bash does not run there, nor where there is no PID
+namespace. Windows has no way; the tools say so.
 """
 
 import asyncio
@@ -69,6 +76,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from run.config import UserError
 from tools.calling.base import DEADLINE, ToolError, shorten
 from tools.sandbox import confine, fork_server
 
@@ -237,6 +245,58 @@ def layers(server: str = "light") -> dict[str, bool]:
     return json.loads(reply)
 
 
+# -- what a system cannot do is said, or refused
+
+
+UNCONFINED = "NANOTOOL_UNCONFINED"  # environment variable: true = as python.unconfined=true
+_permissions = set()  # has "unconfined" if the user has allowed code to run as himself
+_reported = set()  # lines that were printed
+
+
+def require_confinement(unconfined: bool = False) -> None:
+    """Prints, once, one line that names the layers which this system lacks. Raises UserError where
+    code would run as our own user, with all that this user may read. unconfined: the user allows
+    that, from now on, for all calls of this process; then its memory is hidden at least."""
+    if unconfined or os.environ.get(UNCONFINED, "").lower() in ("true", "1"):
+        _permissions.add("unconfined")
+    here = _layers_here(has_fork_server())
+    is_held = here["own_user"] or here["private_root"]
+    is_root = os.geteuid() == 0
+    missing = [name for name, is_there in here.items() if not is_there]
+    if here["private_root"] and "own_user" in missing:
+        missing.remove("own_user")  # without root there is none, and none is needed
+    report(missing, "sandbox")
+    if is_held:
+        return
+    # macOS has no layers for anybody: there the line is all
+    if not _permissions and (is_root or sys.platform == "linux"):
+        who = "root" if is_root else "your own user"
+        raise UserError(
+            f"the model's code would run as {who}, and read what {who} may, keys and answers "
+            "too: expected a user of its own for it, or namespaces. In Docker add --security-opt "
+            "seccomp=unconfined, or install python where every user may read it; or allow it by "
+            "--tool_options=python.unconfined=true (python_session has it too), or by "
+            f"{UNCONFINED}=true in the environment"
+        )
+    if sys.platform == "linux":
+        confine.hide_memory()
+
+
+@functools.cache
+def _layers_here(with_fork_server):
+    return layers()
+
+
+def report(missing: list[str], what: str) -> None:
+    """Prints one line, once, that names the layers which `what` lacks here."""
+    line = (
+        f"{what}: this system lacks {', '.join(missing)}: docs/tools.md says what that lets through"
+    )
+    if missing and line not in _reported:
+        _reported.add(line)
+        print(line, file=sys.stderr, flush=True)
+
+
 def has_fork_server() -> bool:
     """The one place that chooses between the two ways to run a call."""
     return sys.platform == "linux"
@@ -245,6 +305,8 @@ def has_fork_server() -> bool:
 async def start(server: str, what: str, ctl: socket.socket, second: socket.socket) -> None:
     """Starts a call ("run"), whose output comes over `second`, or a session ("session"), whose
     calls go over it. Both end when the other end of `ctl` is closed; their end is told on it."""
+    if server != "shell":  # bash has checked more
+        require_confinement()
     message = f"{what} {cpu_seconds()}"
     if has_fork_server():
         while not _try_send(server, message, ctl, second):

@@ -1,7 +1,7 @@
 """What is put around a process that runs code which a model wrote: how each layer is made.
 
 caller.py says what the layers cover, and what they do not; fork_server.py puts them around. But for
-the constants this is used in the sandbox's own processes, never in the trainer.
+the constants and hide_memory() this is used in the sandbox's own processes, never in the trainer.
 
 seccomp: a filter of our own, as a library gives none here: pyseccomp is a wrapper from 2021 around
 the system's libseccomp, which is not everywhere, for the few lines of seccomp_filter().
@@ -54,8 +54,19 @@ NUMBERS = {
     "prlimit64": (302, 261),
     "prctl": (157, 167),
     "clone3": (435, 435),
+    "sendto": (44, 206),
+    "fcntl": (72, 25),
 }
 REFUSED_FIRST = {"prctl": 1}  # by first argument: PR_SET_PDEATHSIG, which ends what we started
+# By second argument: what tells one call of another by a file that both can read. The locks that
+# fcntl sets do not: to see one takes a file that is open for writing.
+REFUSED_FCNTL = {
+    "F_GETLK": 5,
+    "F_OFD_GETLK": 36,
+    "F_SETLEASE": 1024,
+    "F_GETLEASE": 1025,
+    "F_NOTIFY": 1026,
+}
 REFUSED = {
     "socket": (41, 198),
     "io_uring_setup": (425, 425),
@@ -78,6 +89,21 @@ REFUSED = {
     "mq_open": (240, 180),
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
+    # by these one call reaches another: a socket of socketpair() can be named, and can ask for a
+    # name, and descriptors pass by sendmsg; of sendto() what has an address is refused
+    "bind": (49, 200),
+    "connect": (42, 203),
+    "listen": (50, 201),
+    "accept": (43, 202),
+    "accept4": (288, 242),
+    "sendmsg": (46, 211),
+    "sendmmsg": (307, 269),
+    "flock": (73, 32),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
+    "pidfd_open": (434, 434),
+    "pidfd_getfd": (438, 438),
 }
 REFUSED_WITHOUT_PID_NAMESPACE = {
     "fork": (57, None),
@@ -89,6 +115,46 @@ REFUSED_WITHOUT_PID_NAMESPACE = {
     "rt_tgsigqueueinfo": (297, 240),
     "pidfd_send_signal": (424, 424),
 }
+# For a process that only reads, beside new processes and signals: what starts a program, and what
+# changes a file by its name. Of open() those that could write are refused: see OPENS.
+REFUSED_TO_READERS = {
+    "execve": (59, 221),
+    "execveat": (322, 281),
+    "openat2": (437, 437),  # its flags are where no filter can look
+    "creat": (85, None),
+    "truncate": (76, 45),
+    "rename": (82, None),
+    "renameat": (264, 38),
+    "renameat2": (316, 276),
+    "mkdir": (83, None),
+    "mkdirat": (258, 34),
+    "mknod": (133, None),
+    "mknodat": (259, 33),
+    "rmdir": (84, None),
+    "unlink": (87, None),
+    "unlinkat": (263, 35),
+    "link": (86, None),
+    "linkat": (265, 37),
+    "symlink": (88, None),
+    "symlinkat": (266, 36),
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "fchown": (93, 55),
+    "lchown": (94, None),
+    "fchownat": (260, 54),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+}
+OPENS = (((2, None), 1), ((257, 56), 2))  # open, openat: number, which argument has the flags
+MAY_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH_*
 
 # Constants of the kernel, by their names there.
@@ -106,6 +172,7 @@ MOUNT_ATTR_RDONLY_NOSUID = 0x1 | 0x2
 AT_RECURSIVE = 0x8000
 MADV_COLLAPSE = 25
 PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
 PR_SET_SECCOMP = 22
 PR_SET_NO_NEW_PRIVS = 38
 SECCOMP_MODE_FILTER = 2
@@ -143,6 +210,11 @@ def works(step) -> bool:
     except (OSError, ValueError):  # ValueError: setrlimit(), of a limit that macOS refuses
         return False
     return True
+
+
+def hide_memory() -> None:
+    """No other process of this user reads this one's memory and environment, or traces it."""
+    libc("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 # -- limits
@@ -240,13 +312,19 @@ def _write(path, text):
 
 
 def _enter_private_root(shown):
-    """A root of only what is needed, read-only. Built over /proc, which surely exists."""
+    """A root of only what is needed, read-only."""
     if sys.base_prefix.startswith("/tmp/"):
         raise OSError("python itself lies where the scratch directories will be mounted")
+    _change_root(functools.partial(_fill_private_root, shown))
+
+
+def _change_root(fill):
+    """Enters a root in which nothing can be written. fill() shows what it has, below /proc: it is
+    built there, as /proc surely exists."""
     libc("mount", None, b"/", None, MS_REC_PRIVATE, None)  # what follows is ours alone
     libc("mount", b"none", b"/proc", b"tmpfs", 0, b"size=1m,mode=755")
     try:
-        _fill_private_root(shown)
+        fill()
         read_only = struct.pack("=4Q", MOUNT_ATTR_RDONLY_NOSUID, 0, 0, 0)
         _syscall("mount_setattr", -1, b"/proc", AT_RECURSIVE, read_only, len(read_only))
         os.chdir("/proc")
@@ -417,8 +495,9 @@ X32 = 0x40000000  # the same calls, renumbered
 
 
 @functools.cache  # made once, in the server
-def seccomp_filter(pid_namespace: bool) -> tuple:
-    """The calls in REFUSED fail with EPERM. -> BPF program in its two C structures."""
+def seccomp_filter(pid_namespace: bool, only_reads: bool = False) -> tuple:
+    """The calls in REFUSED fail with EPERM. only_reads: those of a process that writes no file and
+    starts no program too. -> BPF program in its two C structures."""
     column, machine = MACHINES[os.uname().machine]
     program = [
         (LOAD, 0, 0, MACHINE),
@@ -435,14 +514,17 @@ def seccomp_filter(pid_namespace: bool) -> tuple:
             program += _refuse(numbers[column], FAIL_EPERM)
         program += _refuse_new_processes(column)
         program += _refuse_limits_of_others(column)
+    program += _refuse_addresses(column)
+    for command in REFUSED_FCNTL.values():
+        program += _refuse_value(NUMBERS["fcntl"][column], 1, command)
+    if only_reads:
+        program.append((LOAD, 0, 0, CALL_NUMBER))
+        for numbers in REFUSED_TO_READERS.values():
+            program += _refuse(numbers[column], FAIL_EPERM)
+        for numbers, argument in OPENS:
+            program += _refuse_bits(numbers[column], argument, MAY_WRITE)
     for name, first in REFUSED_FIRST.items():
-        program += [
-            (LOAD, 0, 0, CALL_NUMBER),
-            (IS, 0, 3, NUMBERS[name][column]),
-            (LOAD, 0, 0, FIRST_ARGUMENT),
-            (IS, 0, 1, first),
-            (ANSWER, 0, 0, FAIL_EPERM),
-        ]
+        program += _refuse_value(NUMBERS[name][column], 0, first)
     program.append((ANSWER, 0, 0, ALLOW))
     instructions = [struct.pack("=HBBI", *instruction) for instruction in program]
     code = ctypes.create_string_buffer(b"".join(instructions))
@@ -453,6 +535,44 @@ def _refuse(number, answer):
     if number is None:
         return []
     return [(IS, 0, 1, number), (ANSWER, 0, 0, answer)]
+
+
+def _refuse_value(number, argument, value):
+    """Refuses the call if that argument is this."""
+    return [
+        (LOAD, 0, 0, CALL_NUMBER),
+        (IS, 0, 3, number),
+        (LOAD, 0, 0, FIRST_ARGUMENT + 8 * argument),
+        (IS, 0, 1, value),
+        (ANSWER, 0, 0, FAIL_EPERM),
+    ]
+
+
+def _refuse_addresses(column):
+    """sendto() with an address, its fifth argument; send() is the same call without."""
+    address = FIRST_ARGUMENT + 8 * 4
+    return [
+        (LOAD, 0, 0, CALL_NUMBER),
+        (IS, 0, 5, NUMBERS["sendto"][column]),
+        (LOAD, 0, 0, address),
+        (IS, 0, 2, 0),
+        (LOAD, 0, 0, address + 4),  # the upper half
+        (IS, 1, 0, 0),
+        (ANSWER, 0, 0, FAIL_EPERM),
+    ]
+
+
+def _refuse_bits(number, argument, bits):
+    """Refuses the call if that argument has one of these bits."""
+    if number is None:
+        return []
+    return [
+        (LOAD, 0, 0, CALL_NUMBER),
+        (IS, 0, 3, number),
+        (LOAD, 0, 0, FIRST_ARGUMENT + 8 * argument),
+        (HAS_BIT, 0, 1, bits),
+        (ANSWER, 0, 0, FAIL_EPERM),
+    ]
 
 
 def _refuse_new_processes(column):
@@ -477,11 +597,74 @@ def _refuse_limits_of_others(column):
     ]
 
 
-def refuse_calls(pid_namespace: bool) -> None:
+def refuse_calls(pid_namespace: bool, only_reads: bool = False) -> None:
     if os.uname().machine not in MACHINES:
         raise OSError("no seccomp filter for this machine")
-    structure, _ = seccomp_filter(pid_namespace)
+    structure, _ = seccomp_filter(pid_namespace, only_reads)
     libc("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, structure, 0, 0)
+
+
+# -- a process that reads one file
+
+
+def confine_reader(file: str) -> tuple[str, dict[str, bool]]:
+    """Puts around this process, for good, what leaves it one file to read, and nothing to write.
+    -> the path by which it finds the file from now on, and which of the layers are there."""
+    active = dict.fromkeys(LAYERS, False)
+    if sys.platform != "linux":
+        return file, active
+
+    # 1. namespaces: no network, and of the machine's files that one
+    active["network_namespace"] = works(_unshare) or works(_unshare_as_user)
+    if active["network_namespace"]:
+        active["private_root"] = works(functools.partial(_change_root, lambda: _show_one(file)))
+    if active["private_root"]:
+        file = ONE_FILE
+
+    # 2. who we are
+    if os.geteuid() == 0:
+        active["own_user"] = works(functools.partial(_become_reader_of, file))
+
+    def no_capabilities():
+        _syscall("capset", struct.pack("=Ii", 0x20080522, 0), bytes(24))
+
+    def no_new_privileges():
+        libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+    # 3. what the kernel does for us
+    active["no_capabilities"] = works(no_capabilities)
+    hide_memory()
+    active["no_new_privileges"] = works(no_new_privileges)
+    active["seccomp"] = works(functools.partial(refuse_calls, False, only_reads=True))
+    return file, active
+
+
+ONE_FILE = "/file"  # where it is shown
+
+
+def _show_one(file):
+    _bind(file, f"/proc{ONE_FILE}")
+    for path in ("/dev/urandom", "/etc/localtime", "/usr/share/zoneinfo"):
+        _bind(path, f"/proc{path}")
+
+
+def _become_reader_of(file):
+    """Gives up root for a user who has nothing on this machine, if that one may read the file, else
+    for its owner. Raises OSError where that is root, or nobody: a container may forbid it."""
+    owner = os.stat(file)
+    for uid, gid in ((FIRST_UID, FIRST_UID), (owner.st_uid, owner.st_gid)):
+        os.setgroups([])
+        os.setegid(gid)
+        os.seteuid(uid)  # for now: it can be taken back
+        may_read = os.access(file, os.R_OK, effective_ids=True)
+        os.seteuid(0)
+        os.setegid(0)
+        if may_read:
+            os.setresgid(gid, gid, gid)
+            os.setresuid(uid, uid, uid)
+            if uid != 0:
+                return
+    raise OSError("only root may read it")
 
 
 # -- elsewhere

@@ -72,6 +72,8 @@ def serve(
         loaded = confine.use_huge_pages(maps.read())
     confine.allow_open_files(MAX_FD)  # three per call
     active = confine.probe(active, confine.limits_of(loaded, False, confine.CPU_SECONDS))
+    if not (active["own_user"] or active["private_root"]):
+        confine.hide_memory()  # and that of each call: all are of one user
     if active["seccomp"]:
         confine.seccomp_filter(active["pid_namespace"])  # made once, before any fork
 
@@ -322,6 +324,8 @@ def serve_one(run: Callable, is_session: bool, cpu: int) -> None:
     os.dup2(null, 0)
     os.dup2(null, 1)
     scratch = tempfile.mkdtemp(prefix=f"nanotool-{os.getppid()}-")
+    if sys.platform == "linux":
+        confine.hide_memory()
     pid = os.fork()
     if pid == 0:
 

@@ -11,6 +11,11 @@ import time
 from contextlib import suppress
 from urllib.parse import quote
 
+if __package__:
+    from tools.sandbox import confine
+else:  # in the worker, with the folder of this file alone
+    import confine
+
 MEMORY = 256 * 2**20  # bytes that SQLite may take; the process has twice as much
 VALUE_SIZE = 16 * 2**20  # bytes of one value
 RESULT_SIZE = 32 * 2**20  # bytes of all values of a result
@@ -27,7 +32,43 @@ HARMLESS_PRAGMAS = {
     "index_xinfo",
     "foreign_key_list",
 }
+ASKED_BY_SEARCH = {"data_version", "page_size"}  # pragmas that FTS5 and FTS4 need; to be read alone
+# What a query may call: by a list of what is allowed, as SQLite has functions that do harm, and
+# each version more. fts3_tokenizer() takes the address of a function, and jumps there.
+FUNCTIONS = set(
+    # texts and bytes
+    "char concat concat_ws format glob hex instr length like lower ltrim match octet_length printf "
+    "quote regexp replace rtrim soundex substr substring trim unhex unicode unistr unistr_quote "
+    "upper zeroblob "
+    # numbers
+    "abs acos acosh asin asinh atan atan2 atanh ceil ceiling cos cosh degrees exp floor ln log "
+    "log10 log2 mod pi pow power radians random randomblob round sign sin sinh sqrt tan tanh trunc "
+    # any value
+    "coalesce if ifnull iif likelihood likely max min nullif typeof unlikely "
+    # dates
+    "current_date current_time current_timestamp date datetime julianday strftime time timediff "
+    "unixepoch "
+    # of groups and windows
+    "avg count cume_dist dense_rank first_value group_concat lag last_value lead median nth_value "
+    "ntile percent_rank percentile percentile_cont percentile_disc rank row_number string_agg sum "
+    "total "
+    # JSON
+    "-> ->> json json_array json_array_insert json_array_length json_error_position json_extract "
+    "json_group_array json_group_object json_insert json_object json_patch json_pretty json_quote "
+    "json_remove json_replace json_set json_type json_valid jsonb jsonb_array jsonb_array_insert "
+    "jsonb_extract jsonb_group_array jsonb_group_object jsonb_insert jsonb_object jsonb_patch "
+    "jsonb_remove jsonb_replace jsonb_set subtype "
+    # full-text search and R*Tree
+    "bm25 highlight matchinfo offsets snippet rtreedepth rtreenode "
+    # of the connection
+    "changes last_insert_rowid sqlite_source_id sqlite_version total_changes".split()
+)
+SHADOWS = ("node", "rowid", "parent")  # tables in which an R*Tree keeps what it has
 READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE}
+WRITING = {sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE}
+
+
+_confined = {}  # in the worker: the one path that it can read -> how it finds that
 
 
 def prepare() -> None:
@@ -38,10 +79,17 @@ def prepare() -> None:
 
 
 def answer(request: dict) -> dict:
-    """{"columns", "rows"} of a query, {"text"} of a description, {"error"}, or {"late": True}."""
+    """{"columns", "rows"} of a query, {"text"} of a description, {"layers"}, {"error"}, or
+    {"late": True}. The first request's path is the only one that this process will ever read."""
     end = time.monotonic() + request["seconds"]
+    path = request["path"]
+    if not _confined:
+        _confined[path] = confine.confine_reader(path)
+    path, layers = _confined[path]
+    if "layers" in request:
+        return {"layers": layers}
     try:
-        database = _open(request["path"], end)
+        database = _open(path, end)
     except sqlite3.Error as error:
         return {"error": str(error)}
     try:
@@ -76,21 +124,38 @@ def _open(path, end):
         database.execute(f"PRAGMA {pragma}").fetchall()
     database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, VALUE_SIZE)
     database.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
-    database.set_authorizer(_authorize)
+    shadows = _shadow_tables(database)
+
+    def authorize(action, first, second, *_):
+        return _authorize(action, first, second, shadows)
+
+    database.set_authorizer(authorize)
     database.set_progress_handler(lambda: time.monotonic() > end, 10_000)
     return database
 
 
-def _authorize(action, first, second, *_):
-    """Lets through only what reads. first, second: names that belong to the action."""
+def _shadow_tables(database):
+    """Tables of R*Trees. To be read, such a tree makes the statements that would write them too."""
+    query = "SELECT name FROM sqlite_master WHERE sql LIKE 'CREATE VIRTUAL TABLE%'"
+    names = [name for (name,) in database.execute(query)]
+    return {f"{name}_{part}" for name in names for part in SHADOWS}
+
+
+def _authorize(action, first, second, shadows):
+    """Lets through only what reads. first, second: names that belong to the action. shadows: tables
+    that SQLite's own code may ask to write; the file is read-only, so that nothing does."""
     if action in READING:
         return sqlite3.SQLITE_OK
-    if action == sqlite3.SQLITE_FUNCTION and second != "load_extension":
+    if action == sqlite3.SQLITE_FUNCTION and second.lower() in FUNCTIONS:
         return sqlite3.SQLITE_OK
     if action == sqlite3.SQLITE_PRAGMA and first in HARMLESS_PRAGMAS:
         return sqlite3.SQLITE_OK
+    if action == sqlite3.SQLITE_PRAGMA and first in ASKED_BY_SEARCH and second is None:
+        return sqlite3.SQLITE_OK
     if action == sqlite3.SQLITE_UPDATE and first == "sqlite_master":
         return sqlite3.SQLITE_OK  # what json_each() asks for; SQLite itself refuses a real one
+    if action in WRITING and first in shadows:
+        return sqlite3.SQLITE_OK
     return sqlite3.SQLITE_DENY
 
 
@@ -129,13 +194,21 @@ def _size(value):
 def _error(database, text):
     """The reply to an error of SQLite. If it is about a name: with the names that there are."""
     reply = {"error": text}
-    if text in ("not authorized", "authorization denied") or text.startswith("access to "):
+    if text.startswith("not authorized to use function"):
+        reply["error"] = f"{text}: it is none of those that a query may call"
+    elif _is_refusal(text):
         reply["error"] = f"{text}: the database can only be read, by SELECT or WITH ... SELECT"
     if text.startswith("no such "):
         with suppress(sqlite3.Error):
             names = [name for name, _, _ in _tables(database)]
             reply["tables"] = {name: _columns(database, name) for name in names}
     return reply
+
+
+def _is_refusal(text):
+    if text in ("not authorized", "authorization denied"):
+        return True
+    return text.startswith(("access to ", "attempt to write a readonly"))
 
 
 # -- a description
