@@ -169,9 +169,11 @@ class Run:
 
     def command(self) -> str:
         """Gives the command that goes on with this run: out_dir/config.py has all of its keys."""
-        script = sys.modules[type(self.cfg).__module__].__file__
-        config_file = str(self.out_dir / "config.py")
-        command = ["python", os.path.relpath(script), "--config", config_file, "--resume=true"]
+        script = Path(sys.modules[type(self.cfg).__module__].__file__).resolve()
+        if script.parent == Path.cwd():
+            script = script.name
+        config_file = self.out_dir / "config.py"
+        command = ["python", str(script), "--config", str(config_file), "--resume=true"]
         return shlex.join(command)
 
     def save(self, step, model, tokenizer, optimizers: list, log, prune=True, **state) -> None:

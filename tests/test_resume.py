@@ -880,7 +880,10 @@ def test_only_keys_that_change_nothing_that_is_learnt_may_change(script, tmp_pat
     for key, kind in typing.get_type_hints(script.Config).items():
         if key == "out_dir":
             continue
-        changed = replace(cfg, **{"resume": True, key: other(getattr(cfg, key), kind)})
+        value = other(getattr(cfg, key), kind)
+        if key == "engine_options":  # of which the others may change: they are tested above
+            value = ("deterministic=false",)
+        changed = replace(cfg, **{"resume": True, key: value})
         if key in FREE:
             free.add(key)
             Run(replace(changed, resume=True))
@@ -1025,7 +1028,8 @@ def test_what_raises_between_updates_saves_the_steps_that_are_done(laid, capsys)
             raise UserError("the judge is ill")
     names = ["step-000002", "step-000004", "step-000005"]  # more than keep_last: none is removed
     assert sorted(path.name for path in run.folder.iterdir()) == names
-    assert "saved 5 steps; go on with --resume=true" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "saved 5 steps; go on with python " in said and "--resume=true" in said
     run, (model, _, optimizers, _) = laid(resume=True)
     assert run.restore(model, optimizers) == {"step": 5, "cursor": 50}
     assert_same(flat(parts[0].state_dict()), flat(model.state_dict()))
