@@ -13,6 +13,7 @@ import itertools
 import json
 import threading
 import time
+import types
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -165,7 +166,13 @@ def wait_for_line(engine, text):
 class Adapted:
     """What a sync needs of a model with adapters: it writes nothing but its version."""
 
-    peft_config = {"default": None}
+    peft_config = {"default": types.SimpleNamespace(base_model_name_or_path="base", r=4)}
+
+    def get_input_embeddings(self):
+        return None
+
+    def get_output_embeddings(self):
+        return None
 
     def save_pretrained(self, folder, **_):
         folder.mkdir(parents=True)
