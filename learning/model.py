@@ -133,7 +133,9 @@ def eos_ids(name: str) -> list[int]:
         for file in ("generation_config.json", "config.json"):
             try:
                 path = cached_file(place, file)
-            except OSError:  # it has none
+            except OSError:
+                continue
+            if path is None:  # it has none
                 continue
             ids = json.loads(Path(path).read_text()).get("eos_token_id")
             if ids is not None:
