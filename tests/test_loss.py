@@ -442,7 +442,7 @@ def test_the_gradient_does_not_depend_on_micro_batches_or_order(tied, kind):
     exact = score(tied, trajectories)  # an old policy and a reference that differ a bit
     for t, logprobs in zip(trajectories, exact, strict=True):
         t.logprobs = [p + rng.uniform(-0.9, 0.9) for p in logprobs.tolist()]
-    torch.manual_seed(8)
+    torch.manual_seed(1)
     near = [logprobs + 0.3 * torch.randn(len(logprobs)) for logprobs in exact]
     ref = [logprobs + 0.3 * torch.randn(len(logprobs)) for logprobs in exact]
     longest = max(len(t.ids) for t in trajectories)
