@@ -246,7 +246,9 @@ def test_ids_of_a_whole_trajectory_are_what_vllm_was_given_and_gave(lora, tokeni
     chat = Chat(tokenizer, "hermes", Toolbox([add]).schemas)
     talks = {}
 
-    def parse(ids):  # a random model writes no calls: its first two turns are taken for some
+    def parse(
+        ids, opening=None
+    ):  # a random model writes no calls: its first two turns are taken for some
         talks[len(talks)] = ids
         return tokenizer.decode(ids), [Call("add", {"a": 1, "b": 2})] if len(talks) % 3 else []
 
