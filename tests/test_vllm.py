@@ -661,7 +661,7 @@ def test_a_run_goes_on_after_the_death_of_vllm_its_own_and_ctrl_c(folders, tmp_p
     os.killpg(run.pid, signal.SIGINT)
     out = run.communicate(timeout=HANGS)[0]
     assert run.returncode == 128 + signal.SIGINT, out
-    assert "go on with --resume=true" in out and gone()
+    assert "go on with python" in out and "--resume=true" in out and gone()
 
     done = rows(tmp_path)
     assert [row["step"] for row in done] == list(range(len(done)))
