@@ -47,7 +47,7 @@ import rewards
 import train_grpo
 import train_sft
 from formats import Call
-from player import prompts_of, setup
+from player import Player
 from run import log as run_log
 from run import page as run_page
 from run.config import UserError
@@ -107,7 +107,7 @@ def ours(cfg: Config, folder: str) -> tuple[list[float], list[dict]]:
             super().step(metrics)
             times.append(time.perf_counter())
 
-    run_log.Log = Log
+    train_grpo.Log = Log
     run = settings(cfg, f"{folder}/run")
     if cfg.part == "all":
         run = dataclasses.replace(run, tool_options=("python.cache=false",))
@@ -127,10 +127,12 @@ def trls(cfg: Config, folder: str, batch: int) -> tuple[list[float], list[dict]]
     run = settings(cfg, folder)
     times = []
     rows = []
-    model, tokenizer, chat, _, _, examples = setup(run, "full")
+    player = Player.of(run, "full")
+    model, chat, examples = player.model, player.chat, player.examples
+    tokenizer = chat.tokenizer
     tokenizer.response_template = qwen3_template  # how calls are written; our template is like it
     count = run.prompts_per_step
-    prompts = prompts_of(0, examples, cfg.steps * count, run.seed)
+    prompts = train_grpo.next_prompts(0, examples, cfg.steps * count, run.seed)
     room = run.max_tokens - max(len(chat.prompt(row["messages"])) for row in prompts)
 
     def correct(prompts, completions, completion_ids, example, **_):

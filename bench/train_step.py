@@ -137,7 +137,8 @@ def ours(size: str, cfg: Config, updates: int, watch) -> None:
     """Runs train_grpo.learn."""
     model = model_of(size)
     trajectories = trajectories_of(size, cfg.trajectories)
-    settings = train_grpo.Config(learning_rate=LEARNING_RATE, token_budget=cfg.token_budget)
+    train_cfg = train_grpo.Config(learning_rate=LEARNING_RATE, token_budget=cfg.token_budget)
+    settings = train_grpo.LearnSettings.of(train_cfg)
     optimizers = optim.optimizers(model, "adamw", LEARNING_RATE)
     optimizers[0].register_step_pre_hook(lambda *_: watch.gradient_of(model))
     for _ in range(updates):
