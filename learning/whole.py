@@ -20,8 +20,11 @@ import torch
 from run.config import UserError
 
 # What a processor is made of, beside the tokenizer's own files, which the tokenizer writes.
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-PROCESSOR_FILES += ("video_preprocessor_config.json",)
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 # Buffers of old files, which are computed today: a class drops them without naming them.
 COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 # What PEFT calls a layer begins like this in an adapter's files.
@@ -240,6 +243,8 @@ def check_names_for_vllm(folder: str, base: str | None) -> None:
     from transformers import AutoConfig
 
     names = adapter_names(folder)
+    if not base:
+        return
     try:
         AutoConfig.from_pretrained(base, local_files_only=True)
         if not has_tower(base):
