@@ -535,6 +535,9 @@ def train(cfg: Config) -> dict:
         log.print(
             f"{len(player.examples)} prompts, {cfg.steps} steps, {trained:,} of {total:,} trained"
         )
+        frozen = models.frozen_parts(model)
+        if frozen:
+            log.print(f"not trained: {frozen}")
         if cfg.resume:
             log.print(f"going on with step {first_step}")
 

@@ -440,6 +440,9 @@ def train(cfg: Config) -> dict:
     with log, advice, run:
         trained, total = optim.count(model)
         log.print(f"{summary}; {steps} steps, {trained:,} of {total:,} parameters")
+        frozen = models.frozen_parts(model)
+        if frozen:
+            log.print(f"not trained: {frozen}")
         if cfg.resume:
             log.print(f"going on with step {first_step}")
         model.train()
