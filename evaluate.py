@@ -38,7 +38,7 @@ from rollout import Settings, run_calls, seed_of, stop_before_calls
 from run import log as run_log
 from run.config import UserError
 from run.http import key_from
-from trajectory import Trajectory, mean, stats
+from trajectory import Trajectory, escaped, mean, stats
 
 
 @dataclass
@@ -500,8 +500,10 @@ def table(numbers: dict) -> None:
     """Prints the numbers as a table."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    out = Table(title=f"{numbers['model']} on {numbers['data']}", title_justify="left")
+    title = Text(escaped(f"{numbers['model']} on {numbers['data']}"))
+    out = Table(title=title, title_justify="left")
     out.add_column("metric")
     out.add_column("value", justify="right")
     for key, value in numbers.items():
@@ -515,7 +517,7 @@ def table(numbers: dict) -> None:
             shown = f"{value:.4f}"
         else:
             shown = str(value)
-        out.add_row(key, shown)
+        out.add_row(key, Text(escaped(shown)))  # no markup: a model's name may look like it
     Console(highlight=False).print(out)
 
 

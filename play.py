@@ -41,7 +41,7 @@ from rollout import Settings
 from run.config import UserError
 from tasks import tiny
 from tools import Toolbox
-from trajectory import Trajectory, show
+from trajectory import Trajectory, escaped, show
 
 SAMPLES = config.HERE / "configs" / "samples.jsonl"
 STAND_IN_FORMATS = ("auto", "llama3", "mistral", "qwen_xml")  # need the model's own template
@@ -88,7 +88,7 @@ def play_made_up(cfg: train_grpo.Config) -> Trajectory:
     is_own_tokenizer = not any(note.startswith("model:") for note in notes)
     if cfg.data.startswith("task:") or is_own_tokenizer:
         notes.append(lengths(trajectory, cfg))
-    print(*notes, sep="\n")
+    print(escaped("\n".join(notes)))
     return trajectory
 
 
@@ -110,15 +110,12 @@ def show_demonstration(cfg: train_sft.Config) -> Trajectory:
         [row], tokenizer, cfg.format, toolbox.schemas, cfg.data, cfg.template_options
     )
     ids, mask = samples[0]
-    trajectory = Trajectory(row, messages=row.get("messages", []), stop="answered")
-    for token, is_trained in zip(ids, mask, strict=True):
-        trajectory.add([token], is_trained, [0.0] if is_trained else None)
-    trajectory.turn_starts = turn_starts(mask)
+    trajectory = Trajectory.of_demonstration(row, ids, mask)
     show(trajectory, tokenizer)
     if len(ids) > cfg.max_tokens:
         what = f"this row has {len(ids)} tokens and would be cut"
         notes.append(f"max_tokens = {cfg.max_tokens}: {what}")
-    print(*notes, sep="\n")
+    print(escaped("\n".join(notes)))
     return trajectory
 
 

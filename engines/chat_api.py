@@ -11,14 +11,13 @@ import asyncio
 import json
 import random
 import re
-import sys
 from dataclasses import dataclass, field
 
 import httpx2 as httpx
 
 from engines.base import Engine, Sampling
 from formats import too_deep
-from run.config import UserError
+from run.config import UserError, tell
 from run.http import HttpClient, HttpError, address_problem, bearer, failures_explained, one_line
 
 ATTEMPTS = 6  # for one reply; the waits between them double
@@ -223,7 +222,7 @@ class ChatApi:
         subject = text.partition("(")[0]
         if subject not in self.notes:
             self.notes.add(subject)
-            print(f"{self.url} {text}", file=sys.stderr, flush=True)
+            tell(f"{self.url} {text}")
 
     def refusal(self, error: HttpError, key_option: str) -> UserError:
         """What a failed `ask` is to the user. key_option: where the name of the key is given."""

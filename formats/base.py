@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from run.config import UserError
 
 THINK = re.compile(r"<think>(.*?)</think>\s*", re.DOTALL)
+CALL_TAG = re.compile("</?tool_call>")
+BLANKS = re.compile(r"\s*")
+DECODER = json.JSONDecoder()
 DEEPEST = 100  # levels of a value; python's own limit depends on who asks, and raises later
 GOOD_ID = re.compile("[a-zA-Z0-9]{9}")  # what Mistral's templates accept
 
@@ -138,7 +141,7 @@ def end_block(call: Call, kind: str, text: str, end: int) -> int:
 
     The next tag should be this call's end, with nothing in between: anything else is the call's
     error. At the end of a turn the tag may be missing: the call is whole, and servers accept it."""
-    tag = re.compile("</?tool_call>").search(text, end)
+    tag = CALL_TAG.search(text, end)
     stop = tag.start() if tag else len(text)
     is_closed = tag is not None and tag[0] == "</tool_call>"
     junk = text[end:stop].strip()
@@ -159,9 +162,9 @@ def read_json(text: str, start: int) -> tuple[object, int, str]:
     """Reads the JSON value at text[start:] -> (value, where it ended, "" or a plain reason).
 
     A real decoder, not a search for the end tag: `</tool_call>` may stand inside a string."""
-    start = re.compile(r"\s*").match(text, start).end()
+    start = BLANKS.match(text, start).end()
     try:
-        value, end = json.JSONDecoder().raw_decode(text, start)
+        value, end = DECODER.raw_decode(text, start)
     except json.JSONDecodeError as e:
         reason = f"no valid JSON: {e.msg}, at {text[e.pos : e.pos + 12]!r}"
         if "control character" in e.msg:

@@ -41,10 +41,10 @@ ROLLOUT_KEYS = (
 def curves(out_dir) -> None:
     """Draws metrics.jsonl as curves.png: of what is measured at each step a point and the running
     mean, of what is held out a marker for each time that it was measured."""
-    rows = read(Path(out_dir) / "metrics.jsonl")
+    rows = [finite_numbers(row) for row in steps_of(Path(out_dir) / "metrics.jsonl")]
     panels = []
     for title, keys in CURVES:
-        measured = [key for key in keys if any(row.get(key) is not None for row in rows)]
+        measured = [key for key in keys if any(key in row for row in rows)]
         if measured:
             panels.append((title, measured))
     if not panels:
@@ -65,7 +65,7 @@ def curves(out_dir) -> None:
 def _draw_panel(axes, title: str, keys: list[str], rows: list[dict]) -> None:
     window = max(5, len(rows) // 40)  # steps
     for colour, key in zip(COLOURS, keys, strict=False):
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        points = [(row["step"], row[key]) for row in rows if key in row]
         steps = [step for step, _ in points]
         values = [value for _, value in points]
         label = LABELS.get(key, key)
@@ -101,7 +101,7 @@ def page(out_dir) -> None:
     """Writes report.html: page.html with the data of metrics.jsonl, rollouts.jsonl and config.py
     in it. It loads nothing else: it can be mailed."""
     out_dir = Path(out_dir)
-    rows = [finite_numbers(row) for row in read(out_dir / "metrics.jsonl")]
+    rows = [finite_numbers(row) for row in steps_of(out_dir / "metrics.jsonl")]
     rollouts, written = _shown_rollouts(out_dir / "rollouts.jsonl")
     data = {
         "out_dir": str(out_dir),
@@ -133,7 +133,10 @@ def _points(rows: list[dict]) -> dict[str, list]:
 
 def _mean_of(key: str, rows: list[dict]) -> float | None:
     values = [row[key] for row in rows if key in row]
-    return six_digits(sum(values) / len(values)) if values else None
+    if not values:
+        return None
+    mean = sum(values) / len(values)
+    return six_digits(mean) if _is_finite(mean) else None  # the sum may be beyond all floats
 
 
 def _shown_rollouts(path: Path) -> tuple[list[dict], int]:
@@ -147,7 +150,7 @@ def _shown_rollouts(path: Path) -> tuple[list[dict], int]:
     chosen = set(_spread(written, max(2, most)))
     rollouts = []
     for number, row in enumerate(each_row(path, constant=str)):  # JSON proper has no NaN
-        if number in chosen:
+        if number in chosen and is_rollout(row):
             rollouts.append(_shown(row))
     return rollouts, written
 
@@ -167,7 +170,8 @@ def _shown(row: dict) -> dict:
         pieces = [f"{token} " for token in row["ids"]]
     shown["pieces"] = pieces
     shown["logprobs"] = row.get("logprobs")
-    shown["kinds"] = row.get("kinds") or _kinds_of_mask(row["mask"])
+    kinds = row.get("kinds") or row["mask"]
+    shown["kinds"] = kinds if isinstance(kinds, str) else _kinds_of_mask(kinds)
     return shown
 
 
@@ -183,8 +187,13 @@ def _settings(path: Path) -> list[tuple[str, str, str | None]]:
     if not path.exists():
         return []
     values = {}
-    for node in ast.parse(path.read_bytes()).body:
-        values[node.targets[0].id] = ast.unparse(node.value)
+    try:
+        written = ast.parse(path.read_bytes()).body
+    except (SyntaxError, ValueError):  # no file of a run: torn, or somebody else's
+        return []
+    for node in written:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            values[node.targets[0].id] = ast.unparse(node.value)
     choices = [{}]  # where no script is near
     for script in sorted(config.HERE.glob("train_*.py")):
         choices.append(_defaults(script))
@@ -219,16 +228,74 @@ def each_row(path, constant=float) -> Iterator[dict]:
         return
     with open(path, "rb") as file:
         for line in file:
-            try:
-                yield json.loads(line, parse_constant=constant)
-            except ValueError:
-                continue
+            row = row_of(line, constant)
+            if row is not None:
+                yield row
+
+
+def row_of(line: bytes, constant=float) -> dict | None:
+    """Reads a line of a .jsonl; None for one that is no object."""
+    try:
+        row = json.loads(line, parse_constant=constant)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def steps_of(path) -> list[dict]:
+    """Reads the rows of a metrics.jsonl that are of a step."""
+    return [row for row in each_row(path) if is_of_step(row)]
+
+
+def is_of_step(row: dict) -> bool:
+    """Says whether a row names its step."""
+    step = row.get("step")
+    return type(step) is int and 0 <= step < 2**53
+
+
+def is_rollout(row: dict) -> bool:
+    """Says whether a row has what the page draws: of each token and each call, and of the right
+    types."""
+    ids = row.get("ids")
+    if not isinstance(ids, list):
+        return False
+    # 1. what there is one of for each token
+    kinds = row.get("kinds") or row.get("mask")
+    pieces = row.get("pieces")
+    if pieces is None:
+        pieces = ids
+    elif not _is_list(pieces, str):
+        return False
+    logprobs = row.get("logprobs")
+    if logprobs is None:
+        logprobs = ids
+    for values in (kinds, pieces, logprobs):
+        if not isinstance(values, list | str) or len(values) != len(ids):
+            return False
+    # 2. what happened
+    if not _is_list(row.get("turn_starts"), int) or not _is_list(row.get("calls"), dict):
+        return False
+    if not all(isinstance(call.get("arguments"), dict | None) for call in row["calls"]):
+        return False
+    are_advantages = isinstance(row.get("advantages"), list | None)
+    return are_advantages and isinstance(row.get("rewards"), dict | None)
+
+
+def _is_list(values, kind: type) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
 def finite_numbers(row: dict) -> dict:
     """Returns what of a row can be drawn."""
     numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
-    return {key: value for key, value in numbers.items() if math.isfinite(value)}
+    return {key: value for key, value in numbers.items() if _is_finite(value)}
+
+
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def six_digits(value):
@@ -246,9 +313,25 @@ def main(argv: list[str]) -> None:
     files = [out_dir / name for name in ("metrics.jsonl", "rollouts.jsonl")]
     if not any(file.exists() for file in files):
         raise config.UserError(f"no run in '{out_dir}': expected metrics.jsonl or rollouts.jsonl")
+    _tell_what_is_left_out(*files)
     curves(out_dir)
     page(out_dir)
     print(f"{out_dir / 'report.html'}")
+
+
+def _tell_what_is_left_out(metrics: Path, rollouts: Path) -> None:
+    """Says how many lines are no rows of a run, so that nobody misses them on the page."""
+    for file, belongs in ((metrics, is_of_step), (rollouts, is_rollout)):
+        if not file.exists():
+            continue
+        left_out = 0
+        with open(file, "rb") as opened:
+            for line in opened:
+                row = row_of(line, constant=str)
+                if row is None or not belongs(row):
+                    left_out += 1
+        if left_out:
+            config.tell(f"{file}: {left_out} lines are no rows of a run and are left out")
 
 
 if __name__ == "__main__":
