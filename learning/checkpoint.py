@@ -68,7 +68,7 @@ class Run:
         config_file = self.out_dir / "config.py"
         if cfg.resume:  # killed while config.save wrote it
             Path(f"{config_file}.aside").unlink(missing_ok=True)
-        if self._holds_only_a_start():
+        if not cfg.resume and self._holds_only_a_start():
             return  # of a run that ended before its first step: this one takes its place
         if cfg.resume and config_file.is_file():
             _check_same_config(cfg, config_file)
