@@ -18,6 +18,7 @@ from pathlib import Path
 
 from run.worker import WorkerDied, Workers
 
+MOST_BRACES = 8  # around a whole answer that are taken off: for each, all of it is looked at
 LONGEST = 300  # characters: nobody's answer is longer, and all but equal text takes time to compare
 
 
@@ -91,7 +92,9 @@ def _without_markup(text):
     whole = _WHOLE_TEXT.fullmatch(text)
     if whole:
         text = whole[1].strip()
-    while _is_one_group(text):
+    for _ in range(MOST_BRACES):
+        if not _is_one_group(text):
+            break
         text = text[1:-1].strip()
     return text
 

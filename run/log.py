@@ -184,9 +184,19 @@ class Log:
             self.metrics.write(json.dumps(row) + "\n")
             self.metrics.flush()
         self.track(finite_numbers(metrics), step=metrics["step"])
-        cells = [f"{name} {metrics[name]:{form}}" for name, form in self.columns.items()]
-        self.print(f"step {metrics['step']:4d}  " + "  ".join(cells))
+        self.print(self._line(metrics))
         self.progress.update(self.bar, advance=1)
+
+    def _line(self, metrics: dict) -> str:
+        """Writes the line of a step: on a terminal the columns that it has room for, the first ones
+        first; in a file all of them. The names are whole, as in metrics.jsonl."""
+        console = self.progress.console
+        line = f"step {metrics['step']:4d}"
+        for name, form in self.columns.items():
+            cell = f"  {name} {metrics[name]:{form}}"
+            if not console.is_terminal or len(line) + len(cell) <= console.width:
+                line += cell
+        return line
 
     def sync(self) -> None:
         """Puts it on disk for good, also if the power fails: before a checkpoint that builds on
