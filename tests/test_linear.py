@@ -31,8 +31,8 @@ answer is |answer: |**Answer**:|answer is \n|## answer\n|answer is $$|because |#
 <tool_call>|<tool_call>{|<tool_call>\n{"name"|<tool_call>{"name": "a", "arguments": {}}|{"name":
 <tool_call><function=python><parameter=code>|<function=python>|</parameter>|</function> |<think>
 <think> |</think> |<think>a</think>|[TOOL_CALLS]|[TOOL_CALLS][|[TOOL_CALLS]python[ARGS]{
-python[CALL_ID]|{"actions": [|{"thought": "|<\|python_tag\|>{|Score: 0-|score =|max score: 1 
-order by |select |/*|--|1/|out of |a b |é|😀
+python[CALL_ID]|{"actions": [|{"thought": "|<\|python_tag\|>{|Score: 0-|score =
+max score: 1 |order by |select |/*|--|1/|out of |a b |é|😀
 """
 PATTERNS = PATTERNS.strip("\n").replace(r"\|", "\0").replace("\n", "|").replace(r"\n", "\n")
 PATTERNS = [part.replace(r"\t", "\t").replace("\0", "|") for part in PATTERNS.split("|")]
@@ -75,7 +75,7 @@ def a_verdict(text):
     return judging._score("Score: " + text), judging._score(text)
 
 
-READERS = {name: score_of(name) for name in ("exact_match", "f1", "format", "repetition")}
+READERS = {name: score_of(name) for name in ("f1", "format", "repetition")}
 READERS |= {f"{name} in a tool": in_a_tool(name) for name in ("correct", "f1", "format")}
 READERS["boxed"] = lambda text: rewards.correct(trajectory(rf"\boxed{{{text}}}"), ROW)
 READERS["behind answer is"] = lambda text: rewards.correct(trajectory(f"Answer: {text}"), ROW)
@@ -111,8 +111,9 @@ def test_no_text_takes_long_to_read(name):
 def test_no_text_takes_long_on_the_page(tmp_path):
     """C4: a rollout of 100,000 characters, each of them a token."""
     run_page.page(tmp_path)  # imports, and reads the template
-    for _, text in texts():
-        row = {"step": 0, "ids": list(range(SIZE)), "pieces": list(text.ljust(SIZE)[:SIZE])}
+    for pattern in ("a", "<", '"', "\n", "é", "😀", "\x1b", "\\"):
+        text = pattern * SIZE
+        row = {"step": 0, "ids": list(range(SIZE)), "pieces": list(text)}
         row |= {"kinds": "t" * SIZE, "logprobs": [-1.0] * SIZE, "turn_starts": [0], "calls": []}
         (tmp_path / "rollouts.jsonl").write_text(json.dumps(row) + "\n")
         assert seconds_of(lambda text: run_page.page(tmp_path), text) < LIMIT
