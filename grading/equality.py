@@ -17,6 +17,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from run.worker import WorkerDied, Workers
+from tools.sandbox.caller import report
 
 MOST_BRACES = 8  # around a whole answer that are taken off: for each, all of it is looked at
 LONGEST = 300  # characters: nobody's answer is longer, and all but equal text takes time to compare
@@ -541,6 +542,7 @@ SLOW = 2.0  # and that it has in a second try
 WASTED = 4.0  # seconds of second tries that may come to nothing in a minute; then there are none
 PATIENCE = 60.0  # seconds, by the clock, after which a worker is taken for dead
 WORKERS = min(4, os.cpu_count() or 1)
+WANTED = ("network_namespace", "no_new_privileges", "seccomp")  # around them, where there are such
 
 
 class _Comparer:
@@ -549,6 +551,7 @@ class _Comparer:
     def __init__(self):
         self.workers = Workers(Path(__file__).with_name("math_worker.py"), WORKERS, packages=True)
         self.slow = threading.Semaphore(max(1, WORKERS // 2))  # some stay free for quick ones
+        self.is_reported = False  # whether the user was told which layers are not around them
         self.wasted = []  # the times at which second tries came to nothing
 
     def same(self, said, gold):
@@ -571,6 +574,10 @@ class _Comparer:
         """Whether they are equal; None if it is not known after so many seconds."""
         request = {"said": said, "gold": gold, "seconds": seconds}
         try:
+            if not self.is_reported:
+                self.is_reported = True
+                layers = self.workers.ask({"layers": True}, PATIENCE)["layers"]
+                report([name for name in WANTED if not layers[name]], "math-verify")
             return self.workers.ask(request, PATIENCE)["same"]
         except (TimeoutError, WorkerDied):
             return None

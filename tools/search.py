@@ -86,7 +86,7 @@ class search:
         self.network = not corpus
         if corpus:
             self.index = Index(corpus, index)
-            self.key = self.index.made_from
+            self.key = self.index.made_from  # kept results are of this corpus (Toolbox)
             return
         self.index = None
         self.key = ""
