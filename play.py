@@ -169,7 +169,10 @@ def local_tokenizer(cfg, conversations: list, schemas: list[dict], notes: list[s
     # 1. the model's own
     if cfg.model != "tiny":
         try:
-            return AutoTokenizer.from_pretrained(cfg.model, local_files_only=True), cfg
+            tokenizer = AutoTokenizer.from_pretrained(
+                cfg.model, local_files_only=True, trust_remote_code=False
+            )
+            return tokenizer, cfg
         except (OSError, ValueError):
             what = "a stand-in tokenizer is used, and its chat template was not proved"
             notes.append(f"model: {cfg.model} is not on this machine: {what}")

@@ -529,7 +529,7 @@ def vocabulary_of(name: str, tokenizer) -> int:
         settings = Path(models.find(name)) / "adapter_config.json"
         name = json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=True)
+        config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         size = config.get_text_config().vocab_size
     except (OSError, ValueError, KeyError, AttributeError):
         return len(tokenizer)

@@ -365,7 +365,9 @@ _TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox|textbf|mathbf)\s*\{([^{}]*)\}"
 _LABEL = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}\d]*\}(?:\^\{?\d\}?)?")
 _THOUSANDS = re.compile(r"(?<=\d)(?:,\\!|\{,\}|\\,|,)(?=\d{3}(?!\d))")
 _SPACED = re.compile(r"[+-]?\d{1,3}(?: \d{3})+(?:\.\d+)?")  # 1 000 000
-_MIXED = re.compile(r"([+-]?)(\d+) (\d+) ?/ ?(\d+)")  # 3 1/2
+_MIXED = re.compile(  # 3 1/2, 3\\frac{1}{2}
+    r"([+-]?)(\d+)(?: (\d+) ?/ ?(\d+)| ?\\[dt]?frac(?:\{(\d+)\}\{(\d+)\}|(\d)(\d)))"
+)
 _REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\overline ?(?:\{(\d+)\}|(\d))")
 _DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
 _E_NOTATION = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))[eE]([+-]?\d{1,3})")
@@ -428,8 +430,11 @@ def _number(text):
             value = Fraction(above, below)
             return (-value if match[1] == "-" else value), "fraction"
     match = _MIXED.fullmatch(text)
-    if match and int(match[4]):
-        value = int(match[2]) + Fraction(int(match[3]), int(match[4]))
+    if match:
+        whole, above, below = (int(part) for part in match.groups()[1:] if part is not None)
+        if not below:
+            return None, ""
+        value = whole + Fraction(above, below)
         return (-value if match[1] == "-" else value), "fraction"
     match = _REPEATING.fullmatch(text)
     if match:

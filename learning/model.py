@@ -161,8 +161,11 @@ def load_tokenizer(name: str):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(find(name))
-    except (OSError, ValueError, KeyError) as error:  # a file is missing or broken
+        # else a folder with code of its own asks, and waits for an answer
+        return AutoTokenizer.from_pretrained(find(name), trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # a file is missing or broken, each in its own way
         raise _cannot_load(name, error) from None
 
 
@@ -422,10 +425,12 @@ def _load_weights(base: str, dtype: torch.dtype, device: str, four_bits: bool):
     from transformers import AutoModelForCausalLM
 
     method = quantization_of(base)
+    options = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
     if not four_bits and not method:
-        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device)
+        model, report = AutoModelForCausalLM.from_pretrained(base, **options)
+        _check_complete(report, base)
+        return model.to(device)
 
-    options = {}
     if four_bits or method.startswith("bitsandbytes"):
         # transformers' own message names another way to get it
         import_bitsandbytes("tune = qlora" if four_bits else f"model = {base!r}")
@@ -438,12 +443,23 @@ def _load_weights(base: str, dtype: torch.dtype, device: str, four_bits: bool):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=dtype, device_map={"": device}, **options
-    )
+    model, report = AutoModelForCausalLM.from_pretrained(base, device_map={"": device}, **options)
+    _check_complete(report, base)
     if is_quantized(model):
         _never_repack(model)
     return model
+
+
+def _check_complete(report: dict, base: str) -> None:
+    """Checks that the files had all weights: transformers makes up those that are missing, and says
+    so in a table among its other lines."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(
+            f"model = {base!r}: its files have no weights for {missing[0]}{more}, so that these "
+            "would be random: get the whole model, or one for text generation"
+        )
 
 
 def import_bitsandbytes(user: str):
@@ -508,6 +524,10 @@ def check_head(model, name: str) -> None:
         logits = model(input_ids=ids, attention_mask=attention_mask).logits[:, :-1]
     table = logits.float().log_softmax(-1)  # (1, 7, V)
     theirs = table.gather(-1, ids[:, 1:, None])[..., 0]
+    if not ours.isfinite().all():
+        raise UserError(
+            f"model = {name!r}: its logprobs are no numbers, so its files are damaged: get it again"
+        )
     difference = (ours[:, 1:] - theirs).abs().mean().item()
     if difference > 0.1:  # bfloat16 alone makes a tenth of that
         raise UserError(
