@@ -65,15 +65,16 @@ def curves(out_dir) -> None:
 def _draw_panel(axes, title: str, keys: list[str], rows: list[dict]) -> None:
     window = max(5, len(rows) // 40)  # steps
     for colour, key in zip(COLOURS, keys, strict=False):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        steps = [step for step, _ in points]
-        values = [value for _, value in points]
+        measured = [row for row in rows if key in row]
+        steps = [row["step"] for row in measured]
+        values = [row[key] for row in measured]
         label = LABELS.get(key, key)
         if key.startswith("val_"):
             axes.plot(steps, values, "o-", color=colour, markersize=4, label=label)
         else:
             axes.plot(steps, values, ".", color=colour, alpha=0.35, markersize=4)
-            axes.plot(steps, _running_mean(points, window), color=colour, label=label)
+            means = _running_mean(steps, values, window)
+            axes.plot(steps, means, color=colour, label=label)
     if len(keys) > 1:
         axes.legend(frameon=False, fontsize=8)
     if all(key.endswith(("accuracy", "rate")) for key in keys):
@@ -83,14 +84,16 @@ def _draw_panel(axes, title: str, keys: list[str], rows: list[dict]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _running_mean(points: list[tuple], window: int) -> list[float]:
-    """For each (step, value) the mean of the values in the last few steps: of what is measured more
-    seldom, itself."""
+def _running_mean(steps: list[int], values: list[float], window: int) -> list[float]:
+    """For each step the mean of the values in the last few steps: of what is measured more seldom,
+    itself."""
     means = []
-    for i, (step, _) in enumerate(points):
-        candidates = points[max(0, i + 1 - window) : i + 1]
-        values = [value for earlier, value in candidates if earlier > step - window]
-        means.append(sum(values) / len(values))
+    first = 0  # the place of the earliest step that counts
+    for last, step in enumerate(steps):
+        while steps[first] <= step - window:
+            first += 1
+        recent = values[first : last + 1]
+        means.append(sum(recent) / len(recent))
     return means
 
 
@@ -122,8 +125,12 @@ def page(out_dir) -> None:
 def _points(rows: list[dict]) -> dict[str, list]:
     """The values of each key, None where there is none; of many steps, means of a few of them."""
     size = max(1, math.ceil(len(rows) / POINTS))
-    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-    keys = dict.fromkeys(key for row in rows for key in row)  # each once, in order
+    parts = []
+    for start in range(0, len(rows), size):
+        parts.append(rows[start : start + size])
+    keys = {}  # each once, in order
+    for row in rows:
+        keys.update(row)
     points = {"step": [part[-1]["step"] for part in parts]}
     for key in keys:
         if key != "step":

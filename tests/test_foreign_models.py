@@ -187,7 +187,7 @@ BROKEN = {  # what people bring -> a part of the one sentence
     "no tokenizer": (without("tokenizer.json"), "tokenizer"),
     "a pointer of git-lfs": (text("model.safetensors", GIT_LFS), "header"),
     "no bytes": (text("model.safetensors", ""), "header"),
-    "a config that is a list": (text("config.json", "[]"), "mapping"),
+    "a config that is a list": (text("config.json", "[]"), "model = "),
     "a torn config": (text("config.json", '{"model_type"'), "not a valid JSON"),
     "a torn tokenizer": (text("tokenizer.json", "{"), "model = "),
     "a tokenizer's config that is a list": (text("tokenizer_config.json", "[]"), "model = "),

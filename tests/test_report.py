@@ -615,8 +615,8 @@ def test_help_prints_how_to_draw_a_run():
 
 def test_what_is_measured_seldom_is_drawn_as_it_is():
     """The running mean is over steps, not over points, as in report.html."""
-    assert run_page._running_mean([(0, 0.0), (5, 1.0), (10, 0.5)], 5) == [0.0, 1.0, 0.5]
-    assert run_page._running_mean([(0, 0.0), (1, 1.0), (2, 2.0), (3, 6.0)], 2) == [
+    assert run_page._running_mean([0, 5, 10], [0.0, 1.0, 0.5], 5) == [0.0, 1.0, 0.5]
+    assert run_page._running_mean([0, 1, 2, 3], [0.0, 1.0, 2.0, 6.0], 2) == [
         0.0,
         0.5,
         1.5,

@@ -26,7 +26,10 @@ import time
 
 CPU_SECONDS = 10  # at least, per process; in a session per call. More if the call may take longer
 SESSION_CPU_SECONDS = 600  # per process of a session, for its life: what its code cannot lift
-MEMORY = 512 * 2**20  # bytes of address space, per process, beside what the server has loaded
+# Bytes of address space, per process, beside what the server has loaded. Not per call: that takes a
+# memory cgroup for each, which neither a plain user nor Docker's default may make; PROCESSES and
+# SCRATCH_SIZE bound what a call can have in all.
+MEMORY = 512 * 2**20
 PROCESSES = 16  # processes and threads at once, per call
 FILE_SIZE = 16 * 2**20  # bytes, per file
 SCRATCH_SIZE = 64 * 2**20  # bytes, of all files of a call, with private_root
@@ -282,9 +285,10 @@ def _collapse(start, end):
 
 
 def enter_namespaces(shown: dict[str, str]) -> dict[str, bool]:
-    """Enters them once for all calls: a network namespace costs too much for each. `shown`: path on
-    the machine -> path in the private root, beside what python itself needs. -> two of the layers,
-    and whether they are there"""
+    """Enters them once for all calls: a network namespace for each would cost more than the call
+    (tens of milliseconds beside 2 of a fork), and what it would keep apart, seccomp refuses.
+    `shown`: path on the machine -> path in the private root, beside what python itself needs.
+    -> two of the layers, and whether they are there"""
     inside = works(_unshare) or works(_unshare_as_user)
     return {
         "network_namespace": inside,
