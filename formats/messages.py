@@ -180,17 +180,18 @@ def _results_in_order(results: list[dict], calls: list[Call]) -> list[dict]:
         raise UserError(f"{len(results)} tool results follow {len(calls)} tool calls")
     ids = [call.id for call in calls]
     named = [result.get("tool_call_id") for result in results]
-    positions = list(range(len(results)))  # without ids that tell them apart, the order is all
     if all(ids) and all(named) and len(set(ids)) == len(ids):
         if not set(named) <= set(ids) or len(set(named)) < len(named):
             raise UserError(f"the tool_call_ids are {named}: expected, once each, those of {ids}")
         positions = [ids.index(id) for id in named]
-    elif not any(named):
+    else:
         positions = _positions_by_name(results, calls)
     by_position = dict(zip(positions, results, strict=True))
     ordered = [{"name": call.name, **by_position[place]} for place, call in enumerate(calls)]
+    names = {call.name for call in calls}
     for call, result in zip(calls, ordered, strict=True):
-        if result["name"] != call.name:
+        is_of_another = result["name"] in names and result["name"] != call.name
+        if is_of_another:  # else it is a name of the user's own
             raise UserError(
                 f"a result of {result['name']!r} stands where one of {call.name!r} is expected: "
                 "give the results the names or the ids of their calls"

@@ -219,12 +219,12 @@ def test_results_without_ids_stand_by_their_names():
 @pytest.mark.parametrize(
     "results",
     [
-        (result("1", name="other"), result("2", name="look")),
+        (result("2", name="look"), result("1", name="other")),
         (result("2", name="look"), result("1")),
         (result("1", name="find"), result("2", name="find")),
     ],
 )
-def test_a_result_of_another_tool_than_was_called_is_refused(results):
+def test_a_result_of_another_call_of_the_turn_is_refused(results):
     """A16."""
     with pytest.raises(UserError, match="stands where one of '(find|look)' is expected"):
         results_of(*results)
