@@ -88,7 +88,7 @@ def play_made_up(cfg: train_grpo.Config) -> Trajectory:
     is_own_tokenizer = not any(note.startswith("model:") for note in notes)
     if cfg.data.startswith("task:") or is_own_tokenizer:
         notes.append(lengths(trajectory, cfg))
-    print(escaped("\n".join(notes)))
+    tell_notes(notes)
     return trajectory
 
 
@@ -115,7 +115,7 @@ def show_demonstration(cfg: train_sft.Config) -> Trajectory:
     if len(ids) > cfg.max_tokens:
         what = f"this row has {len(ids)} tokens and would be cut"
         notes.append(f"max_tokens = {cfg.max_tokens}: {what}")
-    print(escaped("\n".join(notes)))
+    tell_notes(notes)
     return trajectory
 
 
@@ -326,6 +326,12 @@ def doubts(trajectory: Trajectory, outcome: str) -> list[str]:
     elif value is None or value < 1:
         notes.append(f"reward: {outcome} gives {value} to what should be a right answer, {text!r}")
     return notes
+
+
+def tell_notes(notes: list[str]) -> None:
+    """Prints them, without what a terminal obeys: they quote tools and rows."""
+    for note in notes:
+        print(escaped(note))
 
 
 def lengths(trajectory: Trajectory, cfg) -> str:

@@ -676,6 +676,32 @@ def test_what_a_model_says_cannot_act_on_the_terminal(name, tokenizer, capsys, t
     assert f"reward failed on {shown}\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", CONTROLS)
+def test_what_servers_and_tools_say_cannot_act_on_the_terminal(name, capsys, monkeypatch):
+    """C6: what an engine's server, a chat API or a tool of a made-up rollout says."""
+    import evaluate
+    import play
+    from engines.chat_api import ChatApi
+    from engines.servers import ServerEngine
+
+    raw, shown = CONTROLS[name]
+    engine = types.SimpleNamespace(events=[])
+    ServerEngine._tell(engine, f"http://a was lost ({raw})")
+    ChatApi("http://127.0.0.1:1/v1", "m")._note(f"says ({raw})")
+    said = capsys.readouterr().err
+    assert said == f"http://a was lost ({shown})\nhttp://127.0.0.1:1/v1 says ({shown})\n"
+    evaluate.table({"model": f"m{raw}[/red]", "data": "d[bold]", "a": raw, "b": 0.5, "c": None})
+    said = capsys.readouterr().out
+    assert "[/red]" in said and "[bold]" in said  # no markup
+    t = Trajectory({"answer": raw}, messages=[{"role": "assistant", "content": raw}])
+    t.stop = "answered"
+    t.calls = [ToolCall(0, f"find{raw}", {}, f"failed: {raw}", "exception", 0.1)]
+    play.tell_notes(play.doubts(t, "correct"))
+    said += capsys.readouterr().out
+    assert f"tool: find{shown} failed (exception): failed: {shown}\n" in said
+    assert not any(character in said for character in set(raw) if not character.isprintable())
+
+
 def test_what_people_write_is_shown_as_it_is():
     """C6: line breaks, tabs, other scripts, joined emoji."""
     for text in ("a\n\tb", "naïve 数学 ١٢", "👩‍🔬 ﷺ ñ", "\u3000\xa0"):
