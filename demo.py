@@ -24,7 +24,7 @@ import evaluate
 import play
 import train_grpo
 import train_sft
-from learning.checkpoint import Run
+from learning.checkpoint import holds_only_a_start
 from run import log as run_log
 from tools.sandbox import caller
 
@@ -55,8 +55,9 @@ def run(cfg: Config) -> dict:
     grpo_argv.append(f"--eval_every={EVAL_EVERY}")
     sft_cfg = config.parse(train_sft.Config, sft_argv, train_sft.check)
     grpo_cfg = config.parse(train_grpo.Config, grpo_argv, train_grpo.check)
-    for training in (sft_cfg, grpo_cfg):
-        Run(training)  # are both folders free? before the first minute is spent
+    for training in (sft_cfg, grpo_cfg):  # both, before the first minute is spent
+        if not holds_only_a_start(training):
+            config.fresh_dir(training.out_dir)
 
     print("\n1. SFT: the form of a tool call, from demonstrations that are often wrong\n")
     train_sft.train(sft_cfg)

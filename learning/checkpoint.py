@@ -68,7 +68,7 @@ class Run:
         config_file = self.out_dir / "config.py"
         if cfg.resume:  # killed while config.save wrote it
             Path(f"{config_file}.aside").unlink(missing_ok=True)
-        if not cfg.resume and self._holds_only_a_start():
+        if not cfg.resume and holds_only_a_start(cfg):
             return  # of a run that ended before its first step: this one takes its place
         if cfg.resume and config_file.is_file():
             _check_same_config(cfg, config_file)
@@ -81,31 +81,13 @@ class Run:
             way_out = "one where a run was begun" if cfg.resume else "go on with --resume=true"
             config.fresh_dir(cfg.out_dir, way_out)
 
-    def _holds_only_a_start(self) -> bool:
-        """Says whether out_dir holds what a run of this script leaves that ends before its first
-        step is over, and nothing that was learnt or that somebody else put there."""
-        config_file = self.out_dir / "config.py"
-        if not config_file.is_file() or not os.access(self.out_dir, os.W_OK):
-            return False
-        if any(entry.name not in START for entry in self.out_dir.iterdir()):
-            return False
-        if self.folder.exists() and any(path.name != "aside" for path in self.folder.iterdir()):
-            return False
-        if not config.is_saved(type(self.cfg), config_file):
-            return False
-        return not self._has_metrics()
-
-    def _has_metrics(self) -> bool:
-        metrics = self.out_dir / "metrics.jsonl"
-        return metrics.exists() and metrics.stat().st_size > 0
-
     # -- before the first step
 
     def restore(self, model, optimizers: list) -> dict:
         """Restores weights, optimizers and random generators from the newest whole checkpoint;
         returns what `save` was given and its "step", or {}. Call it last before the first step."""
         self._lock()
-        if not self.cfg.resume and (self._steps() or self._has_metrics()):
+        if not self.cfg.resume and (self._steps() or _has_metrics(self.out_dir)):
             raise UserError(
                 f"out_dir '{self.out_dir}' was used by another run meanwhile: give another with "
                 "--out_dir=…, or go on with --resume=true"
@@ -285,6 +267,29 @@ class Run:
         # of a terminal that is gone nothing can be written, and that must not end the run
         with contextlib.suppress(OSError):
             config.tell("finishing this step, then saving; once more to end at once")
+
+
+# -- an out_dir in which nothing was learnt
+
+
+def holds_only_a_start(cfg) -> bool:
+    """Says whether cfg.out_dir holds what a run of this script leaves that ends before its first
+    step is over, and nothing that was learnt or that somebody else put there."""
+    out_dir = Path(cfg.out_dir)
+    config_file = out_dir / "config.py"
+    if not config_file.is_file() or not os.access(out_dir, os.W_OK):
+        return False
+    if any(entry.name not in START for entry in out_dir.iterdir()):
+        return False
+    checkpoints = out_dir / "checkpoints"
+    if checkpoints.exists() and any(path.name != "aside" for path in checkpoints.iterdir()):
+        return False
+    return config.is_saved(type(cfg), config_file) and not _has_metrics(out_dir)
+
+
+def _has_metrics(out_dir: Path) -> bool:
+    metrics = out_dir / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0
 
 
 # -- files
