@@ -147,6 +147,7 @@ def summarize(
     numbers = {
         "problems": len(by_problem),
         "samples": n,
+        "outcome": outcome,
         "not_graded": not_graded,
         f"avg@{n}": mean_or_none(means),
         "ci95_low": low,
@@ -176,6 +177,8 @@ def summarize(
         metrics["reward"] = None
     if "accuracy" in metrics:  # one number, also where problems have unlike many graded samples
         metrics["accuracy"] = numbers[f"avg@{n}"]
+    if not any(trajectory.ids for trajectory in trajectories):
+        metrics.pop("tokens")  # behind an API nobody here sees them
     return numbers | {name: metrics[name] for name in metrics if name not in of_training}
 
 
@@ -496,6 +499,15 @@ def next_folder(folder: Path) -> Path:
     return config.fresh_dir(next(name for name in names if not name.exists()))
 
 
+def repeats_of_average(numbers: dict) -> set[str]:
+    """Finds what is avg@n under another name, where it is: the table has it once, eval.json all."""
+    if "samples" not in numbers:
+        return set()
+    average = numbers[f"avg@{numbers['samples']}"]
+    names = {"accuracy", "reward", "pass@1", f"reward_{numbers['outcome']}"}
+    return {name for name in names if name in numbers and numbers[name] == average}
+
+
 def table(numbers: dict) -> None:
     """Prints the numbers as a table."""
     from rich.console import Console
@@ -506,8 +518,9 @@ def table(numbers: dict) -> None:
     out = Table(title=title, title_justify="left")
     out.add_column("metric")
     out.add_column("value", justify="right")
+    repeated = repeats_of_average(numbers)
     for key, value in numbers.items():
-        if key in ("pass_at", "not_saved"):
+        if key in ("pass_at", "not_saved") or key in repeated:
             continue
         if key.startswith("pass@"):
             key = f"{key} (reward >= {numbers['pass_at']:g})"
