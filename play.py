@@ -41,7 +41,7 @@ from rollout import Settings
 from run.config import UserError
 from tasks import tiny
 from tools import Toolbox
-from trajectory import Trajectory, show
+from trajectory import Trajectory, escaped, show
 
 SAMPLES = config.HERE / "configs" / "samples.jsonl"
 STAND_IN_FORMATS = ("auto", "llama3", "mistral", "qwen_xml")  # need the model's own template
@@ -88,7 +88,7 @@ def play_made_up(cfg: train_grpo.Config) -> Trajectory:
     is_own_tokenizer = not any(note.startswith("model:") for note in notes)
     if cfg.data.startswith("task:") or is_own_tokenizer:
         notes.append(lengths(trajectory, cfg))
-    print(*notes, sep="\n")
+    tell_notes(notes)
     return trajectory
 
 
@@ -110,15 +110,12 @@ def show_demonstration(cfg: train_sft.Config) -> Trajectory:
         [row], tokenizer, cfg.format, toolbox.schemas, cfg.data, cfg.template_options
     )
     ids, mask = samples[0]
-    trajectory = Trajectory(row, messages=row.get("messages", []), stop="answered")
-    for token, is_trained in zip(ids, mask, strict=True):
-        trajectory.add([token], is_trained, [0.0] if is_trained else None)
-    trajectory.turn_starts = turn_starts(mask)
+    trajectory = Trajectory.of_demonstration(row, ids, mask)
     show(trajectory, tokenizer)
     if len(ids) > cfg.max_tokens:
         what = f"this row has {len(ids)} tokens and would be cut"
         notes.append(f"max_tokens = {cfg.max_tokens}: {what}")
-    print(*notes, sep="\n")
+    tell_notes(notes)
     return trajectory
 
 
@@ -172,7 +169,10 @@ def local_tokenizer(cfg, conversations: list, schemas: list[dict], notes: list[s
     # 1. the model's own
     if cfg.model != "tiny":
         try:
-            return AutoTokenizer.from_pretrained(cfg.model, local_files_only=True), cfg
+            tokenizer = AutoTokenizer.from_pretrained(
+                cfg.model, local_files_only=True, trust_remote_code=False
+            )
+            return tokenizer, cfg
         except (OSError, ValueError):
             what = "a stand-in tokenizer is used, and its chat template was not proved"
             notes.append(f"model: {cfg.model} is not on this machine: {what}")
@@ -326,6 +326,12 @@ def doubts(trajectory: Trajectory, outcome: str) -> list[str]:
     elif value is None or value < 1:
         notes.append(f"reward: {outcome} gives {value} to what should be a right answer, {text!r}")
     return notes
+
+
+def tell_notes(notes: list[str]) -> None:
+    """Prints them, without what a terminal obeys: they quote tools and rows."""
+    for note in notes:
+        print(escaped(note))
 
 
 def lengths(trajectory: Trajectory, cfg) -> str:

@@ -45,7 +45,9 @@ from run.config import UserError
 from run.log import Log, check_logger
 from tasks import tiny
 from tools import Toolbox
+from trajectory import Trajectory
 
+SHOWN = 3  # samples that stand in report.html
 VALIDATION = ("val_loss", "val_token_accuracy")
 COLUMNS = {"loss": "7.4f", "entropy": "6.4f", "grad_norm": "6.2f", "seconds": "5.2f"}
 
@@ -445,6 +447,14 @@ def train(cfg: Config) -> dict:
             log.print(f"not trained: {frozen}")
         if cfg.resume:
             log.print(f"going on with step {first_step}")
+        if first_step == 0:  # the first samples, for report.html: is the mask what was meant?
+            shown = []
+            for number, row in enumerate(order[:SHOWN]):
+                ids, mask = samples[row]
+                demonstration = Trajectory.of_demonstration({}, ids, mask)
+                demonstration.group = number
+                shown.append(demonstration)
+            log.rollouts(shown, tokenizer, step=0)
         model.train()
 
         for step in range(first_step, steps):

@@ -7,6 +7,11 @@ from dataclasses import dataclass, replace
 from run.config import UserError
 
 THINK = re.compile(r"<think>(.*?)</think>\s*", re.DOTALL)
+CALL_TAG = re.compile("</?tool_call>")
+BLANKS = re.compile(r"\s*")
+DECODER = json.JSONDecoder()
+WINDOW = 4096  # characters that are decoded at first
+LONGEST_WORD = 16  # characters: of -Infinity and of two escapes, of which a cut leaves a part
 DEEPEST = 100  # levels of a value; python's own limit depends on who asks, and raises later
 GOOD_ID = re.compile("[a-zA-Z0-9]{9}")  # what Mistral's templates accept
 
@@ -138,7 +143,7 @@ def end_block(call: Call, kind: str, text: str, end: int) -> int:
 
     The next tag should be this call's end, with nothing in between: anything else is the call's
     error. At the end of a turn the tag may be missing: the call is whole, and servers accept it."""
-    tag = re.compile("</?tool_call>").search(text, end)
+    tag = CALL_TAG.search(text, end)
     stop = tag.start() if tag else len(text)
     is_closed = tag is not None and tag[0] == "</tool_call>"
     junk = text[end:stop].strip()
@@ -158,20 +163,32 @@ def behind_thinking(text: str) -> str:
 def read_json(text: str, start: int) -> tuple[object, int, str]:
     """Reads the JSON value at text[start:] -> (value, where it ended, "" or a plain reason).
 
-    A real decoder, not a search for the end tag: `</tool_call>` may stand inside a string."""
-    start = re.compile(r"\s*").match(text, start).end()
-    try:
-        value, end = json.JSONDecoder().raw_decode(text, start)
-    except json.JSONDecodeError as e:
-        reason = f"no valid JSON: {e.msg}, at {text[e.pos : e.pos + 12]!r}"
-        if "control character" in e.msg:
-            reason += " (a line break in a string is written \\n)"
-        return None, e.pos, reason
-    except (ValueError, RecursionError):  # an integer of 5000 digits, a thousand open brackets
-        return None, start, "no valid JSON: too large or too deep"
-    if too_deep(value):
-        return value, end, "no valid JSON: too large or too deep"
-    return value, end, ""
+    A real decoder, not a search for the end tag: `</tool_call>` may stand inside a string. It sees
+    no more of the text than it needs: each of its errors counts the lines of all that it sees."""
+    start = BLANKS.match(text, start).end()
+    size = WINDOW
+    while True:
+        window = text[start : start + size]
+        is_cut = start + size < len(text)
+        size *= 4
+        try:
+            value, end = DECODER.raw_decode(window)
+        except json.JSONDecodeError as error:
+            is_near_the_cut = error.pos > len(window) - LONGEST_WORD
+            if is_cut and (is_near_the_cut or error.msg.startswith("Unterminated string")):
+                continue
+            at = start + error.pos
+            reason = f"no valid JSON: {error.msg}, at {text[at : at + 12]!r}"
+            if "control character" in error.msg:
+                reason += " (a line break in a string is written \\n)"
+            return None, at, reason
+        except (ValueError, RecursionError):  # an integer of 5000 digits, a thousand open brackets
+            return None, start, "no valid JSON: too large or too deep"
+        if is_cut and end == len(window):  # a number may go on
+            continue
+        if too_deep(value):
+            return value, start + end, "no valid JSON: too large or too deep"
+        return value, start + end, ""
 
 
 def too_deep(value, levels: int = DEEPEST) -> bool:

@@ -168,11 +168,14 @@ def load_tokenizer(name: str):
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(find(name))
+        # else a folder with code of its own asks, and waits for an answer
+        tokenizer = AutoTokenizer.from_pretrained(find(name), trust_remote_code=False)
         if tokenizer.chat_template is None:
             tokenizer.chat_template = whole.processor_template(find(name))
         return tokenizer
-    except (OSError, ValueError, KeyError) as error:  # a file is missing or broken
+    except UserError:
+        raise
+    except Exception as error:  # a file is missing or broken, each in its own way
         raise _cannot_load(name, error) from None
 
 
@@ -433,13 +436,13 @@ def _load_weights(base: str, dtype: torch.dtype, device: str, four_bits: bool):
     `dtype` is what they multiply in. Those of a tower for images stay, too."""
     method = quantization_of(base)
     auto_class = whole.auto_class(base)
+    options = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
     if not four_bits and not method:
-        model, info = auto_class.from_pretrained(base, dtype=dtype, output_loading_info=True)
-        whole.check_complete(base, info)
-        whole.remember_origin(model, lasting_name(base), info)
+        model, report = auto_class.from_pretrained(base, **options)
+        _check_complete(report, base)
+        whole.remember_origin(model, lasting_name(base), report)
         return model.to(device)
 
-    options = {}
     if four_bits or method.startswith("bitsandbytes"):
         # transformers' own message names another way to get it
         import_bitsandbytes("tune = qlora" if four_bits else f"model = {base!r}")
@@ -457,10 +460,23 @@ def _load_weights(base: str, dtype: torch.dtype, device: str, four_bits: bool):
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=kept_layers,
         )
-    model = auto_class.from_pretrained(base, dtype=dtype, device_map={"": device}, **options)
+    model, report = auto_class.from_pretrained(base, device_map={"": device}, **options)
+    _check_complete(report, base)
     if is_quantized(model):
         _never_repack(model)
     return model
+
+
+def _check_complete(report: dict, base: str) -> None:
+    """Checks that the files had all weights: transformers makes up those that are missing, and says
+    so in a table among its other lines."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(
+            f"model = {base!r}: its files have no weights for {missing[0]}{more}, so that these "
+            "would be random: get the whole model, or one for text generation"
+        )
 
 
 def import_bitsandbytes(user: str):
@@ -539,6 +555,10 @@ def check_head(model, name: str) -> None:
         logits = model(input_ids=ids, attention_mask=attention_mask).logits[:, :-1]
     table = logits.float().log_softmax(-1)  # (1, 7, V)
     theirs = table.gather(-1, ids[:, 1:, None])[..., 0]
+    if not ours.isfinite().all():
+        raise UserError(
+            f"model = {name!r}: its logprobs are no numbers, so its files are damaged: get it again"
+        )
     difference = (ours[:, 1:] - theirs).abs().mean().item()
     if difference > 0.1:  # bfloat16 alone makes a tenth of that
         raise UserError(

@@ -115,6 +115,18 @@ def test_shipped_code_has_no_bare_except_no_global_and_nothing_left_to_do(path):
     assert re.findall(r"\b(?:TODO|FIXME|XXX|HACK)\b", path.read_text()) == []
 
 
+def test_what_is_said_on_stderr_goes_through_one_function():
+    """C6: it may quote a model, a tool or a server, so it is printed escaped."""
+    places = []
+    for module, path in MODULES.items():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if "file=sys.stderr" in line or "sys.stderr.write" in line:
+                places.append((module, line.strip()))
+    interrupted = 'print("interrupted", file=sys.stderr)'
+    tell = "print(escaped(line), file=sys.stderr, flush=True)"
+    assert sorted(places) == [("run.config", interrupted), ("run.config", tell)]
+
+
 @pytest.mark.parametrize("script", [train_grpo, train_sft])
 def test_every_key_says_in_a_trailing_comment_what_it_is(script):
     """--help prints this source and nothing else."""
