@@ -36,6 +36,7 @@ import train_sft
 from chat import Chat
 from engines.scripted import ScriptedEngine
 from formats.messages import calls_of
+from learning import model as models
 from player import Player, check_prompts, prepare_task, validation_examples
 from rollout import Settings
 from run.config import UserError
@@ -172,7 +173,9 @@ def local_tokenizer(cfg, conversations: list, schemas: list[dict], notes: list[s
     # 1. the model's own
     if cfg.model != "tiny":
         try:
-            return AutoTokenizer.from_pretrained(cfg.model, local_files_only=True), cfg
+            tokenizer = AutoTokenizer.from_pretrained(cfg.model, local_files_only=True)
+            models.set_chat_template(tokenizer, cfg.chat_template)
+            return tokenizer, cfg
         except (OSError, ValueError):
             what = "a stand-in tokenizer is used, and its chat template was not proved"
             notes.append(f"model: {cfg.model} is not on this machine: {what}")
@@ -181,6 +184,9 @@ def local_tokenizer(cfg, conversations: list, schemas: list[dict], notes: list[s
     if cfg.template_options:
         notes.append("template_options: not checked, they are of the model's own template")
         cfg = dataclasses.replace(cfg, template_options=())
+    if cfg.chat_template:
+        notes.append("chat_template: not checked, it goes with the model's own tokens")
+        cfg = dataclasses.replace(cfg, chat_template="")
     if cfg.format in STAND_IN_FORMATS:
         notes.append(f"format: {cfg.format} needs the model's own template: hermes is shown")
         cfg = dataclasses.replace(cfg, format="hermes")

@@ -113,6 +113,7 @@ class Config:
         "auto", "hermes", "llama3", "mistral", "qwen_xml", "fence", "tags", "json_actions"
     ] = "hermes"  # how calls are written; auto: as the model's template does
     template_options: tuple[str, ...] = ()  # of the chat template, such as enable_thinking=false
+    chat_template: str = ""  # a .jinja file in the place of the model's own; saved with the model
     tools: tuple[str, ...] = ("python",)  # tools/<name>.py, my_file.py:name, mcp:servers.json
     tool_options: tuple[str, ...] = ()  # of a tool, such as search.k=5 or python.timeout=2
     tool_timeout: float = 10.0  # seconds a call may take

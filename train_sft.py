@@ -78,6 +78,7 @@ class Config:
         "auto", "hermes", "llama3", "mistral", "qwen_xml", "fence", "tags", "json_actions"
     ] = "hermes"  # how calls are written; auto: as the model's template does
     template_options: tuple[str, ...] = ()  # of the chat template, such as enable_thinking=false
+    chat_template: str = ""  # a .jinja file in the place of the model's own; saved with the model
     tools: tuple[str, ...] = ("python",)  # shown where a row has no `tools`: <name> or file.py:name
     max_tokens: int = 2048  # a longer conversation is cut on the right
     # optimisation
@@ -100,6 +101,7 @@ def check(cfg: Config) -> None:
         cfg,
         (
             (cfg.tune == "full", lora, "with tune=full: use --tune=lora, or drop it"),
+            (cfg.model == "tiny", "chat_template", "with model=tiny: it has its own template"),
             (cfg.model != "tiny", "whole_names", f"with model={cfg.model}: it has a tokenizer"),
             (cfg.val_rows == 0, "val_every", "with val_rows=0: use --val_rows=64, or drop it"),
         ),
@@ -141,7 +143,7 @@ def check_rows(cfg: Config, rows: list[dict]) -> None:
         (
             (
                 all(recorded),
-                "format tools template_options",
+                "format tools template_options chat_template",
                 f"{on} are recorded with their prompts: drop it",
             ),
             (all(have_tools), "tools", f"{on} have `tools` of their own: drop it"),
@@ -356,7 +358,7 @@ def setup(cfg: Config):
         conversations = [row["messages"] for row in chosen[:4096]]
         tokenizer = tiny.tiny_tokenizer(conversations, toolbox.schemas, cfg.whole_names)
     else:
-        tokenizer = models.load_tokenizer(cfg.model)
+        tokenizer = models.load_tokenizer(cfg.model, cfg.chat_template)
     samples = render(chosen, tokenizer, cfg.format, toolbox.schemas, cfg.data, cfg.template_options)
     samples, cut, empty = fit(samples, cfg.max_tokens)
     samples, held_out = hold_out(samples, cfg.val_rows, cfg.seed)

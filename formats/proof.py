@@ -29,7 +29,9 @@ SENTINEL = "zqSENTINELqz"  # letters only: no template trims, quotes or escapes 
 ARGUMENT = "zqARGUMENTqz"  # a name that no tool has for one of its own
 WORDS = "I compute."  # in front of a call
 QUESTION = {"role": "user", "content": "x"}
-ADVICE = "use format=json_actions, fence or tags"
+ADVICE = (
+    "use format=json_actions, fence or tags, or a template with tools: --chat_template=file.jinja"
+)
 
 
 @dataclass
