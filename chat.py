@@ -37,7 +37,7 @@ from operator import itemgetter
 import jinja2
 
 from formats import FORMATS, Call
-from formats.base import any_of, as_json, with_ids
+from formats.base import any_of, as_json, split_thought, with_ids
 from formats.messages import assistant_message, calls_of, openai_call
 from formats.proof import (
     QUESTION,
@@ -154,6 +154,15 @@ class Chat:
         opening = self.facts.opening if opening is None else opening
         return text, self.format.parse(opening + text)
 
+    def is_closed(self, ids: list[int]) -> bool:
+        """Says whether results can follow a sampled turn as it ended: in a stop token, and in that
+        of a call where the result goes on behind it."""
+        if not ids or ids[-1] not in self.stop_ids:
+            return False
+        if not self.format.result_goes_on:
+            return True
+        return self.tokenizer.convert_ids_to_tokens(ids[-1]) == self.facts.call_close
+
     def observation(
         self, results: list[tuple[Call, str]], closed: bool, prompt: Sequence[dict] = (QUESTION,)
     ) -> list[int]:
@@ -203,9 +212,12 @@ class Chat:
         between them). opening: as for `parse`."""
         text = (self.facts.opening if opening is None else opening) + text
         is_malformed = any(call.error for call in calls)
-        if not calls or self.format.inline or is_malformed:
+        if self.format.inline or is_malformed:
             return assistant_message(text)
-        words = text[: text.index(calls[0].raw)]
+        if not calls:
+            content = self.format.words(text)
+            return assistant_message(content if self.format.write(content, []) == text else text)
+        words = self.format.words(text[: text.index(calls[0].raw)])
         for glue in ("", "\n", "\n\n"):  # what formats write between words and calls
             content = words.removesuffix(glue)
             if self.format.write(content, calls) == text:
@@ -249,7 +261,7 @@ class Chat:
         while at < len(messages):
             end = next_turn(messages, at + 1)
             between = messages[at + 1 : end]
-            text = self._turn(messages[at], goes_on, opening=find_opening(pieces[-1][0]))
+            text, calls = self._turn(messages[at], goes_on, opening=find_opening(pieces[-1][0]))
             # The turn: closed, or left open for a result that is written in it.
             goes_on = self.format.in_place and bool(between) and between[0]["role"] == "tool"
             if goes_on:
@@ -258,7 +270,8 @@ class Chat:
                 pieces.append((self._inline_results(results), 0))
                 between = [message for message in between if message["role"] != "tool"]
             else:
-                pieces.append((text + self.facts.close, 1))
+                close = self.facts.call_close if calls else self.facts.close
+                pieces.append((text + close, 1))
             # What leads to the next turn; behind an inline result nothing does, unless a user
             # speaks: then the close that nobody sampled comes first.
             is_last = end == len(messages)
@@ -270,27 +283,28 @@ class Chat:
             at = end
         return pieces
 
-    def _turn(self, message, goes_on, opening) -> str:
-        """Writes what the model is to write for this message, without the stop token."""
+    def _turn(self, message, goes_on, opening) -> tuple[str, list[Call]]:
+        """Writes what the model is to write for this message, without the stop token; gives its
+        calls, too, as they are read back."""
         content, calls = read_message(message)
         written = self.format.write(content, calls)
-        begins_with_call = False
+        parsed = []
         if not self.format.inline:
             parsed = self.format.parse(written)
             self._check_calls(calls, parsed)
-            begins_with_call = bool(parsed) and written.lstrip().startswith(parsed[0].raw)
         text = self._guard(written, "assistant")
         if goes_on:
-            return text.removeprefix(self.facts.opening)
+            return text.removeprefix(self.facts.opening), parsed
         if opening:
             for thinking in (opening, "<think>"):  # the generation prompt has it already
                 if text.startswith(thinking):
-                    return text.removeprefix(thinking)
-            return f"\n</think>\n\n{text}"
+                    return text.removeprefix(thinking), parsed
+            return f"\n</think>\n\n{text}", parsed
         if self.facts.opening:
-            return text  # this row's prompt closed the thinking
+            return text, parsed  # this row's prompt closed the thinking
+        begins_with_call = bool(parsed) and written.lstrip().startswith(parsed[0].raw)
         lead = self.facts.call_lead if begins_with_call else self.facts.lead
-        return text if text.startswith(lead) else lead + text
+        return text if text.startswith(lead) else lead + text, parsed
 
     def _check_calls(self, calls, parsed) -> None:
         """Refuses a call that its own format would not read back: it is not learnt from."""
@@ -298,7 +312,11 @@ class Chat:
             back = parsed[n] if n < len(parsed) else Call("", None)
             wrote = as_json(call.arguments)
             read = as_json(back.arguments)
-            if (back.name, read) != (call.name, wrote):
+            # some formats sort the keys, whose order says nothing
+            is_same = json.dumps(back.arguments, sort_keys=True) == json.dumps(
+                call.arguments, sort_keys=True
+            )
+            if back.name != call.name or not is_same:
                 raise UserError(
                     f"format {self.format_name} cannot write {call.name}({wrote[:80]}): it is read "
                     f"back as {back.name}({read[:80]}); change the row, or take another format"
@@ -320,8 +338,8 @@ class Chat:
         text = self.text_of([*beginning, turn, *messages], generate=True)
         sentinels = len(calls) or 1
         tail = text.split(SENTINEL, sentinels)[-1]
-        close = self.facts.close
-        suffix = tail[tail.index(close) + len(close) :]
+        close = self.facts.call_close if calls else self.facts.inner_close
+        _, _, suffix = tail.partition(close)
         return suffix if closed else close + suffix
 
     def _inline_results(self, results) -> str:
@@ -438,7 +456,17 @@ class Chat:
                 new["name"] = message.get("name") or "unknown"
                 new["tool_call_id"] = message["tool_call_id"]
 
-            # what it says
+            # what it says, or thinks
+            if role == "assistant" and self.facts.calls_in_text:
+                content = self.format.write(content, calls)
+                new.pop("tool_calls", None)
+            if role == "assistant" and self.format.has_own_thinking:
+                thought, words = split_thought(self.format.words(content))
+                if self.facts.thinking_key and thought:
+                    new[self.facts.thinking_key] = self._guard(thought, role)
+                elif thought and not self.format.writes_header:
+                    words = self.format.write(content, [])
+                content = words
             if isinstance(content, list):
                 new["content"] = []
                 for part in content:

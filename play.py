@@ -45,7 +45,19 @@ from tools import Toolbox
 from trajectory import Trajectory, show
 
 SAMPLES = config.HERE / "configs" / "samples.jsonl"
-STAND_IN_FORMATS = ("auto", "llama3", "mistral", "qwen_xml")  # need the model's own template
+# need the model's own template
+STAND_IN_FORMATS = (
+    "auto",
+    "llama3",
+    "mistral",
+    "qwen_xml",
+    "harmony",
+    "gemma4",
+    "functiongemma",
+    "glm",
+    "pythonic",
+    "atem",
+)
 NO_ORACLE = "I do not know."  # the answer where neither a reward nor the row has a right one
 
 

@@ -110,7 +110,20 @@ class Config:
     database: str = ""  # of sql: a row's SQLite file, such as dbs/{db_id}.sqlite; see {schema}
     # tools
     format: Literal[
-        "auto", "hermes", "llama3", "mistral", "qwen_xml", "fence", "tags", "json_actions"
+        "auto",
+        "hermes",
+        "llama3",
+        "mistral",
+        "qwen_xml",
+        "harmony",
+        "gemma4",
+        "functiongemma",
+        "glm",
+        "pythonic",
+        "atem",
+        "fence",
+        "tags",
+        "json_actions",
     ] = "hermes"  # how calls are written; auto: as the model's template does
     template_options: tuple[str, ...] = ()  # of the chat template, such as enable_thinking=false
     chat_template: str = ""  # a .jinja file in the place of the model's own; saved with the model

@@ -75,7 +75,20 @@ class Config:
     val_every: int = 50  # updates between two such measurements; there is one at the end too
     system_prompt: str = ""  # put in front of conversations that have none
     format: Literal[
-        "auto", "hermes", "llama3", "mistral", "qwen_xml", "fence", "tags", "json_actions"
+        "auto",
+        "hermes",
+        "llama3",
+        "mistral",
+        "qwen_xml",
+        "harmony",
+        "gemma4",
+        "functiongemma",
+        "glm",
+        "pythonic",
+        "atem",
+        "fence",
+        "tags",
+        "json_actions",
     ] = "hermes"  # how calls are written; auto: as the model's template does
     template_options: tuple[str, ...] = ()  # of the chat template, such as enable_thinking=false
     chat_template: str = ""  # a .jinja file in the place of the model's own; saved with the model

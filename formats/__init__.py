@@ -25,12 +25,18 @@ A new format: a subclass of base.Format in a file of its own, and a line in FORM
 writes, and whether that is one of these formats, proof.py finds out.
 """
 
+from formats.atem import Atem
 from formats.base import Call, Format, too_deep
 from formats.fence import Fence
+from formats.functiongemma import FunctionGemma
+from formats.gemma4 import Gemma4
+from formats.glm import Glm
+from formats.harmony import Harmony
 from formats.hermes import Hermes
 from formats.json_actions import JsonActions
 from formats.llama3 import Llama3
 from formats.mistral import Mistral
+from formats.pythonic import Pythonic
 from formats.qwen_xml import QwenXml
 from formats.tags import Tags
 
@@ -41,6 +47,12 @@ FORMATS: dict[str, type[Format]] = {
     "llama3": Llama3,
     "mistral": Mistral,
     "qwen_xml": QwenXml,
+    "harmony": Harmony,
+    "gemma4": Gemma4,
+    "functiongemma": FunctionGemma,
+    "glm": Glm,
+    "pythonic": Pythonic,
+    "atem": Atem,
     "fence": Fence,
     "tags": Tags,
     "json_actions": JsonActions,

@@ -35,6 +35,9 @@ TOKEN = re.compile(
     r"<\|[^|<>\s]+\|>|<｜[^｜]+｜>|<\|[a-z_]+>|<[a-z_]+\|>|\[/?[A-Za-z]*(?:INST|MASK)\]"
     r"|<(?:start|end)_of_\w+>|<image>|<sop>|</s>"
 )
+# What a family's tokenizer has, though its template does not write it.
+LFM2 = ("<|tool_call_start|>", "<|tool_call_end|>")
+UNSAID = {"lfm2": LFM2, "lfm2_training": LFM2}
 
 DIFFERENCES = {
     "strips the thinking of earlier turns": "s",
@@ -134,7 +137,7 @@ ROWS = {name: dict(zip(LINES[0][1:], row, strict=True)) for name, *row in LINES[
 
 def tokenizer_of(name):
     template = (TEMPLATES / f"{name}.jinja").read_text()
-    special = sorted(set(TOKEN.findall(template)))
+    special = sorted({*TOKEN.findall(template), *UNSAID.get(name, ())})
     tokenizer = make_tokenizer(template, special, eos="</s>", bos="<s>")
     tokenizer.name_or_path = name
     return tokenizer
