@@ -219,10 +219,19 @@ class Chat:
             return assistant_message(content if self.format.write(content, []) == text else text)
         words = self.format.words(text[: text.index(calls[0].raw)])
         for glue in ("", "\n", "\n\n"):  # what formats write between words and calls
-            content = words.removesuffix(glue)
-            if self.format.write(content, calls) == text:
-                return assistant_message(content, calls)
+            message = assistant_message(words.removesuffix(glue), calls)
+            if self._writes(message, text, opening):
+                return message
         return assistant_message(text)
+
+    def _writes(self, message: dict, text: str, opening: str | None) -> bool:
+        """Says whether a message is written as this turn was sampled."""
+        opening = self.facts.opening if opening is None else opening
+        try:
+            written, _ = self._turn(message, goes_on=False, opening=opening)
+        except UserError:
+            return False
+        return opening + written == text
 
     # Messages to text: what the template writes.
 
@@ -286,7 +295,7 @@ class Chat:
     def _turn(self, message, goes_on, opening) -> tuple[str, list[Call]]:
         """Writes what the model is to write for this message, without the stop token; gives its
         calls, too, as they are read back."""
-        content, calls = read_message(message)
+        content, calls = self._read_message(message)
         written = self.format.write(content, calls)
         parsed = []
         if not self.format.inline:
@@ -367,7 +376,7 @@ class Chat:
         waiting = []
         for message in messages:
             if message["role"] == "assistant":
-                text, calls = read_message(message)
+                text, calls = self._read_message(message)
                 calls = calls or self.format.parse(text)  # malformed calls stay in the text
                 waiting = list(zip(with_ids(calls), calls, strict=True))
             elif message["role"] == "tool":
@@ -397,7 +406,7 @@ class Chat:
         goes_on = False  # the last message is a turn that a result left open
         for message in messages:
             if message["role"] == "assistant":
-                text = self.format.write(*read_message(message))
+                text = self.format.write(*self._read_message(message))
                 if goes_on:
                     text = joined.pop()["content"] + text.removeprefix(self.facts.opening)
                 message = assistant_message(text)
@@ -434,6 +443,13 @@ class Chat:
             content = [{"type": "text", "text": f"{system}\n\n"}, *content]
         return [others[0] | {"content": content}, *others[1:]]
 
+    def _read_message(self, message: dict) -> tuple[str, list[Call]]:
+        """Reads an assistant's message -> its text, with the thinking, and its calls."""
+        text = flat_text(message.get("content"))
+        if message.get("reasoning_content"):
+            text = self.format.with_thought(message["reasoning_content"], text)
+        return text, calls_of(message)
+
     def to_template_form(self, messages: list[dict]) -> list[dict]:
         """Puts messages into the form that this template takes, control tokens guarded."""
         formed = []
@@ -444,7 +460,7 @@ class Chat:
 
             # the calls it makes, or the call it answers
             if role == "assistant":
-                content, calls = read_message(message)
+                content, calls = self._read_message(message)
                 if calls:
                     new["tool_calls"] = []
                 for call in with_ids(calls):
@@ -536,14 +552,6 @@ def read_options(options: Sequence[str], template: str) -> dict:
         except ValueError:
             variables[name] = text
     return variables
-
-
-def read_message(message: dict) -> tuple[str, list[Call]]:
-    """Reads an assistant's message -> its text, with the thinking, and its calls."""
-    text = flat_text(message.get("content"))
-    if message.get("reasoning_content"):
-        text = f"<think>\n{message['reasoning_content']}\n</think>\n\n{text}"
-    return text, calls_of(message)
 
 
 def flat_text(content) -> str:

@@ -58,6 +58,10 @@ class Format:
         """Writes the text of a turn."""
         raise NotImplementedError
 
+    def with_thought(self, thought: str, words: str) -> str:
+        """Puts a thought in front of the words of a message."""
+        return join_thought(thought, words)
+
     def words(self, text: str) -> str:
         """Reads what a turn says beside its calls, as a message has it: thinking in <think>."""
         return text

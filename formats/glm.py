@@ -12,7 +12,6 @@ from formats.base import (
     properties_of,
     quote_start,
     read_blocks,
-    split_thought,
 )
 from formats.values import allowed_types, typed_value
 
@@ -40,11 +39,6 @@ class Glm(Format):
         self.schemas = {function["name"]: properties_of(function) for function in functions}
 
     def write(self, text: str, calls: list[Call]) -> str:
-        thought, words = split_thought(text)
-        if thought is not None:
-            lead = text[: text.index("<think>")]
-            text = f"{lead}<think>{thought}</think>"
-            text += f"\n{words}" if words else ""
         parts = [text] if text else []
         parts += [self._write_call(call) for call in calls]
         return "\n".join(parts)
@@ -56,6 +50,9 @@ class Glm(Format):
             written = value if isinstance(value, str) else as_json(value)
             block += f"<arg_key>{key}</arg_key>{glue}<arg_value>{written}</arg_value>{glue}"
         return block + "</tool_call>"
+
+    def with_thought(self, thought: str, words: str) -> str:
+        return f"<think>{thought}</think>" + (f"\n{words}" if words else "")
 
     def parse(self, text: str) -> list[Call]:
         return read_blocks(text, self._read_block, "<tool_call>")
@@ -93,4 +90,7 @@ class Glm(Format):
                 expected = " or ".join(sorted(types))
                 return bad_call(f"{key} = {quote_start(value)} is no {expected}", name), at
             at = self.blanks.match(text, end.end()).end()
+        if not text.startswith("</tool_call>", at):
+            # here a call that was cut between two pairs would look whole
+            return bad_call("</tool_call> is missing", name), at
         return Call(name, arguments), at

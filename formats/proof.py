@@ -168,24 +168,25 @@ def find_lead(chat, prompt: str, before: str) -> str:
     if not before.startswith(prompt):
         return ""
     lead = before.removeprefix(prompt)
-    if writes_header(chat, lead):
+    writer = header_writer(chat, lead)
+    if writer and chat.format_name in ("auto", writer):
+        chat.format_name = writer
+        chat.format = FORMATS[writer](chat.tools)
         return ""
     if THINK.sub("", chat.facts.opening + lead).strip():
-        raise chat.refusal(f"{lead!r} stands between generation prompt and answer")
+        remedy = f"; use format={writer}" if writer else ""
+        raise chat.refusal(f"{lead!r} stands between generation prompt and answer{remedy}")
     return leading_blanks(lead)
 
 
-def writes_header(chat, lead: str) -> bool:
-    """Says whether a format has the model write what stands between generation prompt and answer;
-    format=auto becomes that one."""
-    names = own_formats() if chat.format_name == "auto" else [chat.format_name]
-    for name in names:
+def header_writer(chat, lead: str) -> str:
+    """Names the format that has the model write what stands between generation prompt and answer;
+    "" if there is none."""
+    for name in own_formats():
         format = FORMATS[name](chat.tools)
         if format.writes_header and format.write(SENTINEL, []) == lead + SENTINEL:
-            chat.format_name = name
-            chat.format = format
-            return True
-    return False
+            return name
+    return ""
 
 
 def trims_answers(chat) -> bool:
@@ -210,7 +211,10 @@ def find_format(chat) -> None:
     facts = chat.facts
     prompt = check_tools(chat)
     name = chat.tools[0]["function"]["name"] if chat.tools else "python"
-    call = Call(name, {ARGUMENT: SENTINEL, ARGUMENT[2:]: True, ARGUMENT[4:]: None})
+    arguments = {ARGUMENT: SENTINEL}
+    for place, value in enumerate((True, None, [True])):  # which templates write in several ways
+        arguments[ARGUMENT[place + 1 :]] = value
+    call = Call(name, arguments)
     candidates = own_formats() if chat.format_name == "auto" else [chat.format_name]
     result = {"role": "tool", "name": name, "content": "5"}
     first_seen = ""  # the first call that is written at all, for the refusal
@@ -222,7 +226,7 @@ def find_format(chat) -> None:
         found = match_format(chat, candidates, call, written, worded)
         if found:
             break
-    if not found and chat.tools and SENTINEL not in first_seen:
+    if not found and SENTINEL not in first_seen:
         found = put_calls_into_text(chat, candidates)
         if found:
             written = written_behind(chat, prompt, assistant_message("", [call]), result)
@@ -275,7 +279,7 @@ def set_call_facts(chat, call: Call, written: str, worded: str) -> None:
         is_moved = worded.count(SENTINEL) >= 2
         verb = "moves" if is_moved else "drops"
         facts.declare(f"{verb} words in front of a call{' behind it' if is_moved else ''}")
-    if strip_thinking(written) == written.lstrip():
+    if strip_thinking(written) == written.lstrip() and not chat.format.writes_header:
         facts.call_lead = leading_blanks(written)
 
 
@@ -311,7 +315,10 @@ def written_behind(chat, prompt: str, *messages: dict) -> str:
     """Renders messages and cuts off the prompt in front of them."""
     text = try_text(chat, QUESTION, *messages, start=True)
     asked = prompt.removesuffix(chat.facts.opening)
-    return text[len(commonprefix([text, asked])) :]
+    common = commonprefix([text, asked])
+    if common != asked:  # not in the middle of a tag: a thought and a call begin alike
+        common = re.sub(r"<[^\s<>]*$", "", common)
+    return text[len(common) :]
 
 
 def strip_thinking(text: str) -> str:
@@ -382,10 +389,10 @@ def conversations(chat) -> Iterator[list[dict]]:
     user = {"role": "user", "content": "2+3?"}
     again = {"role": "user", "content": "3?"}
     answer = assistant_message("It is 5.")
-    thought = "<think>\nhm\n</think>\n\n"
     yield [system, user, answer]
     yield [user, answer, again, answer]
-    yield [system, user, assistant_message(f"{thought}It is 5."), again, answer]
+    thoughtful = assistant_message(chat.format.with_thought("hm", "It is 5."))
+    yield [system, user, thoughtful, again, answer]
     if not chat.tools:
         return
 
@@ -399,18 +406,19 @@ def conversations(chat) -> Iterator[list[dict]]:
     five = {"role": "tool", "name": name, "content": "5"}
     seven = {"role": "tool", "name": name, "content": "7"}
     words = "" if chat.facts.drops_words else WORDS
-    thoughtful = assistant_message(words_before_call(chat, thought, words, call), [call])
+    thoughtful = assistant_message(words_before_call(chat, words, call), [call])
     yield [user, thoughtful, five, answer, again, called, seven, answer]
     yield [user, thoughtful, five, called, seven, answer]
     if chat.format.parallel:
         yield [user, assistant_message(words, [call, call]), five, seven, answer]
 
 
-def words_before_call(chat, thought: str, words: str, call: Call) -> str:
+def words_before_call(chat, words: str, call: Call) -> str:
     """Chooses what the proof writes in front of a call: all that the template takes there."""
-    if words and try_text(chat, QUESTION, assistant_message(thought + words, [call])):
-        return thought + words
-    return thought if chat.facts.thinking_key else ""
+    both = chat.format.with_thought("hm", words)
+    if words and try_text(chat, QUESTION, assistant_message(both, [call])):
+        return both
+    return chat.format.with_thought("hm", "") if chat.facts.thinking_key else ""
 
 
 def compare(chat, messages: list[dict]) -> None:
