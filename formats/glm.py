@@ -29,7 +29,7 @@ class Glm(Format):
     example = (
         "<tool_call><tool>\n<arg_key><key></arg_key>\n<arg_value><value></arg_value>\n</tool_call>"
     )
-    name = re.compile(r"\s*([^\s<]+)\s*(?=<arg_key>|</tool_call>|$)")
+    name = re.compile(r"\s*([^\s<>{}\"\[\]]+)\s*(?=<arg_key>|</tool_call>|$)")
     pair_key = re.compile(r"<arg_key>([^<>\n]+)</arg_key>\s*<arg_value>")
     value_end = re.compile(r"</arg_value>|<arg_key>|</tool_call>\s*$")
     blanks = re.compile(r"\s*")

@@ -165,6 +165,8 @@ def exact(calls):
     return [(call.name, json.dumps(call.arguments, sort_keys=True)) for call in calls]
 
 
+# "@@" as any format writes it.
+QUOTED = re.compile(r"""(["']|<\|"\|>|<escape>|)@@\1""")
 # What a call has to be cut behind to be whole: only tags of its end follow.
 LAST = {
     "qwen_xml": "</function>",
@@ -311,8 +313,7 @@ def test_a_deep_value_is_a_malformed_call_and_never_a_crash(name, depth):
     """Pitfall 9: near Python's recursion limit what can be read can often not be written again."""
     chat = chat_of(name, [ANY])
     text = chat.format.write("", [Call("any", {"a": "@@"})])
-    quoted = re.compile(r"""(["']|<\|"\|>|<escape>|)@@\1""")
-    text = quoted.sub("[" * depth + "]" * depth, text)
+    text = QUOTED.sub("[" * depth + "]" * depth, text)
     if chat.facts.opening:
         text = "hm\n</think>\n\n" + text
     text, [call] = chat.parse(closed(chat, text))
