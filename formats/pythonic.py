@@ -115,7 +115,7 @@ class Pythonic(Format):
         """Parses a block -> its calls. ValueError: it is none."""
         code = in_python(code, self.string, self.escape).strip()
         if not self.style.is_list:
-            code = "\n".join(line.strip() for line in code.splitlines())
+            code = "\n".join(line.strip() for line in code.split("\n"))
         try:
             if self.style.is_list:
                 tree = ast.parse(code, mode="eval").body
