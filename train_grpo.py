@@ -42,6 +42,7 @@ import torch
 import data
 from engines.canary import Canary, sync_and_check
 from engines.options import read_options
+from engines.serving import serve_command
 from learning import model as models
 from learning import optim
 from learning.batches import Batch, micro_batches
@@ -600,6 +601,7 @@ def train(cfg: Config) -> dict:
         # 6. the model as from_pretrained loads it, and the last lines for people and for grep
         run.finish(model, tokenizer)
         summary = {"saved": str(run.out_dir), "reward": metrics["reward"]}
+        summary["serve"] = serve_command(run.out_dir, player.chat)
         if held_out:
             run_blocking(sync_and_check(player.engine, model, cfg.steps, canary))
             summary |= validate(player, held_out, log)
