@@ -9,11 +9,12 @@ installed; an adapter is served over its base; where there is no parser, that is
 import ast
 import importlib.util
 import json
+import re
 import shlex
 from pathlib import Path
 
 import pytest
-from test_chat import ADD, PYTHON
+from test_chat import ADD, PYTHON, schema
 from test_formats import WRITERS, chat_of
 
 from engines.serving import GLM_PARSERS, PARSERS, PYTHONIC_PARSERS, parser_of, serve_command
@@ -91,3 +92,38 @@ def test_an_adapter_is_served_over_its_base(folder, tmp_path, rank, shown):
     assert options["--lora-modules"] == f"adapter={adapter}"
     assert options["--chat-template"] == str(adapter / "chat_template.jinja")
     assert words[-3:] == ["--enable-auto-tool-choice", "--tool-call-parser", "qwen3_coder"]
+
+
+def rows_of_the_docs() -> list[list[str]]:
+    """The table of docs/formats.md -> [format, families, call, parsers] of each."""
+    text = (Path(__file__).parent.parent / "docs" / "formats.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| `") and "--" not in line]
+    return [
+        [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in lines
+    ]
+
+
+def test_the_docs_have_a_row_for_each_format():
+    """None is forgotten, and its parsers are those that the line after training names."""
+    rows = rows_of_the_docs()
+    assert {row[0].strip("`") for row in rows} == set(FORMATS)
+    several = {"glm": GLM_PARSERS.values(), "pythonic": PYTHONIC_PARSERS.values()}
+    for name, _, _, parsers in rows:
+        name = name.strip("`")
+        named = set(several.get(name, [PARSERS.get(name, "none")]))
+        assert set(parsers.split(", ")) == named, name
+
+
+WEATHER = schema("weather", city="string")
+
+
+@pytest.mark.parametrize("row", rows_of_the_docs(), ids=lambda row: row[0])
+def test_the_call_of_each_row_is_read(row):
+    """It is what that format reads as a call of weather(city="Paris")."""
+    name = row[0].strip("`")
+    if name == "fence":  # shown in two halves, and its tool is another
+        assert "```python" in row[2] and "```output" in row[2]
+        return
+    [call] = FORMATS[name]([WEATHER]).parse(row[2].removeprefix("`").removesuffix("`"))
+    assert (call.name, call.arguments, call.error) == ("weather", {"city": "Paris"}, "")
