@@ -217,7 +217,7 @@ class Chat:
         if not calls:
             content = self.format.words(text)
             return assistant_message(content if self.format.write(content, []) == text else text)
-        words = self.format.words(text[: text.index(calls[0].raw)])
+        words = self.format.words(words_before(text, calls))
         for glue in ("", "\n", "\n\n"):  # what formats write between words and calls
             message = assistant_message(words.removesuffix(glue), calls)
             if self._writes(message, text, opening):
@@ -308,7 +308,7 @@ class Chat:
             for thinking in (opening, "<think>"):  # the generation prompt has it already
                 if text.startswith(thinking):
                     return text.removeprefix(thinking), parsed
-            return f"\n</think>\n\n{text}", parsed
+            return self.format.thought_end + text, parsed
         if self.facts.opening:
             return text, parsed  # this row's prompt closed the thinking
         begins_with_call = bool(parsed) and written.lstrip().startswith(parsed[0].raw)
@@ -552,6 +552,17 @@ def read_options(options: Sequence[str], template: str) -> dict:
         except ValueError:
             variables[name] = text
     return variables
+
+
+def words_before(text: str, calls: list[Call]) -> str:
+    """Cuts a turn in front of its first call. From the end, as a thought may hold the same text."""
+    end = len(text)
+    for call in reversed(calls):
+        start = text.rfind(call.raw, 0, end)
+        if start < 0:
+            break  # several calls of one block have one text
+        end = start
+    return text[:end]
 
 
 def flat_text(content) -> str:

@@ -2,9 +2,9 @@
 
     write(text, calls) -> the text of a turn;  parse(text) -> its calls
 
-The first four are a template's own and are refused on a template that writes another syntax. The
-others are `inline`: a call is text to the template, and the system prompt describes the tools. They
-suit almost any template.
+Most are a template's own and are refused on a template that writes another syntax. The last three
+are `inline`: a call is text to the template, and the system prompt describes the tools. They suit
+almost any template.
 
     hermes        <tool_call>{"name": ..., "arguments": {...}}</tool_call>    Qwen2.5, Qwen3, ...
     llama3        the whole turn is {"name": ..., "parameters": {...}}        Llama 3.1, 3.2
@@ -12,6 +12,14 @@ suit almost any template.
                   [TOOL_CALLS]name[CALL_ID]id[ARGS]{...}, [TOOL_CALLS]name[ARGS]{...}
     qwen_xml      <tool_call><function=name><parameter=key>value</parameter></function></tool_call>
                   Qwen3-Coder, Qwen3.5 and later, Nemotron 3
+    harmony        to=functions.name<|channel|>commentary json<|message|>{...}    gpt-oss
+    gemma4        <|tool_call>call:name{key:<|"|>text<|"|>}<tool_call|>           Gemma 4
+    functiongemma  the same, with other tokens                                   FunctionGemma
+    glm           <tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value></tool_call>
+                  GLM 4.5 to 5
+    pythonic      <|tool_call_start|>[name(key='text')]<|tool_call_end|>    LFM2; other tags, or
+                  none: Olmo 3, Llama 4, ToolACE
+    atem           to=name<|message|><atem:function_calls>...                 Muse Glimmer
     fence         ```python ... ```, answered in place by ```output ... ```   one tool
     tags          <search> ... </search>, answered by <information> ... </information>
     json_actions  the whole turn is {"thought": ..., "actions": [{"name": ..., "arguments": {...}}]}

@@ -41,6 +41,7 @@ class Format:
     style = None
     # How a template writes thinking. In a message it always stands in <think>.
     thinking = THINK
+    thought_end = "\n</think>\n\n"  # of one that the prompt opened and that says nothing
     # A turn begins with what other templates write in front of it: a channel, a recipient.
     writes_header = False
     # The token that ends a call begins its result, whatever else the turn was ended by.

@@ -30,6 +30,7 @@ class Gemma4(Format):
     quote = '<|"|>'
     has_own_thinking = True
     thinking = re.compile(r"<\|channel>thought\n(.*?)<channel\|>", re.DOTALL)
+    thought_end = "\n<channel|>"
     result_goes_on = True
     example = '<|tool_call>call:<tool>{<key>:<|"|><text><|"|>,<key>:<number>}<tool_call|>'
     head = re.compile(r"\s*call:([^\s{}]+)\s*\{")

@@ -149,7 +149,7 @@ def find_stop_tokens(chat, close: str) -> tuple[str, ...]:
 
 def find_opening(prompt: str) -> str:
     """Finds the thinking that a generation prompt opens, with the line break behind it."""
-    thinking = re.search(r"<think>\s*$", prompt)
+    thinking = re.search(r"(?:<think>\s*|<\|channel>thought\n)$", prompt)
     return thinking[0] if thinking else ""
 
 
@@ -469,6 +469,7 @@ def without_repeated_headers(chat, pieces: list[tuple[str, int]], theirs: str) -
     own generation prompt leaves open: a model is not sampled behind them."""
     header = chat.facts.header
     for piece, is_turn in pieces[1:]:
+        piece = piece.removesuffix(find_opening(piece))
         tokens = any_of(chat.added_tokens).findall(piece)
         goes_on = not is_turn and header not in piece and tokens and piece.endswith(tokens[-1])
         if goes_on:

@@ -7,6 +7,7 @@ and what the model is told, that code in a call is never run, that no mutated te
 call that it is not, and that a parser's time is linear. tests/test_formats.py has what all share.
 """
 
+import asyncio
 import random
 import time
 from types import SimpleNamespace
@@ -19,12 +20,15 @@ from test_formats import ANY, WRITERS, chat_of, closed, exact
 from transformers.utils.chat_parsing import parse_response
 from trl import chat_template_utils as of_trl
 
-from chat import Call
+from chat import Call, Chat
+from engines.scripted import ScriptedEngine
 from formats import FORMATS
 from formats.messages import assistant_message
 from formats.pythonic import Pythonic
 from grading.answers import answer
+from rollout import Settings, rollouts
 from run.config import UserError
+from tools import Toolbox
 
 NEW = ("harmony", "gemma4", "functiongemma", "glm", "pythonic", "atem")
 NEW_WRITERS = [name for name, format in WRITERS.items() if format in NEW]
@@ -160,6 +164,72 @@ def test_thinking_words_and_a_call_in_one_turn(name):
         "muse_glimmer": " to=self<|message|>hm<|eom|><|start|>assistant to=add<|message|>",
     }
     assert text.startswith(native.get(name, ""))
+
+
+def add(a: int, b: int) -> str:
+    """Adds.
+
+    Args:
+        a: A number.
+        b: A number.
+    """
+    return str(a + b)
+
+
+@pytest.mark.parametrize("name", NEW_WRITERS)
+def test_a_whole_rollout_calls_and_answers(name):
+    """Thought, call, result, answer, by the loop itself; its messages render as it was sampled."""
+    box = Toolbox([add])
+    chat = chat_of(name, box.schemas)
+    opening = chat.facts.opening
+    call_lead = "" if opening else chat.facts.call_lead
+    says = chat.format.write(chat.format.with_thought("hm", ""), [CALL])
+    if name in ("llama4", "toolace"):  # a turn is a call and has no thought
+        says = chat.format.write("", [CALL])
+    answers = chat.format.write(chat.format.with_thought("so", "\\boxed{5}"), [])
+    lead = "" if opening else chat.facts.lead
+    turns = [
+        closed(chat, call_lead + says.removeprefix(opening)),
+        closed(chat, lead + answers.removeprefix(opening)),
+    ]
+    engine = ScriptedEngine(turns, chat.tokenizer)
+    played = rollouts([{"messages": [USER], "answer": "5"}], chat, engine, box, Settings())
+    (trajectory,) = asyncio.run(played)
+    assert [call.error for call in trajectory.calls] == [None], trajectory.messages
+    assert (trajectory.stop, answer(trajectory, {"messages": [USER]})) == ("answered", "5")
+    assert chat.render(trajectory.messages) == (trajectory.ids, trajectory.mask)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("gemma4_v5", "enable_thinking=true"),
+        ("gemma4", "enable_thinking=true"),
+        ("diffusion_gemma", "enable_thinking=true"),
+        ("glm4moe", "enable_thinking=false"),
+        ("gptoss", "reasoning_effort=high"),
+        ("lfm2_2_5", "preserve_thinking=true"),
+        ("muse_glimmer", "reasoning_strength=low"),
+    ],
+)
+def test_templates_are_proved_with_their_options_too(name, option):
+    """Each changes the prompt; Gemma's opens a thought behind a result, but not at the start."""
+    plain = chat_of(name, [ADD])
+    chat = Chat(plain.tokenizer, "auto", [ADD], [option])
+    assert chat.format_name == plain.format_name
+    prompts = [one.prompt([SYSTEM, USER]) for one in (plain, chat)]
+    results = [one.observation([(CALL, "5")], closed=True) for one in (plain, chat)]
+    assert (prompts[0] != prompts[1]) == (name != "lfm2_2_5")  # there it is about history
+    opened = name in ("gemma4_v5", "diffusion_gemma")
+    assert shown(chat, results[1]).endswith("<|channel>thought\n") == opened
+    if opened:
+        context = chat.prompt([SYSTEM, USER]) + results[1]
+        opening = chat.opening_behind(context)
+        inner = chat.format.write("", [CALL])
+        sampled = encode(chat, f"I could {inner}\n<channel|>{inner}")
+        text, calls = chat.parse(sampled, opening)
+        assert exact(calls) == exact([CALL])
+        assert chat.message(text, calls, opening)["content"].startswith("<think>\nI could ")
 
 
 # harmony
