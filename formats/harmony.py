@@ -66,7 +66,10 @@ class Harmony(Format):
             if self.recipient.search(header):
                 continue
             is_thought = channel is not None and channel[1] == "analysis"
-            (thoughts if is_thought else words).append(body)
+            if is_thought:
+                thoughts.append(body)
+            else:
+                words.append(body)
         said = "\n\n".join(words)
         return join_thought("\n\n".join(thoughts), said) if thoughts else said
 

@@ -16,6 +16,7 @@ from formats.base import (
 )
 
 ESCAPES = {"\n": "\\n", "\r": "\\r", "\x00": "\\x00"}
+KNOWN_ESCAPES = "\\'\"abfnrtvxuUN01234567"  # what may follow a backslash
 WORDS = {"true": True, "false": False, "null": None}  # JSON's, which some templates write
 
 
@@ -97,10 +98,14 @@ class Pythonic(Format):
 
     def _find_end(self, text, at) -> int:
         """Finds the end tag that stands in no string."""
-        piece = re.compile(f"{self.string}|{re.escape(self.style.end)}", re.DOTALL)
+        tag = self.style.end
+        piece = re.compile(f"{self.string}|['\"]|{re.escape(tag)}", re.DOTALL)
         for match in piece.finditer(text, at):
-            if match[0] == self.style.end:
+            if match[0] == tag:
                 return match.start()
+            if len(match[0]) == 1:  # a string that does not end: the first tag is meant
+                found = text.find(tag, match.start())
+                return found if found >= 0 else len(text)
         return len(text)
 
     def _read_calls(self, code, raw) -> list[Call]:
@@ -135,17 +140,28 @@ class Pythonic(Format):
 
 def in_python(code: str, string: str, escape: re.Pattern) -> str:
     """Writes line breaks and the like in strings as escapes, as Python wants them; and a backslash
-    that begins no escape as two, which is how Python reads it."""
+    that begins no escape as two, which is how Python reads it. ValueError: a string has no end."""
 
-    def rewrite(match) -> str:
+    def rewrite_escape(match) -> str:
         if match[2]:
-            return ESCAPES.get(match[2]) or f"\\u{ord(match[2]):04x}"
-        if match[1] in "\\'\"abfnrtvxuUN01234567":
+            return escaped(match[2])
+        if match[1] in KNOWN_ESCAPES:
             return match[0]
-        return "\\" + (ESCAPES.get(match[0]) or match[0])
+        return "\\\\" + escaped(match[1])
 
-    rewritten = re.sub(string, lambda text: escape.sub(rewrite, text[0]), code, flags=re.DOTALL)
-    return rewritten
+    def rewrite_string(match) -> str:
+        if len(match[0]) == 1:
+            raise ValueError("no valid Python: a string does not end")
+        return escape.sub(rewrite_escape, match[0])
+
+    return re.sub(f"{string}|['\"]", rewrite_string, code, flags=re.DOTALL)
+
+
+def escaped(letter: str) -> str:
+    """Writes a letter as it can stand in a string: line breaks and half characters cannot."""
+    if "\ud800" <= letter <= "\udfff":
+        return f"\\u{ord(letter):04x}"
+    return ESCAPES.get(letter, letter)
 
 
 def read_call(node: ast.expr) -> Call:

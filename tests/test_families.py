@@ -351,7 +351,7 @@ def test_a_malformed_call_says_what_is_wrong_and_what_is_right(name, text, says)
     assert first.error == "bad_json" and first.arguments is None
     assert says in first.message and first.message.endswith(format.example)
     assert len(first.message) < 330 and first.raw and first.raw in text
-    if name in ("gemma4", "functiongemma", "glm") and not others:
+    if name in ("gemma4", "functiongemma", "glm", "pythonic") and not others:
         _, good = format.parse(text + "\n" + format.write("", [CALL]))
         assert exact([good]) == exact([CALL]) and not good.error
 
@@ -405,6 +405,7 @@ def test_pythonic_texts_are_read_as_models_write_them():
         '"it\'s"': "it's",
         r"'\d+\.\w'": r"\d+\.\w",
         r"'\u00fc\x41'": "üA",
+        "'a\\\nb'": "a\\\nb",
         "true": True,
         "[null, -5, 1_000]": [None, -5, 1000],
         "'a' 'b'": "ab",
@@ -491,6 +492,7 @@ LONG = {
     "many blanks": lambda write, n: write(" " * n),
     "many quotes": lambda write, n: write("'\"" * (n // 2)),
     "many backslashes": lambda write, n: write("\\" * n),
+    "a text without an end": lambda write, n: write("1").partition("1")[0] + "\\'\\\"" * (n // 4),
     "a long name": lambda write, n: write("1").replace("any", "a" * n),
     "a long key": lambda write, n: write("1").replace("x", "y" * n),
     "blanks behind": lambda write, n: write("1") + " " * n,
