@@ -225,7 +225,7 @@ def load_config(argv: list[str], given: Config) -> train_grpo.Config:
     # 2. what would have no effect here is refused, or left out where only the run gives it
     if given.endpoint and "model" not in typed:
         raise UserError("model is missing: --endpoint needs --model=<its name there>")
-    of_our_engines = {"format", "template_options", "dtype", "engine", "urls"}
+    of_our_engines = {"format", "template_options", "chat_template", "dtype", "engine", "urls"}
     of_our_engines |= {"engine_options", "gpu_memory_utilization"}
     useless = sorted(typed & of_our_engines)
     if given.endpoint and useless:
@@ -297,9 +297,12 @@ def for_evaluation(cfg: train_grpo.Config, given: Config, model: str) -> train_g
     """Makes of a training config one for evaluating `model`: its problems and its sampling are
     those `given`."""
     is_file = data.is_file(cfg.data)
+    # a run saved its template with its model, and the file may be gone
+    is_saved = bool(given.run) and model == given.run
     return replace(
         cfg,
         model=model,
+        chat_template="" if is_saved else cfg.chat_template,
         split=train_grpo.Config.split if is_file else given.split,
         limit=given.limit,
         temperature=given.temperature,

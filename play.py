@@ -36,6 +36,7 @@ import train_sft
 from chat import Chat
 from engines.scripted import ScriptedEngine
 from formats.messages import calls_of
+from learning import model as models
 from player import Player, check_prompts, prepare_task, validation_examples
 from rollout import Settings
 from run.config import UserError
@@ -44,7 +45,19 @@ from tools import Toolbox
 from trajectory import Trajectory, escaped, show
 
 SAMPLES = config.HERE / "configs" / "samples.jsonl"
-STAND_IN_FORMATS = ("auto", "llama3", "mistral", "qwen_xml")  # need the model's own template
+# need the model's own template
+STAND_IN_FORMATS = (
+    "auto",
+    "llama3",
+    "mistral",
+    "qwen_xml",
+    "harmony",
+    "gemma4",
+    "functiongemma",
+    "glm",
+    "pythonic",
+    "atem",
+)
 NO_ORACLE = "I do not know."  # the answer where neither a reward nor the row has a right one
 
 
@@ -172,6 +185,7 @@ def local_tokenizer(cfg, conversations: list, schemas: list[dict], notes: list[s
             tokenizer = AutoTokenizer.from_pretrained(
                 cfg.model, local_files_only=True, trust_remote_code=False
             )
+            models.set_chat_template(tokenizer, cfg.chat_template)
             return tokenizer, cfg
         except (OSError, ValueError):
             what = "a stand-in tokenizer is used, and its chat template was not proved"
@@ -181,6 +195,9 @@ def local_tokenizer(cfg, conversations: list, schemas: list[dict], notes: list[s
     if cfg.template_options:
         notes.append("template_options: not checked, they are of the model's own template")
         cfg = dataclasses.replace(cfg, template_options=())
+    if cfg.chat_template:
+        notes.append("chat_template: not checked, it goes with the model's own tokens")
+        cfg = dataclasses.replace(cfg, chat_template="")
     if cfg.format in STAND_IN_FORMATS:
         notes.append(f"format: {cfg.format} needs the model's own template: hermes is shown")
         cfg = dataclasses.replace(cfg, format="hermes")

@@ -54,7 +54,7 @@ class Player:
         toolbox, rewards, examples = prepare_task(cfg, limit)
 
         # 2. the chat template, proved before any weights are loaded
-        tokenizer = models.load_tokenizer(cfg.model)
+        tokenizer = models.load_tokenizer(cfg.model, cfg.chat_template)
         eos_ids = models.eos_ids(cfg.model)
         chat = Chat(tokenizer, cfg.format, toolbox.schemas, cfg.template_options, eos_ids)
         check_prompts(chat, examples, cfg.max_tokens)

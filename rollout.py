@@ -226,7 +226,7 @@ async def play_turn(
         return
 
     # 5. append what they said, unless no token could follow it
-    was_closed = completion.finish == "stop"
+    was_closed = completion.finish == "stop" and chat.is_closed(completion.ids)
     prompt = trajectory.example["messages"]
     observation = chat.observation(results, closed=was_closed, prompt=prompt)
     if len(trajectory.ids) + len(observation) >= settings.max_tokens:

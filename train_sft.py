@@ -36,6 +36,7 @@ import torch
 
 import data
 from chat import Chat
+from engines.serving import serve_command
 from learning import model as models
 from learning import optim
 from learning.batches import micro_batches, pad
@@ -77,9 +78,23 @@ class Config:
     val_every: int = 50  # updates between two such measurements; there is one at the end too
     system_prompt: str = ""  # put in front of conversations that have none
     format: Literal[
-        "auto", "hermes", "llama3", "mistral", "qwen_xml", "fence", "tags", "json_actions"
+        "auto",
+        "hermes",
+        "llama3",
+        "mistral",
+        "qwen_xml",
+        "harmony",
+        "gemma4",
+        "functiongemma",
+        "glm",
+        "pythonic",
+        "atem",
+        "fence",
+        "tags",
+        "json_actions",
     ] = "hermes"  # how calls are written; auto: as the model's template does
     template_options: tuple[str, ...] = ()  # of the chat template, such as enable_thinking=false
+    chat_template: str = ""  # a .jinja file in the place of the model's own; saved with the model
     tools: tuple[str, ...] = ("python",)  # shown where a row has no `tools`: <name> or file.py:name
     max_tokens: int = 2048  # a longer conversation is cut on the right
     # optimisation
@@ -102,6 +117,7 @@ def check(cfg: Config) -> None:
         cfg,
         (
             (cfg.tune == "full", lora, "with tune=full: use --tune=lora, or drop it"),
+            (cfg.model == "tiny", "chat_template", "with model=tiny: it has its own template"),
             (cfg.model != "tiny", "whole_names", f"with model={cfg.model}: it has a tokenizer"),
             (cfg.val_rows == 0, "val_every", "with val_rows=0: use --val_rows=64, or drop it"),
         ),
@@ -143,7 +159,7 @@ def check_rows(cfg: Config, rows: list[dict]) -> None:
         (
             (
                 all(recorded),
-                "format tools template_options",
+                "format tools template_options chat_template",
                 f"{on} are recorded with their prompts: drop it",
             ),
             (all(have_tools), "tools", f"{on} have `tools` of their own: drop it"),
@@ -184,16 +200,16 @@ def render(
     return samples
 
 
-def stop_ids(
+def chat_of(
     cfg: Config, rows: list[dict], tokenizer, tools: list[dict], eos_ids: Sequence[int]
-) -> Sequence[int]:
-    """Gives the ids that will end a turn of the trained model: those of the chat that rendered the
-    rows, or the model's own where all rows are recorded. eos_ids: of its generation_config."""
+) -> Chat | None:
+    """Makes the chat that rendered the rows, whose stop tokens will end a turn of the trained
+    model; None where all rows are recorded. eos_ids: of the model's generation_config."""
     for row in rows:
         if "messages" in row:
             shown = tools if row["tools"] is None else row["tools"]
-            return Chat(tokenizer, cfg.format, shown, cfg.template_options, eos_ids).stop_ids
-    return eos_ids
+            return Chat(tokenizer, cfg.format, shown, cfg.template_options, eos_ids)
+    return None
 
 
 def fit(samples: list[tuple], max_tokens: int) -> tuple[list[tuple], int, int]:
@@ -343,8 +359,8 @@ def validate(model, samples: list[tuple], token_budget: int, packing: bool = Fal
 
 
 def setup(cfg: Config):
-    """Makes (model, tokenizer, samples, held-out samples, a word on the data), the cheap checks
-    first."""
+    """Makes (model, tokenizer, samples, held-out samples, the chat that rendered them or None, a
+    word on the data), the cheap checks first."""
     # 1. the rows
     toolbox = Toolbox(cfg.tools, describe_only=True)
     if cfg.model != "tiny":
@@ -358,7 +374,7 @@ def setup(cfg: Config):
         conversations = [row["messages"] for row in chosen[:4096]]
         tokenizer = tiny.tiny_tokenizer(conversations, toolbox.schemas, cfg.whole_names)
     else:
-        tokenizer = models.load_tokenizer(cfg.model)
+        tokenizer = models.load_tokenizer(cfg.model, cfg.chat_template)
     samples = render(chosen, tokenizer, cfg.format, toolbox.schemas, cfg.data, cfg.template_options)
     samples, cut, empty = fit(samples, cfg.max_tokens)
     samples, held_out = hold_out(samples, cfg.val_rows, cfg.seed)
@@ -380,7 +396,8 @@ def setup(cfg: Config):
             seed=cfg.seed,
         )
     eos_ids = () if cfg.model == "tiny" else models.eos_ids(cfg.model)
-    models.set_stop_ids(model, stop_ids(cfg, chosen, tokenizer, toolbox.schemas, eos_ids))
+    chat = chat_of(cfg, chosen, tokenizer, toolbox.schemas, eos_ids)
+    models.set_stop_ids(model, chat.stop_ids if chat else eos_ids)
     longest = max(len(ids) for ids, _ in (*samples, *held_out))
     models.check_positions(model, cfg.model, longest)
     if cfg.packing:
@@ -389,7 +406,7 @@ def setup(cfg: Config):
         f"{len(samples)} rows to train on, {len(held_out)} held out, {cut} cut at max_tokens, "
         f"{empty} left out with nothing to train, {len(rows) - len(chosen)} below min_reward"
     )
-    return model, tokenizer, samples, held_out, summary
+    return model, tokenizer, samples, held_out, chat, summary
 
 
 def warmup_steps(cfg: Config, steps: int, samples: int) -> int:
@@ -418,7 +435,7 @@ def train(cfg: Config) -> dict:
     check(cfg)  # also of a config that was made in a notebook, not by config.parse
     check_logger(cfg.logger)
     run = Run(cfg)
-    model, tokenizer, samples, held_out, summary = setup(cfg)
+    model, tokenizer, samples, held_out, chat, summary = setup(cfg)
     steps = max(1, round(cfg.epochs * len(samples) / cfg.batch_size))
     warmup = warmup_steps(cfg, steps, len(samples))
     if cfg.gradient_checkpointing:
@@ -501,6 +518,8 @@ def train(cfg: Config) -> dict:
         model.eval()
         run.finish(model, tokenizer)
         last = {name: metrics[name] for name in ("loss", *VALIDATION) if name in metrics}
+        if chat:
+            last["serve"] = serve_command(run.out_dir, chat)
         log.summary({"saved": str(run.out_dir), **last})
     return metrics
 

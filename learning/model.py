@@ -25,6 +25,7 @@ PROMPT_ADAPTERS = {
     "ADAPTION_PROMPT",
     "CPT",
 }
+TEMPLATES = Path(__file__).resolve().parent.parent / "configs" / "templates"
 BASE_CHANGERS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of init_lora_weights
 # README.md of an adapter: the hub shows it, and finds the base by it.
 CARD = """\
@@ -162,9 +163,9 @@ def set_stop_ids(model, stop_ids) -> None:
 # -- loading
 
 
-def load_tokenizer(name: str):
+def load_tokenizer(name: str, chat_template: str = ""):
     """Loads the tokenizer of a folder or hub id. That takes a moment, so a template is judged
-    before weights are loaded."""
+    before weights are loaded. chat_template: a file that takes the place of its own."""
     from transformers import AutoTokenizer
 
     try:
@@ -172,11 +173,31 @@ def load_tokenizer(name: str):
         tokenizer = AutoTokenizer.from_pretrained(find(name), trust_remote_code=False)
         if tokenizer.chat_template is None:
             tokenizer.chat_template = whole.processor_template(find(name))
-        return tokenizer
     except UserError:
         raise
     except Exception as error:  # a file is missing or broken, each in its own way
         raise _cannot_load(name, error) from None
+    set_chat_template(tokenizer, chat_template)
+    return tokenizer
+
+
+def set_chat_template(tokenizer, file: str) -> None:
+    """Gives a tokenizer the chat template of a file, with which it is saved; "": keeps its own.
+
+    UserError for a file that is not there or is no template."""
+    if not file:
+        return
+    path = Path(file)
+    if not path.is_file():
+        path = TEMPLATES / file
+    if not path.is_file():
+        looked = f"looked for {file} and configs/templates/{file}"
+        raise UserError(f"chat_template = {file!r}: no such file; {looked}")
+    try:
+        # what is wrong in it, the proof says: it renders
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template = {file!r} cannot be read as text: {error}") from None
 
 
 def load(
