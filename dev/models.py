@@ -339,6 +339,9 @@ def make(family: Family):
             # A_log: logarithms of how fast a state is forgotten; three times as much is no model
             if parameter.ndim >= 2 and not name.endswith("A_log"):
                 parameter.mul_(3)
+        # that of padding is zeros at birth, and would hide what leaks; no trained one is
+        table = made.get_input_embeddings().weight
+        table[0] = table[FIRST_WORD]
     return made
 
 
