@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from learning import whole
-from learning.logprobs import token_logprobs
+from learning.logprobs import decoder_of, token_logprobs
 from run.config import UserError
 
 # Kinds of adapters (peft_type) that put virtual tokens before the prompt.
@@ -26,6 +26,8 @@ PROMPT_ADAPTERS = {
     "CPT",
 }
 TEMPLATES = Path(__file__).resolve().parent.parent / "configs" / "templates"
+# Models (model_type) with blocks whose out_proj peft puts no adapter on.
+MAMBA_TYPES = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 BASE_CHANGERS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of init_lora_weights
 # README.md of an adapter: the hub shows it, and finds the base by it.
 CARD = """\
@@ -263,11 +265,11 @@ def load(
     if whole.is_whole(model):
         whole.freeze_other_parts(model)
     model.eval()
-    if dtype == "mixed":
-        in_dtype(model, dtype)
     if trains_adapter or tune == "full":
         mend_generation_config(model, name)  # before the first step: it is saved behind the last
         check_head(model, name)
+    if dtype == "mixed":
+        in_dtype(model, dtype)
     return model, tokenizer
 
 
@@ -548,12 +550,20 @@ def _add_adapter(model, lora_r: int, lora_alpha: int, lora_targets: tuple[str, .
     """Puts a new adapter on a model."""
     from peft import LoraConfig, get_peft_model
 
+    excluded = None
     if whole.is_whole(model):
         targets = whole.lora_pattern(model, lora_targets)
+    elif lora_targets == ("all-linear",):
+        targets = "all-linear"
+        excluded = _without_adapter(model) or None
     else:
-        targets = "all-linear" if lora_targets == ("all-linear",) else list(lora_targets)
+        targets = list(lora_targets)
     lora = LoraConfig(
-        r=lora_r, lora_alpha=lora_alpha, target_modules=targets, task_type="CAUSAL_LM"
+        r=lora_r,
+        lora_alpha=lora_alpha,
+        target_modules=targets,
+        exclude_modules=excluded,
+        task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)  # of the A matrices
     try:
@@ -564,16 +574,44 @@ def _add_adapter(model, lora_r: int, lora_alpha: int, lora_targets: tuple[str, .
         raise UserError(f"tune = lora on this model: {error}") from None
 
 
+def _without_adapter(model) -> list[str]:
+    """Names the linear layers that all-linear leaves alone, because an adapter would have no effect
+    there, or the wrong one."""
+    names = set()
+    for path, module in model.named_modules():
+        name = path.split(".")[-1]
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        # Mamba's dt_proj: its weight is multiplied past the layer, and so past the adapter. A
+        # block's out_proj: the fused kernels read its weight, and peft refuses it.
+        if name == "dt_proj" or (name == "out_proj" and model.config.model_type in MAMBA_TYPES):
+            names.add(name)
+        # they return more than a product: a router of experts (Llama 4, Phi-3.5 MoE), or several
+        # products (DeepSeek-V4)
+        if type(module).__name__.endswith(("Router", "GroupedLinear")):
+            names.add(path)
+    return sorted(names)
+
+
 def check_head(model, name: str) -> None:
     """Checks, on eight tokens, that token_logprobs are those of the model's own logits; raises
-    UserError if not: some models (Granite, Cohere) scale what their head gives, each by a setting
-    of another name."""
+    UserError if not: some models do with what their head gives what is not known here."""
     ids = torch.arange(8, device=model.device)[None]  # (1, 8)
     attention_mask = torch.ones_like(ids)
     mask = (ids > 0).long()
-    with torch.no_grad():
-        ours, _ = token_logprobs(model, ids, attention_mask, mask)
-        logits = model(input_ids=ids, attention_mask=attention_mask).logits[:, :-1]
+    try:
+        with torch.no_grad():
+            ours, _ = token_logprobs(model, ids, attention_mask, mask)
+            logits = model(input_ids=ids, attention_mask=attention_mask).logits[:, :-1]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of whatever kind: of a class, or an adapter, of another build
+        message = " ".join(str(error).split())[:200]
+        has_adapter = bool(adapters_of(model))
+        remedy = "name other --lora_targets" if has_adapter else "give a model of another family"
+        raise UserError(
+            f"model = {name!r} cannot be trained here ({type(error).__name__}: {message}): {remedy}"
+        ) from error
     table = logits.float().log_softmax(-1)  # (1, 7, V)
     theirs = table.gather(-1, ids[:, 1:, None])[..., 0]
     if not ours.isfinite().all():
@@ -581,7 +619,8 @@ def check_head(model, name: str) -> None:
             f"model = {name!r}: its logprobs are no numbers, so its files are damaged: get it again"
         )
     difference = (ours[:, 1:] - theirs).abs().mean().item()
-    if difference > 0.1:  # bfloat16 alone makes a tenth of that
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1  # ten times what rounding makes
+    if difference > tolerance:
         raise UserError(
             f"model = {name!r}: its logprobs differ by {difference:.2g} from those that the loss "
             "would train on, so it cannot be trained here: give a model of another family"
@@ -597,7 +636,7 @@ def in_dtype(model, dtype: str):
     sampler and trainer must be one function."""
     if dtype != "mixed":
         return model.to(getattr(torch, dtype))
-    for part in (model, model.get_decoder(), model.get_output_embeddings()):
+    for part in (model, decoder_of(model), model.get_output_embeddings()):
         # one autocast each: they nest, and one that is entered twice is never left
         autocast = torch.autocast(model.device.type, torch.bfloat16)
         part.forward = autocast(part.forward)
