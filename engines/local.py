@@ -277,6 +277,8 @@ class TransformersEngine(Engine):
         noise = [row.rng.random() for row in rows]
         noise = torch.tensor(noise, dtype=torch.double, device=device)
         total = cumulative[:, -1]
+        if total.isnan().any():
+            raise UserError("the model's logits are NaN: its weights have diverged or are broken")
         targets = (noise * total)[:, None]
         block = torch.searchsorted(cumulative, targets, right=True)
         block = block.clamp(max=cumulative.shape[-1] - 1)  # (B, 1)
@@ -292,8 +294,6 @@ class TransformersEngine(Engine):
 
         chosen = logits.gather(-1, tokens[:, None])[:, 0]
         chosen = chosen - top - total.log().float()
-        if chosen.isnan().any():  # else every next token would be the last of the vocabulary
-            raise UserError("the model's logits are NaN: its weights have diverged or are broken")
         samples = zip(rows, tokens.tolist(), chosen.tolist(), strict=True)
         for row, token, logprob in samples:
             row.new.append(token)
