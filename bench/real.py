@@ -8,11 +8,14 @@ transformers' own `generate` and vLLM.
 
 All sample the same number of new tokens behind the same prompts, problems of task:calc with the
 python tool described, from the whole distribution at temperature 1, in float32; the time is that of
-the prompts too. Each engine is a process of its own, one of them works at a time, and they take
-turns: what else the machine does meets all alike. The medians count.
+the prompts too. Once all rows have different prompts, and once they are groups of 8 samples of a
+prompt, as in training: ours reads the prompt of a group once. Each engine is a process of its own,
+one of them works at a time, and they take turns: what else the machine does meets all alike. The
+medians count.
 """
 
 import asyncio
+import itertools
 import json
 import os
 import statistics
@@ -52,7 +55,8 @@ class Config:
     model: str = "out/smollm2"  # a folder or hub id
     engines: tuple[str, ...] = ENGINES
     rows: tuple[int, ...] = (8, 32)  # that are sampled at once
-    new_tokens: int = 64  # of a row
+    groups: tuple[int, ...] = (1, 8)  # samples of each prompt
+    new_tokens: int = 128  # of a row
     runs: int = 5  # of each engine with each number of rows
     save_to: str = ""  # a .json for the results
     part: str = ""  # for the subprocesses: one of the engines
@@ -63,15 +67,20 @@ def check(cfg: Config) -> None:
     for engine in (*cfg.engines, cfg.part):
         if engine not in (*ENGINES, ""):
             raise UserError(f"engines = {engine!r}: expected some of {', '.join(ENGINES)}")
+    for rows in cfg.rows:
+        for group in cfg.groups:
+            if rows < 1 or group < 1 or rows % group:
+                raise UserError(f"rows = {rows} cannot be divided into groups of {group}")
     config.require_positive(cfg, "new_tokens runs")
 
 
-def prompts_of(chat: Chat, count: int, seed: int) -> list[list[int]]:
-    """Encodes `count` problems."""
+def prompts_of(chat: Chat, rows: int, group: int, seed: int) -> list[list[int]]:
+    """Encodes the problems of so many rows, each `group` times."""
     prompts = []
-    for row in calc.rows("test", seed, count):
+    for row in calc.rows("test", seed, rows // group):
         system = {"role": "system", "content": "Give the answer in \\boxed{}."}
-        prompts.append(chat.prompt([system, {"role": "user", "content": row["prompt"]}]))
+        prompt = chat.prompt([system, {"role": "user", "content": row["prompt"]}])
+        prompts += [prompt] * group
     return prompts
 
 
@@ -120,7 +129,7 @@ def through_generate(model):
 
 
 def serve(cfg: Config) -> None:
-    """Measures what each line of the standard input asks for: rows and a seed."""
+    """Measures what each line of the standard input asks for: rows, their groups and a seed."""
     if cfg.part == "vllm":
         tokenizer = models.load_tokenizer(cfg.model)
         engine = run_blocking(vllm_engine.start(cfg.model, max_model_len=512))
@@ -132,8 +141,8 @@ def serve(cfg: Config) -> None:
     chat = Chat(tokenizer, "fence", Toolbox([python]).schemas)
     tell({"ready": cfg.part})
     for line in sys.stdin:
-        rows, seed = json.loads(line)
-        prompts = prompts_of(chat, rows, seed)
+        rows, group, seed = json.loads(line)
+        prompts = prompts_of(chat, rows, group, seed)
         started = time.perf_counter()
         lengths = sample_all(prompts, cfg.new_tokens, seed)
         seconds = time.perf_counter() - started
@@ -162,9 +171,9 @@ class Part:
         self.process = subprocess.Popen(command, **pipes)
         self.read()  # it is ready
 
-    def ask(self, rows: int, seed: int) -> float:
+    def ask(self, rows: int, group: int, seed: int) -> float:
         """Returns the seconds that it took."""
-        self.process.stdin.write(json.dumps([rows, seed]) + "\n")
+        self.process.stdin.write(json.dumps([rows, group, seed]) + "\n")
         self.process.stdin.flush()
         return self.read()["seconds"]
 
@@ -179,40 +188,41 @@ class Part:
         self.process.wait()
 
 
-def compare(cfg: Config, argv: list[str]) -> dict:
+def compare(cfg: Config, argv: list[str]) -> list[dict]:
     """Measures all engines by turns; prints and returns the tokens per second of each run."""
+    print(f"tokens per second, medians of {cfg.runs}, {cfg.new_tokens} new tokens a row")
     parts = []
-    speeds = {}  # by rows and engine, of each run
+    results = []
     try:
         for engine in cfg.engines:
             parts.append(Part(engine, argv))
-        for rows in cfg.rows:
-            speeds[str(rows)] = {engine: [] for engine in cfg.engines}
+        for rows, group in itertools.product(cfg.rows, cfg.groups):
+            speeds = {engine: [] for engine in cfg.engines}
             for seed in range(cfg.runs + 1):  # other prompts every time: no cache has them
                 for part in parts:
-                    seconds = part.ask(rows, seed)
+                    seconds = part.ask(rows, group, seed)
                     if seed:  # the first is for warming up
-                        speed = rows * cfg.new_tokens / seconds
-                        speeds[str(rows)][part.engine].append(round(speed, 1))
+                        speeds[part.engine].append(round(rows * cfg.new_tokens / seconds, 1))
+            results.append({"rows": rows, "group": group, "tokens_per_second": speeds})
+            report(cfg, results[-1])
     finally:
         for part in parts:
             part.close()
-    return speeds
+    return results
 
 
-def report(cfg: Config, speeds: dict) -> None:
-    print(f"tokens per second, medians of {cfg.runs}, {cfg.new_tokens} new tokens a row")
-    for rows, of_engines in speeds.items():
-        medians = {engine: statistics.median(runs) for engine, runs in of_engines.items()}
-        line = f"{rows:>4} rows"
-        for engine, runs in of_engines.items():
-            line += f"  {engine} {medians[engine]:.1f} ({min(runs):.1f} - {max(runs):.1f})"
-        if "ours" in medians and "generate" in medians:
-            ratio = medians["ours"] / medians["generate"]
-            line += f"  ours / generate {ratio:.2f}"
-            if int(rows) == max(cfg.rows):
-                line += f" (aim: {LEAST_RATIO})"
-        print(line)
+def report(cfg: Config, result: dict) -> None:
+    """Prints a line for all engines."""
+    line = f"{result['rows']:>4} rows, groups of {result['group']}:"
+    medians = {}
+    for engine, runs in result["tokens_per_second"].items():
+        medians[engine] = statistics.median(runs)
+        line += f"  {engine} {medians[engine]:.1f} ({min(runs):.1f} - {max(runs):.1f})"
+    if "ours" in medians and "generate" in medians:
+        line += f"  ours / generate {medians['ours'] / medians['generate']:.2f}"
+        if result["rows"] == max(cfg.rows):
+            line += f" (aim: {LEAST_RATIO})"
+    print(line, flush=True)
 
 
 def main(argv: list[str]) -> None:
@@ -220,11 +230,10 @@ def main(argv: list[str]) -> None:
     if cfg.part:
         serve(cfg)
         return
-    speeds = compare(cfg, argv)
-    report(cfg, speeds)
+    results = compare(cfg, argv)
     if cfg.save_to:
         about = {"cores": os.cpu_count(), "torch": torch.__version__, "model": cfg.model}
-        about |= {"new_tokens": cfg.new_tokens, "tokens_per_second": speeds}
+        about |= {"new_tokens": cfg.new_tokens, "results": results}
         Path(cfg.save_to).parent.mkdir(parents=True, exist_ok=True)
         Path(cfg.save_to).write_text(json.dumps(about, indent=1) + "\n")
 
