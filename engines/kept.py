@@ -58,6 +58,10 @@ class KeptTurns:
 
 def can_keep(cache) -> bool:
     """Says whether a cache holds all keys and values, and not a window of them or a state."""
+    from transformers.cache_utils import DynamicCache
+
+    if not isinstance(cache, DynamicCache):
+        return False
     return all(type(layer).__name__ == "GrowingLayer" for layer in cache.layers)
 
 

@@ -368,10 +368,12 @@ def share_key_heads() -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def attention(module, query, key, value, attention_mask, scaling=None, **options):
-        is_plain = options.get("position_bias") is None and options.get("cache") is None
-        # in training, the kernel that shares them has no gradient
+        shares_heads = key.shape[1] < query.shape[1] and attention_mask is not None
+        is_plain = not any(options.get(name) for name in ("dropout", "cache"))
+        is_plain = is_plain and options.get("position_bias") is None
+        # in training, theirs: its gradient is what the tests compare with TRL's
         is_sampling = query.device.type == "cpu" and not torch.is_grad_enabled()
-        if attention_mask is None or not is_plain or not is_sampling:
+        if not (shares_heads and is_plain and is_sampling):
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, scaling=scaling, **options
             )
