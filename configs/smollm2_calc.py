@@ -1,4 +1,5 @@
-# 2-core CPU. SmolLM2-135M-Instruct learns by GRPO to call python always, and with the right code.
+# 2-core CPU, about half an hour. SmolLM2-135M-Instruct learns to call python always, and with the
+# right code: sampled accuracy about 0.3 -> 0.98.
 out_dir = "out/smollm2_calc"
 model = "out/smollm2_calc_sft"
 tune = "lora"

@@ -1,3 +1,4 @@
+# 2-core CPU, as long as you like: a model of 135 M parameters is too small for most of GSM8K.
 out_dir = "out/smollm2_gsm8k"
 model = "out/smollm2_calc"  # whose adapter is trained on: it knows how to call python
 tune = "lora"
