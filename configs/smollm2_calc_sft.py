@@ -1,5 +1,5 @@
-# 2-core CPU, 1.3 minutes. SmolLM2-135M-Instruct (`make real` fetches it) learns the form of a call by
-# LoRA, from 64 imperfect demonstrations; sampled accuracy 0.00 -> about 0.3.
+# 2-core CPU, 1.3 minutes. SmolLM2-135M-Instruct (`make real` fetches it) learns the form of a call
+# by LoRA, from 64 imperfect demonstrations; sampled accuracy 0.00 -> about 0.3.
 out_dir = "out/smollm2_calc_sft"
 model = "out/smollm2"
 tune = "lora"
