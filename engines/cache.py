@@ -177,16 +177,12 @@ def may_pad(model) -> bool:
     """
     model.eval()  # dropout would make other logits each time
     cache_name(model)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    first = min(100, vocabulary // 2)  # below there are control tokens, such as one for an image
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(first, min(vocabulary, 1000), (3, 14), generator=generator).tolist()
+    ids = [probe_ids(model, 14, seed) for seed in range(3)]
     different = [ids[0][:4], ids[1], ids[2][:9]]
     equal = [row[:9] for row in ids]
 
-    is_exact = model.dtype == torch.float32 and not getattr(model, "is_loaded_in_4bit", False)
     try:
-        if _difference(model, different) <= (EXACT if is_exact else ROUNDED):
+        if _difference(model, different) <= tolerance(model):
             return True
     except torch.OutOfMemoryError:
         raise
@@ -194,7 +190,7 @@ def may_pad(model) -> bool:
         pass
     why = "with its cache a row of a batch has other logits than alone"
     try:
-        if _difference(model, equal) <= (EXACT if is_exact else WRONG):
+        if _difference(model, equal) <= (EXACT if is_exact(model) else WRONG):
             return False
     except torch.OutOfMemoryError:
         raise
@@ -206,6 +202,33 @@ def may_pad(model) -> bool:
         f"engine = 'transformers' cannot sample from a {family}: {why}; use engine=vllm, or give "
         "a model of another family"
     )
+
+
+def is_exact(model) -> bool:
+    """Says whether a model rounds to no less than float32."""
+    return model.dtype == torch.float32 and not getattr(model, "is_loaded_in_4bit", False)
+
+
+def tolerance(model) -> float:
+    """Returns how much logits of a batch may differ from those of a row alone: see EXACT."""
+    return EXACT if is_exact(model) else ROUNDED
+
+
+def probe_ids(model, count: int, seed: int) -> list[int]:
+    """Draws ids of ordinary tokens: below them are control tokens, such as one for an image."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    first = min(100, vocabulary // 2)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(first, min(vocabulary, 1000), (count,), generator=generator).tolist()
+
+
+def relative_difference(logits: torch.Tensor, alone: torch.Tensor) -> float:
+    """Compares logits (N, V) with those of a row alone: see EXACT."""
+    alone = alone.float()
+    if alone.isnan().any():  # of broken weights: who samples says so
+        return 0.0
+    difference = (logits.float() - alone).square().mean().sqrt()
+    return (difference / alone.std()).item()
 
 
 @torch.inference_mode()
@@ -238,9 +261,6 @@ def _difference(model, prompts: list[list[int]]) -> float:
     largest = 0.0
     for prompt, of_batch in zip(prompts, together, strict=True):
         ids = torch.tensor([prompt + [token] * (len(of_batch) - 1)], device=device)
-        alone = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].float()
-        if alone.isnan().any():  # of broken weights: who samples says so
-            return 0.0
-        difference = (torch.stack(of_batch).float() - alone).square().mean().sqrt()
-        largest = max(largest, (difference / alone.std()).item())
+        alone = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
+        largest = max(largest, relative_difference(torch.stack(of_batch), alone))
     return largest
