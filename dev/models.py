@@ -209,7 +209,7 @@ FAMILIES = [
     Family("Gemma 4", "gemma4", "gemma4_v5", WINDOW_THEN_ALL, GEMMA4_IMAGES),
     Family("Gemma 4 (text)", "gemma4_text", "gemma4_v5", WINDOW_THEN_ALL),
     Family("Llama 2, 3", "llama", "llama3_1"),
-    Family("Llama 4 (text)", "llama4_text", "", {"intermediate_size_mlp": 48}),
+    Family("Llama 4 (text)", "llama4_text", "pythonic", {"intermediate_size_mlp": 48}),
     Family("Mistral", "mistral", "mistral"),
     Family("Mixtral", "mixtral", "mistral"),
     Family("Ministral", "ministral", "mistral", WINDOW_THEN_ALL),
@@ -242,14 +242,14 @@ FAMILIES = [
     Family("Phi-3.5 MoE", "phimoe"),
     Family("OLMo", "olmo"),
     Family("OLMo 2", "olmo2"),
-    Family("OLMo 3", "olmo3", "", WINDOW_THEN_ALL),
+    Family("OLMo 3", "olmo3", "pythonic", WINDOW_THEN_ALL),
     Family("OLMo hybrid", "olmo_hybrid", "", STATE_THEN_ATTENTION),
     Family("OLMoE", "olmoe"),
     Family("GLM-4 (2024)", "glm"),
     Family("GLM-4 (2025)", "glm4"),
     Family("GLM-4.5 to 4.7", "glm4_moe", "glm4moe"),
-    Family("GLM-4.7 Flash", "glm4_moe_lite", "", ALL_HEADS),
-    Family("GLM-5", "glm_moe_dsa", "", ALL_HEADS),
+    Family("GLM-4.7 Flash", "glm4_moe_lite", "glm", ALL_HEADS),
+    Family("GLM-5", "glm_moe_dsa", "glm", ALL_HEADS),
     Family("DeepSeek-V2", "deepseek_v2", "", ALL_HEADS),
     Family("DeepSeek-V3, R1", "deepseek_v3", "deepseekv3", ALL_HEADS),
     Family("DeepSeek-V3.2", "deepseek_v32", "", ALL_HEADS),
@@ -621,9 +621,11 @@ def calls_of(family: Family) -> str:
     if family.template in FORMATS or not family.template:
         return family.template or "–"
     row = ROWS[family.template]
-    if row["auto"] in FORMATS:
-        return row["auto"]
-    if row["fence"].startswith("proved"):
+    # behind a hyphen are letters for the differences
+    own = row["own"].split("-")[0]
+    if own in FORMATS:
+        return own
+    if row["fence"].split("-")[0] == "fence":
         return "inline"
     return "none yet"
 
