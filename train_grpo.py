@@ -44,9 +44,10 @@ from engines.canary import Canary, sync_and_check
 from engines.options import read_options
 from learning import model as models
 from learning import optim
-from learning.batches import Batch, micro_batches
+from learning.batches import Batch, micro_batches, told_apart
 from learning.checkpoint import Run
 from learning.logprobs import shared_prefixes, shares_prompts, token_logprobs
+from learning.vision import count_patches
 from loss import (
     correction_sums,
     grpo_loss,
@@ -253,12 +254,17 @@ def check(cfg: Config) -> None:
 
 
 def batches(model, trajectories: list[Trajectory], token_budget: int) -> list[list[Trajectory]]:
-    """Divides trajectories into micro-batches of at most token_budget tokens, padding counted."""
+    """Divides trajectories into micro-batches of at most token_budget tokens, padding counted, and
+    patches of images."""
     lengths = [len(t.ids) for t in trajectories]
-    prompts = None
+    prompts = [()] * len(trajectories)
     if shares_prompts(model):  # then a prompt that repeats counts once
-        prompts = shared_prefixes([t.ids for t in trajectories], [t.mask for t in trajectories])
-    parts = micro_batches(lengths, token_budget, prompts)
+        # not t.ids: problems that differ only in their picture have equal ones
+        prompts = shared_prefixes(told_apart(trajectories), [t.mask for t in trajectories])
+    patches = []
+    for trajectory, prompt in zip(trajectories, prompts, strict=True):
+        patches.append(count_patches(trajectory.ids[: len(prompt)], trajectory.images))
+    parts = micro_batches(lengths, token_budget, prompts, patches)
     return [[trajectories[i] for i in part] for part in parts]
 
 
@@ -271,7 +277,13 @@ def policy_logprobs(
     for part in batches(model, trajectories, token_budget):
         batch = Batch.of(part, model.device)
         logprobs, _ = token_logprobs(
-            model, batch.ids, batch.attention_mask, batch.mask, temperature
+            model,
+            batch.ids,
+            batch.attention_mask,
+            batch.mask,
+            temperature,
+            position_ids=batch.position_ids,
+            images=batch.images,
         )
         for row, trajectory in enumerate(part):
             logprobs_of[id(trajectory)] = logprobs[row, : len(trajectory.ids)]
@@ -292,7 +304,13 @@ def accumulate(model, trajectories: list[Trajectory], settings: LearnSettings) -
         # 1. what the policy gives to the sampled tokens, with gradient
         batch = Batch.of(part, model.device)
         logprobs, entropy = token_logprobs(
-            model, batch.ids, batch.attention_mask, batch.mask, settings.temperature
+            model,
+            batch.ids,
+            batch.attention_mask,
+            batch.mask,
+            settings.temperature,
+            position_ids=batch.position_ids,
+            images=batch.images,
         )
         old_logprobs = batch.old_logprobs
         if old_logprobs is None:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from engines.base import Completion, Engine, Sampling, finish_reason, refuse_images
+from engines.base import Completion, Engine, Sampling, finish_reason
 from learning.batches import pad
+from learning.vision import batch_positions, identities, tower_inputs
 from run.config import UserError
 
 
@@ -20,9 +21,11 @@ class _Request:
     """A turn that is asked for: a row of a batch."""
 
     ids: list[int]  # the prompt
+    images: list  # the Pictures of its placeholders
     sampling: Sampling
     future: asyncio.Future  # of its Completion
     rng: random.Random  # its own noise
+    prompt: tuple[int, ...]  # ids with different images told apart: equal ones are prefilled once
     new: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # of new
 
@@ -66,27 +69,24 @@ class TransformersEngine(Engine):
         _fail(self.waiting, RuntimeError("the engine was closed while a turn waited"))
 
     async def generate(self, ids: list[int], images: list, sampling: Sampling) -> Completion:
-        refuse_images(images)
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         rng = random.Random(sampling.seed)
-        request = _Request(ids, sampling, future, rng)
+        prompt = tuple(identities(ids, images))
+        request = _Request(ids, images, sampling, future, rng, prompt)
         self.waiting.append(request)
         self._start_batch()
         return await future
 
-    async def prompt_logprobs(self, ids: list[int]) -> list[list[float]]:
+    async def prompt_logprobs(self, ids: list[int], images: list = ()) -> list[list[float]]:
         loop = asyncio.get_running_loop()
-        logprobs = await loop.run_in_executor(self.thread, self._logprobs_of_prompt, ids)
+        logprobs = await loop.run_in_executor(self.thread, self._logprobs_of_prompt, ids, images)
         return [logprobs]  # of the only copy
 
     @torch.inference_mode()
-    def _logprobs_of_prompt(self, ids: list[int]) -> list[float]:
+    def _logprobs_of_prompt(self, ids: list[int], images: list) -> list[float]:
+        out, *_ = self._prefill([ids], [images], logits_to_keep=0)
         tokens = torch.tensor([ids], device=self.model.device)  # (1, T)
-        attention_mask = torch.ones_like(tokens)
-        positions = attention_mask.cumsum(1) - 1
-        cache = growing_cache(self.model.config)
-        out = self._forward(tokens, attention_mask, positions, cache, 0)
         logits = out.logits[0, :-1].float()  # (T - 1, V)
         logprobs = logits.log_softmax(-1)
         next_tokens = tokens[0, 1:, None]
@@ -102,7 +102,7 @@ class TransformersEngine(Engine):
         if self.deterministic and len(self.waiting) < self.unfinished:
             return
         # equal prompts become neighbours, and lengths that differ little share a batch
-        batch = sorted(self.waiting, key=lambda row: (len(row.ids), row.ids, row.sampling.seed))
+        batch = sorted(self.waiting, key=lambda row: (len(row.ids), row.prompt, row.sampling.seed))
         loop = asyncio.get_running_loop()
         done = loop.run_in_executor(self.thread, self._run, batch)  # raises if the engine is closed
         self.is_decoding = True
@@ -129,23 +129,20 @@ class TransformersEngine(Engine):
         device = self.model.device
 
         # 1. prefill each distinct prompt once
-        distinct = {tuple(row.ids) for row in rows}
-        prompts = sorted(distinct, key=lambda ids: (len(ids), ids))
-        ids = pad(prompts, device=device, on_left=True)  # (P, T)
-        ones = [[1] * len(prompt) for prompt in prompts]
-        attention_mask = pad(ones, device=device, on_left=True)  # (P, T)
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # the first real token is at 0
-        cache = growing_cache(self.model.config)
-        out = self._forward(ids, attention_mask, positions, cache)
+        distinct = {row.prompt: row for row in rows}
+        prompts = sorted(distinct, key=lambda prompt: (len(prompt), prompt))
+        ids = [distinct[prompt].ids for prompt in prompts]
+        images = [distinct[prompt].images for prompt in prompts]
+        out, attention_mask, positions, cache = self._prefill(ids, images)
 
         # 2. from a row for each prompt to a row for each request
         prompt_numbers = {prompt: number for number, prompt in enumerate(prompts)}
-        of_rows = [prompt_numbers[tuple(row.ids)] for row in rows]
+        of_rows = [prompt_numbers[row.prompt] for row in rows]
         of_rows = torch.tensor(of_rows, device=device)  # (B,)
         cache.batch_select_indices(of_rows)
         logits = out.logits[of_rows, -1]  # (B, V)
         attention_mask = attention_mask[of_rows]  # (B, T)
-        positions = positions[of_rows, -1:]  # (B, 1)
+        positions = positions[..., of_rows, -1:]  # (B, 1), or (3, B, 1) where images have a grid
 
         going_on = list(range(len(rows)))  # the rows that have not ended
         while True:
@@ -176,7 +173,7 @@ class TransformersEngine(Engine):
                 cache.batch_select_indices(index)
                 tokens = tokens[index]
                 attention_mask = attention_mask[index]
-                positions = positions[index]
+                positions = positions[..., index, :]
                 rows = [rows[i] for i in going_on]
                 going_on = list(range(len(rows)))
 
@@ -187,7 +184,23 @@ class TransformersEngine(Engine):
             out = self._forward(tokens[:, None], attention_mask, positions, cache)
             logits = out.logits[:, -1]  # (B, V)
 
-    def _forward(self, ids, attention_mask, positions, cache, logits_to_keep=1):
+    def _prefill(self, prompts: list[list[int]], images: list, logits_to_keep: int = 1):
+        """Runs P prompts with their Pictures, padded on the left, into a new cache; returns what
+        the model gives, the attention mask (P, T), the positions, the cache."""
+        device = self.model.device
+        ids = pad(prompts, device=device, on_left=True)  # (P, T)
+        ones = [[1] * len(prompt) for prompt in prompts]
+        attention_mask = pad(ones, device=device, on_left=True)  # (P, T)
+        positions = batch_positions(prompts, images, on_left=True)  # (3, P, T), or None
+        if positions is None:
+            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # the first real token is at 0
+        positions = positions.to(device)
+        cache = growing_cache(self.model.config)
+        pixels = tower_inputs([p for pictures in images for p in pictures], device)
+        out = self._forward(ids, attention_mask, positions, cache, logits_to_keep, pixels)
+        return out, attention_mask, positions, cache
+
+    def _forward(self, ids, attention_mask, positions, cache, logits_to_keep=1, pixels=None):
         return self.model(
             input_ids=ids,
             attention_mask=attention_mask,
@@ -195,6 +208,7 @@ class TransformersEngine(Engine):
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=logits_to_keep,  # 0: of all positions
+            **(pixels or {}),
         )
 
     def _sample(self, logits: torch.Tensor, rows: list[_Request]) -> torch.Tensor:

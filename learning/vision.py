@@ -278,11 +278,18 @@ def count_inside(ids: list[int], pictures: Sequence[Picture]) -> int:
     return inside
 
 
+def count_patches(beginning: list[int], pictures: Sequence[Picture]) -> tuple[int, int]:
+    """Counts the patches of a row's pictures: (of all, of those in its first ids)."""
+    inside = count_inside(beginning, pictures)
+    in_beginning = sum(picture.patches for picture in pictures[:inside])
+    return sum(picture.patches for picture in pictures), in_beginning
+
+
 # -- what a model is given
 
 
 def tower_inputs(pictures: Sequence[Picture], device) -> dict[str, torch.Tensor]:
-    """Joins the pixels of N pictures, in the order of their placeholders, row by row; {} of none."""
+    """Joins the pixels of N pictures, in the order of their placeholders; {} of none."""
     if not pictures:
         return {}
     inputs = {}

@@ -77,9 +77,11 @@ class Toolbox:
         """Threads, and tasks that swallow their cancellation, past a deadline and still alive."""
         return sum(is_alive(job) for job in self._abandoned)
 
-    def open(self, example: dict | None = None) -> "Session":
-        """The tools of one trajectory. example: its data row."""
-        return Session(self, example or {})
+    def open(self, example: dict | None = None, images: list | None = None) -> "Session":
+        """The tools of one trajectory. example: its data row. images: its Pictures, a list that
+        grows with it: what a stateful tool is made from has it in the place of the row's own."""
+        example = example or {}
+        return Session(self, example if images is None else example | {"images": images})
 
     async def close(self) -> None:
         """Closes what all trajectories share, as Session.close does."""
