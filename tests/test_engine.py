@@ -16,7 +16,7 @@ from collections import Counter
 import pytest
 import torch
 
-from engines.base import Completion, Engine, Sampling
+from engines.base import Completion, Engine, Sampling, refuse_images
 from engines.canary import Canary, sync_and_check
 from engines.local import TransformersEngine, _Request
 from engines.scripted import ScriptedEngine
