@@ -224,6 +224,24 @@ def openai_call(call: Call) -> dict:
     return {"id": call.id, **written} if call.id else written
 
 
+# ---- images
+
+
+def has_images(messages) -> bool:
+    """Says whether any message has an image in it."""
+    return count_images(messages) > 0
+
+
+def count_images(messages) -> int:
+    """Counts the images in messages."""
+    count = 0
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            count += sum(part.get("type") == "image" for part in content)
+    return count
+
+
 def assistant_message(text: str, calls: list[Call] = ()) -> dict:
     """Writes an assistant's message, with tool_calls if it makes any."""
     message = {"role": "assistant", "content": text}

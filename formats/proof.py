@@ -22,12 +22,13 @@ from formats.base import (
     Format,
     any_of,
 )
-from formats.messages import assistant_message
+from formats.messages import assistant_message, count_images
 from run.config import UserError
 
 SENTINEL = "zqSENTINELqz"  # letters only: no template trims, quotes or escapes it
 ARGUMENT = "zqARGUMENTqz"  # a name that no tool has for one of its own
 WORDS = "I compute."  # in front of a call
+IMAGE_PART = {"type": "image"}
 QUESTION = {"role": "user", "content": "x"}
 ADVICE = "use format=json_actions, fence or tags"
 
@@ -41,12 +42,16 @@ class TemplateFacts:
     has_system: bool = True  # a system prompt; else its text goes into the first user message
     json_arguments: bool = False  # a call's arguments as their JSON, not as an object
     drops_words: bool = False  # words in front of a call are not written
+    tool_images: bool = True  # a result shows its images; else a user's message behind it
 
     # What it writes between the prompt and the text of a turn.
     header: str = ""  # what add_generation_prompt adds, thinking apart
     opening: str = ""  # "<think>\n", if the generation prompt ends in it
     lead: str = ""  # the blanks between generation prompt and answer
     call_lead: str = ""  # the blanks between generation prompt and call
+
+    # What it writes for an image.
+    image: str = ""  # its placeholder, with what stands around it
 
     # What ends a turn.
     close: str = ""  # the token that the template writes behind an assistant's text
@@ -87,6 +92,8 @@ def find_facts(chat) -> None:
     facts.header = find_header(chat, prompt)
     facts.lead = find_lead(chat, prompt, before)
     facts.call_lead = facts.lead  # unless find_format sees another
+    if chat.vision:
+        facts.image = find_image(chat)
     if trims_answers(chat):
         facts.declare("trims the assistant's text")
 
@@ -103,6 +110,16 @@ def shows_system_prompt(chat) -> bool:
     """Asks whether there is a system role."""
     system = {"role": "system", "content": SENTINEL}
     return SENTINEL in try_text(chat, system, QUESTION)
+
+
+def find_image(chat) -> str:
+    """Finds what is written for an image of a user: one placeholder, and what is around it."""
+    text = {"type": "text", "text": SENTINEL}
+    written = try_text(chat, {"role": "user", "content": [text, IMAGE_PART, text]})
+    image = written.partition(SENTINEL)[2].partition(SENTINEL)[0]
+    if image.count(chat.vision.token) != 1:
+        raise chat.refusal(f"for an image it writes {image[:40]!r}, not one {chat.vision.token}")
+    return image
 
 
 def find_close(chat, after: str) -> str:
@@ -281,6 +298,12 @@ def check_results(chat, name: str) -> None:
     text = chat.text_of([QUESTION, called, result])
     if SENTINEL not in text:
         raise chat.refusal(f"it ignores tool results; {ADVICE}")
+    if chat.vision:
+        content = [{"type": "text", "text": SENTINEL}, IMAGE_PART]
+        text = try_text(chat, QUESTION, called, result | {"content": content})
+        chat.facts.tool_images = SENTINEL in text and text.count(chat.vision.token) == 1
+        if not chat.facts.tool_images:
+            chat.facts.declare("shows no images in results: a user's message behind them has them")
 
 
 # 3. Is the whole the concatenation of its pieces?
@@ -302,6 +325,9 @@ def conversations(chat) -> Iterator[list[dict]]:
     yield [system, user, answer]
     yield [user, answer, again, answer]
     yield [system, user, assistant_message(f"{thought}It is 5."), again, answer]
+    picture = {"role": "user", "content": [IMAGE_PART, {"type": "text", "text": "What is it?"}]}
+    if chat.vision:
+        yield [system, picture, answer, picture, answer]
     if not chat.tools:
         return
 
@@ -318,29 +344,45 @@ def conversations(chat) -> Iterator[list[dict]]:
     thoughtful = assistant_message(thought + words if words else "", [call])
     yield [user, thoughtful, five, answer, again, called, seven, answer]
     yield [user, thoughtful, five, called, seven, answer]
+    # in an open turn an inline result stands where no template writes one
+    if chat.vision and not chat.format.in_place:
+        parts = [{"type": "text", "text": "5\nimage 2:"}, IMAGE_PART, {"type": "text", "text": "."}]
+        seen = {"role": "tool", "name": name, "content": parts}
+        yield [picture, called, seen, answer, again, called, seen, answer]
     if chat.format.parallel:
         yield [user, assistant_message(words, [call, call]), five, seven, answer]
 
 
 def compare(chat, messages: list[dict]) -> None:
     """Compares the pieces of a conversation with the template's rendering, as text and as ids."""
+    pictures = dummy_pictures(chat, messages)
     ours = "".join(text for text, _ in chat.pieces(messages))
     theirs = chat.text_of(messages, start=True)
-    ids, _ = chat.render(messages)
-    whole = chat.encode(ours, first=True)
+    ids, _ = chat.render(messages, pictures)
+    whole = chat.encode(ours, first=True, pictures=pictures)
     if not is_same(chat, ours, theirs):
         our_thoughts = THINK.findall(ours)
         their_thoughts = THINK.findall(theirs)
         has_thoughts = bool(our_thoughts or their_thoughts)
         only_thoughts = is_same(chat, drop_thinking(chat, ours), drop_thinking(chat, theirs))
         if not has_thoughts or not only_thoughts:
-            their_ids = chat.encode(theirs, first=True)
+            their_ids = chat.encode(theirs, first=True, pictures=pictures)
             raise chat.refusal(first_difference(chat, ids, their_ids))
         chat.facts.declare(name_difference(our_thoughts, their_thoughts))
     # An inline result is encoded apart from the turn that it goes on in, as in a rollout.
     has_results = any(message["role"] == "tool" for message in messages)
     if ids != whole and not (chat.format.inline and has_results):
         raise chat.refusal(f"pieces and whole differ: {first_difference(chat, ids, whole)}")
+
+
+def dummy_pictures(chat, messages: list[dict]) -> list:
+    """Makes a Picture for each image in messages."""
+    count = count_images(messages)
+    if not count:
+        return []
+    from PIL import Image
+
+    return [chat.vision.prepare(Image.new("RGB", (64, 64)))] * count
 
 
 def is_same(chat, ours: str, theirs: str) -> bool:
