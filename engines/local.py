@@ -21,11 +21,11 @@ class _Request:
     """A turn that is asked for: a row of a batch."""
 
     ids: list[int]  # the prompt
-    images: list  # the Pictures of its placeholders
     sampling: Sampling
     future: asyncio.Future  # of its Completion
     rng: random.Random  # its own noise
-    prompt: tuple[int, ...]  # ids with different images told apart: equal ones are prefilled once
+    images: list = field(default_factory=list)  # the Pictures of its placeholders
+    prompt: tuple[int, ...] = ()  # ids with different images told apart: equal ones go as one
     new: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # of new
 
@@ -73,7 +73,7 @@ class TransformersEngine(Engine):
         future = loop.create_future()
         rng = random.Random(sampling.seed)
         prompt = tuple(identities(ids, images))
-        request = _Request(ids, images, sampling, future, rng, prompt)
+        request = _Request(ids, sampling, future, rng, images, prompt)
         self.waiting.append(request)
         self._start_batch()
         return await future
