@@ -29,7 +29,7 @@ import torch
 
 from engines.base import Completion, Engine, Sampling, refuse_images, turn_end
 from learning import model as models
-from learning import optim
+from learning import optim, whole
 from run.config import UserError
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of adapters, that vLLM has room for
@@ -119,6 +119,8 @@ async def start(
         **_fixed_options(has_gpu, kv_cache_gib, vllm_options["max_model_len"]),
         **_adapter_options(rank),
     }
+    if whole.has_tower(models.base_of(name)):
+        options["language_model_only"] = True  # its tower would take memory, and no image comes
     if by_ipc:  # its handles are pickled, between processes of one user on one machine
         os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
         options["weight_transfer_config"] = vllm.config.WeightTransferConfig(backend="ipc")

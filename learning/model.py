@@ -7,10 +7,12 @@ import contextlib
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 
 import torch
 
+from learning import whole
 from learning.logprobs import token_logprobs
 from run.config import UserError
 
@@ -34,8 +36,10 @@ tags: [lora, tool-use, nanotool]
 
 A LoRA adapter of rank {rank} to `{base}`, trained with nanotool to use tools.
 
-    from peft import AutoPeftModelForCausalLM
-    model = AutoPeftModelForCausalLM.from_pretrained("this folder")
+    from peft import PeftModel
+    from transformers import {auto_class}
+    base = {auto_class}.from_pretrained("{base}")
+    model = PeftModel.from_pretrained(base, "this folder")
 """
 
 # -- where a model is
@@ -137,7 +141,10 @@ def eos_ids(name: str) -> list[int]:
                 continue
             if path is None:  # it has none
                 continue
-            ids = json.loads(Path(path).read_text()).get("eos_token_id")
+            settings = json.loads(Path(path).read_text())
+            ids = settings.get("eos_token_id")
+            if ids is None:  # of a whole model, which says it of the part that writes
+                ids = settings.get("text_config", {}).get("eos_token_id")
             if ids is not None:
                 return ids if isinstance(ids, list) else [ids]
     return []
@@ -161,7 +168,10 @@ def load_tokenizer(name: str):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(find(name))
+        tokenizer = AutoTokenizer.from_pretrained(find(name))
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = whole.processor_template(find(name))
+        return tokenizer
     except (OSError, ValueError, KeyError) as error:  # a file is missing or broken
         raise _cannot_load(name, error) from None
 
@@ -180,10 +190,11 @@ def load(
 
     tune: "none" freezes all, "full" trains all, "lora" adds adapters to `lora_targets` and trains
     only them; "qlora" too, over a base of 4 bits a weight (NF4 with double quantisation, Dettmers
-    et al. 2023, arXiv:2305.14314). "none4bit" is that base, frozen. A folder that holds an adapter
-    is loaded with its base model; with lora and qlora that adapter is trained on. dtype: of the
-    weights; "mixed" keeps them in float32 and multiplies in bfloat16. Raises UserError where a part
-    is missing.
+    et al. 2023, arXiv:2305.14314). "none4bit" is that base, frozen. Of a model that also has a
+    tower for images only the language model is trained, by each of them. A folder that holds an
+    adapter is loaded with its base model; with lora and qlora that adapter is trained on. dtype: of
+    the weights; "mixed" keeps them in float32 and multiplies in bfloat16. Raises UserError where a
+    part is missing.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -225,6 +236,8 @@ def load(
         model.peft_config["default"].base_model_name_or_path = lasting_name(base)
     if not trains_adapter:
         model.requires_grad_(tune == "full")
+    if whole.is_whole(model):
+        whole.freeze_other_parts(model)
     model.eval()
     if dtype == "mixed":
         in_dtype(model, dtype)
@@ -275,6 +288,7 @@ def check_usable_alone(name: str) -> None:
     settings = adapter_settings(name)
     kind = settings.get("peft_type")
     if kind == "LORA" and not changes_base(settings):
+        whole.check_names_for_vllm(find(name), settings.get("base_model_name_or_path"))
         return
     how = settings["init_lora_weights"] if kind == "LORA" else kind
     raise UserError(
@@ -401,29 +415,29 @@ def _check_same_lora(
     its adapter_config.json."""
     r = settings.get("r")
     alpha = settings.get("lora_alpha")
-    targets = settings.get("target_modules") or []
+    targets = whole.layer_names_of(settings.get("target_modules") or [])
     if (r, alpha) != (lora_r, lora_alpha):
         raise UserError(
             f"model = {name!r} has lora_r = {r} and lora_alpha = {alpha}, and training it cannot "
             "change them: give the same"
         )
-    if isinstance(targets, str):  # a pattern, and not a list of names
-        targets = [targets]
-    if lora_targets != ("all-linear",) and set(lora_targets) != set(targets):
+    if lora_targets != ("all-linear",) and set(lora_targets) != targets:
         raise UserError(
-            f"model = {name!r} has lora_targets = {','.join(sorted(set(targets)))}, and training "
-            "it cannot change them: give the same, or drop it"
+            f"model = {name!r} has lora_targets = {','.join(sorted(targets))}, and training it "
+            "cannot change them: give the same, or drop it"
         )
 
 
 def _load_weights(base: str, dtype: torch.dtype, device: str, four_bits: bool):
     """Loads a whole model. four_bits: its linear layers are quantised, the head and norms stay, and
-    `dtype` is what they multiply in."""
-    from transformers import AutoModelForCausalLM
-
+    `dtype` is what they multiply in. Those of a tower for images stay, too."""
     method = quantization_of(base)
+    auto_class = whole.auto_class(base)
     if not four_bits and not method:
-        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device)
+        model, info = auto_class.from_pretrained(base, dtype=dtype, output_loading_info=True)
+        whole.check_complete(base, info)
+        whole.remember_origin(model, lasting_name(base), info)
+        return model.to(device)
 
     options = {}
     if four_bits or method.startswith("bitsandbytes"):
@@ -432,15 +446,17 @@ def _load_weights(base: str, dtype: torch.dtype, device: str, four_bits: bool):
     if four_bits and not method:  # else its files say how it is rounded
         from transformers import BitsAndBytesConfig
 
+        kept_layers = None  # the head, which transformers finds by itself
+        if whole.has_tower(base):
+            kept_layers = whole.other_parts(whole.skeleton(base))
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=kept_layers,
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=dtype, device_map={"": device}, **options
-    )
+    model = auto_class.from_pretrained(base, dtype=dtype, device_map={"": device}, **options)
     if is_quantized(model):
         _never_repack(model)
     return model
@@ -473,17 +489,31 @@ def _load_adapter(model, folder: str, is_trainable: bool):
     # what changes the base is computed from weights that are there, so it is made in full; else
     # random weights would be drawn first
     is_quick = not changes_base(adapter_settings(folder))
+    config, key_mapping = whole.fit_adapter(model, folder)
     with torch.random.fork_rng():  # torch's generator stays where it was in any case
-        return PeftModel.from_pretrained(
-            model, folder, is_trainable=is_trainable, low_cpu_mem_usage=is_quick
+        adapted = PeftModel.from_pretrained(
+            model,
+            folder,
+            config=config,
+            is_trainable=is_trainable,
+            low_cpu_mem_usage=is_quick,
+            key_mapping=key_mapping,
         )
+    if config.peft_type == "LORA":  # once more, for what the first time does not say
+        options = {"is_trainable": is_trainable, "torch_device": str(model.device)}
+        result = adapted.load_adapter(folder, "default", key_mapping=key_mapping, **options)
+        whole.check_adapter_fits(folder, result)
+    return adapted
 
 
 def _add_adapter(model, lora_r: int, lora_alpha: int, lora_targets: tuple[str, ...], seed: int):
     """Puts a new adapter on a model."""
     from peft import LoraConfig, get_peft_model
 
-    targets = "all-linear" if lora_targets == ("all-linear",) else list(lora_targets)
+    if whole.is_whole(model):
+        targets = whole.lora_pattern(model, lora_targets)
+    else:
+        targets = "all-linear" if lora_targets == ("all-linear",) else list(lora_targets)
     lora = LoraConfig(
         r=lora_r, lora_alpha=lora_alpha, target_modules=targets, task_type="CAUSAL_LM"
     )
@@ -573,8 +603,12 @@ def load_reference(name: str, model, tune: str, dtype: str):
                 f"beta > 0 with model = {name!r}, an adapter with bias = {bias!r}: its biases "
                 "cannot be switched back, so use beta=0, or merge it and give the whole model"
             )
+        base = model.get_base_model()
+        config, key_mapping = whole.fit_adapter(base, find(name))
+        config.inference_mode = True
         try:
-            model.load_adapter(find(name), adapter_name="reference")
+            model.add_adapter("reference", config)
+            model.load_adapter(find(name), "reference", key_mapping=key_mapping)
         except Exception as error:
             raise _cannot_load(name, error) from error
     return model
@@ -589,7 +623,9 @@ def with_initial_weights(model):
         try:
             yield
         finally:
-            model.set_adapter("default")  # which also makes it trainable again
+            model.set_adapter("default")  # which also makes it trainable again, a tower's too
+            if whole.is_whole(model):
+                whole.freeze_other_parts(model)
     elif adapters:
         with model.disable_adapter():
             yield
@@ -617,7 +653,13 @@ def save(model, tokenizer, folder) -> None:
         ids = model.generation_config.eos_token_id  # what ends a turn may be learnt, too
         GenerationConfig(eos_token_id=ids).save_pretrained(folder)
     else:
-        model.save_pretrained(folder)
+        unused = whole.unused_tensors(model)
+        if unused:
+            model.save_pretrained(folder, state_dict=model.state_dict() | unused)
+        else:
+            model.save_pretrained(folder)
+        for file in whole.files_of_processor(model):
+            shutil.copy(file, folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -634,7 +676,11 @@ def save_adapter(model, folder) -> None:
         save_embedding_layers=any(isinstance(layer, BaseTunerLayer) for layer in embeddings),
     )
     settings = model.peft_config["default"]
-    card = CARD.format(base=settings.base_model_name_or_path, rank=settings.r)
+    auto_class = "AutoModelForCausalLM"
+    if whole.is_whole(model):
+        auto_class = "AutoModelForImageTextToText"
+    base = settings.base_model_name_or_path
+    card = CARD.format(base=base, rank=settings.r, auto_class=auto_class)
     (Path(folder) / "README.md").write_text(card, encoding="utf-8")
 
 
