@@ -109,7 +109,8 @@ def show_demonstration(cfg: train_sft.Config) -> Trajectory:
     samples = train_sft.render(
         [row], tokenizer, cfg.format, toolbox.schemas, cfg.data, cfg.template_options
     )
-    ids, mask = samples[0]
+    ids = samples[0].ids
+    mask = samples[0].mask
     trajectory = Trajectory(row, messages=row.get("messages", []), stop="answered")
     for token, is_trained in zip(ids, mask, strict=True):
         trajectory.add([token], is_trained, [0.0] if is_trained else None)

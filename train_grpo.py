@@ -94,6 +94,9 @@ class Config:
     lora_targets: tuple[str, ...] = ("all-linear",)  # names of linear layers, or all of them
     dtype: Literal["float32", "bfloat16", "mixed"] = "float32"  # weights; mixed: products bfloat16
     gradient_checkpointing: bool = False  # a third slower, and long trajectories fit
+    train_vision: bool = False  # of a model that sees: its tower too, not its language model alone
+    min_pixels: int = 0  # an image is shown with so many at least; 0: as its processor says
+    max_pixels: int = 0  # and with so many at most: 784 of Qwen2-VL's are a token
     # engine
     engine: Literal["transformers", "vllm", "server"] = "transformers"  # vllm: on a GPU
     urls: tuple[str, ...] = ()  # server: of `vllm serve` processes, such as http://127.0.0.1:8000
@@ -225,8 +228,11 @@ def check(cfg: Config) -> None:
         "max_concurrent eval_rows",
     )
     config.require_not_negative(
-        cfg, "temperature max_tool_calls warmup seed beta save_every eval_every"
+        cfg,
+        "temperature max_tool_calls warmup seed beta save_every eval_every min_pixels max_pixels",
     )
+    if cfg.train_vision and cfg.engine != "transformers":
+        raise UserError(f"train_vision with engine = {cfg.engine!r}: use engine=transformers")
     if cfg.model == "tiny":
         raise UserError("model = 'tiny' is made by train_sft.py: give the folder that it wrote")
     if cfg.tune == "qlora" and cfg.dtype == "mixed":
@@ -544,7 +550,10 @@ def train(cfg: Config) -> dict:
     settings = LearnSettings.of(cfg)
     canary = None  # scores one fixed prompt after each sync
     if read_options(cfg.engine, cfg.engine_options).canary:
-        canary = Canary(player.chat.prompt(player.examples[0]["messages"]), cfg.dtype)
+        example = player.examples[0]
+        pictures = player.chat.pictures(example)
+        prompt = player.chat.prompt(example["messages"], pictures)
+        canary = Canary(prompt, cfg.dtype, pictures)
 
     log = Log(run.out_dir, cfg.steps, COLUMNS, first_step, cfg.logger, asdict(cfg))
     advice = optim.memory_advice("token_budget", "max_tokens", "group_size")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from images import Picture
+from images import Picture, open_image
 from run.config import UserError
 
 
@@ -51,7 +51,11 @@ def read_config(name: str):
     """Reads the config of a folder or hub id."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(name)
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model = {name!r}: {reason}") from None
 
 
 def find_vision(name: str, tokenizer, min_pixels: int = 0, max_pixels: int = 0) -> "Vision | None":
@@ -67,7 +71,9 @@ def find_vision(name: str, tokenizer, min_pixels: int = 0, max_pixels: int = 0) 
         if min_pixels or max_pixels:
             raise UserError(f"min_pixels and max_pixels have no effect: {why_blind(name)}")
         return None
-    return Vision(config, family, load_processor(name, family, min_pixels, max_pixels), tokenizer)
+    processor = load_processor(name, family, min_pixels, max_pixels)
+    is_resized = bool(min_pixels or max_pixels)
+    return Vision(config, family, processor, tokenizer, is_resized)
 
 
 def why_blind(name: str) -> str:
@@ -114,15 +120,17 @@ class Vision:
     """Shows images to the models of one family.
 
     processor: of transformers, saved beside what is trained. placeholder: the id whose embeddings
-    are replaced by those of the tower; token: its text.
+    are replaced by those of the tower; token: its text. is_resized: images have another size than
+    the model's files say.
     """
 
-    def __init__(self, config, family: Family, processor, tokenizer):
+    def __init__(self, config, family: Family, processor, tokenizer, is_resized: bool = False):
         self.family = family
         self.processor = processor
         self.tokenizer = tokenizer
         self.placeholder = config.image_token_id
         self.token = tokenizer.convert_ids_to_tokens(self.placeholder)
+        self.is_resized = is_resized
         self.patch_size = config.vision_config.patch_size
         # of those that cut images into squares: how many placeholders a square has
         self.square_tokens = 0
@@ -140,6 +148,11 @@ class Vision:
             return self._in_squares(image, shown)
         except ValueError as error:  # sides of which one is 200 times the other
             raise UserError(f"an image of {image.width} x {image.height} pixels: {error}") from None
+
+    def reopen(self, sources: list, folder: str | None) -> list[Picture]:
+        """Opens images that were shown before, such as those of a recorded rollout: they have their
+        size already."""
+        return [self.prepare(open_image(source, folder), is_resized=True) for source in sources]
 
     def _resize(self, image):
         """Resizes as the processor would: by its own functions, which are PIL's."""
@@ -235,18 +248,41 @@ class Vision:
         return ids.count(self.placeholder) == sum(picture.tokens for picture in pictures)
 
 
-def collapse(ids: list[int], pictures: Sequence[Picture]) -> list[int]:
-    """Undoes Vision.expand: engines that show images themselves take one placeholder for each."""
-    collapsed = []
+def spans(ids: list[int], pictures: Sequence[Picture]) -> list[tuple[int, int]]:
+    """Finds where in ids the pictures are: (first, end) of each."""
+    found = []
     at = 0
     for picture in pictures:
         # a picture may begin with other tokens than its placeholder
         first = ids.index(picture.placeholder, at) - picture.ids.index(picture.placeholder)
-        assert ids[first : first + len(picture.ids)] == picture.ids, "other ids than the picture's"
+        at = first + len(picture.ids)
+        assert ids[first:at] == picture.ids, "other ids than the picture's"
+        found.append((first, at))
+    return found
+
+
+def collapse(ids: list[int], pictures: Sequence[Picture]) -> list[int]:
+    """Undoes Vision.expand: engines that show images themselves take one placeholder for each."""
+    collapsed = []
+    at = 0
+    for picture, (first, end) in zip(pictures, spans(ids, pictures), strict=True):
         collapsed += ids[at:first]
         collapsed.append(picture.placeholder)
-        at = first + len(picture.ids)
+        at = end
     return collapsed + ids[at:]
+
+
+def whole_beginning(
+    ids: list[int], pictures: Sequence[Picture], limit: int
+) -> tuple[int, list[Picture]]:
+    """Finds how many of the first `limit` ids can stay, so that no picture is cut in two; returns
+    that and the pictures in them."""
+    inside = []
+    for picture, (first, end) in zip(pictures, spans(ids, pictures), strict=True):
+        if end > limit:
+            return min(limit, first), inside
+        inside.append(picture)
+    return limit, inside
 
 
 # -- what tells rows apart
