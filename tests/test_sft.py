@@ -302,8 +302,8 @@ def test_openais_form_gives_the_tokens_of_a_rollout(tokenizer, tmp_path):
         {"role": "tool", "name": "find", "content": "one"},
         {"role": "tool", "name": "add", "content": "two"},
     ]
-    assert sample == Chat(tokenizer, "hermes", [find, add]).render(ours)
-    assert tokenizer.decode(sample[0]).count("one\n</tool_response>\n<tool_response>\ntwo") == 1
+    assert sample == Sample(*Chat(tokenizer, "hermes", [find, add]).render(ours))
+    assert tokenizer.decode(sample.ids).count("one\n</tool_response>\n<tool_response>\ntwo") == 1
 
 
 def test_a_call_of_a_tool_that_the_prompt_does_not_show_is_refused(tokenizer, tmp_path):
