@@ -103,7 +103,7 @@ def gemma4(vocabulary):
     seen = {"head_dim": 16, "num_key_value_heads": 2, "patch_size": 4, "pooling_kernel_size": 2}
     return Gemma4ForConditionalGeneration(
         Gemma4Config(
-            text_config=text(vocabulary, head_dim=HEAD, **layers, **inputs),
+            text_config=text(vocabulary, head_dim=HEAD, **layers, **inputs) | {"pad_token_id": 0},
             vision_config=VISION | seen | {"position_embedding_size": 64},
             audio_config=None,
             image_token_id=vocabulary - 1,
