@@ -613,7 +613,7 @@ def flat_text(content) -> str:
 def marked_text(content) -> str:
     """Joins the parts of a content, with a mark for each image."""
     if not isinstance(content, list):
-        return content or ""
+        return (content or "").replace(IMAGE, "")
     texts = []
     for part in content:
         is_image = part.get("type") == "image"

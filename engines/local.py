@@ -5,12 +5,14 @@ Shapes: B rows in the batch, P distinct prompts of theirs, T tokens, V vocabular
 
 import asyncio
 import concurrent.futures
+import itertools
 import random
 from dataclasses import dataclass, field
 
 import torch
 
 from engines.base import Completion, Engine, Sampling, finish_reason
+from engines.cache import cache_of, may_pad, new_cache, read, select_rows
 from learning.batches import pad
 from learning.vision import batch_positions, identities, tower_inputs
 from run.config import UserError
@@ -48,6 +50,7 @@ class TransformersEngine(Engine):
         self.tokenizer = tokenizer
         self.deterministic = deterministic
         self.max_batch = max_batch
+        self.may_pad = may_pad(model)
         self.unfinished = 0  # trajectories that have joined and not left
         self.waiting: list[_Request] = []
         self.is_decoding = False
@@ -121,7 +124,12 @@ class TransformersEngine(Engine):
         self.model.eval()  # dropout would make other logprobs than the trainer's
         for start in range(0, len(batch), self.max_batch):
             rows = batch[start : start + self.max_batch]
-            self._decode(rows)
+            if self.may_pad:
+                self._decode(rows)
+                continue
+            # of equal lengths: they are sorted
+            for _, equal in itertools.groupby(rows, key=lambda row: len(row.ids)):
+                self._decode(list(equal))
 
     @torch.inference_mode()
     def _decode(self, rows: list[_Request]) -> None:
@@ -133,13 +141,13 @@ class TransformersEngine(Engine):
         prompts = sorted(distinct, key=lambda prompt: (len(prompt), prompt))
         ids = [distinct[prompt].ids for prompt in prompts]
         images = [distinct[prompt].images for prompt in prompts]
-        out, attention_mask, positions, cache = self._prefill(ids, images)
+        out, attention_mask, positions = self._prefill(ids, images)
 
         # 2. from a row for each prompt to a row for each request
         prompt_numbers = {prompt: number for number, prompt in enumerate(prompts)}
         of_rows = [prompt_numbers[row.prompt] for row in rows]
         of_rows = torch.tensor(of_rows, device=device)  # (B,)
-        cache.batch_select_indices(of_rows)
+        cache = select_rows(cache_of(self.model, out), of_rows, len(prompts))
         logits = out.logits[of_rows, -1]  # (B, V)
         attention_mask = attention_mask[of_rows]  # (B, T)
         positions = positions[..., of_rows, -1:]  # (B, 1), or (3, B, 1) where images have a grid
@@ -170,7 +178,7 @@ class TransformersEngine(Engine):
             # 5. rows that have ended leave: many at a time, because leaving copies the cache
             if len(going_on) <= 0.75 * len(rows):
                 index = torch.tensor(going_on, device=device)
-                cache.batch_select_indices(index)
+                cache = select_rows(cache, index, len(rows))
                 tokens = tokens[index]
                 attention_mask = attention_mask[index]
                 positions = positions[..., index, :]
@@ -182,11 +190,12 @@ class TransformersEngine(Engine):
             column = attention_mask.new_ones(len(rows), 1)
             attention_mask = torch.cat([attention_mask, column], dim=1)
             out = self._forward(tokens[:, None], attention_mask, positions, cache)
+            cache = cache_of(self.model, out)
             logits = out.logits[:, -1]  # (B, V)
 
     def _prefill(self, prompts: list[list[int]], images: list, logits_to_keep: int = 1):
         """Runs P prompts with their Pictures, padded on the left, into a new cache; returns what
-        the model gives, the attention mask (P, T), the positions, the cache."""
+        the model gives, the attention mask (P, T) and the positions (P, T) or (3, P, T)."""
         device = self.model.device
         ids = pad(prompts, device=device, on_left=True)  # (P, T)
         ones = [[1] * len(prompt) for prompt in prompts]
@@ -195,21 +204,13 @@ class TransformersEngine(Engine):
         if positions is None:
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # the first real token is at 0
         positions = positions.to(device)
-        cache = growing_cache(self.model.config)
+        cache = new_cache(self.model)
         pixels = tower_inputs([p for pictures in images for p in pictures], device)
         out = self._forward(ids, attention_mask, positions, cache, logits_to_keep, pixels)
-        return out, attention_mask, positions, cache
+        return out, attention_mask, positions
 
     def _forward(self, ids, attention_mask, positions, cache, logits_to_keep=1, pixels=None):
-        return self.model(
-            input_ids=ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=logits_to_keep,  # 0: of all positions
-            **(pixels or {}),
-        )
+        return read(self.model, ids, attention_mask, positions, cache, logits_to_keep, pixels)
 
     def _sample(self, logits: torch.Tensor, rows: list[_Request]) -> torch.Tensor:
         """Draws the next tokens (B,) and appends them to the rows. Each row draws one uniform
@@ -255,48 +256,3 @@ def _fail(requests: list[_Request], error: BaseException) -> None:
     for request in requests:
         if not request.future.done():
             request.future.set_exception(error)
-
-
-def growing_cache(model_config, block: int = 128):
-    """Makes transformers' DynamicCache, but growing `block` tokens at a time.
-
-    The original makes a new copy of all keys and values for every token: two thirds of the time for
-    50 rows of 250 tokens (dev/log.md). Layers of other kinds (sliding windows) stay as they are.
-    """
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    class GrowingLayer(DynamicLayer):
-        # with room at the end; self.keys and self.values are views of the beginning of these
-        key_store = None
-        value_store = None
-
-        def update(self, key_states, value_states, *args, **kwargs):
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-            self.key_store = self._append(self.key_store, self.keys, key_states)
-            self.value_store = self._append(self.value_store, self.values, value_states)
-            total = self.get_seq_length() + key_states.shape[-2]
-            self.keys = self.key_store[..., :total, :]
-            self.values = self.value_store[..., :total, :]
-            return self.keys, self.values
-
-        def _append(self, store, old, new):
-            """The store, or a larger one, with `new` behind `old`."""
-            used = old.shape[-2] if old.numel() else 0
-            total = used + new.shape[-2]
-            # after a row has left the batch, `old` is a tensor of its own and no view of the store
-            is_view = store is not None and store.data_ptr() == old.data_ptr()
-            if not is_view or total > store.shape[-2]:
-                shape = list(new.shape)
-                shape[-2] = total + block
-                store = new.new_empty(shape)
-                if used:
-                    store[..., :used, :] = old
-            store[..., used:total, :] = new
-            return store
-
-    cache = DynamicCache(config=model_config.get_text_config())
-    for number, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[number] = GrowingLayer()
-    return cache

@@ -241,9 +241,9 @@ def test_a_row_shows_its_own_tools_and_else_those_of_the_config(tokenizer, monke
     made = []
 
     class Counted(Chat):
-        def __init__(self, tokenizer, format, tools, options=()):
+        def __init__(self, tokenizer, format, tools, options=(), vision=None):
             made.append([tool["function"]["name"] for tool in tools])
-            super().__init__(tokenizer, format, tools, options)
+            super().__init__(tokenizer, format, tools, options, vision=vision)
 
         def with_tools(self, tools):
             made.append([tool["function"]["name"] for tool in tools])
