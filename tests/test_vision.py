@@ -632,6 +632,37 @@ def test_an_image_that_no_processor_takes_is_a_sentence(qwen):
     assert t.calls[0].result.startswith("error: an image of 2000 x 4 pixels: ")
 
 
+@pytest.mark.parametrize("format", ["tags", "fence"])
+def test_an_image_in_an_open_turn_stands_where_the_result_does(smol, qwen, format):
+    """Inline formats go on in the assistant's turn: no template writes the image there."""
+    from formats import Call
+
+    def look(what: str):
+        """Looks.
+
+        Args:
+            what: at what
+        """
+        return ["Here: \ue0f5", eyes.picture(1), "Seen."]
+
+    # SmolVLM's template begins a turn with a blank, and a fence begins a line
+    families = (smol, qwen) if format == "tags" else (qwen,)
+    for family in families:
+        box = Toolbox([look])
+        chat = Chat(family.tokenizer, format, box.schemas, vision=family.vision)
+        call = chat.facts.lead + chat.format.write("", [Call("look", {"what": "it"})])
+        call = chat._with_stop_string(call)
+        turns = [turns_ids(family, [turn]) for turn in (call, "7" + chat.facts.close)]
+        engine = ScriptedEngine(turns, family.tokenizer)
+        (t,) = run_blocking(rollouts([asked()], chat, engine, box, Settings()))
+        assert t.stop == "answered" and len(t.images) == 1 and len(t.turn_starts) == 2
+        assert family.vision.fits(t.ids, t.images)
+        text = family.tokenizer.decode(collapse(t.ids, t.images))
+        assert f"Here: \nimage 1:{chat.facts.image}\nSeen." in text
+        ids, mask = chat.render(t.messages, t.images)
+        assert (ids[: len(t.ids)], mask[: len(t.ids)]) == (t.ids, t.mask)
+
+
 def test_long_texts_are_cut_around_their_images(qwen):
     def chatty():
         """Says a lot."""
