@@ -629,7 +629,7 @@ def test_an_image_that_no_processor_takes_is_a_sentence(qwen):
     (t,) = run_blocking(rollouts([asked(eyes.picture(1))], chat, engine, box, Settings()))
     assert t.stop == "answered" and len(t.images) == 1
     assert t.calls[0].error == "exception"
-    assert t.calls[0].result.startswith("error: an image of 2000 x 4 pixels: ")
+    assert t.calls[0].result.startswith("error: the image has 2000 x 4 pixels: expected")
 
 
 @pytest.mark.parametrize("format", ["tags", "fence"])
@@ -661,6 +661,15 @@ def test_an_image_in_an_open_turn_stands_where_the_result_does(smol, qwen, forma
         assert f"Here: \nimage 1:{chat.facts.image}\nSeen." in text
         ids, mask = chat.render(t.messages, t.images)
         assert (ids[: len(t.ids)], mask[: len(t.ids)]) == (t.ids, t.mask)
+
+
+def test_images_of_any_mode_are_shown_in_colour(qwen):
+    """A tool may return grey, a palette, or what is transparent."""
+    image = eyes.picture(1)
+    for mode in ("L", "P", "RGBA", "1"):
+        picture = qwen.chat.picture(image.convert(mode))
+        assert picture.original.mode == picture.shown.mode == "RGB"
+    assert qwen.chat.picture(image.convert("RGBA")).key == qwen.chat.picture(image).key
 
 
 def test_long_texts_are_cut_around_their_images(qwen):
