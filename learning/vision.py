@@ -60,19 +60,20 @@ def read_config(name: str):
 
 def find_vision(name: str, tokenizer, min_pixels: int = 0, max_pixels: int = 0) -> "Vision | None":
     """Loads what shows images to the model `name` (a whole one, not an adapter); None where it
-    reads text only, or its family is not proved.
+    reads text only, its family is not proved, or it lacks what showing takes: `why_blind` says.
 
     min_pixels, max_pixels: of an image as it is shown; 0: as the model's processor says. UserError
     where they have no effect.
     """
     config = read_config(name)
     family = FAMILIES.get(config.model_type)
-    if family is None:
-        if min_pixels or max_pixels:
+    has_token = family and tokenizer.convert_ids_to_tokens(config.image_token_id)
+    processor = load_processor(name, family, min_pixels, max_pixels) if has_token else None
+    is_resized = bool(min_pixels or max_pixels)
+    if processor is None:
+        if is_resized:
             raise UserError(f"min_pixels and max_pixels have no effect: {why_blind(name)}")
         return None
-    processor = load_processor(name, family, min_pixels, max_pixels)
-    is_resized = bool(min_pixels or max_pixels)
     return Vision(config, family, processor, tokenizer, is_resized)
 
 
@@ -82,6 +83,11 @@ def why_blind(name: str) -> str:
     known = ", ".join(FAMILIES)
     if getattr(config, "vision_config", None) is None:
         return f"model = {name!r} ({config.model_type}) sees no images: take one of {known}"
+    if config.model_type in FAMILIES:
+        return (
+            f"model = {name!r} has no image processor (preprocessor_config.json), or its tokenizer "
+            "no token for an image: get all of its files"
+        )
     return (
         f"model = {name!r} is of the family {config.model_type}, which is not proved for images: "
         f"take one of {known}"
@@ -89,15 +95,14 @@ def why_blind(name: str) -> str:
 
 
 def load_processor(name: str, family: Family, min_pixels: int, max_pixels: int):
-    """Loads the image processor of a folder or hub id. UserError if there is none."""
+    """Loads the image processor of a folder or hub id; None if there is none."""
     import transformers
 
     processor_class = getattr(transformers, family.processor)
     try:
         processor = processor_class.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model = {name!r} has no image processor: {reason}") from None
+    except (OSError, ValueError):
+        return None
     if not (min_pixels or max_pixels):
         return processor
     if not family.has_grid:

@@ -543,6 +543,26 @@ def test_a_template_that_shows_no_images_of_tools_has_them_behind_in_a_users_mes
     assert (ids[: len(t.ids)], mask[: len(t.ids)]) == (t.ids, t.mask)
 
 
+def test_a_model_that_lacks_what_showing_takes_is_one_of_text(qwen, tokenizer, tmp_path):
+    """No processor, no token, a template that shows none: text goes on as before."""
+    import shutil
+
+    assert find_vision(qwen.folder, tokenizer) is None  # whose vocabulary ends before the token
+    folder = tmp_path / "bare"
+    shutil.copytree(qwen.folder, folder)
+    (folder / "preprocessor_config.json").unlink()
+    assert find_vision(str(folder), qwen.tokenizer) is None
+    assert "has no image processor" in seeing.why_blind(str(folder))
+    plain = eyes.tokenizer_of("qwen3_vl")
+    plain.chat_template = tokenizer.chat_template
+    chat = Chat(plain, "hermes", Toolbox([zoom]).schemas, vision=qwen.vision)
+    assert chat.vision is None
+    assert "shows no images, so the model is shown none" in chat.differences
+    assert chat.prompt(asked()["messages"])
+    with pytest.raises(UserError, match="this model sees no images"):
+        chat.prompt(asked(eyes.picture(1))["messages"])
+
+
 def test_a_chat_that_sees_nothing_refuses_images(tokenizer):
     chat = Chat(tokenizer, "hermes")
     example = asked(eyes.picture(1))
