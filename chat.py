@@ -15,6 +15,11 @@ encoding the text, so nothing is cached, and whatever a template does to a resul
 simply done.
 `render` makes the ids and the mask of SFT from the same pieces.
 
+Images are content parts, {"type": "image"}, in messages of the user and in results; what each shows
+is given beside the messages, as Pictures in their order. The template writes one placeholder for
+each, which becomes the ids of its Picture when the text is encoded. Where a template shows none in
+results, they follow in a message of the user.
+
 Is that concatenation what the model was trained to read? `Chat(...)` proves it on a few dummy
 conversations: the template's rendering of the whole is the concatenation, in text and in ids, or
 differs in ways that `differences` then lists. Otherwise a UserError says what was seen. The proof
@@ -38,7 +43,7 @@ import jinja2
 
 from formats import FORMATS, Call
 from formats.base import any_of, as_json, split_thought, with_ids
-from formats.messages import assistant_message, calls_of, openai_call
+from formats.messages import assistant_message, calls_of, count_images, has_images, openai_call
 from formats.proof import (
     QUESTION,
     SENTINEL,
@@ -49,11 +54,17 @@ from formats.proof import (
     find_format,
     find_opening,
 )
+from images import Picture, open_image
+from learning.vision import Vision
 from run.config import UserError
 
 # Stands for the n-th added token typed in somebody's text; code points for private use.
 MARK = "\ue0f3{}\ue0f4"
 MARKED = re.compile("\ue0f3([0-9]+)\ue0f4")
+# Stands for an image in a result that is written into the text of a turn; for private use, too.
+IMAGE = "\ue0f5"
+BLIND = "this model sees no images: leave out the rows that have some"
+LABEL = re.compile(r"image \d+:\s*$")  # what the loop writes in front of an image of a result
 # What every template is given, and no option can set.
 TEMPLATE_INPUTS = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
 # Templates that write the date get this one: a run resumed tomorrow sees the same prompts.
@@ -68,7 +79,7 @@ class Chat:
     format; the ids stay as sampled even if the last token goes on behind it. differences:
     sentences on where the template itself would write a conversation in another way. options: of
     the template, such as "enable_thinking=false" for Qwen3. eos_ids: further ids that end a turn,
-    those of the model's generation_config.
+    those of the model's generation_config. vision: of a model that sees.
     UserError: the template cannot be proved, or does not know an option."""
 
     def __init__(
@@ -78,12 +89,14 @@ class Chat:
         tools: list[dict] = (),
         options: Sequence[str] = (),
         eos_ids: Sequence[int] = (),
+        vision: Vision | None = None,
     ):
         if format not in (*FORMATS, "auto"):
             raise UserError(f"format = {format!r}: expected one of auto, {', '.join(FORMATS)}")
         self.tokenizer = tokenizer
         self.tools = list(tools)
         self.eos_ids = tuple(eos_ids)
+        self.vision = vision
         self.format_name = format
         self.format = FORMATS["hermes" if format == "auto" else format](self.tools)
         try:
@@ -102,11 +115,19 @@ class Chat:
         self.added_tokens = sorted(texts, key=len, reverse=True)
         in_user = [token for token in self.added_tokens if token in special]
         in_tool = [token for token in self.added_tokens if token in special or token in template]
-        self._guards = {"user": any_of(in_user), "tool": any_of(in_tool), "assistant": any_of([])}
+        # Nor may anybody's text become an image, what the assistant writes included.
+        for_images = [vision.token] if vision else []
+        in_user += [token for token in for_images if token not in in_user]
+        in_tool += [token for token in for_images if token not in in_tool]
+        self._guards = {
+            "user": any_of(in_user),
+            "tool": any_of(in_tool),
+            "assistant": any_of(for_images),
+        }
 
         self.facts = TemplateFacts()
         find_facts(self)
-        self._guards["assistant"] = any_of(self.facts.stop_tokens)
+        self._guards["assistant"] = any_of([*self.facts.stop_tokens, *for_images])
         if format == "auto" or (self.tools and not self.format.inline):
             find_format(self)
         if "strftime_now" in template:
@@ -120,7 +141,9 @@ class Chat:
         """Makes this chat with other tools, for rows that bring their own. The proof is the
         template's and takes tens of milliseconds: only that all tools are shown is repeated."""
         if not self.tools or not tools:  # a template may be another one without tools
-            return Chat(self.tokenizer, self.format_name, tools, self.options, self.eos_ids)
+            return Chat(
+                self.tokenizer, self.format_name, tools, self.options, self.eos_ids, self.vision
+            )
         other = copy(self)
         other.tools = list(tools)
         other.format = FORMATS[self.format_name](other.tools)
@@ -132,9 +155,24 @@ class Chat:
 
     # What the loop uses.
 
-    def prompt(self, messages: list[dict]) -> list[int]:
-        """Encodes the messages before the first sampled turn, tool schemas, generation prompt."""
-        return self.encode(self.text_of(messages, generate=True, start=True), first=True)
+    def pictures(self, example: dict) -> list[Picture]:
+        """Opens the images of a data row's messages, and makes them what the model sees."""
+        folder = example.get("image_folder")
+        return [self.picture(source, folder) for source in example.get("images") or ()]
+
+    def picture(self, source, folder: str | None = None) -> Picture:
+        """Makes what the model sees of an image: one of PIL, or what images.open_image opens.
+        UserError if it sees none."""
+        if self.vision is None:
+            raise UserError(BLIND)
+        return self.vision.prepare(open_image(source, folder))
+
+    def prompt(self, messages: list[dict], pictures: Sequence[Picture] = ()) -> list[int]:
+        """Encodes the messages before the first sampled turn, tool schemas, generation prompt.
+        pictures: those of its images, in order."""
+        self._check_images(messages, pictures)
+        text = self.text_of(messages, generate=True, start=True)
+        return self.encode(text, first=True, pictures=pictures)
 
     def opening_behind(self, ids: list[int]) -> str:
         """Finds the thinking that is open at the end of a context: by its generation prompt, which
@@ -164,13 +202,18 @@ class Chat:
         return self.tokenizer.convert_ids_to_tokens(ids[-1]) == self.facts.call_close
 
     def observation(
-        self, results: list[tuple[Call, str]], closed: bool, prompt: Sequence[dict] = (QUESTION,)
+        self,
+        results: list[tuple[Call, str | list]],
+        closed: bool,
+        prompt: Sequence[dict] = (QUESTION,),
+        pictures: Sequence[Picture] = (),
     ) -> list[int]:
         """Encodes what comes between a turn and the next (mask 0).
 
-        results: in call order; a content is a string, or a list of content parts if the template
-        takes them. closed: the turn ended in one of stop_ids. If not, the missing close comes
-        first, or an inline format goes on. prompt: the messages before the first turn."""
+        results: in call order; a content is a string, or a list of content parts if there are
+        images in it. closed: the turn ended in one of stop_ids. If not, the missing close comes
+        first, or an inline format goes on. prompt: the messages before the first turn. pictures: of
+        the images of all results, in order."""
         # 1. the results as messages, each with the name and the id of its call
         messages = []
         calls = with_ids([call for call, _ in results])
@@ -183,28 +226,52 @@ class Chat:
             }
             messages.append(message)
 
+        self._check_images(messages, pictures)
+
         # 2. as text, if the format is inline: the turn goes on behind it, or, where its calls or
         # the model itself closed it, it is a user's message
         if self.format.inline:
             text = self._inline_results(messages)
             if self.format.in_place and not closed:
-                return self.encode(text)
-            messages = [{"role": "user", "content": text}]
+                return self.encode(text, pictures=pictures)
+            messages = [{"role": "user", "content": image_parts(text)}]
 
         # 3. what the template writes around them
         text = self._between(messages, closed, prompt)
-        return self.encode(text)
+        return self.encode(text, pictures=pictures)
 
-    def render(self, messages: list[dict]) -> tuple[list[int], list[int]]:
+    def render(
+        self, messages: list[dict], pictures: Sequence[Picture] = ()
+    ) -> tuple[list[int], list[int]]:
         """Encodes a whole conversation -> ids, and a mask: 1 on what the model is to write, stop
-        tokens too."""
+        tokens too. pictures: those of its images, in order."""
+        self._check_images(messages, pictures)
         ids = []
         mask = []
         for text, bit in self.pieces(messages):
-            piece = self.encode(text, first=not ids)
+            piece = self._ids_of_text(text, first=not ids)
+            if self.vision:
+                shown = piece.count(self.vision.placeholder)
+                piece = self._expand(piece, pictures[:shown])
+                pictures = pictures[shown:]
             ids += piece
             mask += [bit] * len(piece)
+        if pictures:
+            raise self.refusal(f"it does not show {len(pictures)} of the images")
         return ids, mask
+
+    def fits(self, ids: list[int], pictures: Sequence[Picture]) -> bool:
+        """Says whether a context holds as many placeholders as its pictures have: what a model
+        sampled may have added one."""
+        return self.vision is None or self.vision.fits(ids, pictures)
+
+    def _check_images(self, messages, pictures) -> None:
+        """Refuses messages whose images are not those given beside them."""
+        if self.vision is None and has_images(messages):
+            raise UserError(BLIND)
+        count = count_images(messages)
+        if count != len(pictures):
+            raise UserError(f"its messages have {count} images, but {len(pictures)} are given")
 
     def message(self, text: str, calls: list[Call], opening: str | None = None) -> dict:
         """Makes the message of a sampled turn, in OpenAI form. Its calls stay in the text if the
@@ -243,6 +310,8 @@ class Chat:
         messages = self.name_results(messages)
         if self.format.inline:  # to the template its calls and results are text
             messages = self.join_open_turn(self.results_as_user(messages))
+        if not self.facts.tool_images:
+            messages = images_as_user(messages)
         messages = self.to_template_form(messages)
         shows_tools = start and self.tools and not self.format.inline
         try:
@@ -356,8 +425,8 @@ class Chat:
         text = ""
         for result in results:
             name = result.get("name") or ""
-            text += self.format.result(name, flat_text(result["content"]))
-        return self._guard(text, "tool")
+            text += self.format.result(name, marked_text(result["content"]))
+        return IMAGE.join(self._guard(part, "tool") for part in text.split(IMAGE))
 
     def _with_stop_string(self, text) -> str:
         """Completes the stop string that ends an open turn. An engine stops at all of it: a "```"
@@ -394,7 +463,7 @@ class Chat:
         shown = []
         for role, run in groupby(messages, key=itemgetter("role")):
             if role == "tool":
-                shown.append({"role": "user", "content": self._inline_results(run)})
+                shown.append({"role": "user", "content": image_parts(self._inline_results(run))})
             else:
                 shown += run
         return shown
@@ -500,11 +569,27 @@ class Chat:
     def _guard(self, text, role) -> str:
         """Marks the control tokens in somebody's text; encode writes them as ordinary text."""
         guard = self._guards.get(role, self._guards["user"])
+        if self.vision:
+            text = text.replace(IMAGE, "")  # typed by somebody
         return guard.sub(lambda token: MARK.format(self.added_tokens.index(token[0])), text)
 
-    def encode(self, text: str, first: bool = False) -> list[int]:
+    def encode(self, text: str, first: bool = False, pictures: Sequence[Picture] = ()) -> list[int]:
         """Encodes text of the template, in which control tokens count. first: it begins a
-        conversation."""
+        conversation. pictures: those of the placeholders in it, in order."""
+        ids = self._ids_of_text(text, first)
+        return self._expand(ids, pictures) if self.vision else ids
+
+    def _expand(self, ids, pictures) -> list[int]:
+        """Puts the ids of the pictures in the place of the placeholders that stand for them."""
+        written = ids.count(self.vision.placeholder)
+        if written != len(pictures):
+            raise self.refusal(f"it shows {written} of {len(pictures)} images")
+        return self.vision.expand(ids, pictures)
+
+    def _ids_of_text(self, text, first) -> list[int]:
+        """Encodes text of the template; an image is one placeholder."""
+        if self.vision:
+            text = text.replace(IMAGE, self.facts.image)
         # A marked control token becomes ordinary tokens of the same text: its first character and
         # the others, neither of which is a token.
         segments = []
@@ -570,6 +655,50 @@ def flat_text(content) -> str:
     if isinstance(content, list):
         return "".join(part.get("text", "") for part in content)
     return content or ""
+
+
+def marked_text(content) -> str:
+    """Joins the parts of a content, with a mark for each image."""
+    if not isinstance(content, list):
+        return (content or "").replace(IMAGE, "")
+    texts = []
+    for part in content:
+        is_image = part.get("type") == "image"
+        texts.append(IMAGE if is_image else part["text"].replace(IMAGE, ""))
+    return "".join(texts)
+
+
+def image_parts(text: str) -> str | list[dict]:
+    """Makes content parts of a text with marks for images; without one it stays a text."""
+    if IMAGE not in text:
+        return text
+    parts = []
+    for number, between in enumerate(text.split(IMAGE)):
+        if number:
+            parts.append({"type": "image"})
+        if between:
+            parts.append({"type": "text", "text": between})
+    return parts
+
+
+def images_as_user(messages: list[dict]) -> list[dict]:
+    """Moves the images of results into a user's message behind them, each with its label."""
+    moved = []
+    for role, run in groupby(messages, key=itemgetter("role")):
+        shown = []
+        for message in run:
+            content = message.get("content")
+            if role == "tool" and has_images([message]):
+                for before, part in zip([{}, *content], content, strict=False):
+                    if part["type"] == "image":
+                        label = LABEL.search(before.get("text", ""))
+                        shown += [{"type": "text", "text": label[0]}] if label else []
+                        shown.append(part)
+                message = message | {"content": flat_text(content)}
+            moved.append(message)
+        if shown:
+            moved.append({"role": "user", "content": shown})
+    return moved
 
 
 def split_system(messages: Sequence[dict]) -> tuple[str, list[dict]]:

@@ -17,13 +17,23 @@ import re
 from pathlib import Path
 
 from formats.base import THINK
-from formats.messages import NO_IMAGES, calls_of, read_messages
+from formats.messages import NOT_SEEN, calls_of, has_images, read_messages, take_images
 from run.config import UserError, near
 from tools import sql
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 SUFFIXES = (".json", ".jsonl", ".parquet")
-UNSEEN = ("image", "images", "video", "videos", "audio", "audios")  # columns of what is not text
+UNSEEN = ("video", "videos", "audio", "audios")  # columns of what no model here is shown
+# Who says a turn in a `conversations` column, and our name for it.
+SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+}
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell it, UTF-8 cannot
 
 # ---- examples: what prompts and rewards are made of
@@ -50,6 +60,8 @@ def load(
     one.
     In the template {prompt} is the prompt column and {name} any other; all other braces, also
     those in the data, stay as they are. The answer is text, a number, or a list of accepted ones.
+    Images are content parts (a path beside the file, a data URI, PIL), or in the columns image or
+    images: then the example has `images`, what says where each is, in order, and `image_folder`.
     answer_after="####": only what follows its last occurrence, without commas, is the answer.
     limit: the first n rows. seed: of a generated task. require_answer=False: a row that has no
     answer gets "". database: the SQLite file of a row, as a template: then row["database"] is its
@@ -60,6 +72,7 @@ def load(
         raise UserError(f"limit = {limit}: expected at least 1, or none for all rows")
     rows = itertools.islice(_read_rows(data, split, seed), limit)
     filled_in = _is_filled_in(data)
+    folder = image_folder(data)
     examples = []
     for index, row in enumerate(rows):
         try:
@@ -70,6 +83,7 @@ def load(
             if filled_in and isinstance(row.get(prompt_column), list):
                 row = row | {prompt_column: _without_none(row[prompt_column])}
             messages = _prompt(row, prompt_column, prompt_template, answer_column)
+            row, messages = _with_images(row, messages, folder)
             if system_prompt and not _has_system_message(messages):
                 messages = [{"role": "system", "content": system_prompt}, *messages]
             answer = ""
@@ -202,7 +216,8 @@ def conversations(data, rows=None, seed=0, system_prompt="") -> list[dict]:
     {"row", "messages", "tools"}: a conversation in OpenAI chat form. Contents are text, arguments
     objects, results in the order of their calls; tools is a list of JSON schemas, or None.
     {"row", "ids", "mask"}: a trajectory as in rollouts.jsonl, to be used as it is: its messages
-    are left out. Both keep the columns `reward` and `text`.
+    are left out. Both keep the columns `reward` and `text`, and have `images` and `image_folder` if
+    there are images, as in `load`; those of a trajectory are as they were shown.
 
     system_prompt as in `load`. Raises UserError, with the row's number, where a row does not fit.
     """
@@ -212,15 +227,16 @@ def conversations(data, rows=None, seed=0, system_prompt="") -> list[dict]:
     else:
         source = itertools.islice(_read_rows(data, "train", seed), rows)
     filled_in = _is_filled_in(data)
+    folder = image_folder(data)
     demonstrations = []
     for number, row in enumerate(source, 1):
         try:
             _refuse_unseen(row)
             # an endpoint's rollouts (evaluate.py) have no ids: they are conversations
             if row.get("ids") and row.get("mask") is not None:
-                demonstration = _recorded(row)
+                demonstration = _recorded(row, folder)
             else:
-                demonstration = _conversation(row, filled_in)
+                demonstration = _conversation(row, filled_in, folder)
         except UserError as error:
             raise UserError(f"{data}, row {number}: {error}") from None
         for name in ("reward", "text"):
@@ -310,8 +326,8 @@ def _decoded(ids, tokenizer):
     return tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def _recorded(row):
-    """The ids and the mask of a recorded trajectory."""
+def _recorded(row, folder):
+    """The ids and the mask of a recorded trajectory, and its images."""
     ids = row["ids"]
     mask = row["mask"]
     if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
@@ -324,12 +340,17 @@ def _recorded(row):
             raise UserError(f"its 'mask' holds {value!r}: expected 0 or 1")
     if mask[:1] == [1]:
         raise UserError("its 'mask' begins with 1, but nothing stands before the first token")
-    return {"ids": ids, "mask": mask}
+    sources = _image_column(row)
+    _check_sources(sources, folder)
+    images = {"images": sources, "image_folder": folder} if sources else {}
+    return {"ids": ids, "mask": mask, **images}
 
 
-def _conversation(row, filled_in):
+def _conversation(row, filled_in, folder):
     """The messages and the tools of a demonstration, in one form whatever the source wrote.
     filled_in: its objects have keys whose value None only says that there is no such key."""
+    if "messages" not in row and isinstance(row.get("conversations"), list):
+        row = row | {"messages": _sharegpt(row["conversations"], row.get("system"))}
     if "messages" not in row:
         there = f"no column 'messages', there are {', '.join(row)}"
         raise UserError(f"{there}: SFT takes whole conversations, or trajectories (ids and mask)")
@@ -346,7 +367,34 @@ def _conversation(row, filled_in):
         raise UserError("no assistant message, so nothing to learn")
     if roles[0] == "assistant":
         raise UserError("it begins with an assistant message: there has to be a prompt before it")
-    return {"messages": messages, "tools": _schemas(tools)}
+    row, messages = _with_images(row, messages, folder)
+    images = {}
+    if has_images(messages):
+        images = {"images": row["images"], "image_folder": row["image_folder"]}
+    return {"messages": messages, "tools": _schemas(tools), **images}
+
+
+def _sharegpt(turns, system):
+    """The messages of a `conversations` column: {"from", "value"}, as LLaMA-Factory reads it."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for turn in turns:
+        if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+            raise UserError(f"'conversations' holds {turn!r:.80}: expected from and value")
+        speaker = turn["from"]
+        content = turn["value"]
+        if speaker not in SPEAKERS:
+            known = ", ".join(SPEAKERS)
+            raise UserError(f"'conversations' has one from {speaker!r}: expected {known}")
+        message = {"role": SPEAKERS[speaker], "content": content}
+        if speaker == "function_call":
+            try:
+                calls = json.loads(content)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"its function_call is broken JSON: {error}") from None
+            calls = calls if isinstance(calls, list) else [calls]
+            message |= {"content": "", "tool_calls": [{"function": call} for call in calls]}
+        messages.append(message)
+    return messages
 
 
 def _schemas(tools):
@@ -367,6 +415,61 @@ def _schemas(tools):
 
 
 # ---- both
+
+
+def image_folder(data) -> str | None:
+    """Returns the folder in which the images of a data set's rows are looked for: its own, or that
+    of its file; None for a task and for the hub, whose rows hold the images themselves."""
+    path = Path(data).expanduser().resolve()
+    if is_file(data):
+        return str(path.parent)
+    return str(path) if path.is_dir() else None
+
+
+def _with_images(row, messages, folder):
+    """(the row, its messages), with the images of both taken out into row["images"]; what has none
+    stays as it is."""
+    messages, sources = take_images(messages, _image_column(row))
+    if not sources:
+        return row, messages
+    _check_sources(sources, folder)
+    others = {name: value for name, value in row.items() if name not in ("image", "images")}
+    return {**others, "images": sources, "image_folder": folder}, messages
+
+
+def _image_column(row):
+    """What the columns image and images hold, as a list."""
+    found = []
+    for name in ("image", "images"):
+        value = row.get(name)
+        if value is None or value == "" or value == []:
+            continue
+        if found:
+            raise UserError("it has a column 'image' and a column 'images': drop one of them")
+        found = list(value) if isinstance(value, list | tuple) else [value]
+    sources = []
+    for value in found:
+        # Parquet and the hub: {"bytes": …, "path": …}
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        sources.append(value)
+    return sources
+
+
+def _check_sources(sources, folder):
+    """Refuses, before anything slow, images that are not there; they are opened when needed."""
+    for source in sources:
+        if not isinstance(source, str) or source.startswith("data:"):
+            continue
+        if "://" in source:
+            raise UserError(
+                f"its image {source[:80]!r} is on the internet: fetch it, and give its path"
+            )
+        if folder is None:
+            raise UserError(f"its image {source[:80]!r} is a path, but the data is no file")
+        path = Path(folder, source).resolve()
+        if not path.is_file() or not path.is_relative_to(folder):
+            raise UserError(f"its image {source[:80]!r} is no file in {folder}, where the data is")
 
 
 def _has_system_message(messages):
@@ -392,7 +495,7 @@ def _refuse_unseen(row):
     """Refuses a row with something in it that no model here would read."""
     for column in UNSEEN:
         if row.get(column):
-            raise UserError(f"its {column!r} would not be seen: {NO_IMAGES}")
+            raise UserError(f"its {column!r} would not be seen: {NOT_SEEN}")
     for column, value in row.items():
         _refuse_surrogates(value, column)
 
@@ -520,7 +623,20 @@ def _hub_rows(name, config, split):
         rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # a wrong split, configuration, format: it says what there is
         raise UserError(f"cannot load {name!r}: {_flat(error)}") from error
-    yield from rows
+    yield from _undecoded(rows)
+
+
+def _undecoded(rows):
+    """The rows with their images as the bytes of their files, a hundredth of what pixels take."""
+    import datasets
+
+    for name, feature in (rows.features or {}).items():
+        inner = getattr(feature, "feature", None)
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(inner, datasets.Image):
+            rows = rows.cast_column(name, datasets.List(datasets.Image(decode=False)))
+    return rows
 
 
 def _task(name):

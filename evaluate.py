@@ -358,7 +358,7 @@ async def play_api_turn(
         return
 
     # 3. run them, and tell their results
-    results = await run_calls(trajectory, calls, session, toolbox, settings, tokenizer=None)
+    results, _ = await run_calls(trajectory, calls, session, toolbox, settings, chat=None)
     if trajectory.stop:
         return
     for tool_call, (_, result) in zip(message["tool_calls"], results, strict=True):

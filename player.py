@@ -17,6 +17,7 @@ from engines.base import Engine, check_engine
 from engines.local import TransformersEngine
 from engines.options import read_options
 from learning import model as models
+from learning.vision import Vision, find_vision, why_blind
 from rollout import Settings, rollouts
 from run.config import UserError
 from run.loop import run_blocking
@@ -56,7 +57,8 @@ class Player:
         # 2. the chat template, proved before any weights are loaded
         tokenizer = models.load_tokenizer(cfg.model, cfg.chat_template)
         eos_ids = models.eos_ids(cfg.model)
-        chat = Chat(tokenizer, cfg.format, toolbox.schemas, cfg.template_options, eos_ids)
+        vision = load_vision(cfg, tokenizer, examples)
+        chat = Chat(tokenizer, cfg.format, toolbox.schemas, cfg.template_options, eos_ids, vision)
         check_prompts(chat, examples, cfg.max_tokens)
 
         # 3. the weights, unless an engine elsewhere has them
@@ -72,7 +74,9 @@ class Player:
                 lora_alpha=cfg.lora_alpha,
                 lora_targets=cfg.lora_targets,
                 seed=cfg.seed,
+                train_vision=cfg.train_vision,
             )
+            models.set_image_size(model, vision)
             models.set_stop_ids(model, chat.stop_ids)
             models.check_positions(model, cfg.model, cfg.max_tokens)
         settings = Settings.of(cfg)
@@ -168,10 +172,30 @@ def validation_examples(cfg) -> list[dict]:
     return load_examples(cfg, source, "test", cfg.eval_rows, VALIDATION_SEED)
 
 
+def load_vision(cfg, tokenizer, examples: list[dict]) -> Vision | None:
+    """Loads what shows images to the model of a config; None where it or its engine shows none.
+    UserError if there are images then, or keys that have no effect."""
+    base = models.base_of(cfg.model)
+    vision = None
+    if cfg.engine == "transformers":
+        vision = find_vision(base, tokenizer, cfg.min_pixels, cfg.max_pixels)
+        reason = "" if vision else why_blind(base)
+    else:
+        reason = f"engine = {cfg.engine!r} shows none yet, use engine=transformers"
+        if cfg.min_pixels or cfg.max_pixels:
+            raise UserError(f"min_pixels and max_pixels have no effect: {reason}")
+    if vision is None and cfg.train_vision:
+        raise UserError(f"train_vision has no effect: {reason}")
+    for example in examples:
+        if vision is None and example.get("images"):
+            raise UserError(f"row {example['id'] + 1} has images: {reason}")
+    return vision
+
+
 def check_prompts(chat: Chat, examples: list[dict], max_tokens: int) -> None:
     """Checks that there is room to answer the first prompt, and that the template renders prompts
     like all of these: one of each sequence of roles. UserError, with the row's number."""
-    length = len(chat.prompt(examples[0]["messages"]))
+    length = len(chat.prompt(examples[0]["messages"], chat.pictures(examples[0])))
     if length >= max_tokens:
         raise UserError(f"max_tokens = {max_tokens}: the first prompt alone has {length}")
     tools = [tool["function"]["name"] for tool in chat.tools]
@@ -182,7 +206,7 @@ def check_prompts(chat: Chat, examples: list[dict], max_tokens: int) -> None:
             if "assistant" in roles:
                 data.check_calls(example["messages"], tools, remedy="name it in --tools=…")
             if roles not in seen:
-                chat.prompt(example["messages"])
+                chat.prompt(example["messages"], chat.pictures(example))
         except UserError as error:
             raise UserError(f"row {example['id'] + 1}: {error}") from None
         seen.add(roles)

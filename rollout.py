@@ -4,7 +4,8 @@
 
 Every trajectory is its own asyncio task, so a slow tool delays only the trajectory that called it.
 What the engine sampled is appended as it came (mask 1); what the template and the tools add is
-tokenised once and appended (mask 0). No text is ever turned back into sampled ids.
+tokenised once and appended (mask 0). No text is ever turned back into sampled ids. An image that a
+tool returns goes into the trajectory with the tokens that stand for it, or neither does.
 
 `rollouts` plays many trajectories, `play` one, `play_turn` one turn of it. `python play.py` shows a
 rollout in colour.
@@ -13,12 +14,14 @@ rollout in colour.
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import rewards as reward_functions
 from chat import Chat
 from engines.base import Engine, Sampling
+from images import Picture
+from run.config import UserError
 from tools import Toolbox
 from tools.calling.base import shorten
 from trajectory import ToolCall, Trajectory
@@ -83,8 +86,10 @@ async def rollouts(
     async def work() -> None:
         # one worker plays one trajectory after the other; the next begins before this is scored
         try:
-            for trajectory, prompt in waiting:
-                await play(trajectory, prompt, chat, engine, toolbox, settings, step, turn)
+            for trajectory, prompt, pictures in waiting:
+                await play(
+                    trajectory, prompt, chat, engine, toolbox, settings, step, turn, pictures
+                )
                 tasks.create_task(finish(trajectory))
         finally:
             engine.leave()  # also where it failed: a deterministic engine waits for all who joined
@@ -117,13 +122,15 @@ async def rollouts(
 
 def unplayed(
     examples: list[dict], chat: Chat, samples: int, first_group: int
-) -> Iterator[tuple[Trajectory, list[int]]]:
-    """Yields (trajectory, prompt ids) for each sample of each example. A prompt is rendered once
-    for its group, when its first trajectory is about to be played."""
+) -> Iterator[tuple[Trajectory, list[int], list[Picture]]]:
+    """Yields (trajectory, prompt ids, their Pictures) for each sample of each example. A prompt is
+    rendered once for its group, and its images opened, when its first trajectory is about to be
+    played."""
     for group, example in enumerate(examples, first_group):
-        prompt = chat.prompt(example["messages"])
+        pictures = chat.pictures(example)
+        prompt = chat.prompt(example["messages"], pictures)
         for sample in range(samples):
-            yield Trajectory(example, group, sample), prompt
+            yield Trajectory(example, group, sample), prompt, pictures
 
 
 async def score(trajectory: Trajectory, rewards: dict) -> None:
@@ -133,6 +140,8 @@ async def score(trajectory: Trajectory, rewards: dict) -> None:
     trajectory.turn_rewards = reward_functions.by_turn(scores, rewards)
     trajectory.rewards = reward_functions.summed(scores)
     trajectory.reward = reward_functions.total(trajectory.rewards, rewards)
+    if trajectory.stop == "placeholder":  # what it sampled last is not there to be learnt from
+        trajectory.reward = None
 
 
 async def play(
@@ -144,17 +153,19 @@ async def play(
     settings: Settings,
     step: int = 0,
     turn: Callable | None = None,
+    pictures: Sequence[Picture] = (),
 ) -> Trajectory:
-    """Plays one trajectory to its end, whatever the model and the tools do; sets `stop`."""
+    """Plays one trajectory to its end, whatever the model and the tools do; sets `stop`. pictures:
+    those of the prompt."""
     play_one_turn = turn or play_turn
     started = time.monotonic()
     trajectory.version = engine.version
 
     # 1. the prompt, and tools with a state of this trajectory's own
-    trajectory.add(prompt, mask=0)
+    trajectory.add(prompt, mask=0, images=pictures)
     trajectory.messages = list(trajectory.example["messages"])
     try:
-        session = toolbox.open(trajectory.example)
+        session = toolbox.open(trajectory.example, trajectory.images)
     except Exception as error:  # a state that cannot be made ends this trajectory, not the run
         toolbox.errors["open"] += 1
         trajectory.calls.append(ToolCall(0, "", None, f"{error}", "exception", 0.0))
@@ -188,10 +199,13 @@ async def play_turn(
     step: int,
 ) -> None:
     """Plays one assistant turn and runs its calls; sets trajectory.stop if it was the last."""
-    # 1. is there room for even one token?
+    # 1. is there room for even one token, and does each image stand where its tokens are?
     room = settings.max_tokens - len(trajectory.ids)
     if room <= 0:
         trajectory.stop = "length"
+        return
+    if not chat.fits(trajectory.ids, trajectory.images):
+        trajectory.stop = "placeholder"
         return
 
     # 2. sample; the ids go into the trajectory as they came
@@ -209,6 +223,11 @@ async def play_turn(
     opening = chat.opening_behind(trajectory.ids)
     completion = await engine.generate(trajectory.ids, trajectory.images, sampling)
     assert engine.version == trajectory.version, "weights changed inside of a trajectory"
+    if not chat.fits(completion.ids, ()):
+        # it wrote what stands for an image that is not there: to the tower it would be an error, to
+        # an engine another trajectory; this turn is left out, and that ends this one alone
+        trajectory.stop = "placeholder"
+        return
     trajectory.turn_starts.append(len(trajectory.ids))
     trajectory.add(completion.ids, mask=1, logprobs=completion.logprobs)
 
@@ -221,18 +240,18 @@ async def play_turn(
         return
 
     # 4. run them; a finish ends the episode with its last token, as nobody reads its result
-    results = await run_calls(trajectory, calls, session, toolbox, settings, chat.tokenizer)
+    results, pictures = await run_calls(trajectory, calls, session, toolbox, settings, chat)
     if trajectory.stop:
         return
 
-    # 5. append what they said, unless no token could follow it
+    # 5. append what they said, images and all, unless no token could follow it
     was_closed = completion.finish == "stop" and chat.is_closed(completion.ids)
     prompt = trajectory.example["messages"]
-    observation = chat.observation(results, closed=was_closed, prompt=prompt)
+    observation = chat.observation(results, was_closed, prompt, pictures)
     if len(trajectory.ids) + len(observation) >= settings.max_tokens:
         trajectory.stop = "length"
         return
-    trajectory.add(observation, mask=0)
+    trajectory.add(observation, mask=0, images=pictures)
     for call, result in results:
         trajectory.messages.append({"role": "tool", "name": call.name, "content": result})
 
@@ -263,13 +282,19 @@ def gives_answer(call, toolbox: Toolbox) -> bool:
 
 
 async def run_calls(
-    trajectory: Trajectory, calls: list, session, toolbox: Toolbox, settings: Settings, tokenizer
-) -> list[tuple]:
-    """Runs all calls of the turn that was just added at once; returns (call, result) of each, in
-    call order, for the model to read.
+    trajectory: Trajectory,
+    calls: list,
+    session,
+    toolbox: Toolbox,
+    settings: Settings,
+    chat: Chat | None,
+) -> tuple[list[tuple], list[Picture]]:
+    """Runs all calls of the turn that was just added at once; returns (call, content) of each, in
+    call order, for the model to read, and the Pictures of the images in them.
 
     What happened is added to trajectory.calls. If one of them gave the answer, sets
-    trajectory.answer and stop; behind the limits the turn is the last one anyhow.
+    trajectory.answer and stop; behind the limits the turn is the last one anyhow. chat: None for
+    another's model, which is told text.
     """
     turns = len(trajectory.turn_starts)
     tasks = [asyncio.ensure_future(run_call(c, turns - 1, session, toolbox)) for c in calls]
@@ -278,34 +303,92 @@ async def run_calls(
     finally:
         for task in tasks:  # those that still run beside one that ended the run
             task.cancel()
-    trajectory.calls += done
+    trajectory.calls += [tool_call for tool_call, _ in done]
 
     # did one of them end the episode?
-    for tool_call in done:
+    for tool_call, _ in done:
         if tool_call.ends:
             trajectory.stop = "answered"
             trajectory.answer = tool_call.result
     if not trajectory.stop and turns >= settings.max_turns + settings.final_turn:
         trajectory.stop = "max_turns"  # it was run for its finish, which failed
 
-    # the turn's observation has one budget, shared by its results
+    # the turn's observation has one budget, shared by the texts of its results
     limit = settings.max_observation_tokens // len(calls)
     note = LAST_CALL if settings.final_turn and turns == settings.max_turns else ""
+    sees = chat is not None and chat.vision is not None
     results = []
-    for call, tool_call in zip(calls, done, strict=True):
-        tool_call.result = shorten_tokens(tool_call.result, limit, tokenizer)
-        results.append((call, tool_call.result + note))
-    return results
+    pictures = []
+    for call, (tool_call, parts) in zip(calls, done, strict=True):
+        if sees and any(not isinstance(part, str) for part in parts):
+            number = len(trajectory.images) + len(pictures) + 1
+            content, shown = await show_images(tool_call, parts, chat, number, limit)
+            pictures += shown
+            if note:
+                content = [*content, {"type": "text", "text": note}]
+        else:
+            tokenizer = chat.tokenizer if chat else None
+            tool_call.result = shorten_tokens(tool_call.result, limit, tokenizer)
+            content = tool_call.result + note
+        results.append((call, content))
+    return results, pictures
 
 
-async def run_call(call, turn: int, session, toolbox: Toolbox) -> ToolCall:
-    """Runs one parsed call; whatever goes wrong is its result."""
+async def run_call(call, turn: int, session, toolbox: Toolbox) -> tuple[ToolCall, list]:
+    """Runs one parsed call; whatever goes wrong is its result. Returns also the parts of what the
+    tool gave, texts and PIL images."""
     if call.error:  # it could not be read: the format says why
         toolbox.errors[call.error] += 1
-        return ToolCall(turn, call.name, call.arguments, plain_text(call.message), call.error, 0.0)
+        text = plain_text(call.message)
+        return ToolCall(turn, call.name, call.arguments, text, call.error, 0.0), [text]
     content, error, seconds = await session.call(call.name, call.arguments)
     ends = error is None and toolbox.tools[call.name].ends
-    return ToolCall(turn, call.name, call.arguments, plain_text(content), error, seconds, ends)
+    text = plain_text(content)
+    tool_call = ToolCall(turn, call.name, call.arguments, text, error, seconds, ends)
+    return tool_call, content if isinstance(content, list) else [content]
+
+
+async def show_images(
+    tool_call: ToolCall, parts: list, chat: Chat, number: int, limit: int
+) -> tuple[list[dict], list[Picture]]:
+    """Makes content parts of a result with images in it; returns them and the Pictures. In front of
+    each stands "image 3:", its place in the trajectory from `number` on: by that, tools and model
+    name it. Its texts are cut to `limit` tokens in all. Sets tool_call.result, the text of it."""
+    # 1. what the model sees of each; in a thread, as it takes some milliseconds
+    shown = []  # texts and Pictures
+    for part in parts:
+        if not isinstance(part, str):
+            try:
+                part = await asyncio.to_thread(chat.picture, part)
+            except UserError as error:  # such as 2000 x 4 pixels
+                part = f"error: {error}"
+                tool_call.error = tool_call.error or "exception"
+        shown.append(part)
+
+    # 2. if the texts are too long, they are cut as one, and the images follow
+    texts = [part for part in shown if isinstance(part, str)]
+    pictures = [part for part in shown if not isinstance(part, str)]
+    text = plain_text(texts)
+    short = shorten_tokens(text, limit, chat.tokenizer)
+    if short != text:
+        shown = [short, *pictures]
+
+    # 3. line by line
+    content = []
+    lines = ""
+    for part in shown:
+        break_before = "\n" if content or lines else ""
+        if isinstance(part, str):
+            lines += break_before + plain_text(part)
+            continue
+        lines += f"{break_before}image {number}:"
+        number += 1
+        content += [{"type": "text", "text": lines}, {"type": "image"}]
+        lines = ""
+    if lines:
+        content.append({"type": "text", "text": lines})
+    tool_call.result = "".join(part.get("text", "") for part in content)
+    return content, pictures
 
 
 def plain_text(content: str | list) -> str:

@@ -45,9 +45,10 @@ from engines.options import read_options
 from engines.serving import serve_command
 from learning import model as models
 from learning import optim
-from learning.batches import Batch, micro_batches
+from learning.batches import Batch, micro_batches, told_apart
 from learning.checkpoint import Run
 from learning.logprobs import shared_prefixes, shares_prompts, token_logprobs
+from learning.vision import count_patches
 from loss import (
     correction_sums,
     grpo_loss,
@@ -94,6 +95,9 @@ class Config:
     lora_targets: tuple[str, ...] = ("all-linear",)  # names of linear layers, or all of them
     dtype: Literal["float32", "bfloat16", "mixed"] = "float32"  # weights; mixed: products bfloat16
     gradient_checkpointing: bool = False  # a third slower, and long trajectories fit
+    train_vision: bool = False  # of a model that sees: its tower too, not its language model alone
+    min_pixels: int = 0  # an image is shown with so many at least; 0: as its processor says
+    max_pixels: int = 0  # and with so many at most: 784 of Qwen2-VL's are a token
     # engine
     engine: Literal["transformers", "vllm", "server"] = "transformers"  # vllm: on a GPU
     urls: tuple[str, ...] = ()  # server: of `vllm serve` processes, such as http://127.0.0.1:8000
@@ -239,7 +243,8 @@ def check(cfg: Config) -> None:
         "max_concurrent eval_rows",
     )
     config.require_not_negative(
-        cfg, "temperature max_tool_calls warmup seed beta save_every eval_every"
+        cfg,
+        "temperature max_tool_calls warmup seed beta save_every eval_every min_pixels max_pixels",
     )
     if cfg.model == "tiny":
         raise UserError("model = 'tiny' is made by train_sft.py: give the folder that it wrote")
@@ -268,12 +273,17 @@ def check(cfg: Config) -> None:
 
 
 def batches(model, trajectories: list[Trajectory], token_budget: int) -> list[list[Trajectory]]:
-    """Divides trajectories into micro-batches of at most token_budget tokens, padding counted."""
+    """Divides trajectories into micro-batches of at most token_budget tokens, padding counted, and
+    patches of images."""
     lengths = [len(t.ids) for t in trajectories]
-    prompts = None
+    prompts = [()] * len(trajectories)
     if shares_prompts(model):  # then a prompt that repeats counts once
-        prompts = shared_prefixes([t.ids for t in trajectories], [t.mask for t in trajectories])
-    parts = micro_batches(lengths, token_budget, prompts)
+        # not t.ids: problems that differ only in their picture have equal ones
+        prompts = shared_prefixes(told_apart(trajectories), [t.mask for t in trajectories])
+    patches = []
+    for trajectory, prompt in zip(trajectories, prompts, strict=True):
+        patches.append(count_patches(trajectory.ids[: len(prompt)], trajectory.images))
+    parts = micro_batches(lengths, token_budget, prompts, patches)
     return [[trajectories[i] for i in part] for part in parts]
 
 
@@ -286,7 +296,13 @@ def policy_logprobs(
     for part in batches(model, trajectories, token_budget):
         batch = Batch.of(part, model.device)
         logprobs, _ = token_logprobs(
-            model, batch.ids, batch.attention_mask, batch.mask, temperature
+            model,
+            batch.ids,
+            batch.attention_mask,
+            batch.mask,
+            temperature,
+            position_ids=batch.position_ids,
+            images=batch.images,
         )
         for row, trajectory in enumerate(part):
             logprobs_of[id(trajectory)] = logprobs[row, : len(trajectory.ids)]
@@ -307,7 +323,13 @@ def accumulate(model, trajectories: list[Trajectory], settings: LearnSettings) -
         # 1. what the policy gives to the sampled tokens, with gradient
         batch = Batch.of(part, model.device)
         logprobs, entropy = token_logprobs(
-            model, batch.ids, batch.attention_mask, batch.mask, settings.temperature
+            model,
+            batch.ids,
+            batch.attention_mask,
+            batch.mask,
+            settings.temperature,
+            position_ids=batch.position_ids,
+            images=batch.images,
         )
         old_logprobs = batch.old_logprobs
         if old_logprobs is None:
@@ -541,7 +563,10 @@ def train(cfg: Config) -> dict:
     settings = LearnSettings.of(cfg)
     canary = None  # scores one fixed prompt after each sync
     if read_options(cfg.engine, cfg.engine_options).canary:
-        canary = Canary(player.chat.prompt(player.examples[0]["messages"]), cfg.dtype)
+        example = player.examples[0]
+        pictures = player.chat.pictures(example)
+        prompt = player.chat.prompt(example["messages"], pictures)
+        canary = Canary(prompt, cfg.dtype, pictures)
 
     log = Log(run.out_dir, cfg.steps, COLUMNS, first_step, cfg.logger, asdict(cfg))
     advice = optim.memory_advice("token_budget", "max_tokens", "group_size")

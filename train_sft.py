@@ -21,8 +21,9 @@ How this differs from the usual fine-tuning script:
 import json
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain
 from typing import Literal
 
@@ -37,11 +38,13 @@ import torch
 import data
 from chat import Chat
 from engines.serving import serve_command
+from images import Picture
 from learning import model as models
 from learning import optim
-from learning.batches import micro_batches, pad
+from learning.batches import micro_batches, pad, position_ids
 from learning.checkpoint import Run
 from learning.logprobs import token_logprobs
+from learning.vision import Vision, find_vision, whole_beginning, why_blind
 from run.config import UserError
 from run.log import Log, check_logger
 from tasks import tiny
@@ -70,6 +73,9 @@ class Config:
     lora_targets: tuple[str, ...] = ("all-linear",)  # names of linear layers, or all of them
     dtype: Literal["float32", "bfloat16", "mixed"] = "float32"  # weights; mixed: products bfloat16
     gradient_checkpointing: bool = False  # a third slower, and long conversations fit
+    train_vision: bool = False  # of a model that sees: its tower too, not its language model alone
+    min_pixels: int = 0  # an image is shown with so many at least; 0: as its processor says
+    max_pixels: int = 0  # and with so many at most: 784 of Qwen2-VL's are a token
     # data
     data: str = "task:calc"  # demonstrations of a task, or rows of .jsonl, .parquet or a hub id
     rows: int | None = None  # use the first n; for a task: make n (default 8192)
@@ -120,6 +126,11 @@ def check(cfg: Config) -> None:
             (cfg.model == "tiny", "chat_template", "with model=tiny: it has its own template"),
             (cfg.model != "tiny", "whole_names", f"with model={cfg.model}: it has a tokenizer"),
             (cfg.val_rows == 0, "val_every", "with val_rows=0: use --val_rows=64, or drop it"),
+            (
+                cfg.model == "tiny",
+                "train_vision min_pixels max_pixels",
+                "with model=tiny: it sees no images",
+            ),
         ),
     )
     if cfg.model == "tiny" and cfg.tune != "full":
@@ -131,9 +142,26 @@ def check(cfg: Config) -> None:
         if value is not None and value < 1:
             raise UserError(f"{name} = {value}: expected at least 1")
     config.require_positive(cfg, "learning_rate epochs max_grad_norm lora_alpha")
-    config.require_not_negative(cfg, "warmup weight_decay seed val_rows save_every")
+    config.require_not_negative(
+        cfg, "warmup weight_decay seed val_rows save_every min_pixels max_pixels"
+    )
     if cfg.seed >= 2**63:
         raise UserError(f"seed = {cfg.seed}: expected less than 2**63")
+
+
+@dataclass
+class Sample:
+    """What is trained on: a conversation as tokens."""
+
+    ids: list[int]
+    mask: list[int]  # 1 = trained
+    # Of its Pictures all but the pixels, which are many: a forward pass opens them again.
+    images: list[Picture] = field(default_factory=list)
+    reopen: Callable[[], list[Picture]] | None = None
+
+    def pictures(self) -> list[Picture]:
+        """Opens its images."""
+        return self.reopen()[: len(self.images)] if self.images else []
 
 
 def sft_loss(
@@ -170,20 +198,26 @@ def check_rows(cfg: Config, rows: list[dict]) -> None:
 
 
 def render(
-    rows: list[dict], tokenizer, format: str, tools: list[dict], name: str, options=()
-) -> list[tuple]:
-    """Makes (ids, mask) of each row: recorded ones as they are; a conversation with the tools of
-    its row, or else these, by one Chat for each set of tools. The first proves the template. name:
-    the data set's, for messages."""
+    rows: list[dict],
+    tokenizer,
+    format: str,
+    tools: list[dict],
+    name: str,
+    options=(),
+    vision: Vision | None = None,
+) -> list[Sample]:
+    """Makes a Sample of each row: recorded ones as they are; a conversation with the tools of its
+    row, or else these, by one Chat for each set of tools. The first proves the template. name: the
+    data set's, for messages."""
     chats: dict[str, Chat] = {}  # by the JSON of the tools
     if any("messages" in row and row["tools"] is None for row in rows):
-        chats[json.dumps(tools)] = Chat(tokenizer, format, tools, options)
+        chats[json.dumps(tools)] = Chat(tokenizer, format, tools, options, vision=vision)
     samples = []
     for row in rows:
         try:
             if "ids" in row:
                 data.check_ids(row, tokenizer)
-                samples.append((row["ids"], row["mask"]))
+                samples.append(recorded_sample(row, vision))
                 continue
             data.check_answers(row["messages"])
             shown = tools if row["tools"] is None else row["tools"]
@@ -193,11 +227,36 @@ def render(
                 first = next(iter(chats.values()))
                 chats[key] = first.with_tools(shown)  # spares the proof
             elif key not in chats:
-                chats[key] = Chat(tokenizer, format, shown, options)
-            samples.append(chats[key].render(row["messages"]))
+                chats[key] = Chat(tokenizer, format, shown, options, vision=vision)
+            reopen = partial(chats[key].pictures, row)
+            pictures = reopen()
+            ids, mask = chats[key].render(row["messages"], pictures)
+            if pictures:
+                samples.append(Sample(ids, mask, without_pixels(pictures), reopen))
+            else:
+                samples.append(Sample(ids, mask))
         except UserError as error:
             raise UserError(f"{name}, row {row['row']}: {error}") from None
     return samples
+
+
+def recorded_sample(row: dict, vision: Vision | None) -> Sample:
+    """Makes the Sample of a recorded trajectory; its images are as they were shown. UserError if
+    they are not those of its ids."""
+    if not row.get("images"):
+        return Sample(row["ids"], row["mask"])
+    if vision is None:
+        raise UserError("it has images, and this model sees none")
+    reopen = partial(vision.reopen, row["images"], row["image_folder"])
+    pictures = reopen()
+    if not vision.fits(row["ids"], pictures):
+        raise UserError("its images are not those that its ids stand for: it is of another model")
+    return Sample(row["ids"], row["mask"], without_pixels(pictures), reopen)
+
+
+def without_pixels(pictures: list[Picture]) -> list[Picture]:
+    """Keeps of Pictures what stands in ids."""
+    return [replace(picture, original=None, shown=None, pixels={}) for picture in pictures]
 
 
 def chat_of(
@@ -212,16 +271,19 @@ def chat_of(
     return None
 
 
-def fit(samples: list[tuple], max_tokens: int) -> tuple[list[tuple], int, int]:
+def fit(samples: list[Sample], max_tokens: int) -> tuple[list[Sample], int, int]:
     """Cuts samples at max_tokens; returns (those in which something is trained, how many were cut,
     how many were left out because nothing in them is trained). UserError if that leaves none."""
     fitted = []
     cut = 0
-    for ids, mask in samples:
-        if not any(mask[:max_tokens]):
+    for sample in samples:
+        # an image of which only a part would be left goes, too
+        end, images = whole_beginning(sample.ids, sample.images, max_tokens)
+        if not any(sample.mask[:end]):
             continue
-        fitted.append((ids[:max_tokens], mask[:max_tokens]))
-        if len(ids) > max_tokens:
+        kept = Sample(sample.ids[:end], sample.mask[:end], images, sample.reopen)
+        fitted.append(kept)
+        if len(sample.ids) > max_tokens:
             cut += 1
     if not fitted:
         raise UserError(
@@ -262,20 +324,24 @@ def packs(lengths: list[int], token_budget: int) -> list[list[int]]:
     return rows
 
 
-def parts(samples: list[tuple], token_budget: int, packing: bool) -> list[list[tuple]]:
+def parts(samples: list[Sample], token_budget: int, packing: bool) -> list[list[Sample]]:
     """Divides samples into those of each forward pass."""
-    lengths = [len(ids) for ids, _ in samples]
+    lengths = [len(sample.ids) for sample in samples]
     if packing:
         indices = packs(lengths, token_budget)
     else:
-        indices = micro_batches(lengths, token_budget)
+        patches = [sum(image.patches for image in sample.images) for sample in samples]
+        indices = micro_batches(lengths, token_budget, patches=[(count, 0) for count in patches])
     return [[samples[i] for i in part] for part in indices]
 
 
-def batch_logprobs(model, samples: list[tuple], packing: bool, temperature: float = 1.0):
+def batch_logprobs(model, samples: list[Sample], packing: bool, temperature: float = 1.0):
     """Computes (logprobs, entropy, mask) of one forward pass: (B, T) padded, (1, T) packed."""
-    ids = [sample_ids for sample_ids, _ in samples]
-    mask = [sample_mask for _, sample_mask in samples]
+    ids = [sample.ids for sample in samples]
+    mask = [sample.mask for sample in samples]
+    images = None
+    if any(sample.images for sample in samples):
+        images = [sample.pictures() for sample in samples]
     attention_mask = positions = None
     if packing:
         # one row; positions begin again at 0 with every sample, which keeps them apart
@@ -284,6 +350,7 @@ def batch_logprobs(model, samples: list[tuple], packing: bool, temperature: floa
         mask = [list(chain(*mask))]
     else:
         attention_mask = pad([[1] * len(row) for row in ids], device=model.device)
+        positions = position_ids(ids, images, model.device)
     mask = pad(mask, device=model.device)
     logprobs, entropy = token_logprobs(
         model,
@@ -292,6 +359,7 @@ def batch_logprobs(model, samples: list[tuple], packing: bool, temperature: floa
         mask,
         temperature,
         position_ids=positions,
+        images=images,
     )
     return logprobs, entropy, mask
 
@@ -304,8 +372,8 @@ def check_packing(model, name: str) -> None:
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = [[rng.randrange(vocabulary) for _ in range(24)] for _ in range(2)]
     mask = [0] + [1] * 23
-    first = (ids[0], mask)
-    second = (ids[1], mask)
+    first = Sample(ids[0], mask)
+    second = Sample(ids[1], mask)
     with torch.no_grad():
         alone = batch_logprobs(model, [second], packing=False)[0][0]
         packed = batch_logprobs(model, [first, second], packing=True)[0][0, 24:]
@@ -320,10 +388,10 @@ def check_packing(model, name: str) -> None:
         )
 
 
-def accumulate(model, batch: list[tuple], token_budget: int, packing: bool = False) -> dict:
-    """Adds the gradient of the loss of a batch of (ids, mask); returns its metrics."""
+def accumulate(model, batch: list[Sample], token_budget: int, packing: bool = False) -> dict:
+    """Adds the gradient of the loss of a batch; returns its metrics."""
     # the denominator is that of the whole batch: how it is cut for memory changes nothing
-    trained_tokens = sum(sum(mask) for _, mask in batch)
+    trained_tokens = sum(sum(sample.mask) for sample in batch)
     metrics = {"loss": 0.0, "entropy": 0.0, "trained_tokens": trained_tokens}
     for part in parts(batch, token_budget, packing):
         logprobs, entropy, mask = batch_logprobs(model, part, packing)
@@ -336,11 +404,11 @@ def accumulate(model, batch: list[tuple], token_budget: int, packing: bool = Fal
 
 
 @torch.no_grad()
-def validate(model, samples: list[tuple], token_budget: int, packing: bool = False) -> dict:
+def validate(model, samples: list[Sample], token_budget: int, packing: bool = False) -> dict:
     """Measures the loss on the samples, and the share of trained tokens that greedy decoding would
     choose given those before them: their probability at a temperature near 0, so a tie counts in
     part."""
-    trained_tokens = sum(sum(mask) for _, mask in samples)
+    trained_tokens = sum(sum(sample.mask) for sample in samples)
     loss = 0.0
     right = 0.0
     modes = [(module, module.training) for module in model.modules()]
@@ -375,7 +443,16 @@ def setup(cfg: Config):
         tokenizer = tiny.tiny_tokenizer(conversations, toolbox.schemas, cfg.whole_names)
     else:
         tokenizer = models.load_tokenizer(cfg.model, cfg.chat_template)
-    samples = render(chosen, tokenizer, cfg.format, toolbox.schemas, cfg.data, cfg.template_options)
+    vision = load_vision(cfg, tokenizer, chosen)
+    samples = render(
+        chosen,
+        tokenizer,
+        cfg.format,
+        toolbox.schemas,
+        cfg.data,
+        cfg.template_options,
+        vision,
+    )
     samples, cut, empty = fit(samples, cfg.max_tokens)
     samples, held_out = hold_out(samples, cfg.val_rows, cfg.seed)
     if cfg.batch_size > len(samples):
@@ -394,11 +471,13 @@ def setup(cfg: Config):
             lora_alpha=cfg.lora_alpha,
             lora_targets=cfg.lora_targets,
             seed=cfg.seed,
+            train_vision=cfg.train_vision,
         )
+        models.set_image_size(model, vision)
     eos_ids = () if cfg.model == "tiny" else models.eos_ids(cfg.model)
     chat = chat_of(cfg, chosen, tokenizer, toolbox.schemas, eos_ids)
     models.set_stop_ids(model, chat.stop_ids if chat else eos_ids)
-    longest = max(len(ids) for ids, _ in (*samples, *held_out))
+    longest = max(len(sample.ids) for sample in (*samples, *held_out))
     models.check_positions(model, cfg.model, longest)
     if cfg.packing:
         check_packing(model, cfg.model)
@@ -407,6 +486,23 @@ def setup(cfg: Config):
         f"{empty} left out with nothing to train, {len(rows) - len(chosen)} below min_reward"
     )
     return model, tokenizer, samples, held_out, chat, summary
+
+
+def load_vision(cfg: Config, tokenizer, rows: list[dict]) -> Vision | None:
+    """Loads what shows images to the model. UserError where it sees none and there are some, or
+    where a key of images has no effect."""
+    with_images = [row for row in rows if row.get("images")]
+    if with_images and cfg.packing:
+        raise UserError("packing = true with images: their positions are not packed, so drop it")
+    if cfg.model == "tiny":
+        return None  # its Chat refuses images
+    base = models.base_of(cfg.model)
+    vision = find_vision(base, tokenizer, cfg.min_pixels, cfg.max_pixels)
+    if vision is None and with_images:
+        raise UserError(f"{cfg.data}, row {with_images[0]['row']}, has images: {why_blind(base)}")
+    if vision is None and cfg.train_vision:
+        raise UserError(f"train_vision has no effect: {why_blind(base)}")
+    return vision
 
 
 def warmup_steps(cfg: Config, steps: int, samples: int) -> int:

@@ -13,6 +13,7 @@ Shapes: T tokens, K turns.
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -53,14 +54,15 @@ class Trajectory:
     ids: list[int] = field(default_factory=list)  # (T) each as the engine saw and returned it
     mask: list[int] = field(default_factory=list)  # (T) 1: sampled by the policy, 0: all the rest
     logprobs: list[float] = field(default_factory=list)  # (T) the engine's, of what was sampled
-    images: list = field(default_factory=list)  # in the order of their placeholders in ids
+    images: list = field(default_factory=list)  # Pictures, in the order of their placeholders
     turn_starts: list[int] = field(default_factory=list)  # (K) index of each first sampled token
     unseen_tokens: int = 0  # sampled behind an API that gives text only (evaluate.py)
 
     # what was said and done
     messages: list[dict] = field(default_factory=list)  # for rewards and people, never for ids
     calls: list[ToolCall] = field(default_factory=list)
-    stop: str = ""  # "answered" "length" "max_turns" "max_tool_calls" "timeout" "error"
+    stop: str = ""  # "answered" "length" "max_turns" "max_tool_calls" "timeout" "error", and
+    # "placeholder": it wrote what only an image may stand for, so nothing is learnt from it
     answer: str | None = None  # what it gave to a tool that ends the episode (tools/finish.py)
     version: int = 0  # of the weights that sampled it
     seconds: float = 0.0
@@ -78,17 +80,25 @@ class Trajectory:
     old_logprobs: "torch.Tensor | None" = None  # (T,) the trainer's, before the first update
     ref_logprobs: "torch.Tensor | None" = None  # (T,) those of the reference model
 
-    def add(self, ids: list[int], mask: int, logprobs: list[float] | None = None) -> None:
-        """Appends tokens: sampled ones with mask 1 and their logprobs, all others with mask 0.
-        This is the only way to append."""
+    def add(
+        self,
+        ids: list[int],
+        mask: int,
+        logprobs: list[float] | None = None,
+        images: Sequence = (),
+    ) -> None:
+        """Appends tokens: sampled ones with mask 1 and their logprobs, all others with mask 0, and
+        the Pictures whose placeholders are among them. This is the only way to append."""
         assert mask in (0, 1), f"mask {mask}: expected 0 or 1"
         assert (logprobs is not None) == bool(mask), "sampled ids, and only they, have logprobs"
+        assert not (mask and images), "nobody samples an image"
         if logprobs is None:
             logprobs = [0.0] * len(ids)
         assert len(ids) == len(logprobs), f"{len(ids)} ids but {len(logprobs)} logprobs"
         self.ids += ids
         self.mask += [mask] * len(ids)
         self.logprobs += logprobs
+        self.images += images  # in place: tools hold this very list
 
     @classmethod
     def of_demonstration(cls, example: dict, ids: list[int], mask: list[int]) -> "Trajectory":
@@ -281,6 +291,8 @@ def stats(trajectories: list[Trajectory], outcome: str) -> dict:
     metrics["turns"] = mean([len(t.turn_starts) for t in trajectories])
     metrics["new_tokens"] = mean([t.new_tokens for t in trajectories])
     metrics["tokens"] = mean([len(t.ids) for t in trajectories])
+    if any(t.images for t in trajectories):
+        metrics["images"] = mean([len(t.images) for t in trajectories])
     stops = Counter(t.stop for t in trajectories)
     for stop, number in sorted(stops.items()):
         metrics[f"stop_{stop}"] = number / count

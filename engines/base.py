@@ -47,9 +47,10 @@ class Engine:
         """Samples the turn that follows the prompt `ids`."""
         raise NotImplementedError(f"{type(self).__name__} cannot sample")
 
-    async def prompt_logprobs(self, ids: list[int]) -> list[list[float]]:
+    async def prompt_logprobs(self, ids: list[int], images: list = ()) -> list[list[float]]:
         """Computes the logprobs of ids[1:] at temperature 1, once for each copy of the weights:
-        several servers have several, so the result is (copies, T - 1)."""
+        several servers have several, so the result is (copies, T - 1). images: the Pictures of the
+        placeholders in ids."""
         raise NotImplementedError(f"{type(self).__name__} cannot compute logprobs")
 
     async def sync(self, model, version: int) -> None:
@@ -90,9 +91,9 @@ def check_engine(name: str, urls: tuple[str, ...], tune: str) -> None:
 
 
 def refuse_images(images: list) -> None:
-    """ValueError if there are any: no engine can show them to a model yet."""
+    """UserError if there are any, for engines that cannot show them to a model yet."""
     if images:
-        raise ValueError("images were given to a text-only engine: use a vision model")
+        raise UserError("this engine shows no images to a model: use engine=transformers")
 
 
 def finish_reason(new: list[int], sampling: Sampling, tokenizer) -> str:

@@ -137,16 +137,25 @@ def _is_of_a_cache(part) -> bool:
     return is_theirs and not isinstance(part, PreTrainedConfig)
 
 
-def read(model, ids, attention_mask, positions, cache, logits_to_keep: int = 1):
+def read(
+    model,
+    ids,
+    attention_mask,
+    positions,
+    cache,
+    logits_to_keep: int = 1,
+    pixels: dict | None = None,
+):
     """Runs one forward pass of ids (B, T) behind what the cache holds. Returns the model's output:
     its logits (B, T, V) of the last `logits_to_keep` tokens (0: of all), and cache_of(model, it).
-    attention_mask: (B, past + T)."""
+    attention_mask: (B, past + T). pixels: the tower's inputs, where there are images in ids."""
     inputs = {
         "input_ids": ids,
         "attention_mask": attention_mask,
         "position_ids": positions,
         "use_cache": True,
         "logits_to_keep": logits_to_keep,
+        **(pixels or {}),
     }
     name = cache_name(model)
     inputs[name] = cache

@@ -6,6 +6,7 @@ import time
 import torch
 
 from engines.base import Engine
+from learning.batches import position_ids
 from learning.logprobs import token_logprobs
 from run.config import UserError
 
@@ -20,8 +21,10 @@ class Canary:
     Differences are means of |difference of logprobs| over the ids.
     """
 
-    def __init__(self, ids: list[int], dtype: str):
-        self.ids = ids[:512]
+    def __init__(self, ids: list[int], dtype: str, images: list = ()):
+        # a beginning is enough, but not one that ends inside of an image
+        self.ids = list(ids) if images else ids[:512]
+        self.images = list(images)
         # float32 rounds by 1e-6, two implementations in bfloat16 by 1e-2
         self.limit = 1e-4 if dtype == "float32" else 0.1
         self.noise = 1e-6  # the largest difference so far that was rounding
@@ -32,12 +35,24 @@ class Canary:
         # 1. what the trainer gives to the ids
         ids = torch.tensor([self.ids], device=model.device)  # (1, T)
         ones = torch.ones_like(ids)
+        images = [self.images] if self.images else None
         with torch.no_grad():
-            logprobs, _ = token_logprobs(model, ids, attention_mask=ones, mask=ones)
+            logprobs, _ = token_logprobs(
+                model,
+                ids,
+                attention_mask=ones,
+                mask=ones,
+                position_ids=position_ids([self.ids], images, ids.device),
+                images=images,
+            )
         ours = logprobs[0, 1:].cpu()  # (T - 1,)
 
         # 2. what the engine gives to them; of several copies, that which differs most
-        copies = torch.tensor(await engine.prompt_logprobs(self.ids))  # (copies, T - 1)
+        if self.images:
+            copies = await engine.prompt_logprobs(self.ids, self.images)
+        else:
+            copies = await engine.prompt_logprobs(self.ids)
+        copies = torch.tensor(copies)  # (copies, T - 1)
         differences = (copies - ours).abs().mean(1).nan_to_num(math.inf)
         theirs = copies[differences.argmax()]  # (T - 1,)
 

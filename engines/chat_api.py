@@ -443,7 +443,12 @@ class Endpoint(Engine):
         self.tools = tools
         self.refused: list[str] = []  # why, for each conversation that the API refused alone
 
-    def prompt(self, messages: list[dict]) -> list[int]:
+    def prompt(self, messages: list[dict], pictures: list = ()) -> list[int]:
+        return []
+
+    def pictures(self, example: dict) -> list:
+        if example.get("images"):
+            raise UserError("a chat API is sent no images: leave out the rows that have some")
         return []
 
     async def ask(self, messages: list[dict], sampling: Sampling, with_tools: bool) -> Reply | str:

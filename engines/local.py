@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from engines.base import Completion, Engine, Sampling, finish_reason, refuse_images
+from engines.base import Completion, Engine, Sampling, finish_reason
 from engines.cache import cache_of, may_pad, new_cache, read, select_rows
 from engines.kept import Beginning, KeptTurns, fill, may_keep
 from learning.batches import pad
+from learning.vision import batch_positions, identities, tower_inputs
 from run.config import UserError
 
 BLOCK = 256  # tokens of the vocabulary
@@ -28,6 +29,8 @@ class _Request:
     sampling: Sampling
     future: asyncio.Future  # of its Completion
     rng: random.Random  # its own noise
+    images: list = field(default_factory=list)  # the Pictures of its placeholders
+    prompt: tuple[int, ...] = ()  # ids with different images told apart: equal ones go as one
     new: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # of new
 
@@ -79,28 +82,25 @@ class TransformersEngine(Engine):
         _fail(self.waiting, RuntimeError("the engine was closed while a turn waited"))
 
     async def generate(self, ids: list[int], images: list, sampling: Sampling) -> Completion:
-        refuse_images(images)
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         rng = random.Random(sampling.seed)
-        request = _Request(ids, sampling, future, rng)
+        prompt = tuple(identities(ids, images))
+        request = _Request(ids, sampling, future, rng, images, prompt)
         self.waiting.append(request)
         self._start_batch()
         return await future
 
-    async def prompt_logprobs(self, ids: list[int]) -> list[list[float]]:
+    async def prompt_logprobs(self, ids: list[int], images: list = ()) -> list[list[float]]:
         loop = asyncio.get_running_loop()
-        logprobs = await loop.run_in_executor(self.thread, self._logprobs_of_prompt, ids)
+        logprobs = await loop.run_in_executor(self.thread, self._logprobs_of_prompt, ids, images)
         return [logprobs]  # of the only copy
 
     @torch.inference_mode()
-    def _logprobs_of_prompt(self, ids: list[int]) -> list[float]:
+    def _logprobs_of_prompt(self, ids: list[int], images: list) -> list[float]:
+        *_, logits = self._prefill([ids], [images], logits_to_keep=0)
         tokens = torch.tensor([ids], device=self.model.device)  # (1, T)
-        attention_mask = torch.ones_like(tokens)
-        positions = attention_mask.cumsum(1) - 1
-        cache = new_cache(self.model)
-        out = self._forward(tokens, attention_mask, positions, cache, 0)
-        logits = out.logits[0, :-1].float()  # (T - 1, V)
+        logits = logits[0, :-1].float()  # (T - 1, V)
         logprobs = logits.log_softmax(-1)
         next_tokens = tokens[0, 1:, None]
         logprobs = logprobs.gather(-1, next_tokens)  # (T - 1, 1)
@@ -115,7 +115,7 @@ class TransformersEngine(Engine):
         if self.deterministic and len(self.waiting) < self.unfinished:
             return
         # equal prompts become neighbours, and lengths that differ little share a batch
-        batch = sorted(self.waiting, key=lambda row: (len(row.ids), row.ids, row.sampling.seed))
+        batch = sorted(self.waiting, key=lambda row: (len(row.ids), row.prompt, row.sampling.seed))
         loop = asyncio.get_running_loop()
         done = loop.run_in_executor(self.thread, self._run, batch)  # raises if the engine is closed
         self.is_decoding = True
@@ -148,31 +148,37 @@ class TransformersEngine(Engine):
 
         # 1. read each distinct prompt once; those that go on from a kept turn apart, because they
         # have little left to read
-        distinct = {tuple(row.ids) for row in rows}
+        distinct = {row.prompt: row for row in rows}
         fresh = []
-        going_on = []
-        for prompt in sorted(distinct, key=lambda ids: (len(ids), ids)):
+        kept = []
+        beginnings = []
+        for prompt in sorted(distinct, key=lambda prompt: (len(prompt), prompt)):
             beginning = self.kept.take(prompt) if self.may_keep else None
             if beginning:
-                going_on.append((prompt, beginning))
+                kept.append(prompt)
+                beginnings.append(beginning)
             else:
-                fresh.append((prompt, None))
-        if not fresh or not going_on:
-            cache, attention_mask, positions, logits = self._read(fresh or going_on)
-        else:
-            cache, attention_mask, positions, logits = self._join(
-                self._read(fresh), self._read(going_on)
-            )
+                fresh.append(prompt)
+        readings = []
+        if fresh:
+            ids = [distinct[prompt].ids for prompt in fresh]
+            images = [distinct[prompt].images for prompt in fresh]
+            readings.append(self._prefill(ids, images))
+        if kept:
+            readings.append(self._go_on(kept, beginnings))
+        cache, attention_mask, positions, logits = self._join(readings)
+        logits = logits[:, -1]  # (P, V)
+        positions = positions[..., -1:]  # (P, 1), or (3, P, 1) where images have a grid
 
         # 2. from a row for each prompt to a row for each request
-        prompts = [prompt for prompt, _ in fresh + going_on]
+        prompts = fresh + kept
         prompt_numbers = {prompt: number for number, prompt in enumerate(prompts)}
-        of_rows = [prompt_numbers[tuple(row.ids)] for row in rows]
+        of_rows = [prompt_numbers[row.prompt] for row in rows]
         of_rows = torch.tensor(of_rows, device=device)  # (B,)
         cache = select_rows(cache, of_rows, len(prompts))
         logits = logits[of_rows]  # (B, V)
         attention_mask = attention_mask[of_rows]  # (B, T)
-        positions = positions[of_rows]  # (B, 1)
+        positions = positions[..., of_rows, :]  # (B, 1), or (3, B, 1)
         is_kept = self.may_keep and self.unfinished > 0  # else nobody says when all have ended
 
         going_on = list(range(len(rows)))  # the rows that have not ended
@@ -190,7 +196,7 @@ class TransformersEngine(Engine):
                 row = rows[i]
                 finish = finish_reason(row.new, row.sampling, self.tokenizer)
                 if finish:
-                    if is_kept and finish != "length":
+                    if is_kept and finish != "length" and not row.images:
                         # the last token was sampled, but not read
                         self.kept.keep(row.ids + row.new[:-1], cache, i, attention_mask[i])
                     completion = Completion(row.new, row.logprobs, finish)
@@ -207,7 +213,7 @@ class TransformersEngine(Engine):
                 cache = select_rows(cache, index, len(rows))
                 tokens = tokens[index]
                 attention_mask = attention_mask[index]
-                positions = positions[index]
+                positions = positions[..., index, :]
                 rows = [rows[i] for i in going_on]
                 going_on = list(range(len(rows)))
 
@@ -219,46 +225,60 @@ class TransformersEngine(Engine):
             cache = cache_of(self.model, out)
             logits = out.logits[:, -1]  # (B, V)
 
-    def _read(self, prompts: list[tuple[tuple[int, ...], Beginning | None]]) -> tuple:
-        """Reads P prompts behind their beginnings, which all of them have, or none. Returns the
-        cache, its mask (P, T), the position of each prompt's last token (P, 1) and the logits
-        behind it (P, V)."""
+    def _prefill(self, prompts: list[list[int]], images: list, logits_to_keep: int = 1) -> tuple:
+        """Reads P prompts with their Pictures, padded on the left. Returns the cache, the attention
+        mask (P, T), the positions (P, T) or (3, P, T), and the logits (P, 1 or all, V)."""
         device = self.model.device
+        ids = pad(prompts, device=device, on_left=True)  # (P, T)
+        ones = [[1] * len(prompt) for prompt in prompts]
+        attention_mask = pad(ones, device=device, on_left=True)  # (P, T)
+        positions = batch_positions(prompts, images, on_left=True)  # (3, P, T), or None
+        if positions is None:
+            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # the first real token is at 0
+        positions = positions.to(device)
         cache = new_cache(self.model)
-        beginnings = [beginning for _, beginning in prompts if beginning]
-        lengths = [beginning.length for beginning in beginnings] or [0] * len(prompts)
-        if beginnings:
-            cache = fill(cache, [beginning.layers for beginning in beginnings])
+        pixels = tower_inputs([p for pictures in images for p in pictures], device)
+        out = self._forward(ids, attention_mask, positions, cache, logits_to_keep, pixels)
+        return cache_of(self.model, out), attention_mask, positions, out.logits
 
-        # padded on the left, both what is known and what is new: between them are holes, which the
-        # mask hides
-        known = [[1] * length for length in lengths]
+    def _go_on(self, prompts: list[tuple[int, ...]], beginnings: list[Beginning]) -> tuple:
+        """Reads what P prompts have behind their beginnings; returns what `_prefill` does. Padded
+        on the left is both what is known and what is new: between them are holes, which the mask
+        hides."""
+        device = self.model.device
+        known = [[1] * beginning.length for beginning in beginnings]
         known_mask = pad(known, device=device, on_left=True)
-        new = [prompt[length:] for (prompt, _), length in zip(prompts, lengths, strict=True)]
+        new = []
+        for prompt, beginning in zip(prompts, beginnings, strict=True):
+            new.append(prompt[beginning.length :])
         new_mask = pad([[1] * len(ids) for ids in new], device=device, on_left=True)
         attention_mask = torch.cat([known_mask, new_mask], dim=1)
         positions = known_mask.sum(1, keepdim=True) + new_mask.cumsum(1) - 1
-        positions = positions.clamp(min=0)  # the first real token is at 0
+        positions = positions.clamp(min=0)
         ids = pad(new, device=device, on_left=True)
+        cache = fill(new_cache(self.model), [beginning.layers for beginning in beginnings])
         out = self._forward(ids, attention_mask, positions, cache)
-        cache = cache_of(self.model, out)
-        return cache, attention_mask, positions[:, -1:], out.logits[:, -1]
+        return cache_of(self.model, out), attention_mask, positions, out.logits
 
-    def _join(self, first: tuple, second: tuple) -> tuple:
-        """Makes one batch of two that were read apart."""
+    def _join(self, readings: list[tuple]) -> tuple:
+        """Makes one batch of those that were read apart, at most two."""
+        if len(readings) == 1:
+            return readings[0]
         parts = []
         masks = []
-        for cache, attention_mask, _, _ in (first, second):
+        for cache, attention_mask, _, _ in readings:
             parts.append([(layer.keys, layer.values) for layer in cache.layers])
             masks += attention_mask.tolist()
         cache = fill(new_cache(self.model), parts)
         attention_mask = pad(masks, device=self.model.device, on_left=True)
-        positions = torch.cat([first[2], second[2]])
-        logits = torch.cat([first[3], second[3]])
-        return cache, attention_mask, positions, logits
+        last = [positions[..., -1:] for _, _, positions, _ in readings]
+        if last[0].dim() == 3:  # those that go on have no images: all three are the same
+            last[1] = last[1].expand(3, -1, 1)
+        logits = torch.cat([logits[:, -1:] for _, _, _, logits in readings])
+        return cache, attention_mask, torch.cat(last, dim=-2), logits
 
-    def _forward(self, ids, attention_mask, positions, cache, logits_to_keep=1):
-        return read(self.model, ids, attention_mask, positions, cache, logits_to_keep)
+    def _forward(self, ids, attention_mask, positions, cache, logits_to_keep=1, pixels=None):
+        return read(self.model, ids, attention_mask, positions, cache, logits_to_keep, pixels)
 
     def _sample(self, logits: torch.Tensor, rows: list[_Request]) -> torch.Tensor:
         """Draws the next tokens (B,) and appends them to the rows. Each row draws one uniform

@@ -44,7 +44,7 @@ class ScriptedEngine(Engine):
             raise IndexError(f"the script has {len(self.script)} turns and one more was asked for")
         return self.script[len(self.requests) - 1]
 
-    async def prompt_logprobs(self, ids: list[int]) -> list[list[float]]:
+    async def prompt_logprobs(self, ids: list[int], images: list = ()) -> list[list[float]]:
         return [[-1.0] * (len(ids) - 1)]
 
     async def sync(self, model, version: int) -> None:

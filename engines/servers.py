@@ -130,7 +130,8 @@ class ServerEngine(Engine):
         )
         return await self._ask(ids, options, sampling.session, read)
 
-    async def prompt_logprobs(self, ids: list[int]) -> list[list[float]]:
+    async def prompt_logprobs(self, ids: list[int], images: list = ()) -> list[list[float]]:
+        refuse_images(images)
         options = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
         read = functools.partial(server_answers.prompt_logprobs, prompt=ids)
         scores = []

@@ -256,7 +256,8 @@ class VllmEngine(Engine):
         logprobs = [by_token[token].logprob for token, by_token in pairs]
         return Completion(new, logprobs, finish)
 
-    async def prompt_logprobs(self, ids: list[int]) -> list[list[float]]:
+    async def prompt_logprobs(self, ids: list[int], images: list = ()) -> list[list[float]]:
+        refuse_images(images)
         from vllm import SamplingParams
 
         params = SamplingParams(

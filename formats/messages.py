@@ -12,7 +12,14 @@ from formats.base import Call, too_deep
 from run.config import UserError
 
 FORM = '{"function": {"name": …, "arguments": an object or its JSON}}'
-NO_IMAGES = "no model that sees images can be trained yet, so leave the row out or make it text"
+NOT_SEEN = "leave the row out or make it text"
+# Keys of a content part that say where its image is, by the type of the part.
+IMAGE_TYPES = {
+    "image": ("image", "path", "url", "bytes", "base64"),
+    "image_url": ("image_url",),
+    "input_image": ("image_url",),
+}
+TAG = "<image>"  # LLaMA-Factory's and ms-swift's, in a text whose images stand in a column
 
 # The keys that a message of each role may have.
 KEYS = {
@@ -44,8 +51,9 @@ FLAGS = ("weight", "loss", "loss_mask", "loss_scale", "loss_weight", "train", "t
 def read_messages(messages: list, column: str, is_prompt: bool) -> list[dict]:
     """Reads the chat messages of a row into the one form that rollouts have, too.
 
-    Contents are text, arguments objects, thinking is `reasoning_content`, results stand in the
-    order of their calls and have their names. is_prompt: the model is to answer them, and nothing
+    Contents are text, or a list of parts where there are images in it (see `take_images`),
+    arguments objects, thinking is `reasoning_content`, results stand in the order of their calls
+    and have their names. is_prompt: the model is to answer them, and nothing
     in them is trained. column: where they stand in the row. UserError for whatever would be lost
     or read in another way than it was meant.
     """
@@ -108,21 +116,41 @@ def _role(role: str) -> str:
     raise UserError(f"role {role!r}: expected one of {', '.join(KEYS)}{remedy}")
 
 
-def _content(content, role: str) -> str:
-    """Reads a content as text; UserError for an image in it."""
+def _content(content, role: str) -> str | list[dict]:
+    """Reads a content as text, or as parts if there are images in it: {"type": "image", "image":
+    where it is}. UserError for what no model here would see."""
     if isinstance(content, list):
-        texts = []
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            if kind != "text" or not isinstance(part.get("text"), str):
-                raise UserError(f"a content part of type {kind!r} would not be seen: {NO_IMAGES}")
-            texts.append(part["text"])
-        return "".join(texts)
+        parts = [_part(part, role) for part in content]
+        if any(part["type"] == "image" for part in parts):
+            return parts
+        return "".join(part["text"] for part in parts)
     if content is None and role in ("system", "user"):
         raise UserError(f"a message of the {role} has no content: expected text")
     if not isinstance(content, str | None):
         raise UserError(f"its content {content!r:.80}: expected text, or a list of content parts")
     return content or ""
+
+
+def _part(part, role: str) -> dict:
+    """Reads a part of a content."""
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind not in IMAGE_TYPES:
+        raise UserError(f"a content part of type {kind!r} would not be seen: {NOT_SEEN}")
+    if role not in ("user", "tool"):
+        raise UserError(
+            f"a message of the {role} has an image: expected them in the user's and the tools'"
+        )
+    for key in IMAGE_TYPES[kind]:
+        source = part.get(key)
+        if isinstance(source, dict) and "url" in source:  # OpenAI's {"url": …, "detail": …}
+            source = source["url"]
+        if source is not None and key == "base64":
+            source = f"data:image/png;base64,{source}"
+        if source is not None:
+            return {"type": "image", "image": source}
+    return {"type": "image"}  # it stands in the row's column
 
 
 def _check_flag(key: str, value, is_trained: bool) -> None:
@@ -263,6 +291,108 @@ def openai_call(call: Call) -> dict:
     function = {"name": call.name, "arguments": call.arguments}
     written = {"type": "function", "function": function}
     return {"id": call.id, **written} if call.id else written
+
+
+# ---- images
+
+
+def take_images(messages: list[dict], column: list) -> tuple[list[dict], list]:
+    """Takes the images out of messages of `read_messages` -> the messages, in which {"type":
+    "image"} is where one was, and what says where each is, in order.
+
+    column: the images of a row beside its messages. They belong to the parts that name none, else
+    to <image> in texts of the user and of tools, else all to the beginning of the first message of
+    the user. UserError unless they are as many.
+    """
+    if column:
+        messages = _place_column(messages, column)
+    taken = []
+    sources = []
+    for message in messages:
+        if isinstance(message["content"], list):
+            parts = []
+            for part in message["content"]:
+                if part["type"] == "image":
+                    sources.append(part.get("image"))
+                    part = {"type": "image"}
+                parts.append(part)
+            message = message | {"content": parts}
+        taken.append(message)
+    if any(source is None for source in sources):
+        raise UserError("a content part of type 'image' names no image, nor does the row's column")
+    return taken, sources
+
+
+def _place_column(messages: list[dict], column: list) -> list[dict]:
+    """Gives the images of a column their places."""
+    unnamed = 0
+    tags = 0
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, list):
+            unnamed += sum(part == {"type": "image"} for part in content)
+        elif message["role"] in ("user", "tool"):
+            tags += content.count(TAG)
+    waiting = iter(column)
+    if unnamed == 0 and tags == 0:
+        return _at_the_beginning(messages, column)
+    if unnamed not in (0, len(column)) or (unnamed == 0 and tags != len(column)):
+        raise UserError(
+            f"it has {len(column)} images, but its messages have room for {unnamed or tags}: write "
+            f"{TAG} once for each"
+        )
+    placed = []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, list):
+            parts = []
+            for part in content:
+                is_unnamed = part == {"type": "image"}
+                parts.append(part | {"image": next(waiting)} if is_unnamed else part)
+            message = message | {"content": parts}
+        elif unnamed == 0 and message["role"] in ("user", "tool") and TAG in content:
+            message = message | {"content": _split_at_tags(content, waiting)}
+        placed.append(message)
+    return placed
+
+
+def _split_at_tags(text: str, waiting) -> list[dict]:
+    """Makes parts of a text with <image> in it; waiting: an iterator over the images."""
+    parts = []
+    for number, between in enumerate(text.split(TAG)):
+        if number:
+            parts.append({"type": "image", "image": next(waiting)})
+        if between:
+            parts.append({"type": "text", "text": between})
+    return parts
+
+
+def _at_the_beginning(messages: list[dict], column: list) -> list[dict]:
+    """Puts all images in front of what the user says first."""
+    for place, message in enumerate(messages):
+        if message["role"] == "user":
+            images = [{"type": "image", "image": source} for source in column]
+            content = message["content"]
+            if isinstance(content, str):
+                content = [{"type": "text", "text": content}]
+            first = message | {"content": [*images, *content]}
+            return [*messages[:place], first, *messages[place + 1 :]]
+    raise UserError(f"it has {len(column)} images, but no message of the user")
+
+
+def has_images(messages) -> bool:
+    """Says whether any message has an image in it."""
+    return count_images(messages) > 0
+
+
+def count_images(messages) -> int:
+    """Counts the images in messages."""
+    count = 0
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            count += sum(part.get("type") == "image" for part in content)
+    return count
 
 
 def assistant_message(text: str, calls: list[Call] = ()) -> dict:

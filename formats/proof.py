@@ -22,12 +22,13 @@ from formats.base import (
     Format,
     any_of,
 )
-from formats.messages import THOUGHTS, assistant_message
+from formats.messages import THOUGHTS, assistant_message, count_images
 from run.config import UserError
 
 SENTINEL = "zqSENTINELqz"  # letters only: no template trims, quotes or escapes it
 ARGUMENT = "zqARGUMENTqz"  # a name that no tool has for one of its own
 WORDS = "I compute."  # in front of a call
+IMAGE_PART = {"type": "image"}
 QUESTION = {"role": "user", "content": "x"}
 ADVICE = (
     "use format=json_actions, fence or tags, or a template with tools: --chat_template=file.jinja"
@@ -45,12 +46,16 @@ class TemplateFacts:
     drops_words: bool = False  # words in front of a call are not written there
     thinking_key: str = ""  # of a message, which has the thinking; "": it stands in the content
     calls_in_text: bool = False  # calls are not written, so they are put into the content
+    tool_images: bool = True  # a result shows its images; else a user's message behind it
 
     # What it writes between the prompt and the text of a turn.
     header: str = ""  # what add_generation_prompt adds, thinking apart
     opening: str = ""  # "<think>\n", if the generation prompt ends in it
     lead: str = ""  # the blanks between generation prompt and answer
     call_lead: str = ""  # the blanks between generation prompt and call
+
+    # What it writes for an image.
+    image: str = ""  # its placeholder, with what stands around it
 
     # What ends a turn.
     close: str = ""  # the token that the template writes behind an assistant's last text
@@ -95,6 +100,11 @@ def find_facts(chat) -> None:
     facts.header = find_header(chat, prompt)
     facts.lead = find_lead(chat, prompt, before)
     facts.call_lead = facts.lead  # unless find_format sees another
+    if chat.vision:
+        facts.image = find_image(chat)
+    if chat.vision and not facts.image:
+        facts.declare("shows no images, so the model is shown none")
+        chat.vision = None
     if trims_answers(chat):
         facts.declare("trims the assistant's text")
 
@@ -120,6 +130,15 @@ def find_inner_close(chat) -> str:
     _, _, after = try_text(chat, *talk).partition(SENTINEL)
     token = any_of(chat.added_tokens).match(after)
     return token[0] if token else ""
+
+
+def find_image(chat) -> str:
+    """Finds what is written for an image of a user: one placeholder, and what is around it; "" if
+    something else is."""
+    text = {"type": "text", "text": SENTINEL}
+    written = try_text(chat, {"role": "user", "content": [text, IMAGE_PART, text]})
+    image = written.partition(SENTINEL)[2].partition(SENTINEL)[0]
+    return image if image.count(chat.vision.token) == 1 else ""
 
 
 def find_close(chat, after: str) -> str:
@@ -372,6 +391,12 @@ def check_results(chat, name: str) -> None:
     text = chat.text_of([QUESTION, called, result])
     if SENTINEL not in text:
         raise chat.refusal(f"it ignores tool results; {ADVICE}")
+    if chat.vision:
+        content = [{"type": "text", "text": SENTINEL}, IMAGE_PART]
+        text = try_text(chat, QUESTION, called, result | {"content": content})
+        chat.facts.tool_images = SENTINEL in text and text.count(chat.vision.token) == 1
+        if not chat.facts.tool_images:
+            chat.facts.declare("shows no images in results: a user's message behind them has them")
 
 
 # 3. Is the whole the concatenation of its pieces?
@@ -393,6 +418,9 @@ def conversations(chat) -> Iterator[list[dict]]:
     yield [user, answer, again, answer]
     thoughtful = assistant_message(chat.format.with_thought("hm", "It is 5."))
     yield [system, user, thoughtful, again, answer]
+    picture = {"role": "user", "content": [IMAGE_PART, {"type": "text", "text": "What is it?"}]}
+    if chat.vision:
+        yield [system, picture, answer, picture, answer]
     if not chat.tools:
         return
 
@@ -409,6 +437,11 @@ def conversations(chat) -> Iterator[list[dict]]:
     thoughtful = assistant_message(words_before_call(chat, words, call), [call])
     yield [user, thoughtful, five, answer, again, called, seven, answer]
     yield [user, thoughtful, five, called, seven, answer]
+    # in an open turn an inline result stands where no template writes one
+    if chat.vision and not chat.format.in_place:
+        parts = [{"type": "text", "text": "5\nimage 2:"}, IMAGE_PART, {"type": "text", "text": "."}]
+        seen = {"role": "tool", "name": name, "content": parts}
+        yield [picture, called, seen, answer, again, called, seen, answer]
     if chat.format.parallel:
         yield [user, assistant_message(words, [call, call]), five, seven, answer]
 
@@ -423,11 +456,12 @@ def words_before_call(chat, words: str, call: Call) -> str:
 
 def compare(chat, messages: list[dict]) -> None:
     """Compares the pieces of a conversation with the template's rendering, as text and as ids."""
+    pictures = dummy_pictures(chat, messages)
     pieces = chat.pieces(messages)
     ours = "".join(text for text, _ in pieces)
     theirs = chat.text_of(messages, start=True)
-    ids, _ = chat.render(messages)
-    whole = chat.encode(ours, first=True)
+    ids, _ = chat.render(messages, pictures)
+    whole = chat.encode(ours, first=True, pictures=pictures)
     as_theirs = with_inner_closes(chat, pieces)
     if as_theirs != ours:
         inner = chat.facts.inner_close
@@ -442,7 +476,7 @@ def compare(chat, messages: list[dict]) -> None:
         has_thoughts = bool(our_thoughts or their_thoughts)
         only_thoughts = is_same(chat, drop_thinking(chat, as_theirs), drop_thinking(chat, theirs))
         if not has_thoughts or not only_thoughts:
-            their_ids = chat.encode(theirs, first=True)
+            their_ids = chat.encode(theirs, first=True, pictures=pictures)
             raise chat.refusal(first_difference(chat, ids, their_ids))
         chat.facts.declare(name_difference(our_thoughts, their_thoughts))
     # An inline result is encoded apart from the turn that it goes on in, as in a rollout.
@@ -476,6 +510,16 @@ def without_repeated_headers(chat, pieces: list[tuple[str, int]], theirs: str) -
             repeated = re.escape(tokens[-1] + header) + r"\s*"
             theirs = re.sub(repeated, lambda _, end=tokens[-1]: end, theirs)
     return theirs
+
+
+def dummy_pictures(chat, messages: list[dict]) -> list:
+    """Makes a Picture for each image in messages."""
+    count = count_images(messages)
+    if not count:
+        return []
+    from PIL import Image
+
+    return [chat.vision.prepare(Image.new("RGB", (64, 64)))] * count
 
 
 def is_same(chat, ours: str, theirs: str) -> bool:

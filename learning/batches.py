@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from learning.vision import batch_positions, identities
+
 
 class Sequence(NamedTuple):
     """What is asked of a sequence to find its micro-batch. Lengths are in tokens."""
@@ -13,6 +15,8 @@ class Sequence(NamedTuple):
     length: int  # of all, its prompt included
     prompt_length: int
     prompt: Hashable  # equal where sequences begin alike
+    patches: int = 0  # of all its images: they go through the tower
+    prompt_patches: int = 0  # of those in its prompt
 
 
 def pad(
@@ -33,17 +37,24 @@ def pad(
 
 
 def micro_batches(
-    lengths: list[int], token_budget: int, prompts: list[tuple] | None = None
+    lengths: list[int],
+    token_budget: int,
+    prompts: list[tuple] | None = None,
+    patches: list[tuple[int, int]] | None = None,
 ) -> list[list[int]]:
     """Cuts sequences into batches of at most token_budget tokens, padding counted; returns the
     indices of each. A sequence longer than the budget is a batch of its own. prompts: what the
     sequences begin with; a batch may need to hold equal ones only once (see hidden_states).
+    patches: of the images of each sequence, all and those in its prompt: a patch that goes through
+    the tower counts as a token.
 
     Sorted by what follows the prompt, so that little is padded, or else prompt by prompt, the
     longest sequence first: whatever is fewer tokens in all.
     """
     if prompts is None:
         prompts = [()] * len(lengths)
+    if patches is None:
+        patches = [(0, 0)] * len(lengths)
     longest: dict[tuple, int] = {}  # prompt: tokens of the longest sequence that begins with it
     for length, prompt in zip(lengths, prompts, strict=True):
         longest[prompt] = max(length, longest.get(prompt, 0))
@@ -51,8 +62,8 @@ def micro_batches(
     # numbers stand for the prompts: they are compared sooner than long tuples
     number_of = {prompt: number for number, prompt in enumerate(longest)}
     sequences = []
-    for length, prompt in zip(lengths, prompts, strict=True):
-        sequences.append(Sequence(length, len(prompt), number_of[prompt]))
+    for length, prompt, of_images in zip(lengths, prompts, patches, strict=True):
+        sequences.append(Sequence(length, len(prompt), number_of[prompt], *of_images))
 
     # the longest continuation first
     by_continuation = sorted(range(len(lengths)), key=lambda i: len(prompts[i]) - lengths[i])
@@ -75,7 +86,7 @@ def _fill(
     while order:
         # the first fits in any case: one that is longer than the budget is alone
         size = 1
-        tokens = sequences[order[0]].length
+        tokens = sequences[order[0]].length + sequences[order[0]].patches
         counts = tokens_through_layers(sequences[i] for i in order)
         for next_size, (next_tokens, _) in enumerate(counts, 1):
             if next_tokens > token_budget:
@@ -90,28 +101,33 @@ def _fill(
 
 def tokens_through_layers(sequences: Iterable[Sequence]) -> Iterator[tuple[int, bool]]:
     """Counts, of the first 1, 2, ... sequences as one batch, the tokens that go through the layers,
-    padding included; and says whether prompts that repeat go through them once. They do where that
-    spares a fifth of the tokens: else it is not worth its copies."""
+    padding and patches of images included; and says whether prompts that repeat go through them
+    once. They do where that spares a fifth of the tokens: else it is not worth its copies."""
     prompts = set()  # the different ones so far
     longest_sequence = 0  # tokens
     longest_prompt = 0  # tokens
     longest_continuation = 0  # tokens of a sequence behind its prompt
     real_tokens = 0  # of all sequences, without padding
     repeated_tokens = 0  # of those: in prompts that were there before
+    patches = 0  # of all images
+    repeated_patches = 0  # of those: in prompts that were there before
     for count, sequence in enumerate(sequences, 1):
         continuation = sequence.length - sequence.prompt_length
         longest_sequence = max(longest_sequence, sequence.length)
         longest_prompt = max(longest_prompt, sequence.prompt_length)
         longest_continuation = max(longest_continuation, continuation)
         real_tokens += sequence.length
+        patches += sequence.patches
         if sequence.prompt in prompts:
             repeated_tokens += sequence.prompt_length
+            repeated_patches += sequence.prompt_patches
         prompts.add(sequence.prompt)
 
         # padded to the longest: whole sequences, or each prompt once and all continuations
-        tokens_apart = count * longest_sequence
+        tokens_apart = count * longest_sequence + patches
         tokens_shared = len(prompts) * longest_prompt + count * longest_continuation
-        spares_a_fifth = 5 * repeated_tokens >= real_tokens
+        tokens_shared += patches - repeated_patches
+        spares_a_fifth = 5 * (repeated_tokens + repeated_patches) >= real_tokens + patches
         if spares_a_fifth and tokens_shared < tokens_apart:
             yield tokens_shared, True
         else:
@@ -131,12 +147,15 @@ class Batch:
     weights: torch.Tensor  # (B,) what each token of a trajectory counts in the loss
     old_logprobs: torch.Tensor | None  # (B, T) before the first update; None: this is that update
     ref_logprobs: torch.Tensor | None  # (B, T) of the reference; None without one
+    images: list | None  # the Pictures of each row, in the order of ids; None: there are none
+    position_ids: torch.Tensor | None  # (3, B, T) where images have rows and columns; else None
 
     @classmethod
     def of(cls, trajectories: list, device="cpu") -> "Batch":
         """Makes the tensors. trajectories: with their advantages and weights."""
         lengths = [[1] * len(t.ids) for t in trajectories]
         advantages = [token_advantages(t) for t in trajectories]
+        images = images_of(trajectories)
         return cls(
             ids=pad([t.ids for t in trajectories], device=device),
             attention_mask=pad(lengths, device=device),
@@ -146,7 +165,30 @@ class Batch:
             weights=torch.tensor([t.weight for t in trajectories], device=device),
             old_logprobs=stack([t.old_logprobs for t in trajectories]),
             ref_logprobs=stack([t.ref_logprobs for t in trajectories]),
+            images=images,
+            position_ids=position_ids([t.ids for t in trajectories], images, device),
         )
+
+
+def images_of(rows: list) -> list | None:
+    """Lists the Pictures of each row (a trajectory or a demonstration); None if there are none."""
+    if not any(row.images for row in rows):
+        return None
+    return [row.images for row in rows]
+
+
+def position_ids(ids: list[list[int]], images: list | None, device) -> torch.Tensor | None:
+    """Computes the (3, B, T) positions of rows padded on the right; None where those of text do:
+    whoever takes them makes these from the attention mask."""
+    if images is None:
+        return None
+    positions = batch_positions(ids, images)
+    return None if positions is None else positions.to(device)
+
+
+def told_apart(rows: list) -> list[list[int]]:
+    """Returns the ids of each row with the placeholders of different images told apart."""
+    return [identities(row.ids, row.images) for row in rows]
 
 
 def token_advantages(trajectory) -> list[float]:

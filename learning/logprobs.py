@@ -11,6 +11,7 @@ import torch
 import torch.utils.checkpoint
 
 from learning.batches import Sequence, pad, tokens_through_layers
+from learning.vision import batch_positions, count_inside, count_patches, identities, tower_inputs
 
 # Of one chunk of logits, in float32: large enough for full speed, small beside a model's weights.
 LOGITS_BYTES = 2**29
@@ -181,7 +182,7 @@ def shares_prompts(model) -> bool:
 
 def shared_prefixes(ids: list[list[int]], mask: list[list[int]]) -> list[tuple]:
     """Returns what rows may share: all before the last token of the prompt. That one stays with
-    each row, whose first sampled token it predicts."""
+    each row, whose first sampled token it predicts. ids: with different images told apart."""
     prefixes = []
     for row, row_mask in zip(ids, mask, strict=True):
         prompt_length = row_mask.index(1) if 1 in row_mask else len(row)
@@ -189,39 +190,60 @@ def shared_prefixes(ids: list[list[int]], mask: list[list[int]]) -> list[tuple]:
     return prefixes
 
 
-def hidden_states(model, ids, attention_mask, mask, position_ids):
+def layers_of(model, with_tower: bool):
+    """Returns what is below the head. Of a model that sees, get_decoder() gives the layers of the
+    text alone, which would take a placeholder's own embedding: images need the tower too."""
+    if not with_tower:
+        return decoder_of(model)
+    if getattr(model, "peft_config", None):  # adapters: peft has a base_model of its own
+        model = model.get_base_model()
+    return model.base_model
+
+
+def hidden_states(model, ids, attention_mask, mask, position_ids, images=None):
     """Runs the layers; returns what the head is applied to, (B, R, H), and how many columns on the
     left of each row are left out of it, (B,). Without sharing R = T, and none are.
 
     The samples of a group begin with one prompt, often longer than all that follows: system, tool
     schemas, question. Each prompt that repeats goes through the layers once, forward and backward:
     its keys and values are kept, with their graph, in a cache that all its rows go on from. The
-    function is the same and so is its gradient, for fewer tokens.
+    function is the same and so is its gradient, for fewer tokens. images: the Pictures of each row.
     """
-    decoder = decoder_of(model)
-    prefixes = _prefixes_worth_sharing(model, ids, attention_mask, mask)
+    layers = layers_of(model, with_tower=images is not None)
+    prefixes = _prefixes_worth_sharing(model, ids, attention_mask, mask, images)
     if not prefixes:
-        output = decoder(
+        pictures = [] if images is None else [p for row_images in images for p in row_images]
+        output = layers(
             input_ids=ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=False,
+            **tower_inputs(pictures, ids.device),
         )
         return output.last_hidden_state, ids.new_zeros(len(ids))
 
     from transformers.cache_utils import DynamicCache
 
     # 1. every different prompt once, into a cache
-    prompts = sorted(set(prefixes))
+    row_of = {}  # prompt: the first row that begins with it
+    for row, prefix in enumerate(prefixes):
+        row_of.setdefault(prefix, row)
+    prompts = sorted(row_of)
+    prompt_ids = [ids[row_of[prompt], : len(prompt)].tolist() for prompt in prompts]
+    prompt_images, row_images = _divide_images(prompts, prompt_ids, prefixes, row_of, images)
     ones = [[1] * len(prompt) for prompt in prompts]
     prompt_mask = pad(ones, device=ids.device, on_left=True)  # (P, W)
+    prompt_positions = batch_positions(prompt_ids, prompt_images, on_left=True)
+    if prompt_positions is None:
+        prompt_positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config.get_text_config())
-    decoder(
-        input_ids=pad(prompts, device=ids.device, on_left=True),
+    layers(
+        input_ids=pad(prompt_ids, device=ids.device, on_left=True),
         attention_mask=prompt_mask,
-        position_ids=(prompt_mask.cumsum(1) - 1).clamp(min=0),
+        position_ids=prompt_positions.to(ids.device),
         past_key_values=cache,
         use_cache=True,
+        **tower_inputs([p for pictures in prompt_images for p in pictures], ids.device),
     )
 
     # 2. each row gets the keys and values of its prompt
@@ -242,27 +264,49 @@ def hidden_states(model, ids, attention_mask, mask, position_ids):
     columns = prompt_lengths[:, None] + offsets  # (B, R)
     # what a short row has there is padding, but it has to exist
     columns = columns.clamp(max=ids.shape[1] - 1)
-    output = decoder(
-        input_ids=ids.gather(1, columns),
+    output = layers(
+        input_ids=ids.gather(1, columns) * is_token,
         attention_mask=torch.cat([prompt_mask, is_token], 1),
-        position_ids=position_ids.gather(1, columns),
+        position_ids=position_ids.gather(-1, columns.expand(*position_ids.shape[:-1], -1)),
         past_key_values=cache,
         use_cache=True,
+        **tower_inputs([p for pictures in row_images for p in pictures], ids.device),
     )
     return output.last_hidden_state, prompt_lengths
 
 
-def _prefixes_worth_sharing(model, ids, attention_mask, mask) -> list[tuple]:
+def _divide_images(prompts, prompt_ids, prefixes, row_of, images) -> tuple[list, list]:
+    """Divides the Pictures of the rows: (those of each prompt, those of each row behind it)."""
+    if images is None:
+        return [[] for _ in prompts], [[] for _ in prefixes]
+    inside = {}  # prompt: how many
+    prompt_images = []
+    for prompt, its_ids in zip(prompts, prompt_ids, strict=True):
+        row = row_of[prompt]
+        inside[prompt] = count_inside(its_ids, images[row])
+        prompt_images.append(images[row][: inside[prompt]])
+    row_images = []
+    for row, prefix in enumerate(prefixes):
+        row_images.append(images[row][inside[prefix] :])
+    return prompt_images, row_images
+
+
+def _prefixes_worth_sharing(model, ids, attention_mask, mask, images) -> list[tuple]:
     """Returns what each of the B rows begins with, or [] where none of it is to be shared."""
     if attention_mask is None or len(ids) < 2:  # packed rows, or only one
         return []
     if not attention_mask[:, 0].all():  # rows that are padded on the left
         return []
-    prefixes = shared_prefixes(ids.tolist(), mask.long().tolist())
+    rows = ids.tolist()
+    if images is None:
+        images = [()] * len(rows)
+    told_apart = [identities(row, pictures) for row, pictures in zip(rows, images, strict=True)]
+    prefixes = shared_prefixes(told_apart, mask.long().tolist())
     lengths = attention_mask.sum(1).tolist()
     sequences = []
-    for length, prefix in zip(lengths, prefixes, strict=True):
-        sequences.append(Sequence(length, len(prefix), prefix))
+    for row, pictures, length, prefix in zip(rows, images, lengths, prefixes, strict=True):
+        patches = count_patches(row[: len(prefix)], pictures)
+        sequences.append(Sequence(length, len(prefix), prefix, *patches))
     *_, (_, are_shared) = tokens_through_layers(sequences)  # of all rows as one batch
     if not are_shared or not shares_prompts(model):
         return []
@@ -280,6 +324,7 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk: int | None = None,
     position_ids: torch.Tensor | None = None,
+    images: list | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the log-probability of each token given those before it, and the entropy of its
     distribution.
@@ -291,15 +336,19 @@ def token_logprobs(
     Packed samples: position_ids (1, T) that begin again at 0 with every sample, and attention_mask
     None; transformers then keeps them from attending to each other.
 
+    Images: the Pictures of each row, in the order of their placeholders in ids, and position_ids
+    (3, B, T) where they have rows and columns (batches.position_ids).
+
     Logits are made for `chunk` wanted tokens at a time (None: as many as LOGITS_BYTES hold) and
     again in the backward pass, so that memory holds chunk x V numbers and never T x V. The head
     multiplies in the model's dtype, or autocast's; from there on all is float32.
     """
     if position_ids is None:
         position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    wanted = mask.bool() & (position_ids > 0)  # (B, T)
+    first_axis = position_ids if position_ids.dim() == 2 else position_ids.amax(0)
+    wanted = mask.bool() & (first_axis > 0)  # (B, T)
     rows, columns = wanted.nonzero(as_tuple=True)  # (N,), (N,)
-    hidden, left_out = hidden_states(model, ids, attention_mask, wanted, position_ids)
+    hidden, left_out = hidden_states(model, ids, attention_mask, wanted, position_ids, images)
     # the hidden state at t - 1 predicts the token at t, unless a sample begins there
     hidden = hidden[rows, columns - 1 - left_out[rows]]  # (N, H)
     targets = ids[rows, columns]  # (N,)

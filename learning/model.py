@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from learning import whole
-from learning.logprobs import decoder_of, token_logprobs
+from learning.logprobs import decoder_of, layers_of, token_logprobs
 from run.config import UserError
 
 # Kinds of adapters (peft_type) that put virtual tokens before the prompt.
@@ -211,16 +211,17 @@ def load(
     lora_alpha: int = 64,
     lora_targets: tuple[str, ...] = ("all-linear",),
     seed: int = 0,
+    train_vision: bool = False,
 ):
     """Loads (model, tokenizer) of a folder or hub id, in eval mode.
 
     tune: "none" freezes all, "full" trains all, "lora" adds adapters to `lora_targets` and trains
     only them; "qlora" too, over a base of 4 bits a weight (NF4 with double quantisation, Dettmers
     et al. 2023, arXiv:2305.14314). "none4bit" is that base, frozen. Of a model that also has a
-    tower for images only the language model is trained, by each of them. A folder that holds an
-    adapter is loaded with its base model; with lora and qlora that adapter is trained on. dtype: of
-    the weights; "mixed" keeps them in float32 and multiplies in bfloat16. Raises UserError where a
-    part is missing.
+    tower for images only the language model is trained, by each of them; train_vision: the tower
+    too. A folder that holds an adapter is loaded with its base model; with lora and qlora that
+    adapter is trained on. dtype: of the weights; "mixed" keeps them in float32 and multiplies in
+    bfloat16. Raises UserError where a part is missing.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -256,13 +257,13 @@ def load(
 
     # 3. what of it is trained
     if trains_adapter and not settings:
-        model = _add_adapter(model, lora_r, lora_alpha, lora_targets, seed)
+        model = _add_adapter(model, lora_r, lora_alpha, lora_targets, seed, train_vision)
     if trains_adapter:
         # it is saved with this name, and found by it from other folders than this one
         model.peft_config["default"].base_model_name_or_path = lasting_name(base)
     if not trains_adapter:
         model.requires_grad_(tune == "full")
-    if whole.is_whole(model):
+    if whole.is_whole(model) and not train_vision:
         whole.freeze_other_parts(model)
     model.eval()
     if trains_adapter or tune == "full":
@@ -546,13 +547,22 @@ def _load_adapter(model, folder: str, is_trainable: bool):
     return adapted
 
 
-def _add_adapter(model, lora_r: int, lora_alpha: int, lora_targets: tuple[str, ...], seed: int):
+def _add_adapter(
+    model,
+    lora_r: int,
+    lora_alpha: int,
+    lora_targets: tuple[str, ...],
+    seed: int,
+    train_vision: bool,
+):
     """Puts a new adapter on a model."""
     from peft import LoraConfig, get_peft_model
 
     excluded = None
     if whole.is_whole(model):
         targets = whole.lora_pattern(model, lora_targets)
+        if train_vision:
+            targets = f"{targets}|{whole.tower_pattern(model, lora_targets)}"
     elif lora_targets == ("all-linear",):
         targets = "all-linear"
         excluded = _without_adapter(model) or None
@@ -636,7 +646,10 @@ def in_dtype(model, dtype: str):
     sampler and trainer must be one function."""
     if dtype != "mixed":
         return model.to(getattr(torch, dtype))
-    for part in (model, decoder_of(model), model.get_output_embeddings()):
+    parts = [model, decoder_of(model), model.get_output_embeddings()]
+    if whole.is_whole(model):
+        parts.append(layers_of(model, with_tower=True))
+    for part in parts:
         # one autocast each: they nest, and one that is entered twice is never left
         autocast = torch.autocast(model.device.type, torch.bfloat16)
         part.forward = autocast(part.forward)
@@ -647,6 +660,14 @@ def recompute_layers(model) -> None:
     """Switches gradient checkpointing on: it keeps the input of each layer and makes the rest again
     in the backward pass: a third more time, a fraction of the memory."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def set_image_size(model, vision) -> None:
+    """Has the image processor saved beside the model if it is not as in the model's own files:
+    whoever loads the model then shows it images of the size that it was trained with. vision: of
+    learning/vision.py, or None."""
+    if vision is not None and vision.is_resized:
+        model.image_processor = vision.processor
 
 
 def without_dropout(model) -> None:
@@ -699,14 +720,16 @@ def load_reference(name: str, model, tune: str, dtype: str):
 def with_initial_weights(model):
     """Makes a model with adapters the one that training began with, inside."""
     adapters = adapters_of(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if "reference" in adapters:
         model.set_adapter("reference")
         try:
             yield
         finally:
             model.set_adapter("default")  # which also makes it trainable again, a tower's too
-            if whole.is_whole(model):
-                whole.freeze_other_parts(model)
+            model.requires_grad_(False)
+            for parameter in trained:
+                parameter.requires_grad_(True)
     elif adapters:
         with model.disable_adapter():
             yield
@@ -750,6 +773,8 @@ def save(model, tokenizer, folder) -> None:
             model.save_pretrained(folder)
         for file in whole.files_of_processor(model):
             shutil.copy(file, folder)
+        if getattr(model, "image_processor", None):
+            model.image_processor.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

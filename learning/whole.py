@@ -153,6 +153,23 @@ def lora_pattern(model, layer_names: tuple[str, ...]) -> str:
     return pattern
 
 
+def tower_pattern(model, layer_names: tuple[str, ...]) -> str:
+    """Returns PEFT's target_modules for the layers of these names beside the language model, in the
+    tower and what joins the two, or for all their linear ones. UserError if it has none of them."""
+    head = _path_of(model, model.get_output_embeddings())
+    found = []
+    for part in other_parts(model):
+        for path, module in model.get_submodule(part).named_modules(prefix=part):
+            is_wanted = layer_names == ("all-linear",) or path.rpartition(".")[-1] in layer_names
+            if isinstance(module, torch.nn.Linear) and is_wanted and path != head:
+                found.append(re.escape(path))
+    if not found:
+        raise UserError(
+            f"train_vision with lora_targets = {','.join(layer_names)}: the tower has none of these"
+        )
+    return "|".join(found)
+
+
 def layer_names_of(target_modules: list[str] | str) -> set[str]:
     """Returns the names that an adapter_config.json has as its target_modules: the list, or those
     of a pattern of ours; of another pattern, itself."""

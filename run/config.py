@@ -37,7 +37,7 @@ ROLLOUT_KEYS = tuple(
     database template_options chat_template format tools tool_options tool_timeout tool_concurrency
     rewards reward_options temperature max_tokens max_new_tokens max_turns max_tool_calls
     max_observation_tokens trajectory_timeout final_turn max_concurrent seed engine urls
-    gpu_memory_utilization engine_options
+    gpu_memory_utilization engine_options min_pixels max_pixels
     """.split()
 )
 # What a disk says to who reads or writes it, and what to do then.

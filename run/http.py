@@ -7,8 +7,11 @@ import contextlib
 import ipaddress
 import json
 import os
+import socket
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import httpx2 as httpx
 
@@ -214,3 +217,83 @@ class HttpClient:
     async def close(self) -> None:
         if self._connections is not None:
             await self._connections.aclose()
+
+
+# -- what anybody may have written: an address that must not lead into our own network
+
+REDIRECTS = 5  # that are followed
+FETCHING = 30.0  # seconds, for all of it
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the internet, not of this machine or its network."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if ip.version == 6:
+        # an IPv4 address inside of an IPv6 one: mapped, of 6to4, Teredo, or behind NAT64
+        if ip.ipv4_mapped or ip.sixtofour or ip.teredo or ip in NAT64:
+            return False
+    return ip.is_global and not ip.is_multicast
+
+
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+def fetch_public(url: str, limit: int, allowed: Callable[[str], bool] = is_public) -> bytes:
+    """Fetches what is at a URL of the internet, `limit` bytes at most, following redirects.
+
+    Each host is looked up once and connected to at the address that was checked: what its name
+    server says next does not count. allowed: whether an IP address may be asked. HttpError.
+    """
+    deadline = time.monotonic() + FETCHING
+    patience = httpx.Timeout(10.0)
+    with httpx.Client(timeout=patience, trust_env=False, follow_redirects=False) as client:
+        for _ in range(REDIRECTS + 1):
+            with failures_explained():
+                answer = _fetch_once(client, url, limit, allowed, deadline)
+            location = answer.headers.get("location")
+            if not (300 <= answer.status < 400 and location):
+                check_status(answer)
+                return answer.body
+            url = urljoin(url, location)
+    raise HttpError("refused", f"it was redirected more than {REDIRECTS} times")
+
+
+def _fetch_once(client, url, limit, allowed, deadline):
+    """One request, to the address that was checked."""
+    problem = address_problem(url)
+    if problem:
+        raise HttpError("refused", f"{one_line(url, 80)!r} is no address: {problem}")
+    parts = httpx.URL(url)
+    address = _checked_address(parts.host, allowed)
+    body = bytearray()
+    request = client.build_request(
+        "GET",
+        parts.copy_with(host=address, userinfo=b""),
+        # images are compressed already, and a few bytes could unpack to gigabytes
+        headers={"host": parts.netloc.decode("ascii"), "accept-encoding": "identity"},
+        extensions={"sni_hostname": parts.host},  # the certificate has to be the host's
+    )
+    answer = client.send(request, stream=True)
+    try:
+        for part in answer.iter_raw():
+            body += part
+            if len(body) > limit:
+                raise HttpError("nonsense", f"it has more than {limit:,} bytes")
+            if time.monotonic() > deadline:
+                raise HttpError("unreachable", f"it took longer than {FETCHING:g} s")
+    finally:
+        answer.close()
+    return Answer(answer.status_code, answer.headers, bytes(body))
+
+
+def _checked_address(host, allowed):
+    """The IP address of a host, all of whose addresses are allowed."""
+    try:
+        entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise HttpError("unreachable", f"there is no host {host!r}") from None
+    addresses = [entry[4][0] for entry in entries]
+    for address in addresses:
+        if not allowed(address):
+            raise HttpError("refused", f"{host!r} is an address of this machine or its network")
+    return addresses[0]

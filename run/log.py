@@ -27,6 +27,7 @@ from run.config import UserError, tell
 from run.page import finite_numbers, is_of_step, row_of, six_digits
 from trajectory import escaped, token_kinds, token_texts
 
+IMAGES = "images"  # the folder of those in rollouts.jsonl
 LOGGERS = {"none": "", "wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
 
 # ---- progress
@@ -278,7 +279,7 @@ def _drop(path: Path, start: int) -> None:
 
 def write_rollouts(path, trajectories: list, tokenizer, **columns) -> None:
     """Appends a row for each trajectory: its parallel lists, the text, what happened. columns: what
-    else stands in each row."""
+    else stands in each row. Its images, as they were shown, are files in a folder beside it."""
     with open(path, "a", encoding="utf-8") as file:
         for trajectory in trajectories:
             ids = trajectory.ids
@@ -304,4 +305,21 @@ def write_rollouts(path, trajectories: list, tokenizer, **columns) -> None:
                 "pieces": texts,
                 "text": tokenizer.decode(ids, skip_special_tokens=False) if ids else "",
             }
+            if trajectory.images:
+                row["images"] = write_images(Path(path).parent, trajectory.images)
             file.write(json.dumps(row) + "\n")
+
+
+def write_images(folder: Path, pictures: list) -> list[str]:
+    """Writes what a model was shown as PNG, which loses nothing, named by its pixels: what is there
+    already is the same. Returns the names, relative to the folder."""
+    (folder / IMAGES).mkdir(exist_ok=True)
+    names = []
+    for picture in pictures:
+        name = f"{IMAGES}/{picture.key:016x}.png"
+        if not (folder / name).exists():
+            aside = folder / f"{name}.new"
+            picture.shown.save(aside, "PNG", compress_level=1)
+            aside.replace(folder / name)  # whole, or not there: a kill in between leaves no half
+        names.append(name)
+    return names

@@ -370,7 +370,7 @@ def test_calls_without_results_are_refused_where_the_conversation_goes_on():
         ([USER, SAYS], "its prompt ends in a message of the assistant: expected one of the user "),
         ([{"role": "system", "content": "S"}], "its prompt ends in a message of the system: expec"),
         ([USER, {"role": "assistant", "tool_calls": [call({})]}], "its prompt ends in a message o"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "a content part of type 'image' wou"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "a content part of type 'image' nam"),
         ([{"role": "user", "content": 3}], "its content 3: expected text, or a list of content"),
         ([USER, SAYS | {"think": "x"}, USER], "a message of the assistant has the key 'think', wh"),
         ([USER, SAYS | {"loss": True}, USER], "loss = true of one message has no effect here"),
@@ -399,8 +399,10 @@ def test_half_a_character_is_refused_in_every_column():
 
 def test_columns_that_no_rollout_would_see_are_refused():
     """A16, A22."""
-    for column in ("images", "image", "videos", "audio"):
-        says = f"x.jsonl, row 2: its {column!r} would not be seen: no model that sees images can"
+    for column in ("video", "videos", "audio"):
+        says = (
+            f"x.jsonl, row 2: its {column!r} would not be seen: leave the row out or make it text"
+        )
         assert complaint(write(row(), row(**{column: ["a"]}))).startswith(says)
     for tools in ([TOOL], json.dumps([TOOL]), ["find"], {"find": {}}):
         says = "x.jsonl, row 2: its 'tools' would not be seen: rollouts have those of --tools=…"
@@ -409,17 +411,121 @@ def test_columns_that_no_rollout_would_see_are_refused():
         assert len(data.load(write(row(tools=tools, images=[])))) == 1
 
 
-def test_images_are_refused_and_not_left_out():
-    remedy = "no model that sees images can be trained yet, so leave the row out or make it text"
-    for column, value in (("images", ["a.png"]), ("image", "a.png")):
-        says = f"row 2: its {column!r} would not be seen: {remedy}"
-        assert refusal(talk(USER, SAYS), talk(USER, SAYS, **{column: value})) == says
-        assert refusal(talk(USER, SAYS), {"ids": [1], "mask": [0], column: value}) == says
-    for part in ({"type": "image_url", "image_url": "a.png"}, {"type": "image"}):
-        shown = {"role": "user", "content": [{"type": "text", "text": "See:"}, part]}
-        says = f"row 1: a content part of type {part['type']!r} would not be seen: {remedy}"
-        assert refusal(talk(shown, SAYS)) == says
-    assert len(data.conversations(write(talk(USER, SAYS, images=[], image=None)))) == 1
+def image(*parts):
+    return {"role": "user", "content": list(parts)}
+
+
+def test_images_are_taken_out_of_whatever_form_they_stand_in():
+    """One form for all: {"type": "image"} in the messages, what it is in `images`, in order."""
+    for name in ("a.png", "b.png"):
+        Path(name).write_bytes(b"not opened yet")
+    text = {"type": "text", "text": "See:"}
+    here = {"type": "image"}
+    sources = (
+        {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}},
+        {"type": "image_url", "image_url": "a.png"},
+        {"type": "image", "image": "a.png"},
+        {"type": "image", "path": "a.png"},
+        {"type": "input_image", "image_url": "a.png"},
+    )
+    for part in sources:
+        (example,) = data.load(write(row([image(text, part)])))
+        assert example["messages"] == [image(text, here)]
+        assert example["images"] == ["a.png"]
+        assert example["image_folder"] == str(Path.cwd())
+    for columns in ({"image": "a.png"}, {"images": ["a.png"]}, {"images": [{"path": "a.png"}]}):
+        (example,) = data.load(write(row("See <image>!", **columns)))
+        two = {"type": "text", "text": "See "}, here, {"type": "text", "text": "!"}
+        assert example["messages"] == [image(*two)]
+        (example,) = data.load(write(row("What?", **columns)))
+        assert example["messages"] == [image(here, {"type": "text", "text": "What?"})]
+        assert example["images"] == ["a.png"] and "image" not in example
+    named = {"type": "image", "image": "b.png"}
+    (example,) = data.load(write(row([image(here, text, named)], images=["a.png"])))
+    assert example["images"] == ["a.png", "b.png"]
+    (example,) = data.load(write(row("a <image> of text")))
+    assert example["messages"][0]["content"] == "a <image> of text" and "images" not in example
+
+
+def test_demonstrations_with_images_are_read_as_others_write_them():
+    """messages with parts, LLaMA-Factory's and ms-swift's <image>, ShareGPT's conversations."""
+    Path("a.png").write_bytes(b"not opened yet")
+    shown = image({"type": "image"}, {"type": "text", "text": "What is it?"})
+    turns = [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "Red."}]
+    said = [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant"}]
+    said[1]["content"] = "Red."
+    for columns in ({"conversations": turns}, {"messages": said}):
+        (demo,) = data.conversations(write({**columns, "images": ["a.png"]}))
+        assert demo["messages"] == [shown, {"role": "assistant", "content": "Red."}]
+        assert demo["images"] == ["a.png"]
+    calls = [
+        {"from": "human", "value": "<image>"},
+        {"from": "function_call", "value": '{"name": "zoom", "arguments": {"image": 1}}'},
+        {"from": "observation", "value": "<image>"},
+        {"from": "gpt", "value": "7"},
+    ]
+    (demo,) = data.conversations(write({"conversations": calls, "images": ["a.png", "a.png"]}))
+    roles = [message["role"] for message in demo["messages"]]
+    assert roles == ["user", "assistant", "tool", "assistant"]
+    assert demo["messages"][2]["content"] == [{"type": "image"}]
+    (recorded,) = data.conversations(write({"ids": [1, 2], "mask": [0, 1], "images": ["a.png"]}))
+    assert recorded["images"] == ["a.png"]
+
+
+def test_images_of_the_hub_and_of_parquet_are_the_bytes_of_their_files():
+    """Not pixels: a hundred times as many, for all rows at once."""
+    import datasets
+    from PIL import Image
+
+    pixels = Image.new("RGB", (30, 20), "red")
+    columns = {
+        "image": ([pixels, pixels], datasets.Image()),
+        "images": ([[pixels], [pixels]], datasets.List(datasets.Image())),
+    }
+    for name, (values, kind) in columns.items():
+        text = datasets.Value("string")
+        kinds = datasets.Features({"prompt": text, "answer": text, name: kind})
+        rows = {"prompt": ["a", "b <image>"], "answer": ["1", "2"], name: values}
+        Path(name).mkdir()
+        datasets.Dataset.from_dict(rows, features=kinds).to_parquet(f"{name}/train.parquet")
+        for source in (name, f"{name}/train.parquet"):
+            first, second = data.load(source)
+            assert type(first["images"][0]) is bytes
+            assert [part["type"] for part in first["messages"][0]["content"]] == ["image", "text"]
+            assert [part["type"] for part in second["messages"][0]["content"]] == ["text", "image"]
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        (talk(USER, SAYS, images=["no.png"]), "its image 'no.png' is no file in"),
+        (talk(USER, SAYS, images=[sys.executable]), "where the data is"),
+        (talk(USER, SAYS, images=["../../etc/passwd"]), "where the data is"),
+        (talk(USER, SAYS, image="http://x.org/a.png"), "its image 'http://x.org/a.png' is on the"),
+        (talk(USER, SAYS, images=["a.png"], image="a.png"), "it has a column 'image' and a column"),
+        (talk(image({"type": "image"}), SAYS), "a content part of type 'image' names no image"),
+        (
+            talk(image({"type": "image"}), SAYS, images=["a.png", "a.png"]),
+            "it has 2 images, but its messages have room for 1: write <image> once for each",
+        ),
+        (
+            talk({"role": "user", "content": "<image><image>"}, SAYS, images=["a.png"]),
+            "it has 1 images, but its messages have room for 2",
+        ),
+        (
+            talk(USER, {"role": "assistant", "content": [{"type": "image", "image": "a.png"}]}),
+            "a message of the assistant has an image: expected them in the user's and the tools'",
+        ),
+        (
+            talk(USER, {"role": "user", "content": [{"type": "video"}]}, SAYS),
+            "a content part of type 'video' would not be seen: leave the row out",
+        ),
+        ({"conversations": [{"from": "cat", "value": ""}]}, "'conversations' has one from 'cat'"),
+    ],
+)
+def test_images_that_have_no_place_are_refused(row, says):
+    Path("a.png").write_bytes(b"not opened yet")
+    assert says in refusal(talk(USER, SAYS), row)
 
 
 def test_a_trajectory_is_its_ids_and_its_mask():

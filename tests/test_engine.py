@@ -16,7 +16,7 @@ from collections import Counter
 import pytest
 import torch
 
-from engines.base import Completion, Engine, Sampling
+from engines.base import Completion, Engine, Sampling, refuse_images
 from engines.canary import Canary, sync_and_check
 from engines.local import TransformersEngine, _Request
 from engines.scripted import ScriptedEngine
@@ -526,10 +526,10 @@ def test_a_batch_that_had_not_begun_when_the_engine_was_closed_is_told(engine):
     run_blocking(main())
 
 
-def test_images_are_refused_in_a_sentence(engine):
-    with pytest.raises(ValueError, match="text-only engine: use a vision model"):
-        run_blocking(engine.generate([1], ["an image"], Sampling()))
-    assert engine.waiting == []
+def test_engines_that_show_no_images_refuse_them_in_a_sentence():
+    with pytest.raises(UserError, match="shows no images to a model: use engine=transformers"):
+        refuse_images(["an image"])
+    refuse_images([])
 
 
 def test_sync_samples_from_the_new_weights_and_in_eval_mode(engine, tokenizer):

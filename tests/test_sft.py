@@ -32,6 +32,7 @@ from run.config import UserError
 from run.loop import run_blocking
 from tasks import tiny as tiny_model
 from tools import Toolbox
+from train_sft import Sample
 
 PYTHON_CALL = '<tool_call>\n{"name": "python", "arguments": {"code": "print(6 * 7)"}}\n</tool_call>'
 
@@ -109,10 +110,10 @@ def complaint(*args, **options):
 
 
 def some_samples(vocabulary, lengths, seed=0):
-    """(ids, mask) of these lengths, about half of the tokens trained, the last one always."""
+    """Samples of these lengths, about half of the tokens trained, the last one always."""
     rng = random.Random(seed)
     return [
-        (
+        Sample(
             [rng.randrange(vocabulary) for _ in range(n)],
             [0] + [rng.randint(0, 1) for _ in range(n - 2)] + [1],
         )
@@ -161,7 +162,7 @@ def test_a_recorded_trajectory_is_trained_on_token_for_token(played, tokenizer, 
     run_log.write_rollouts(tmp_path / "rollouts.jsonl", [first, second], tokenizer)
     rows = data.conversations(str(tmp_path / "rollouts.jsonl"))
     samples = train_sft.render(rows, tokenizer, "hermes", [], "x")
-    assert samples == [(first.ids, first.mask), (second.ids, second.mask)]
+    assert samples == [Sample(first.ids, first.mask), Sample(second.ids, second.mask)]
     assert sum(first.mask) == first.new_tokens and len(first.turn_starts) == 2
     again, mask = chat.render(first.messages)
     assert len(again) < len(first.ids) and tokenizer.decode(again).startswith(
@@ -209,9 +210,9 @@ def test_conversations_and_trajectories_may_stand_in_one_file(played, tokenizer,
         file.write(json.dumps(conversation()))
     rows = data.conversations(str(tmp_path / "x.jsonl"), system_prompt="Be brief.")
     one, other = train_sft.render(rows, tokenizer, "hermes", [], "x")
-    assert one == (first.ids, first.mask)
+    assert one == Sample(first.ids, first.mask)
     messages = [{"role": "system", "content": "Be brief."}, *conversation()["messages"]]
-    assert other == Chat(tokenizer, "hermes").render(messages)
+    assert other == Sample(*Chat(tokenizer, "hermes").render(messages))
 
 
 def test_ids_of_another_tokenizer_are_refused(played, tokenizer, folder, tmp_path):
@@ -241,9 +242,9 @@ def test_a_row_shows_its_own_tools_and_else_those_of_the_config(tokenizer, monke
     made = []
 
     class Counted(Chat):
-        def __init__(self, tokenizer, format, tools, options=()):
+        def __init__(self, tokenizer, format, tools, options=(), vision=None):
             made.append([tool["function"]["name"] for tool in tools])
-            super().__init__(tokenizer, format, tools, options)
+            super().__init__(tokenizer, format, tools, options, vision=vision)
 
         def with_tools(self, tools):
             made.append([tool["function"]["name"] for tool in tools])
@@ -260,7 +261,8 @@ def test_a_row_shows_its_own_tools_and_else_those_of_the_config(tokenizer, monke
     default = Toolbox([python]).schemas
     samples = train_sft.render(rows, tokenizer, "hermes", default, "x")
     assert made == [["python"], ["find"], ["add", "find"], []]
-    for (ids, mask), tools in zip(samples, own, strict=True):
+    for sample, tools in zip(samples, own, strict=True):
+        ids, mask = sample.ids, sample.mask
         tools = default if tools is None else tools
         shown = tokenizer.decode(ids[: mask.index(1)])
         for name in ("find", "add", "python"):
@@ -301,8 +303,8 @@ def test_openais_form_gives_the_tokens_of_a_rollout(tokenizer, tmp_path):
         {"role": "tool", "name": "find", "content": "one"},
         {"role": "tool", "name": "add", "content": "two"},
     ]
-    assert sample == Chat(tokenizer, "hermes", [find, add]).render(ours)
-    assert tokenizer.decode(sample[0]).count("one\n</tool_response>\n<tool_response>\ntwo") == 1
+    assert sample == Sample(*Chat(tokenizer, "hermes", [find, add]).render(ours))
+    assert tokenizer.decode(sample.ids).count("one\n</tool_response>\n<tool_response>\ntwo") == 1
 
 
 def test_a_call_of_a_tool_that_the_prompt_does_not_show_is_refused(tokenizer, tmp_path):
@@ -324,15 +326,15 @@ def test_a_turn_that_is_cut_keeps_a_partial_mask(tokenizer):
     ids, mask = Chat(tokenizer, "hermes").render(conversation()["messages"])
     begins = mask.index(1)
     short = conversation("5")["messages"]
-    short = Chat(tokenizer, "hermes").render(short)
-    assert len(short[0]) < len(ids)
-    samples = [(ids, mask), short, (ids, [0] * len(ids))]
-    kept, cut, empty = train_sft.fit(samples, len(short[0]))
-    end = len(short[0])
-    assert kept == [(ids[:end], mask[:end]), short] and (cut, empty) == (1, 1)
-    assert kept[0][1].count(1) == min(end - begins, mask.count(1)) > 0
+    short = Sample(*Chat(tokenizer, "hermes").render(short))
+    end = len(short.ids)
+    assert end < len(ids)
+    samples = [Sample(ids, mask), short, Sample(ids, [0] * len(ids))]
+    kept, cut, empty = train_sft.fit(samples, end)
+    assert kept == [Sample(ids[:end], mask[:end]), short] and (cut, empty) == (1, 1)
+    assert kept[0].mask.count(1) == min(end - begins, mask.count(1)) > 0
     kept, cut, empty = train_sft.fit(samples, begins + 1)
-    assert [mask.count(1) for _, mask in kept] == [1, 1] and (cut, empty) == (2, 1)
+    assert [sample.mask.count(1) for sample in kept] == [1, 1] and (cut, empty) == (2, 1)
     with pytest.raises(UserError, match=f"max_tokens = {begins}: in none of the 3 conversations"):
         train_sft.fit(samples, begins)
 
@@ -367,7 +369,7 @@ def test_packed_samples_give_the_loss_and_the_gradient_of_padded_ones(policy, to
     packed, found = gradient(policy, samples, token_budget, packing=True)
     assert packed == pytest.approx(padded, rel=1e-6)
     assert wanted.norm() > 0 and (found - wanted).norm() <= 1e-6 * wanted.norm()
-    assert padded["trained_tokens"] == sum(sum(mask) for _, mask in samples)
+    assert padded["trained_tokens"] == sum(sum(sample.mask) for sample in samples)
 
 
 def test_a_packed_sample_does_not_see_the_others(policy):
@@ -382,7 +384,7 @@ def test_a_packed_sample_does_not_see_the_others(policy):
     before = logprobs(samples)
     for changed in range(len(samples)):
         mixed = [*samples]
-        mixed[changed] = (others[changed][0], samples[changed][1])
+        mixed[changed] = Sample(others[changed].ids, samples[changed].mask)
         after = logprobs(mixed)
         same = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
         assert same == [i != changed for i in range(len(samples))]
@@ -465,12 +467,12 @@ def test_validation_is_the_loss_and_the_share_of_greedy_tokens(policy):
     """By the plain way: all logits, their log-softmax and their argmax."""
     samples = some_samples(policy.config.vocab_size, LENGTHS)
     # some targets are what the model would say, else all of them would be wrong
-    for ids, _ in samples:
+    for ids in [sample.ids for sample in samples]:
         for t in range(1, len(ids), 2):
             with torch.no_grad():
                 ids[t] = policy(torch.tensor([ids[:t]])).logits[0, -1].argmax().item()
     nll, right, count = 0.0, 0, 0
-    for ids, mask in samples:
+    for ids, mask in [(sample.ids, sample.mask) for sample in samples]:
         with torch.no_grad():
             logits = policy(torch.tensor([ids])).logits[0]
         for t in range(1, len(ids)):

@@ -37,6 +37,7 @@ from run import page as run_page
 from run.config import UserError
 from run.loop import run_blocking
 from tools import Toolbox
+from train_sft import Sample
 from trajectory import Trajectory
 
 SYSTEM = "Solve the problem. You can run python. Give the answer in \\boxed{}."
@@ -160,10 +161,11 @@ def test_sft_trains_the_tokens_that_rl_would_train_in_the_same_conversation(sft_
     assert sum(mask) == sum(map(len, turns))
     # cut in the middle of the first assistant turn: what is left of it is still trained
     cut = t.turn_starts[0] + 3
-    assert train_sft.fit([(ids, mask)], cut) == ([(ids[:cut], mask[:cut])], 1, 0)
+    left = Sample(ids[:cut], mask[:cut])
+    assert train_sft.fit([Sample(ids, mask)], cut) == ([left], 1, 0)
     assert sum(mask[:cut]) == 3
     with pytest.raises(UserError, match="max_tokens = 4: in none of the 1 conversations"):
-        train_sft.fit([(ids, mask)], 4)
+        train_sft.fit([Sample(ids, mask)], 4)
 
 
 def test_the_sft_loss_does_not_depend_on_micro_batches(sft_run):
@@ -173,7 +175,7 @@ def test_the_sft_loss_does_not_depend_on_micro_batches(sft_run):
     batch = []
     for length in (9, 5, 12, 3):
         ids = [rng.randrange(len(tokenizer)) for _ in range(length)]
-        batch.append((ids, [0, 1] + [rng.randint(0, 1) for _ in range(length - 2)]))
+        batch.append(Sample(ids, [0, 1] + [rng.randint(0, 1) for _ in range(length - 2)]))
     found = []
     for budget in (10**6, 1, 20):
         policy.zero_grad()
@@ -182,7 +184,7 @@ def test_the_sft_loss_does_not_depend_on_micro_batches(sft_run):
     for metrics, gradient in found[1:]:
         assert metrics == pytest.approx(found[0][0], rel=1e-5)
         assert (gradient - found[0][1]).norm() <= 1e-6 * found[0][1].norm()
-    assert metrics["trained_tokens"] == sum(sum(mask) for _, mask in batch)
+    assert metrics["trained_tokens"] == sum(sum(sample.mask) for sample in batch)
 
 
 def test_an_sft_run_leaves_a_config_metrics_curves_and_a_model_that_transformers_loads(sft_run):
