@@ -30,17 +30,18 @@ class Family:
     """What differs from one family of models to another."""
 
     processor: str  # its class in transformers that needs no torchvision
+    token: str  # what its templates write for an image
     has_grid: bool  # positions have rows and columns (M-RoPE, Qwen2-VL, arXiv:2409.12191)
 
 
-QWEN = Family("Qwen2VLImageProcessorPil", has_grid=True)
+QWEN = Family("Qwen2VLImageProcessorPil", "<|image_pad|>", has_grid=True)
 FAMILIES = {  # by the model_type of the config
     "qwen2_vl": QWEN,
     "qwen2_5_vl": QWEN,
     "qwen3_vl": QWEN,
     "qwen3_5": QWEN,
-    "idefics3": Family("Idefics3ImageProcessorPil", has_grid=False),
-    "smolvlm": Family("SmolVLMImageProcessorPil", has_grid=False),
+    "idefics3": Family("Idefics3ImageProcessorPil", "<image>", has_grid=False),
+    "smolvlm": Family("SmolVLMImageProcessorPil", "<image>", has_grid=False),
 }
 
 
@@ -67,8 +68,9 @@ def find_vision(name: str, tokenizer, min_pixels: int = 0, max_pixels: int = 0) 
     """
     config = read_config(name)
     family = FAMILIES.get(config.model_type)
-    has_token = family and tokenizer.convert_ids_to_tokens(config.image_token_id)
-    processor = load_processor(name, family, min_pixels, max_pixels) if has_token else None
+    processor = None
+    if family and tokenizer.convert_ids_to_tokens(config.image_token_id) == family.token:
+        processor = load_processor(name, family, min_pixels, max_pixels)
     is_resized = bool(min_pixels or max_pixels)
     if processor is None:
         if is_resized:
@@ -134,7 +136,7 @@ class Vision:
         self.processor = processor
         self.tokenizer = tokenizer
         self.placeholder = config.image_token_id
-        self.token = tokenizer.convert_ids_to_tokens(self.placeholder)
+        self.token = family.token
         self.is_resized = is_resized
         self.patch_size = config.vision_config.patch_size
         # of those that cut images into squares: how many placeholders a square has

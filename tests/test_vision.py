@@ -547,7 +547,7 @@ def test_a_model_that_lacks_what_showing_takes_is_one_of_text(qwen, tokenizer, t
     """No processor, no token, a template that shows none: text goes on as before."""
     import shutil
 
-    assert find_vision(qwen.folder, tokenizer) is None  # whose vocabulary ends before the token
+    assert find_vision(qwen.folder, tokenizer) is None  # to which the placeholder is another word
     folder = tmp_path / "bare"
     shutil.copytree(qwen.folder, folder)
     (folder / "preprocessor_config.json").unlink()
