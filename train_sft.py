@@ -563,8 +563,9 @@ def train(cfg: Config) -> dict:
         if first_step == 0:  # the first samples, for report.html: is the mask what was meant?
             shown = []
             for number, row in enumerate(order[:SHOWN]):
-                ids, mask = samples[row]
-                demonstration = Trajectory.of_demonstration({}, ids, mask)
+                sample = samples[row]
+                demonstration = Trajectory.of_demonstration({}, sample.ids, sample.mask)
+                demonstration.images = sample.pictures()
                 demonstration.group = number
                 shown.append(demonstration)
             log.rollouts(shown, tokenizer, step=0)

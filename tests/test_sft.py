@@ -534,7 +534,7 @@ def test_the_page_shows_the_first_samples_with_their_mask(folder, demos, tmp_pat
     cfg = settings(folder, demos[0], tmp_path / "out", batch_size=2)
     train_sft.train(cfg)
     rows = [json.loads(line) for line in open(tmp_path / "out" / "rollouts.jsonl")]
-    _, tokenizer, samples, _, _ = train_sft.setup(cfg)
+    _, tokenizer, samples, *_ = train_sft.setup(cfg)
     order = train_sft.row_order(len(samples), len(samples), cfg.seed)
     assert [(row["ids"], row["mask"]) for row in rows] == [samples[row] for row in order[:3]]
     for row in rows:
