@@ -536,7 +536,8 @@ def test_the_page_shows_the_first_samples_with_their_mask(folder, demos, tmp_pat
     rows = [json.loads(line) for line in open(tmp_path / "out" / "rollouts.jsonl")]
     _, tokenizer, samples, *_ = train_sft.setup(cfg)
     order = train_sft.row_order(len(samples), len(samples), cfg.seed)
-    assert [(row["ids"], row["mask"]) for row in rows] == [samples[row] for row in order[:3]]
+    expected = [(samples[row].ids, samples[row].mask) for row in order[:3]]
+    assert [(row["ids"], row["mask"]) for row in rows] == expected
     for row in rows:
         assert row["kinds"] == "".join("ct"[trained] for trained in row["mask"])
         assert "".join(row["pieces"]) == tokenizer.decode(row["ids"])
