@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 from images import Picture, open_image
 from tools import Toolbox
-from tools.vision.text import read, tesseract
+from tools.vision.text import read
 
 LABELS_FOUND = 0.95  # at least, of the printed ones
 CROPS = 300  # calls per second at a megapixel, at least
@@ -170,7 +170,7 @@ def labels_found(cfg: Config) -> dict:
         data, labels = draw(seed)
         image = open_image(data)
         start = time.perf_counter()
-        runs = [(run.text, run.box) for run in read(image, tesseract)]
+        runs = [(run.text, run.box) for run in read(image)]
         seconds += time.perf_counter() - start
         count += len(labels)
         for label in labels:

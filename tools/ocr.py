@@ -3,7 +3,7 @@
     --tools=ocr --tool_options=ocr.engine=rapidocr
 
 tesseract (the default) needs the program and pytesseract; vision/text.py says how it is helped on
-charts. rapidocr needs `pip install rapidocr_onnxruntime`: neural, slower, and better on photographs.
+charts. rapidocr needs `pip install rapidocr_onnxruntime`: better on photographs.
 """
 
 import functools
@@ -39,7 +39,7 @@ class ocr(ImageTool):
         """Read the text in an image. Each line of the answer is a piece of it and where it stands.
 
         Args:
-            image: The number of the image, from 1. Boxes in the answer are [x1, y1, x2, y2], {units}.
+            image: The number of the image, from 1. Boxes in the answer: [x1, y1, x2, y2], {units}.
         """
         picture = self.picture(image)
         if self.engine == "rapidocr":

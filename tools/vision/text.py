@@ -1,6 +1,6 @@
 """Reads the text of charts and documents: finds its boxes, then has an OCR engine read them.
 
-    runs = read(image, tesseract)  # [Run("12.5", (103, 220, 140, 236)), …]
+    runs = read(image)  # [Run("12.5", (103, 220, 140, 236)), …]
 
 On charts Tesseract by itself misses a quarter of the tick labels: to it they are noise around a
 picture. So dark connected parts of the size of letters are found here, joined to runs (a tick
@@ -11,8 +11,8 @@ What is not covered: text on a dark or a busy ground; text that is turned by oth
 """
 
 import os
+import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,11 +25,19 @@ DARK = 150  # of 255: what is darker on a light ground may be text
 SMALLEST = 5  # pixels of height; smaller parts are dots and noise, unless a run takes them in
 LARGEST = 64  # pixels of height and width of one letter
 LINE = 44  # pixels: the height to which a run is enlarged for reading
-MARGIN = 30  # pixels between two lines of the sheet
+MARGIN = 30  # pixels around a line of the sheet
+STEP = LINE + 2 * MARGIN  # from one line to the next
+SOLID = 0.72  # of its box that a part fills: a letter as wide as high has more white in it
 MOST_RUNS = 400  # of an image: the largest are read
 MOST_PARTS = 3000
 GAP = 0.65  # of the height of the letters: what is farther apart is another run
 MOST_AGAIN = 24  # that are read one by one
+
+
+# What a run usually is: words, a number, a time. Anything else is read again, as a number.
+WORDS = re.compile(r"[\w'’&/().,!?%$€£+ -]*[^\W_]{2}[\w'’&/().,:;!?%$€£+ -]*")
+NUMBER = re.compile(r"[-+]?[$€£]?\d[\d.,]*%?|\d+:\d\d|[A-Za-z]")
+DIGITS = "0123456789.,-%"
 
 
 @dataclass
@@ -53,16 +61,15 @@ def require_tesseract() -> None:
         raise UserError(f"ocr reads with Tesseract, which is not here: {', '.join(missing)}")
 
 
-def tesseract(image: "Image", one_line: bool) -> list[tuple[str, float, float]]:
-    """[(word, its left, its middle height)] as Tesseract reads an image."""
+def tesseract(image: "Image", one_line: bool = False, digits: bool = False) -> list[tuple]:
+    """[(word, its left, its middle height)] as Tesseract reads an image. digits: nothing else."""
     import pytesseract
 
     os.environ.setdefault("OMP_THREAD_LIMIT", "1")  # its threads wait for each other
-    table = pytesseract.image_to_data(
-        image,
-        config="--psm 7" if one_line else "--psm 6",
-        output_type=pytesseract.Output.DICT,
-    )
+    options = "--psm 7" if one_line else "--psm 6"
+    if digits:
+        options += f" -c tessedit_char_whitelist={DIGITS}"
+    table = pytesseract.image_to_data(image, config=options, output_type=pytesseract.Output.DICT)
     words = []
     for i, text in enumerate(table["text"]):
         if text.strip():
@@ -70,40 +77,55 @@ def tesseract(image: "Image", one_line: bool) -> list[tuple[str, float, float]]:
     return words
 
 
-def read(image: "Image", engine: Callable = tesseract) -> list[Run]:
+def read(image: "Image") -> list[Run]:
     """The runs of text in an RGB image, from top to bottom."""
-    from PIL import Image
-
-    # 1. where text may be, and each place as a line of the same height
+    # 1. where text may be, and each place as a line of the same height; all read at once
     boxes = find_boxes(image)
     if not boxes:
         return []
     lines = [_line_of(image, box) for box in boxes]
+    texts = _read_sheet(lines)
 
-    # 2. all of them on one sheet, read at once; a word belongs to the line at its height
-    width = max(line.width for line in lines) + 2 * MARGIN
-    step = LINE + 2 * MARGIN
-    sheet = Image.new("L", (width, step * len(lines) + MARGIN), 255)
-    for number, line in enumerate(lines):
-        sheet.paste(line, (MARGIN, number * step + MARGIN))
-    texts = [[] for _ in lines]
-    for word, left, middle in engine(sheet, False):
-        number = int((middle - MARGIN / 2) // step)
-        if 0 <= number < len(lines):
-            texts[number].append((left, word))
-
-    # 3. what was not read is read alone
-    runs = []
+    # 2. what was not read is read alone
     again = 0
-    for box, line, words in zip(boxes, lines, texts, strict=True):
-        if not words and again < MOST_AGAIN:
+    for number, line in enumerate(lines):
+        if not texts[number] and again < MOST_AGAIN:
             again += 1
-            alone = Image.new("L", (line.width + 2 * MARGIN, step), 255)
-            alone.paste(line, (MARGIN, MARGIN))
-            words = [(left, word) for word, left, _ in engine(alone, True)]
-        if words:
-            runs.append(Run(" ".join(word for _, word in sorted(words)), box))
-    return runs
+            words = tesseract(_sheet([line]), one_line=True)
+            texts[number] = " ".join(word for word, _, _ in words)
+
+    # 3. what is neither words nor a number ("=2", "2:5", "¢)") is read as a number
+    odd = []
+    for number, text in enumerate(texts):
+        if text and not NUMBER.fullmatch(text) and not WORDS.fullmatch(text):
+            odd.append(number)
+    if odd:
+        as_numbers = _read_sheet([lines[number] for number in odd], digits=True)
+        for number, text in zip(odd, as_numbers, strict=True):
+            if NUMBER.fullmatch(text):
+                texts[number] = text
+    return [Run(text, box) for text, box in zip(texts, boxes, strict=True) if text]
+
+
+def _read_sheet(lines, digits=False):
+    """The text of each line. A word belongs to the line at its height."""
+    words_of = [[] for _ in lines]
+    for word, left, middle in tesseract(_sheet(lines), digits=digits):
+        number = int((middle - MARGIN / 2) // STEP)
+        if 0 <= number < len(lines):
+            words_of[number].append((left, word))
+    return [" ".join(word for _, word in sorted(words)) for words in words_of]
+
+
+def _sheet(lines):
+    """The lines below each other, on white."""
+    from PIL import Image
+
+    width = max(line.width for line in lines) + 2 * MARGIN
+    sheet = Image.new("L", (width, STEP * len(lines) + MARGIN), 255)
+    for number, line in enumerate(lines):
+        sheet.paste(line, (MARGIN, number * STEP + MARGIN))
+    return sheet
 
 
 def _line_of(image, box):
@@ -134,9 +156,12 @@ def find_boxes(image: "Image") -> list[tuple[int, int, int, int]]:
 
     # 1. connected parts of the size of letters; dots and commas join a run, and make none
     parts = []
-    for box in components(np.asarray(image.convert("L")) < DARK):
+    areas = {}
+    for *edges, area in components(np.asarray(image.convert("L")) < DARK):
+        box = tuple(edges)
         if max(box[2] - box[0], box[3] - box[1]) <= LARGEST:
             parts.append(box)
+            areas[box] = area
     parts = parts[:MOST_PARTS]
 
     # 2. what stands below each other, with hardly anything beside it, is text that was turned
@@ -157,14 +182,23 @@ def find_boxes(image: "Image") -> list[tuple[int, int, int, int]]:
     boxes = turned
     for group in _groups(left_over, along=0):
         box = _around(group)
-        if box[3] - box[1] >= SMALLEST:
+        is_mark = len(group) == 1 and _is_solid(box, areas[box])
+        if box[3] - box[1] >= SMALLEST and not is_mark:
             boxes.append(box)
     boxes.sort(key=lambda box: (box[2] - box[0]) * (box[3] - box[1]), reverse=True)
     return sorted(boxes[:MOST_RUNS], key=lambda box: (box[1], box[0]))
 
 
-def components(dark) -> list[tuple[int, int, int, int]]:
-    """The boxes of the connected parts (corners connect too) of a mask (height, width)."""
+def _is_solid(box, area):
+    """Whether a part is a point or a square of a plot, not a letter (as `l` and `-` are narrow)."""
+    width = box[2] - box[0]
+    height = box[3] - box[1]
+    return 0.6 < width / height < 1.7 and area > SOLID * width * height
+
+
+def components(dark) -> list[tuple[int, int, int, int, int]]:
+    """The connected parts (corners connect too) of a mask (height, width): left, top, right,
+    bottom, and how many pixels."""
     import numpy as np
 
     # 1. the runs of each row, as [start, end)
@@ -201,11 +235,12 @@ def components(dark) -> list[tuple[int, int, int, int]]:
         key = root(i)
         box = boxes.get(key)
         if box is None:
-            boxes[key] = [starts[i], row, ends[i], row + 1]
+            boxes[key] = [starts[i], row, ends[i], row + 1, ends[i] - starts[i]]
         else:
+            box[4] += ends[i] - starts[i]
             box[0] = min(box[0], starts[i])
             box[2] = max(box[2], ends[i])
-            box[3] = row + 1
+            box[3] = row + 1  # rows come from top to bottom
     return [tuple(box) for box in boxes.values()]
 
 
