@@ -37,6 +37,7 @@ MOST_AGAIN = 24  # that are read one by one
 # What a run usually is: words, a number, a time. Anything else is read again, as a number.
 WORDS = re.compile(r"[\w'’&/().,!?%$€£+ -]*[^\W_]{2}[\w'’&/().,:;!?%$€£+ -]*")
 NUMBER = re.compile(r"[-+]?[$€£]?\d[\d.,]*%?|\d+:\d\d|[A-Za-z]")
+MINUS = re.compile("^[-=~_\N{MINUS SIGN}\N{EN DASH}\N{EM DASH}]+ ?(?=[\\d.])")
 DIGITS = "0123456789.,-%"
 
 
@@ -97,13 +98,15 @@ def read(image: "Image") -> list[Run]:
     # 3. what is neither words nor a number ("=2", "2:5", "¢)") is read as a number
     odd = []
     for number, text in enumerate(texts):
+        texts[number] = text = MINUS.sub("-", text)
         if text and not NUMBER.fullmatch(text) and not WORDS.fullmatch(text):
             odd.append(number)
     if odd:
         as_numbers = _read_sheet([lines[number] for number in odd], digits=True)
         for number, text in zip(odd, as_numbers, strict=True):
             if NUMBER.fullmatch(text):
-                texts[number] = text
+                is_negative = texts[number][0] == "-"
+                texts[number] = f"-{text.lstrip('-')}" if is_negative else text
     return [Run(text, box) for text, box in zip(texts, boxes, strict=True) if text]
 
 
