@@ -37,7 +37,7 @@ def save_detector(folder):
         ),
         d_model=32,
         encoder_layers=1,
-        decoder_layers=1,
+        decoder_layers=2,
         encoder_attention_heads=2,
         decoder_attention_heads=2,
         encoder_ffn_dim=32,
@@ -80,7 +80,7 @@ def save_segmenter(folder):
         blocks_per_stage=[1, 1, 1, 1],
         embed_dim_per_stage=[8, 16, 32, 64],
         num_attention_heads_per_stage=[1, 1, 2, 2],
-        window_size_per_stage=[4, 4, 4, 4],
+        window_size_per_stage=[8, 4, 14, 7],
         window_positional_embedding_background_size=[2, 2],
         global_attention_blocks=[2],
     )
