@@ -77,12 +77,12 @@ def save_segmenter(folder):
     backbone = Sam2HieraDetConfig(
         hidden_size=8,
         image_size=[64, 64],
-        blocks_per_stage=[1, 1, 1, 1],
+        blocks_per_stage=[1, 1, 2, 1],
         embed_dim_per_stage=[8, 16, 32, 64],
         num_attention_heads_per_stage=[1, 1, 2, 2],
         window_size_per_stage=[8, 4, 14, 7],
         window_positional_embedding_background_size=[2, 2],
-        global_attention_blocks=[2],
+        global_attention_blocks=[3],
     )
     vision = Sam2VisionConfig(
         backbone_config=backbone,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DETECTORS = ("grounding-dino", "mm-grounding-dino", "owlv2", "owlvit")  # config.model_type
+TEXT_THRESHOLD = 0.25  # of Grounding DINO: which words of the labels a box is for
 SAM_SIDE = 1024  # pixels: where the processor's file does not say another
 
 
@@ -104,7 +105,7 @@ class Detector:
             options["text_labels"] = [labels]
         else:
             options["input_ids"] = inputs["input_ids"]
-            options["text_threshold"] = threshold
+            options["text_threshold"] = TEXT_THRESHOLD
         (result,) = self.processor.post_process_grounded_object_detection(outputs, **options)
         found = []
         for label, score, box in zip(
