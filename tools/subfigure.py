@@ -44,7 +44,19 @@ def find_panels(image) -> list[tuple[int, int, int, int]]:
         return [(0, 0, image.width, image.height)]
     panels = []
     _split(is_ink, (0, 0, image.width, image.height), image.size, DEEPEST, panels)
-    return panels
+    return _line_by_line(panels)
+
+
+def _line_by_line(panels):
+    """In reading order: a panel is in a line whose first one it has its middle beside."""
+    lines = []
+    for panel in sorted(panels, key=lambda panel: panel[1]):
+        middle = (panel[1] + panel[3]) / 2
+        if lines and middle < lines[-1][0][3]:
+            lines[-1].append(panel)
+        else:
+            lines.append([panel])
+    return [panel for line in lines for panel in sorted(line)]
 
 
 def _split(is_ink, box, size, depth, panels):
