@@ -550,7 +550,7 @@ def test_a_summary_of_a_set_made_by_hand(monkeypatch):
         2: [(None, 0.0), (None, None), ("3", 0.0)],
     }
     trajectories = [
-        SimpleNamespace(group=g, said=said, rewards={"correct": value}, example={})
+        SimpleNamespace(group=g, said=said, rewards={"correct": value}, example={}, ids=[1])
         for g, samples in table.items()
         for said, value in samples
     ]
