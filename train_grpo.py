@@ -331,6 +331,7 @@ def accumulate(model, trajectories: list[Trajectory], settings: LearnSettings) -
             position_ids=batch.position_ids,
             images=batch.images,
         )
+        # in the first update the policy is the one that sampled: a ratio of 1, with gradient
         old_logprobs = batch.old_logprobs
         if old_logprobs is None:
             old_logprobs = logprobs.detach()
@@ -563,6 +564,7 @@ def train(cfg: Config) -> dict:
     settings = LearnSettings.of(cfg)
     canary = None  # scores one fixed prompt after each sync
     if read_options(cfg.engine, cfg.engine_options).canary:
+        # with its images, if it has any: weights of the tower may be wrong too
         example = player.examples[0]
         pictures = player.chat.pictures(example)
         prompt = player.chat.prompt(example["messages"], pictures)
@@ -586,6 +588,7 @@ def train(cfg: Config) -> dict:
             learning_rate = cfg.learning_rate * optim.schedule(
                 step, cfg.steps, cfg.schedule, cfg.warmup
             )
+            # what is saved if this step fails: the state behind the step before
             kept = (model, tokenizer, optimizers, log)
             last_metrics = metrics
             metrics = {"step": step}
