@@ -35,6 +35,7 @@ import train_grpo
 import train_sft
 from chat import Chat
 from engines.scripted import ScriptedEngine
+from formats import FORMATS
 from formats.messages import calls_of
 from learning import model as models
 from learning.vision import Vision, find_vision
@@ -46,19 +47,9 @@ from tools import Toolbox
 from trajectory import Trajectory, escaped, show
 
 SAMPLES = config.HERE / "configs" / "samples.jsonl"
-# need the model's own template
-STAND_IN_FORMATS = (
-    "auto",
-    "llama3",
-    "mistral",
-    "qwen_xml",
-    "harmony",
-    "gemma4",
-    "functiongemma",
-    "glm",
-    "pythonic",
-    "atem",
-)
+# need the model's own template; hermes has one in the stand-in
+OWN_FORMATS = [name for name, format in FORMATS.items() if not format.inline and name != "hermes"]
+STAND_IN_FORMATS = ("auto", *OWN_FORMATS)
 NO_ORACLE = "I do not know."  # the answer where neither a reward nor the row has a right one
 
 

@@ -88,14 +88,11 @@ def _difference(model, cache) -> float:
     new = [probe_ids(model, 1, seed=2), probe_ids(model, 5, seed=3)]
     device = model.device
 
-    # 1. as a batch, what is known and what is new padded on the left
+    # 1. as a batch
     known_mask = pad([[1] * len(ids) for ids in known], device=device, on_left=True)
-    new_mask = pad([[1] * len(ids) for ids in new], device=device, on_left=True)
     positions = (known_mask.cumsum(1) - 1).clamp(min=0)
     out = read(model, pad(known, device=device, on_left=True), known_mask, positions, cache)
-    positions = known_mask.sum(1, keepdim=True) + (new_mask.cumsum(1) - 1).clamp(min=0)
-    attention_mask = torch.cat([known_mask, new_mask], dim=1)
-    ids = pad(new, device=device, on_left=True)
+    ids, attention_mask, positions = behind([len(ids) for ids in known], new, device)
     out = read(model, ids, attention_mask, positions, cache_of(model, out))
 
     # 2. each alone
@@ -105,6 +102,20 @@ def _difference(model, cache) -> float:
         alone = model(input_ids=ids, use_cache=False).logits[0, -1:]
         largest = max(largest, relative_difference(together[-1:], alone))
     return largest
+
+
+def behind(lengths: list[int], new: list, device) -> tuple:
+    """Makes the inputs of rows that go on: the new ids (P, N), the mask (P, known + N) and the
+    positions (P, N). lengths: how many tokens of each are known.
+
+    Padded on the left is both what is known and what is new: between them are holes, which the mask
+    hides."""
+    known_mask = pad([[1] * length for length in lengths], device=device, on_left=True)
+    new_mask = pad([[1] * len(ids) for ids in new], device=device, on_left=True)
+    attention_mask = torch.cat([known_mask, new_mask], dim=1)
+    positions = known_mask.sum(1, keepdim=True) + new_mask.cumsum(1) - 1
+    positions = positions.clamp(min=0)
+    return pad(new, device=device, on_left=True), attention_mask, positions
 
 
 def fill(cache, parts: list[list[tuple[torch.Tensor, torch.Tensor]]]):

@@ -13,7 +13,7 @@ import torch
 
 from engines.base import Completion, Engine, Sampling, finish_reason
 from engines.cache import cache_of, may_pad, new_cache, read, select_rows
-from engines.kept import Beginning, KeptTurns, fill, may_keep
+from engines.kept import Beginning, KeptTurns, behind, fill, may_keep
 from learning.batches import pad
 from learning.vision import batch_positions, identities, tower_inputs
 from run.config import UserError
@@ -242,20 +242,12 @@ class TransformersEngine(Engine):
         return cache_of(self.model, out), attention_mask, positions, out.logits
 
     def _go_on(self, prompts: list[tuple[int, ...]], beginnings: list[Beginning]) -> tuple:
-        """Reads what P prompts have behind their beginnings; returns what `_prefill` does. Padded
-        on the left is both what is known and what is new: between them are holes, which the mask
-        hides."""
-        device = self.model.device
-        known = [[1] * beginning.length for beginning in beginnings]
-        known_mask = pad(known, device=device, on_left=True)
+        """Reads what P prompts have behind their beginnings; returns what `_prefill` does."""
         new = []
         for prompt, beginning in zip(prompts, beginnings, strict=True):
             new.append(prompt[beginning.length :])
-        new_mask = pad([[1] * len(ids) for ids in new], device=device, on_left=True)
-        attention_mask = torch.cat([known_mask, new_mask], dim=1)
-        positions = known_mask.sum(1, keepdim=True) + new_mask.cumsum(1) - 1
-        positions = positions.clamp(min=0)
-        ids = pad(new, device=device, on_left=True)
+        lengths = [beginning.length for beginning in beginnings]
+        ids, attention_mask, positions = behind(lengths, new, self.model.device)
         cache = fill(new_cache(self.model), [beginning.layers for beginning in beginnings])
         out = self._forward(ids, attention_mask, positions, cache)
         return cache_of(self.model, out), attention_mask, positions, out.logits
