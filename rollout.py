@@ -353,7 +353,8 @@ async def show_images(
 ) -> tuple[list[dict], list[Picture]]:
     """Makes content parts of a result with images in it; returns them and the Pictures. In front of
     each stands "image 3:", its place in the trajectory from `number` on: by that, tools and model
-    name it. Its texts are cut to `limit` tokens in all. Sets tool_call.result, the text of it."""
+    name it. Its texts are cut to `limit` tokens in all. Sets tool_call.result, the text of it, and
+    tool_call.images."""
     # 1. what the model sees of each; in a thread, as it takes some milliseconds
     shown = []  # texts and Pictures
     for part in parts:
@@ -381,6 +382,7 @@ async def show_images(
         if isinstance(part, str):
             lines += break_before + plain_text(part)
             continue
+        tool_call.images.append(number)
         lines += f"{break_before}image {number}:"
         number += 1
         content += [{"type": "text", "text": lines}, {"type": "image"}]

@@ -102,6 +102,7 @@ class Config:
     template_options: tuple[str, ...] = ()  # of the chat template, such as enable_thinking=false
     chat_template: str = ""  # a .jinja file in the place of the model's own; saved with the model
     tools: tuple[str, ...] = ("python",)  # shown where a row has no `tools`: <name> or file.py:name
+    tool_options: tuple[str, ...] = ()  # that a schema tells, such as crop.coordinates=pixels
     max_tokens: int = 2048  # a longer conversation is cut on the right
     # optimisation
     epochs: float = 1.0  # passes over the rows
@@ -430,7 +431,7 @@ def setup(cfg: Config):
     """Makes (model, tokenizer, samples, held-out samples, the chat that rendered them or None, a
     word on the data), the cheap checks first."""
     # 1. the rows
-    toolbox = Toolbox(cfg.tools, describe_only=True)
+    toolbox = Toolbox(cfg.tools, options=cfg.tool_options, describe_only=True)
     if cfg.model != "tiny":
         models.find(cfg.model)
     rows = data.conversations(cfg.data, cfg.rows, cfg.seed, cfg.system_prompt)

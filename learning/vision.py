@@ -23,6 +23,7 @@ import torch
 
 from images import Picture, open_image
 from run.config import UserError
+from trajectory import image_spans
 
 
 @dataclass(frozen=True)
@@ -255,24 +256,11 @@ class Vision:
         return ids.count(self.placeholder) == sum(picture.tokens for picture in pictures)
 
 
-def spans(ids: list[int], pictures: Sequence[Picture]) -> list[tuple[int, int]]:
-    """Finds where in ids the pictures are: (first, end) of each."""
-    found = []
-    at = 0
-    for picture in pictures:
-        # a picture may begin with other tokens than its placeholder
-        first = ids.index(picture.placeholder, at) - picture.ids.index(picture.placeholder)
-        at = first + len(picture.ids)
-        assert ids[first:at] == picture.ids, "other ids than the picture's"
-        found.append((first, at))
-    return found
-
-
 def collapse(ids: list[int], pictures: Sequence[Picture]) -> list[int]:
     """Undoes Vision.expand: engines that show images themselves take one placeholder for each."""
     collapsed = []
     at = 0
-    for picture, (first, end) in zip(pictures, spans(ids, pictures), strict=True):
+    for picture, (first, end) in zip(pictures, image_spans(ids, pictures), strict=True):
         collapsed += ids[at:first]
         collapsed.append(picture.placeholder)
         at = end
@@ -285,7 +273,7 @@ def whole_beginning(
     """Finds how many of the first `limit` ids can stay, so that no picture is cut in two; returns
     that and the pictures in them."""
     inside = []
-    for picture, (first, end) in zip(pictures, spans(ids, pictures), strict=True):
+    for picture, (first, end) in zip(pictures, image_spans(ids, pictures), strict=True):
         if end > limit:
             return min(limit, first), inside
         inside.append(picture)

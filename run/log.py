@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from run import page as run_page
 from run.config import UserError, tell
 from run.page import finite_numbers, is_of_step, row_of, six_digits
-from trajectory import escaped, token_kinds, token_texts
+from trajectory import escaped, image_spans, token_kinds, token_texts
 
 IMAGES = "images"  # the folder of those in rollouts.jsonl
 LOGGERS = {"none": "", "wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
@@ -279,7 +279,8 @@ def _drop(path: Path, start: int) -> None:
 
 def write_rollouts(path, trajectories: list, tokenizer, **columns) -> None:
     """Appends a row for each trajectory: its parallel lists, the text, what happened. columns: what
-    else stands in each row. Its images, as they were shown, are files in a folder beside it."""
+    else stands in each row. Its images, as they were shown, are files in a folder beside it, and
+    image_spans says which of its ids stand for each: (first, end)."""
     with open(path, "a", encoding="utf-8") as file:
         for trajectory in trajectories:
             ids = trajectory.ids
@@ -307,6 +308,8 @@ def write_rollouts(path, trajectories: list, tokenizer, **columns) -> None:
             }
             if trajectory.images:
                 row["images"] = write_images(Path(path).parent, trajectory.images)
+                if ids:
+                    row["image_spans"] = image_spans(ids, trajectory.images)
             file.write(json.dumps(row) + "\n")
 
 

@@ -876,7 +876,7 @@ def test_a_row_is_cut_in_front_of_an_image_that_would_be_half(smol, workplace):
     render = (rows, smol.tokenizer, "json_actions", box.schemas, "x")
     (sample,) = train_sft.render(*render, vision=smol.vision)
     assert len(sample.images) == 2 and not sample.images[0].pixels
-    (_, first), (start, end) = seeing.spans(sample.ids, sample.images)
+    (_, first), (start, end) = seeing.image_spans(sample.ids, sample.images)
     (kept,), cut, _ = train_sft.fit([sample], end - 1)
     assert len(kept.ids) == start and len(kept.images) == cut == 1
     assert [picture.key for picture in kept.pictures()] == [sample.images[0].key]

@@ -55,7 +55,8 @@ def load(
     """The tools, and {make: state} of those that have one state for the run, made here.
 
     timeout: seconds that an MCP server has to say what it offers. describe_only: nothing is made,
-    and a required option may be missing: for SFT, which shows tools and calls none. concurrency:
+    and a required option may be missing: for SFT, which shows tools and calls none; an option that
+    no schema tells is refused. concurrency:
     calls at once, of all tools together. cached: the run keeps results.
     Raises UserError on a tool that does not exist, cannot be described or made, or lacks an option.
     """
@@ -72,10 +73,14 @@ def load(
         if isinstance(item, Tool):
             tool = replace(item)  # the caller's object stays as it is
             _refuse_own_options(tool.name, texts)
+            if describe_only:
+                _refuse_idle_options(tool.name, texts, is_told=False)
             tools.append(tool)
         elif isinstance(item, str) and item.startswith(MCP):
             for tool in _tools_of_servers(item, timeout):
                 _refuse_own_options(tool.name, texts)
+                if describe_only:
+                    _refuse_idle_options(tool.name, texts, is_told=False)
                 tools.append(tool)
         else:
             target = _import(places[item], modules) if isinstance(item, str) else item
@@ -189,6 +194,9 @@ def _describe(target: Callable, texts: dict, describe_only: bool) -> Tool:
         ends=bool(getattr(target, "ends", False)),
         sees=bool(getattr(target, "sees", False)),
     )
+    if describe_only:
+        is_told = is_class and hasattr(target, "describe")
+        _refuse_idle_options(name, texts, is_told)
     prepare = getattr(target, "prepare", None)
     if not is_class:
         if prepare is None:
@@ -289,6 +297,15 @@ def _refuse_own_options(name, texts):
         pass
 
     plugins.bind(no_options, _own_options(name, texts), f"{OPTIONS}: {name}")
+
+
+def _refuse_idle_options(name, texts, is_told):
+    """Where tools are shown and none is called: raises UserError for options that change nothing of
+    what is shown. is_told: its schema depends on its own options."""
+    for option in texts.get(name, {}):
+        if option in COMMON or not is_told:
+            what = "tools are shown here, and none is called: drop it"
+            raise UserError(f"{OPTIONS}: {name}.{option} has no effect: {what}")
 
 
 def _set_common_options(tool: Tool, texts: dict, most: int, cached: bool) -> None:
