@@ -193,7 +193,12 @@ def _describe(target: Callable, texts: dict, describe_only: bool) -> Tool:
         network=bool(getattr(target, "network", False)),
         ends=bool(getattr(target, "ends", False)),
         sees=bool(getattr(target, "sees", False)),
+        takes_images=bool(getattr(target, "takes_images", False)),
     )
+    if tool.takes_images:  # these are ours to give
+        parameters = tool.schema["function"]["parameters"]
+        parameters["properties"].pop("pictures")
+        parameters["required"].remove("pictures")
     if describe_only:
         is_told = is_class and hasattr(target, "describe")
         _refuse_idle_options(name, texts, is_told)
@@ -214,7 +219,8 @@ def _describe(target: Callable, texts: dict, describe_only: bool) -> Tool:
     if describe_only and describe is None:
         return tool
     takes_example = "example" in parameters
-    options = plugins.bind(target, _own_options(name, texts), f"{OPTIONS}: {name}")
+    where = f"{OPTIONS}: {name}"
+    options = plugins.bind(target, _own_options(name, texts), where, need_all=not describe_only)
     if describe is not None:
         tool.schema = describe(tool.schema, options)
     if describe_only:
