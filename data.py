@@ -318,7 +318,10 @@ def check_ids(row, tokenizer) -> None:
         what = "other text than the row's"
     else:
         return
-    remedy = "give the model that recorded it, or one with its tokenizer"
+    remedy = (
+        "give the model that recorded it, or one with its tokenizer; or take 'ids' out of the "
+        "rows, which makes conversations of them"
+    )
     raise UserError(f"to the model's tokenizer its ids are {what}: {remedy}")
 
 

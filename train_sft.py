@@ -251,7 +251,10 @@ def recorded_sample(row: dict, vision: Vision | None) -> Sample:
     reopen = partial(vision.reopen, row["images"], row["image_folder"])
     pictures = reopen()
     if not vision.fits(row["ids"], pictures):
-        raise UserError("its images are not those that its ids stand for: it is of another model")
+        raise UserError(
+            "its images are not those that its ids stand for, so it is of another model: take "
+            "'ids' out of the rows, which makes conversations of them"
+        )
     return Sample(row["ids"], row["mask"], without_pixels(pictures), reopen)
 
 

@@ -171,7 +171,10 @@ def token_texts(ids: list[int], tokenizer) -> list[str]:
 
 
 def image_spans(ids: list[int], pictures: Sequence) -> list[tuple[int, int]]:
-    """Finds where in ids the tokens of each Picture are: (first, end)."""
+    """Finds where in ids the tokens of each Picture are: (first, end). [] where there are no ids,
+    as in a rollout of an API."""
+    if not ids:
+        return []
     found = []
     at = 0
     for picture in pictures:
@@ -210,9 +213,8 @@ def token_kinds(trajectory: Trajectory, texts: list[str]) -> str:
                 reaches_inside = starts[i] < searched_to and starts[i + 1] > found
                 if begins_inside or reaches_inside:
                     kinds[i] = "e" if call.error else "o"
-    if trajectory.ids:  # of an API's rollout nobody knows them
-        for first, end in image_spans(trajectory.ids, trajectory.images):
-            kinds[first:end] = "i" * (end - first)
+    for first, end in image_spans(trajectory.ids, trajectory.images):
+        kinds[first:end] = "i" * (end - first)
     return "".join(kinds)
 
 

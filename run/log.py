@@ -308,8 +308,7 @@ def write_rollouts(path, trajectories: list, tokenizer, **columns) -> None:
             }
             if trajectory.images:
                 row["images"] = write_images(Path(path).parent, trajectory.images)
-                if ids:
-                    row["image_spans"] = image_spans(ids, trajectory.images)
+                row["image_spans"] = image_spans(ids, trajectory.images)
             file.write(json.dumps(row) + "\n")
 
 

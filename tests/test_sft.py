@@ -229,7 +229,8 @@ def test_ids_of_another_tokenizer_are_refused(played, tokenizer, folder, tmp_pat
         said = complaint(folder, path, tmp_path / "out", tools=("python",))
         assert said == (
             f"{path}, row 2: to the model's tokenizer its ids are {what}: give the model that "
-            "recorded it, or one with its tokenizer"
+            "recorded it, or one with its tokenizer; or take 'ids' out of the rows, which makes "
+            "conversations of them"
         )
     said = complaint("tiny", tmp_path / "x.jsonl", tmp_path / "out", tools=("python",))
     assert said == "model = 'tiny' has a new tokenizer: recorded ids need their own model"

@@ -31,6 +31,7 @@ from learning import vision as seeing
 from learning.batches import Batch, micro_batches
 from learning.logprobs import token_logprobs
 from learning.vision import FAMILIES, Vision, collapse, find_vision, tower_inputs, whole_beginning
+from player import Player
 from rollout import Settings, rollouts
 from run import config
 from run.config import UserError
@@ -855,6 +856,75 @@ def test_sft_and_grpo_run_on_images_and_leave_a_model_that_sees(name, workplace,
 
 
 RECORDED = {"format": "hermes", "tools": "python", "batch_size": 2}
+
+
+def test_a_teachers_rollouts_with_live_tools_are_learnt_from(qwen, smol, workplace):
+    """Only the right ones; token by token by its own tokenizer, as conversations by any."""
+    import data
+    import evaluate
+
+    # 1. the teacher calls the tool, and says 7: right for half of the rows
+    lines = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()[:6]]
+    for number, line in enumerate(lines):
+        line["answer"] = str(7 + number % 2)
+    Path("rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    turns = [call_text(qwen, (0, 0, 40, 30)), said(qwen, "It is \\boxed{7}")]
+    teacher = Player(
+        qwen.chat,
+        Forced(qwen, turns),
+        Toolbox([zoom]),
+        {"correct": reward_of("correct")},
+        Settings(),
+        examples=data.load("rows.jsonl"),
+    )
+    Path("teacher").mkdir()
+    played, problem = evaluate.play_all(teacher, 1, 4, Path("teacher"))
+    assert not problem and [t.reward for t in played] == [1.0, 0.0] * 3
+    right = [t for t in played if t.reward]
+
+    # 2. a student with its tokenizer
+    def samples(family, name, **options):
+        cfg = train_sft.Config(
+            model=family.folder, data=name, min_reward=1, batch_size=2, out_dir="student", **options
+        )
+        train_sft.check(cfg)
+        return train_sft.setup(cfg)[2]
+
+    recorded = samples(qwen, "teacher/rollouts.jsonl")
+    assert [(sample.ids, sample.mask) for sample in recorded] == [(t.ids, t.mask) for t in right]
+    for sample, t in zip(recorded, right, strict=True):
+        keys = [picture.key for picture in sample.pictures()]
+        assert keys == [picture.key for picture in t.images] and len(keys) == 2
+
+    # 3. as conversations: the same tokens, and other ones for another family
+    rows = [json.loads(line) for line in Path("teacher/rollouts.jsonl").read_text().splitlines()]
+    talks = [{name: row[name] for name in ("messages", "images", "reward")} for row in rows]
+    Path("teacher/talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    tools = {"tools": ("mine.py:zoom",)}
+    Path("mine.py").write_text(BOXES)
+    told = samples(qwen, "teacher/talks.jsonl", format="hermes", **tools)
+    for sample, t in zip(told, right, strict=True):
+        assert (sample.ids[: len(t.ids)], sample.mask[: len(t.ids)]) == (t.ids, t.mask)
+    others = samples(smol, "teacher/talks.jsonl", format="json_actions", **tools)
+    assert [len(sample.images) for sample in others] == [2, 2, 2]
+    with pytest.raises(UserError, match="take 'ids' out of the rows, which makes conversations"):
+        samples(smol, "teacher/rollouts.jsonl")
+
+
+BOXES = '''
+class zoom:
+    def __init__(self, example):
+        self.images = example["images"]
+
+    def __call__(self, image: int, box: list[int]):
+        """Zooms into an image.
+
+        Args:
+            image: its number, from 1
+            box: left, top, right, bottom
+        """
+        return ["Here:", self.images[image - 1].original.crop(box)]
+'''
 
 
 def test_runs_with_images_go_on_bit_for_bit(smol, workplace, monkeypatch):
