@@ -911,6 +911,29 @@ def test_a_teachers_rollouts_with_live_tools_are_learnt_from(qwen, smol, workpla
         samples(smol, "teacher/rollouts.jsonl")
 
 
+def test_turns_that_spell_their_actions_are_trained_on_as_the_format_writes_calls(smol, workplace):
+    """OpenThinkIMG's rows: JSON by the assistant, results by the user, images of both."""
+    import data
+
+    call = call_text(smol, (0, 0, 40, 30)).removesuffix(smol.chat.facts.close).strip()
+    turns = [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": call},
+        {"from": "human", "value": "OBSERVATION: <image>"},
+        {"from": "gpt", "value": '{"thought": "I see.", "actions": []}'},
+    ]
+    row = {"conversations": turns, "images": ["0.png", "1.png"]}
+    Path("talk.jsonl").write_text(json.dumps(row) + "\n")
+    rows = data.conversations("talk.jsonl")
+    render = (rows, smol.tokenizer, "json_actions", smol.chat.tools, "talk.jsonl")
+    (sample,) = train_sft.render(*render, vision=smol.vision)
+    assert len(sample.images) == 2 and smol.vision.fits(sample.ids, sample.images)
+    trained = [token for token, mask in zip(sample.ids, sample.mask, strict=True) if mask]
+    text = smol.tokenizer.decode(trained)
+    assert text == call_text(smol, (0, 0, 40, 30)) + said(smol, turns[3]["value"])
+    assert smol.chat.parse(turns_ids(smol, [call]))[1][0].name == "zoom"
+
+
 BOXES = '''
 class zoom:
     def __init__(self, example):
