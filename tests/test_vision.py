@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import eyes
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoTokenizer
 
 import train_grpo
@@ -856,6 +857,31 @@ def test_sft_and_grpo_run_on_images_and_leave_a_model_that_sees(name, workplace,
 
 
 RECORDED = {"format": "hermes", "tools": "python", "batch_size": 2}
+
+
+def test_play_shows_a_picture_and_a_question_of_your_own(qwen, workplace, capsys):
+    import play
+
+    keys = [f"--model={qwen.folder}", "--data=rows.jsonl", "--tools=mine.py:zoom"]
+    keys += ["--rewards=correct", "--max_new_tokens=4", "--prompt_template=Q: {prompt}"]
+    asked_for = ["--prompt=What is red?", "--image=3.png,4.png"]
+    play.main([*keys, *asked_for])
+    printed = capsys.readouterr().out
+    assert "Q: What is red?" in printed and "reward" not in printed
+    for number in (1, 2):
+        assert f" tokens → out/play/image_{number}.png]" in printed
+        shown = qwen.vision.prepare(eyes.picture(number + 2, 42 + number, 40)).shown
+        with Image.open(f"out/play/image_{number}.png") as saved:
+            assert list(saved.get_flattened_data()) == list(shown.get_flattened_data())
+    play.main(keys)
+    assert "What is " in capsys.readouterr().out and Path("out/play-2/image_1.png").exists()
+    for wrong, says in (
+        (["--image=3.png"], "image has no effect without a question: give --prompt=…"),
+        ([*asked_for, "--made_up=true"], "prompt has no effect with made_up and demonstration"),
+        (["--prompt=What?", "--image=no.png"], "the image 'no.png' is no file in the folder"),
+    ):
+        with pytest.raises(UserError, match=says):
+            play.main([*keys, *wrong])
 
 
 def test_a_teachers_rollouts_with_live_tools_are_learnt_from(qwen, smol, workplace):
