@@ -99,12 +99,15 @@ def play_model(cfg: train_grpo.Config, given: Config) -> Trajectory:
 def with_own_row(cfg: train_grpo.Config, given: Config, folder: Path) -> train_grpo.Config:
     """Gives the config one row: the question and pictures of the command line, written to the
     folder."""
-    row = {cfg.prompt_column: given.prompt, cfg.answer_column: "not known"}
+    names = []
     for number, source in enumerate(given.image, 1):
         path = Path(source).expanduser()
-        name = f"{number}.png"
-        open_image(path.name, folder=path.parent).save(folder / name)
-        row.setdefault("images", []).append(name)
+        image = open_image(path.name, folder=path.parent)
+        names.append(f"{number}.png")
+        image.save(folder / names[-1])
+    row = {cfg.prompt_column: given.prompt, cfg.answer_column: "not known"}
+    if names:
+        row["images"] = names
     file = folder / "row.jsonl"
     file.write_text(json.dumps(row) + "\n", encoding="utf-8")
     return dataclasses.replace(cfg, data=str(file), answer_after="")
@@ -211,13 +214,13 @@ def half_blocks(image, columns: int = 48, most_rows: int = 16) -> Text:
     """Draws an image with characters of which the upper half has one colour, the lower another."""
     scale = min(columns / image.width, 2 * most_rows / image.height)
     width = max(1, round(scale * image.width))
-    rows = max(1, round(scale * image.height / 2))
-    pixels = image.resize((width, 2 * rows)).load()
+    height = 2 * max(1, round(scale * image.height / 2))
+    pixels = image.resize((width, height)).load()
     text = Text()
-    for row in range(rows):
-        for column in range(width):
-            upper = Color.from_rgb(*pixels[column, 2 * row])
-            lower = Color.from_rgb(*pixels[column, 2 * row + 1])
+    for y in range(0, height, 2):
+        for x in range(width):
+            upper = Color.from_rgb(*pixels[x, y])
+            lower = Color.from_rgb(*pixels[x, y + 1])
             text.append("▀", Style(color=upper, bgcolor=lower))
         text.append("\n")
     return text
