@@ -171,17 +171,18 @@ def token_texts(ids: list[int], tokenizer) -> list[str]:
 
 
 def image_spans(ids: list[int], pictures: Sequence) -> list[tuple[int, int]]:
-    """Finds where in ids the tokens of each Picture are: (first, end). [] where there are no ids,
-    as in a rollout of an API."""
-    if not ids:
-        return []
+    """Finds where in ids the tokens of each Picture are: (first, end). [] where ids do not hold
+    them all, such as those of an API's rollout, which has none."""
     found = []
     at = 0
     for picture in pictures:
+        if picture.placeholder not in ids[at:]:
+            return []
         # a picture may begin with other tokens than its placeholder
         first = ids.index(picture.placeholder, at) - picture.ids.index(picture.placeholder)
         at = first + len(picture.ids)
-        assert ids[first:at] == picture.ids, "other ids than the picture's"
+        if ids[first:at] != picture.ids:
+            return []
         found.append((first, at))
     return found
 

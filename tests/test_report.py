@@ -542,6 +542,27 @@ def test_a_rollout_is_written_and_drawn_with_its_images_in_their_places(tmp_path
         assert max(Image.open(io.BytesIO(copy)).size) <= run_page.THUMBNAIL
 
 
+@pytest.mark.parametrize("broken", ["no ids", "one picture too many", "other ids"])
+def test_a_trajectory_whose_ids_do_not_hold_its_images_is_written_all_the_same(
+    broken, tmp_path, tokenizer, capsys
+):
+    """Such as an API's; and one that is dropped for it must not end the run when it is logged."""
+    t = seen([(40, 30), (20, 20)], tokenizer)
+    if broken == "no ids":
+        t.ids, t.mask, t.logprobs, t.turn_starts = [], [], [], [0, 0]
+        tokenizer = None
+    elif broken == "one picture too many":
+        t.images.append(t.images[0])
+    else:
+        t.ids[t.ids.index(5) + 2] = 7
+    row = on_the_page(tmp_path, tokenizer, t)
+    assert row["image_spans"] == [] and len(row["images"]) == len(t.images)
+    assert "i" not in row["kinds"]
+    if tokenizer:
+        show(t, tokenizer)
+        assert "<think>" in capsys.readouterr().out
+
+
 def test_copies_of_images_are_bounded_and_those_beyond_are_links(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(run_page, "THUMBNAIL_BYTES", 200_000)
     ts = [seen([(300, 300)], tokenizer, tool_shows=0) for _ in range(8)]
