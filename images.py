@@ -233,7 +233,7 @@ def _finished(image, name):
         image.load()
         check_size(*image.size, name)  # of a GIF, it may have grown
         upright = _upright(image)
-        return _to_rgb(upright, name)
+        return _to_rgb(upright)
     except UserError:
         raise
     except Exception as error:  # Pillow has many, and some of its plugins more
@@ -241,21 +241,23 @@ def _finished(image, name):
 
 
 def _upright(image):
-    from PIL import ImageOps
+    from PIL import ExifTags, ImageOps
 
     try:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            return image
         return ImageOps.exif_transpose(image)
     except Exception:  # EXIF that cannot be read says nothing of a rotation
-        return image.copy()
+        return image
 
 
-def _to_rgb(image, name):
+def _to_rgb(image):
     from PIL import Image
 
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image)
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        layer = image.convert("RGBA")
+        layer = image if image.mode == "RGBA" else image.convert("RGBA")
         rgb = Image.new("RGB", image.size, "white")
         rgb.paste(layer, mask=layer.getchannel("A"))
         return rgb

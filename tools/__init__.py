@@ -19,6 +19,9 @@ image, or a list of both; all else becomes text. Marks, on the function or the c
     ends = True     a call without an error ends the episode, and its result is the answer
     prepare = f     f(options) is called at the start: UserError where the tool cannot work here; a
                     function has the options of its f, a class those of its __init__
+    describe = f    of a class: f(schema, options) gives the schema as those options have it
+    sees = True     of a class: its argument `image` is the number, from 1, of one of the images in
+                    example["images"], the trajectory's, in a list that grows
 
 Options of every tool: timeout, concurrency, cache (true, false), retries (of network tools).
 

@@ -187,6 +187,7 @@ def _describe(target: Callable, texts: dict, describe_only: bool) -> Tool:
         pure=bool(getattr(target, "pure", False)),
         network=bool(getattr(target, "network", False)),
         ends=bool(getattr(target, "ends", False)),
+        sees=bool(getattr(target, "sees", False)),
     )
     prepare = getattr(target, "prepare", None)
     if not is_class:
@@ -201,10 +202,15 @@ def _describe(target: Callable, texts: dict, describe_only: bool) -> Tool:
     for option in COMMON:
         if option in parameters:
             raise UserError(f"tool {name!r} has {option!r}, as every tool has: rename that option")
-    if describe_only:
+    describe = getattr(target, "describe", None)
+    if describe_only and describe is None:
         return tool
     takes_example = "example" in parameters
     options = plugins.bind(target, _own_options(name, texts), f"{OPTIONS}: {name}")
+    if describe is not None:
+        tool.schema = describe(tool.schema, options)
+    if describe_only:
+        return tool
 
     if prepare is not None:
         tool.prepare = partial(prepare, **options)

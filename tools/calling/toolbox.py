@@ -78,10 +78,9 @@ class Toolbox:
         return sum(is_alive(job) for job in self._abandoned)
 
     def open(self, example: dict | None = None, images: list | None = None) -> "Session":
-        """The tools of one trajectory. example: its data row. images: its Pictures, a list that
-        grows with it: what a stateful tool is made from has it in the place of the row's own."""
-        example = example or {}
-        return Session(self, example if images is None else example | {"images": images})
+        """The tools of one trajectory. example: its data row. images: the trajectory's Pictures, a
+        list that grows: what a tool that sees finds in its example's "images"."""
+        return Session(self, example or {}, images)
 
     async def close(self) -> None:
         """Closes what all trajectories share, as Session.close does."""
@@ -94,9 +93,9 @@ class Session:
     """The tools of one trajectory. A stateful tool's instance is made at its first call, under that
     call's deadline, belongs to this session alone, and runs one call at a time, in order."""
 
-    def __init__(self, box: Toolbox, example: dict):
+    def __init__(self, box: Toolbox, example: dict, images: list | None = None):
         self.box = box
-        self.example = example
+        self.example = example if images is None else {**example, "images": images}
         self._states = {}  # a tool's make -> what it made
         self._to_close = []  # all that was made, also what is used no more
         self._making = defaultdict(asyncio.Lock)  # a tool's make -> held while it runs
