@@ -36,6 +36,8 @@ import train_sft
 from chat import Chat
 from engines.scripted import ScriptedEngine
 from formats.messages import calls_of
+from learning import model as models
+from learning.vision import Vision, find_vision
 from player import Player, check_prompts, prepare_task, validation_examples
 from rollout import Settings
 from run.config import UserError
@@ -76,7 +78,11 @@ def play_made_up(cfg: train_grpo.Config) -> Trajectory:
         # 2. the model's tokenizer, or a stand-in, and its proof
         conversation = example["messages"] + turns
         tokenizer, cfg = local_tokenizer(cfg, [conversation], toolbox.schemas, notes)
-        chat = Chat(tokenizer, cfg.format, toolbox.schemas, cfg.template_options)
+        vision = local_vision(cfg, tokenizer)
+        if vision is None:
+            examples = [without_images(example, notes) for example in examples]
+            example = examples[0]
+        chat = Chat(tokenizer, cfg.format, toolbox.schemas, cfg.template_options, vision=vision)
         check_prompts(chat, examples, cfg.max_tokens)
 
         # 3. the oracle's words as a model would sample them
@@ -106,8 +112,11 @@ def show_demonstration(cfg: train_sft.Config) -> Trajectory:
     if not conversations and notes:
         raise UserError(f"the rows of {cfg.data} are token ids of {cfg.model}, which is not here")
     row = rows[0]
+    vision = local_vision(cfg, tokenizer)
+    if vision is None:
+        row = without_images(row, notes)
     samples = train_sft.render(
-        [row], tokenizer, cfg.format, toolbox.schemas, cfg.data, cfg.template_options
+        [row], tokenizer, cfg.format, toolbox.schemas, cfg.data, cfg.template_options, vision
     )
     ids = samples[0].ids
     mask = samples[0].mask
@@ -194,6 +203,30 @@ def local_tokenizer(cfg, conversations: list, schemas: list[dict], notes: list[s
         return tiny.tiny_tokenizer(conversations, schemas, whole_names=True), cfg
     plain = [[plain_message(message) for message in talk] for talk in conversations]
     return tiny.tiny_tokenizer(plain, schemas), cfg
+
+
+def local_vision(cfg, tokenizer) -> Vision | None:
+    """Loads what shows images to the model, if that is on this machine."""
+    if tokenizer.name_or_path != cfg.model:  # a stand-in
+        return None
+    return find_vision(models.base_of(cfg.model), tokenizer, cfg.min_pixels, cfg.max_pixels)
+
+
+def without_images(row: dict, notes: list[str]) -> dict:
+    """Writes words in the place of a row's images, for a model that is not here or sees none."""
+    if not row.get("images"):
+        return row
+    note = "images: shown as words, as the model is not on this machine or sees none"
+    if note not in notes:
+        notes.append(note)
+    row = {name: value for name, value in row.items() if name != "images"}
+    messages = []
+    for message in row.get("messages", ()):
+        content = message["content"]
+        if isinstance(content, list):
+            content = "".join(part.get("text", "(an image)") for part in content)
+        messages.append(message | {"content": content})
+    return row | {"messages": messages} if messages else row
 
 
 def plain_message(message: dict) -> dict:

@@ -17,7 +17,7 @@ from engines.base import Engine, check_engine
 from engines.local import TransformersEngine
 from engines.options import read_options
 from learning import model as models
-from learning.vision import find_vision, why_blind
+from learning.vision import Vision, find_vision, why_blind
 from rollout import Settings, rollouts
 from run.config import UserError
 from run.loop import run_blocking
@@ -57,10 +57,7 @@ class Player:
         # 2. the chat template, proved before any weights are loaded
         tokenizer = models.load_tokenizer(cfg.model)
         eos_ids = models.eos_ids(cfg.model)
-        base = models.base_of(cfg.model)
-        vision = find_vision(base, tokenizer, cfg.min_pixels, cfg.max_pixels)
-        if vision is None:
-            check_blind(base, examples, cfg.train_vision)
+        vision = load_vision(cfg, tokenizer, examples)
         chat = Chat(tokenizer, cfg.format, toolbox.schemas, cfg.template_options, eos_ids, vision)
         check_prompts(chat, examples, cfg.max_tokens)
 
@@ -175,13 +172,24 @@ def validation_examples(cfg) -> list[dict]:
     return load_examples(cfg, source, "test", cfg.eval_rows, VALIDATION_SEED)
 
 
-def check_blind(base: str, examples: list[dict], train_vision: bool) -> None:
-    """Checks that a model which sees no images is shown none, and that none is to learn to see."""
-    if train_vision:
-        raise UserError(f"train_vision has no effect: {why_blind(base)}")
+def load_vision(cfg, tokenizer, examples: list[dict]) -> Vision | None:
+    """Loads what shows images to the model of a config; None where it or its engine shows none.
+    UserError if there are images then, or keys that have no effect."""
+    base = models.base_of(cfg.model)
+    vision = None
+    if cfg.engine == "transformers":
+        vision = find_vision(base, tokenizer, cfg.min_pixels, cfg.max_pixels)
+        reason = "" if vision else why_blind(base)
+    else:
+        reason = f"engine = {cfg.engine!r} shows none yet, use engine=transformers"
+        if cfg.min_pixels or cfg.max_pixels:
+            raise UserError(f"min_pixels and max_pixels have no effect: {reason}")
+    if vision is None and cfg.train_vision:
+        raise UserError(f"train_vision has no effect: {reason}")
     for example in examples:
-        if example.get("images"):
-            raise UserError(f"row {example['id'] + 1} has images: {why_blind(base)}")
+        if vision is None and example.get("images"):
+            raise UserError(f"row {example['id'] + 1} has images: {reason}")
+    return vision
 
 
 def check_prompts(chat: Chat, examples: list[dict], max_tokens: int) -> None:

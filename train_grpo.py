@@ -231,8 +231,6 @@ def check(cfg: Config) -> None:
         cfg,
         "temperature max_tool_calls warmup seed beta save_every eval_every min_pixels max_pixels",
     )
-    if cfg.train_vision and cfg.engine != "transformers":
-        raise UserError(f"train_vision with engine = {cfg.engine!r}: use engine=transformers")
     if cfg.model == "tiny":
         raise UserError("model = 'tiny' is made by train_sft.py: give the folder that it wrote")
     if cfg.tune == "qlora" and cfg.dtype == "mixed":

@@ -326,6 +326,33 @@ def test_a_step_of_grpo_has_the_gradient_of_a_plain_loop(family):
     family.model.zero_grad()
 
 
+def test_recomputed_layers_and_low_precision_are_one_function_for_engine_and_trainer(family):
+    """gradient_checkpointing changes no gradient, dtype=mixed rounds both sides alike."""
+    trajectories = three_turns(family)
+    gradients = []
+    for recomputes in (False, True):
+        model, _ = models.load(family.folder, "full", device="cpu", train_vision=True)
+        if recomputes:
+            models.recompute_layers(model)
+        models.without_dropout(model)
+        for t in trajectories:
+            t.advantages, t.weight = [1.0 - t.sample] * len(t.turn_starts), 0.1
+        train_grpo.accumulate(model, trajectories, settings())
+        gradients.append(flat_gradient(model))
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+
+    if family.name == "qwen3_5":  # engines/cache.py refuses it under autocast: it rounds too much
+        return
+    mixed, _ = models.load(family.folder, "full", "mixed", device="cpu")
+    rough = SimpleNamespace(**{**vars(family), "model": mixed})
+    trajectories = three_turns(rough)
+    for t, logprobs in zip(
+        trajectories, train_grpo.policy_logprobs(mixed, trajectories, 1.0, 1), strict=True
+    ):
+        difference = (logprobs - torch.tensor(t.logprobs)) * torch.tensor(t.mask)
+        assert difference.abs().max() < 0.1
+
+
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_the_tower_learns_exactly_when_it_is_asked_to(family, tune):
     trajectories = three_turns(family)
@@ -752,7 +779,8 @@ def test_sft_and_grpo_run_on_images_and_leave_a_model_that_sees(name, workplace,
     lines = [json.loads(line) for line in Path("sft/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
     taught = SimpleNamespace(name=name, folder="sft")
-    metrics = grpo(taught, "rl")
+    options = {"tune": "lora", "lora_r": 4, "beta": 0.01} if name == "qwen3_vl" else {}
+    metrics = grpo(taught, "rl", **options)
     assert metrics["images"] > 0.5 and metrics["sampler_logprob_diff_max"] < 1e-4
 
     rows = [json.loads(line) for line in Path("rl/rollouts.jsonl").read_text().splitlines()]
