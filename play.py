@@ -37,7 +37,7 @@ from chat import Chat
 from engines.scripted import ScriptedEngine
 from formats.messages import calls_of
 from learning import model as models
-from learning.vision import Vision, find_vision
+from learning.vision import Vision, find_vision, tiny_vision
 from player import Player, check_prompts, prepare_task, validation_examples
 from rollout import Settings
 from run.config import UserError
@@ -86,7 +86,7 @@ def play_made_up(cfg: train_grpo.Config) -> Trajectory:
         check_prompts(chat, examples, cfg.max_tokens)
 
         # 3. the oracle's words as a model would sample them
-        engine = ScriptedEngine(sampled_turns(chat, example["messages"], turns), tokenizer)
+        engine = ScriptedEngine(sampled_turns(chat, example, turns), tokenizer)
         with Player(chat, engine, toolbox, rewards, Settings.of(cfg)) as player:
             (trajectory,) = player.play([example])
     show(trajectory, tokenizer)
@@ -199,16 +199,19 @@ def local_tokenizer(cfg, conversations: list, schemas: list[dict], notes: list[s
     if cfg.data.startswith("task:"):
         rows = data.conversations(cfg.data, 2048, 0, cfg.system_prompt)
         conversations = [row["messages"] for row in rows]
+        sees = any(row.get("images") for row in rows)
         # with whole names, as most tasks have them: here it is only to be short
-        return tiny.tiny_tokenizer(conversations, schemas, whole_names=True), cfg
+        return tiny.tiny_tokenizer(conversations, schemas, whole_names=True, sees=sees), cfg
     plain = [[plain_message(message) for message in talk] for talk in conversations]
     return tiny.tiny_tokenizer(plain, schemas), cfg
 
 
 def local_vision(cfg, tokenizer) -> Vision | None:
-    """Loads what shows images to the model, if that is on this machine."""
+    """Loads what shows images to the model, if that is on this machine, or to the tiny model that a
+    task with images is for."""
     if tokenizer.name_or_path != cfg.model:  # a stand-in
-        return None
+        sees = tiny.FOR_IMAGES[0] in tokenizer.get_added_vocab()
+        return tiny_vision(tokenizer) if sees else None
     return find_vision(models.base_of(cfg.model), tokenizer, cfg.min_pixels, cfg.max_pixels)
 
 
@@ -321,14 +324,14 @@ def guess_value(name: str, schema: dict, example: dict):
     return questions[-1] if questions else ""
 
 
-def sampled_turns(chat: Chat, prompt: list[dict], turns: list[dict]) -> list[list[int]]:
+def sampled_turns(chat: Chat, example: dict, turns: list[dict]) -> list[list[int]]:
     """Encodes each turn as the token ids that a model would sample."""
-    messages = list(prompt)
+    messages = list(example["messages"])
     for turn in turns:
         messages.append(turn)
         for call in calls_of(turn):
             messages.append({"role": "tool", "name": call.name, "content": "…"})
-    ids, mask = chat.render(messages)
+    ids, mask = chat.render(messages, chat.pictures(example))
     starts = turn_starts(mask)
     ends = [*starts[1:], len(ids)]
     sampled = []

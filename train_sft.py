@@ -43,7 +43,7 @@ from learning import optim, whole
 from learning.batches import micro_batches, pad, position_ids
 from learning.checkpoint import Run
 from learning.logprobs import token_logprobs
-from learning.vision import Vision, find_vision, whole_beginning, why_blind
+from learning.vision import Vision, find_vision, tiny_vision, whole_beginning, why_blind
 from run.config import UserError
 from run.log import Log, check_logger
 from tasks import tiny
@@ -111,7 +111,7 @@ def check(cfg: Config) -> None:
             (
                 cfg.model == "tiny",
                 "train_vision min_pixels max_pixels",
-                "with model=tiny: it sees no images",
+                "with model=tiny: all of it learns, and its size of images is its own",
             ),
         ),
     )
@@ -422,7 +422,8 @@ def setup(cfg: Config):
     # 2. the tokenizer, and samples: rendered, and so proved, before any weights are loaded
     if cfg.model == "tiny":
         conversations = [row["messages"] for row in chosen[:4096]]
-        tokenizer = tiny.tiny_tokenizer(conversations, toolbox.schemas, cfg.whole_names)
+        sees = any(row.get("images") for row in chosen)
+        tokenizer = tiny.tiny_tokenizer(conversations, toolbox.schemas, cfg.whole_names, sees)
     else:
         tokenizer = models.load_tokenizer(cfg.model)
     vision = load_vision(cfg, tokenizer, chosen)
@@ -443,7 +444,8 @@ def setup(cfg: Config):
 
     # 3. the model
     if cfg.model == "tiny":
-        model = models.in_dtype(tiny.tiny(tokenizer, cfg.seed), cfg.dtype)
+        make = tiny.tiny_that_sees if vision else tiny.tiny
+        model = models.in_dtype(make(tokenizer, cfg.seed), cfg.dtype)
     else:
         model, _ = models.load(
             cfg.model,
@@ -455,7 +457,7 @@ def setup(cfg: Config):
             seed=cfg.seed,
             train_vision=cfg.train_vision,
         )
-        models.set_image_size(model, vision)
+    models.set_image_size(model, vision)
     eos_ids = () if cfg.model == "tiny" else models.eos_ids(cfg.model)
     models.set_stop_ids(model, stop_ids(cfg, chosen, tokenizer, toolbox.schemas, eos_ids))
     longest = max(len(sample.ids) for sample in (*samples, *held_out))
@@ -476,7 +478,7 @@ def load_vision(cfg: Config, tokenizer, rows: list[dict]) -> Vision | None:
     if with_images and cfg.packing:
         raise UserError("packing = true with images: their positions are not packed, so drop it")
     if cfg.model == "tiny":
-        return None  # its Chat refuses images
+        return tiny_vision(tokenizer) if with_images else None
     base = models.base_of(cfg.model)
     vision = find_vision(base, tokenizer, cfg.min_pixels, cfg.max_pixels)
     if vision is None and with_images:

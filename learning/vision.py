@@ -23,6 +23,7 @@ import torch
 
 from images import Picture, open_image
 from run.config import UserError
+from tasks import tiny
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,14 @@ def find_vision(name: str, tokenizer, min_pixels: int = 0, max_pixels: int = 0) 
     processor = load_processor(name, family, min_pixels, max_pixels)
     is_resized = bool(min_pixels or max_pixels)
     return Vision(config, family, processor, tokenizer, is_resized)
+
+
+def tiny_vision(tokenizer) -> "Vision":
+    """Makes what shows images to the tiny model from scratch (tasks/tiny.py)."""
+    config = tiny.config_that_sees(tokenizer)
+    family = FAMILIES[config.model_type]
+    # no files say its size yet: the processor is saved with what is trained
+    return Vision(config, family, tiny.image_processor(), tokenizer, is_resized=True)
 
 
 def why_blind(name: str) -> str:

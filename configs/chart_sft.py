@@ -1,0 +1,14 @@
+# 2-core CPU, about 2 minutes. A tiny model from scratch learns to see, to point and to read.
+out_dir = "out/chart_sft"
+model = "tiny"
+whole_names = True
+data = "task:chart"
+rows = 4800
+epochs = 3
+system_prompt = "Answer the question. You can zoom in. Give the answer in \\boxed{}."
+tools = ("zoom",)
+format = "hermes"
+batch_size = 32
+optimizer = "muon"
+learning_rate = 1e-2
+schedule = "linear"
