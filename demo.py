@@ -6,8 +6,9 @@
     python demo.py --task=chart                 # to zoom into a picture
 
 SFT on imperfect demonstrations (train_sft.py), evaluation, GRPO (train_grpo.py), evaluation again,
-both on the same 512 held-out problems, greedy and sampled at temperature 1. The runs are out/calc_sft and out/calc, as the
-configs of these names say. The last lines are `key: value`, for people and for grep.
+both on the same 512 held-out problems, greedy and sampled at temperature 1. The runs are
+out/calc_sft and out/calc, as the configs of these names say. The last lines are `key: value`, for
+people and for grep.
 """
 
 import os

@@ -4,7 +4,7 @@ model = "out/chart_sft"
 data = "task:chart"
 system_prompt = "Answer the question. You can zoom in. Give the answer in \\boxed{}."
 tools = ("zoom",)
-tool_options = ("zoom.side=64",)  # a tile as it is: as many pixels as this model is shown
+tool_options = ("zoom.side=32",)  # a tile as it is: as many pixels as this model is shown
 format = "hermes"
 rewards = ("correct",)
 steps = 40

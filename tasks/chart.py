@@ -1,11 +1,10 @@
 """chart: numbers in fine print on coloured tiles, which a model from scratch learns to zoom into.
 
-A picture has 4 x 4 places of 64 pixels a side; five of them are tiles of different colours, each
-with a two-digit number, and the question names a colour. The tiny model is shown the picture at a
-quarter of its size. There the tiles are seen and the numbers are not, not even in part: their
-strokes are hatched, a pixel lighter than the tile and a pixel darker in turn, and the mean is the
-colour of the tile. `zoom` cuts a tile out of the original: that one is shown as it is. So whoever
-does not look has one chance in ninety.
+A picture has 2 x 2 tiles of different colours, each with a two-digit number, and the question names
+a colour. The tiny model is shown the picture at half its size. There the tiles are seen and the
+numbers are not, not even in part: their strokes are hatched, a pixel lighter than the tile and a
+pixel darker in turn, and the mean is the colour of the tile. `zoom` cuts a tile out of the
+original: that one is shown as it is. So whoever does not look has one chance in ninety.
 
 `rows` are the problems for RL and evaluation, `demos` the demonstrations for SFT.
 
@@ -33,12 +32,11 @@ COLOURS = {
     "Pink": (180, 75, 180),
 }
 PAPER = (225, 225, 225)
-PLACES = 4  # in a row, and rows
-TILES = 5  # in a picture
-SIDE = 64  # pixels of a place
-MARGIN = 4  # of the tile in it; all of these are multiples of 4, as a pixel that is seen is 4 x 4
-STROKE = 2  # pixels of the original: one lighter, one darker
-HATCH = 75  # how much
+PLACES = 2  # in a row, and rows: a tile in each
+SIDE = 32  # pixels of a place, as many as the tiny model is shown
+GAP = 2  # of them, right of a tile and below it
+STROKE = 2  # pixels: one lighter, one darker, so that the mean of each 2 x 2 is the tile's colour
+HATCH = 75  # how much lighter and darker
 DIGITS = (  # 5 x 7 strokes each
     "01110 10001 10011 10101 11001 10001 01110",
     "00100 01100 00100 00100 00100 00100 01110",
@@ -51,8 +49,8 @@ DIGITS = (  # 5 x 7 strokes each
     "01110 10001 10001 01110 10001 10001 01110",
     "01110 10001 10001 01111 00001 00010 01100",
 )
-LEFT = (20, 34)  # where in a place its digits begin, of the tens and of the ones
-TOP = 18
+LEFT = (4, 16)  # where in a place its digits begin, of the tens and of the ones
+TOP = 2
 
 QUESTION = "What number is on {colour}?"
 GUESSES = 1 / 3  # share of the demonstrations that do not look
@@ -72,7 +70,7 @@ def draw_tile(colour: str, number: int):
     import numpy as np
 
     pixels = np.full((SIDE, SIDE, 3), PAPER)
-    pixels[MARGIN:-MARGIN, MARGIN:-MARGIN] = COLOURS[colour]
+    pixels[:-GAP, :-GAP] = COLOURS[colour]
     is_lighter = np.indices((SIDE, SIDE)).sum(0) % 2 == 0
     hatch = np.where(is_lighter, HATCH, -HATCH)[:, :, None]
     pixels += hatch * ink(number)[:, :, None]
@@ -120,15 +118,15 @@ def problem(rng: random.Random, split: str) -> dict:
     """One problem of the split: prompt, image, answer, and what it was made from."""
     if split not in ("train", "test"):
         raise UserError(f"split = {split!r}: task:chart has train and test")
-    colours = rng.sample(list(COLOURS), TILES)
-    places = rng.sample(range(PLACES * PLACES), TILES)
+    colours = rng.sample(list(COLOURS), PLACES * PLACES)
+    places = rng.sample(range(PLACES * PLACES), PLACES * PLACES)
     colour = colours[0]
     place = places[0]
     while True:
         number = rng.randint(10, 99)
         if held_out(colour, place, number) == (split == "test"):
             break
-    numbers = [number] + [rng.randint(10, 99) for _ in range(TILES - 1)]
+    numbers = [number] + [rng.randint(10, 99) for _ in places[1:]]
     tiles = dict(zip(places, zip(colours, numbers, strict=True), strict=True))
     return {
         "prompt": QUESTION.format(colour=colour),

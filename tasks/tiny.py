@@ -50,7 +50,7 @@ MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 # What stands for an image, as SmolVLM writes it.
 FOR_IMAGES = ("<image>", "<fake_token_around_image>", "<global-img>")
 # The tiny model is shown a square of so many pixels a side, in patches; four patches are a token.
-SIDE = 64
+SIDE = 32
 PATCH = 8
 INITIAL_RANGE = 0.07  # of weights: at these widths, larger than the usual 0.02
 
@@ -161,7 +161,7 @@ def tiny(tokenizer, seed: int = 0, hidden_size: int = 96, layers: int = 4, heads
 
 def tiny_that_sees(tokenizer, seed: int = 0):
     """A SmolVLM-shaped model from scratch, about 0.5 M parameters: the language model of `tiny`, a
-    layer less, and a tower of two layers for images of SIDE x SIDE pixels, 16 tokens each."""
+    layer less, and a tower of two layers for images of SIDE x SIDE pixels, 4 tokens each."""
     from transformers import SmolVLMForConditionalGeneration
 
     torch.manual_seed(seed)

@@ -25,7 +25,7 @@ from run.config import UserError
 from tasks import chart, tiny
 from tools import Toolbox
 
-OPTIONS = ("zoom.side=64",)
+OPTIONS = ("zoom.side=32",)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_what_the_model_is_shown_is_the_same_whatever_the_numbers_are(rows, visi
         picture = vision.prepare(opened(row["image"]))
         other = vision.prepare(other_numbers(row))
         assert picture.original.tobytes() != other.original.tobytes()
-        assert picture.shown.size == (64, 64)
+        assert picture.shown.size == (32, 32)
         assert picture.shown.tobytes() == other.shown.tobytes()
         assert picture.key == other.key
 
@@ -133,7 +133,7 @@ def test_a_zoom_into_more_than_a_tile_shows_no_number(rows, vision):
     for row in rows[:6]:
         seen = []
         for image in (opened(row["image"]), other_numbers(row)):
-            seen.append(vision.prepare(call_zoom(image, [0, 0, 500, 500])).shown.tobytes())
+            seen.append(vision.prepare(call_zoom(image, [0, 0, 1000, 500])).shown.tobytes())
         assert seen[0] == seen[1]
 
 
@@ -150,7 +150,7 @@ def test_the_blank_zoom_is_described_alike_and_shows_nothing(rows):
     assert tools["zoom"] == tools["bench/blank.py:zoom"]
     box = chart.box_of(rows[0]["place"])
     tile = call_zoom(opened(rows[0]["image"]), box, "bench/blank.py:zoom")
-    assert tile.size == (64, 64) and tile.getextrema() == ((255, 255),) * 3
+    assert tile.size == (32, 32) and tile.getextrema() == ((255, 255),) * 3
 
 
 # ---- what is said
@@ -178,7 +178,7 @@ def test_the_oracle_is_right_and_demonstrations_are_written_as_they_are_played(c
     assert [picture.key for picture in samples[0].images] == keys
     placeholder = tokenizer.convert_tokens_to_ids("<image>")
     trained = [token for token, bit in zip(samples[0].ids, samples[0].mask, strict=True) if bit]
-    assert samples[0].ids.count(placeholder) == 32 and placeholder not in trained
+    assert samples[0].ids.count(placeholder) == 8 and placeholder not in trained
 
 
 def rendered(rows, tokenizer):
@@ -208,8 +208,10 @@ def is_right(talk):
     colour = talk[0]["content"][1]["text"].removesuffix("?").split()[-1]
     for place in range(chart.PLACES**2):
         row, column = divmod(place, chart.PLACES)
-        tile = picture[row * 64 : row * 64 + 64, column * 64 : column * 64 + 64]
-        if tuple(tile[4, 4].tolist()) != chart.COLOURS[colour]:
+        top = row * chart.SIDE
+        left = column * chart.SIDE
+        tile = picture[top : top + chart.SIDE, left : left + chart.SIDE]
+        if tuple(tile[20, 20].tolist()) != chart.COLOURS[colour]:  # below its digits
             continue
         for number in range(10, 100):
             if np.array_equal(tile, chart.draw_tile(colour, number)):
@@ -236,7 +238,7 @@ def test_sft_makes_a_model_that_sees_and_saves_its_processor(sft_run):
     folder, cfg, metrics = sft_run
     assert metrics["loss"] > 0 and metrics["grad_norm"] > 0
     saved = json.loads((folder / "preprocessor_config.json").read_text())
-    assert saved["size"] == {"longest_edge": 64}
+    assert saved["size"] == {"longest_edge": 32}
     trained = AutoModelForImageTextToText.from_pretrained(folder)
     tokenizer = train_sft.models.load_tokenizer(str(folder))
     untrained = tiny.tiny_that_sees(tokenizer, cfg.seed).state_dict()
