@@ -63,6 +63,7 @@ MARK = "\ue0f3{}\ue0f4"
 MARKED = re.compile("\ue0f3([0-9]+)\ue0f4")
 # Stands for an image in a result that is written into the text of a turn; for private use, too.
 IMAGE = "\ue0f5"
+BLIND = "this model sees no images: leave out the rows that have some"
 LABEL = re.compile(r"image \d+:\s*$")  # what the loop writes in front of an image of a result
 # What every template is given, and no option can set.
 TEMPLATE_INPUTS = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
@@ -156,16 +157,15 @@ class Chat:
 
     def pictures(self, example: dict) -> list[Picture]:
         """Opens the images of a data row's messages, and makes them what the model sees."""
-        opened = []
-        for source in example.get("images") or ():
-            opened.append(self.picture(open_image(source, example.get("image_folder"))))
-        return opened
+        folder = example.get("image_folder")
+        return [self.picture(source, folder) for source in example.get("images") or ()]
 
-    def picture(self, image) -> Picture:
-        """Makes what the model sees of a PIL image. UserError if it sees none."""
+    def picture(self, source, folder: str | None = None) -> Picture:
+        """Makes what the model sees of an image: one of PIL, or what images.open_image opens.
+        UserError if it sees none."""
         if self.vision is None:
-            raise UserError("this model sees no images: leave out the rows that have some")
-        return self.vision.prepare(image)
+            raise UserError(BLIND)
+        return self.vision.prepare(open_image(source, folder))
 
     def prompt(self, messages: list[dict], pictures: Sequence[Picture] = ()) -> list[int]:
         """Encodes the messages before the first sampled turn, tool schemas, generation prompt.
@@ -259,7 +259,7 @@ class Chat:
     def _check_images(self, messages, pictures) -> None:
         """Refuses messages whose images are not those given beside them."""
         if self.vision is None and has_images(messages):
-            raise UserError("this model sees no images: leave out the rows that have some")
+            raise UserError(BLIND)
         count = count_images(messages)
         if count != len(pictures):
             raise UserError(f"its messages have {count} images, but {len(pictures)} are given")

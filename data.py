@@ -418,11 +418,12 @@ def _schemas(tools):
 
 
 def image_folder(data) -> str | None:
-    """Returns the folder in which the images of a data set's rows are looked for: that of its file;
-    None for a task and for the hub, whose rows hold the images themselves."""
-    if not is_file(data):
-        return None
-    return str(Path(data).expanduser().resolve().parent)
+    """Returns the folder in which the images of a data set's rows are looked for: its own, or that
+    of its file; None for a task and for the hub, whose rows hold the images themselves."""
+    path = Path(data).expanduser().resolve()
+    if is_file(data):
+        return str(path.parent)
+    return str(path) if path.is_dir() else None
 
 
 def _with_images(row, messages, folder):
@@ -466,8 +467,9 @@ def _check_sources(sources, folder):
             )
         if folder is None:
             raise UserError(f"its image {source[:80]!r} is a path, but the data is no file")
-        if not Path(folder, source).is_file():
-            raise UserError(f"its image {source[:80]!r} is no file in {folder}")
+        path = Path(folder, source).resolve()
+        if not path.is_file() or not path.is_relative_to(folder):
+            raise UserError(f"its image {source[:80]!r} is no file in {folder}, where the data is")
 
 
 def _has_system_message(messages):

@@ -43,7 +43,7 @@ import data
 from engines.canary import Canary, sync_and_check
 from engines.options import read_options
 from learning import model as models
-from learning import optim, whole
+from learning import optim
 from learning.batches import Batch, micro_batches, told_apart
 from learning.checkpoint import Run
 from learning.logprobs import shared_prefixes, shares_prompts, token_logprobs
@@ -560,9 +560,9 @@ def train(cfg: Config) -> dict:
         log.print(
             f"{len(player.examples)} prompts, {cfg.steps} steps, {trained:,} of {total:,} trained"
         )
-        frozen = whole.frozen_parts(model)
+        frozen = models.frozen_parts(model)
         if frozen:
-            log.print(f"not trained, and saved as it was: {frozen}")
+            log.print(f"not trained: {frozen}")
         if cfg.resume:
             log.print(f"going on with step {first_step}")
 

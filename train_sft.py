@@ -39,7 +39,7 @@ import data
 from chat import Chat
 from images import Picture
 from learning import model as models
-from learning import optim, whole
+from learning import optim
 from learning.batches import micro_batches, pad, position_ids
 from learning.checkpoint import Run
 from learning.logprobs import token_logprobs
@@ -538,9 +538,9 @@ def train(cfg: Config) -> dict:
     with log, advice, run:
         trained, total = optim.count(model)
         log.print(f"{summary}; {steps} steps, {trained:,} of {total:,} parameters")
-        frozen = whole.frozen_parts(model)
+        frozen = models.frozen_parts(model)
         if frozen:
-            log.print(f"not trained, and saved as it was: {frozen}")
+            log.print(f"not trained: {frozen}")
         if cfg.resume:
             log.print(f"going on with step {first_step}")
         model.train()

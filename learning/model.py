@@ -449,7 +449,8 @@ def _load_weights(base: str, dtype: torch.dtype, device: str, four_bits: bool):
 
         kept_layers = None  # the head, which transformers finds by itself
         if whole.has_tower(base):
-            kept_layers = whole.other_parts(whole.skeleton(base))
+            skeleton = whole.skeleton(base)
+            kept_layers = [*whole.other_parts(skeleton), whole.head_path(skeleton)]
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -660,6 +661,15 @@ def adapters_of(model) -> list[str]:
     """Returns the names of a model's LoRA adapters; [] for a plain model, which has no such
     attribute (asking peft itself would import it, in two seconds)."""
     return list(getattr(model, "peft_config", ()))
+
+
+def frozen_parts(model) -> str:
+    """Names the parts beside a language model, which are not trained, for the first lines of a run;
+    "" where there are none."""
+    base = model.get_base_model() if adapters_of(model) else model
+    if not whole.is_whole(base):
+        return ""
+    return ", ".join(whole.other_parts(base))
 
 
 # -- what is written, or handed to an engine

@@ -31,17 +31,18 @@ class Family:
     """What differs from one family of models to another."""
 
     processor: str  # its class in transformers that needs no torchvision
+    token: str  # what its templates write for an image
     has_grid: bool  # positions have rows and columns (M-RoPE, Qwen2-VL, arXiv:2409.12191)
 
 
-QWEN = Family("Qwen2VLImageProcessorPil", has_grid=True)
+QWEN = Family("Qwen2VLImageProcessorPil", "<|image_pad|>", has_grid=True)
 FAMILIES = {  # by the model_type of the config
     "qwen2_vl": QWEN,
     "qwen2_5_vl": QWEN,
     "qwen3_vl": QWEN,
     "qwen3_5": QWEN,
-    "idefics3": Family("Idefics3ImageProcessorPil", has_grid=False),
-    "smolvlm": Family("SmolVLMImageProcessorPil", has_grid=False),
+    "idefics3": Family("Idefics3ImageProcessorPil", "<image>", has_grid=False),
+    "smolvlm": Family("SmolVLMImageProcessorPil", "<image>", has_grid=False),
 }
 
 
@@ -61,19 +62,21 @@ def read_config(name: str):
 
 def find_vision(name: str, tokenizer, min_pixels: int = 0, max_pixels: int = 0) -> "Vision | None":
     """Loads what shows images to the model `name` (a whole one, not an adapter); None where it
-    reads text only, or its family is not proved.
+    reads text only, its family is not proved, or it lacks what showing takes: `why_blind` says.
 
     min_pixels, max_pixels: of an image as it is shown; 0: as the model's processor says. UserError
     where they have no effect.
     """
     config = read_config(name)
     family = FAMILIES.get(config.model_type)
-    if family is None:
-        if min_pixels or max_pixels:
+    processor = None
+    if family and tokenizer.convert_ids_to_tokens(config.image_token_id) == family.token:
+        processor = load_processor(name, family, min_pixels, max_pixels)
+    is_resized = bool(min_pixels or max_pixels)
+    if processor is None:
+        if is_resized:
             raise UserError(f"min_pixels and max_pixels have no effect: {why_blind(name)}")
         return None
-    processor = load_processor(name, family, min_pixels, max_pixels)
-    is_resized = bool(min_pixels or max_pixels)
     return Vision(config, family, processor, tokenizer, is_resized)
 
 
@@ -91,6 +94,11 @@ def why_blind(name: str) -> str:
     known = ", ".join(FAMILIES)
     if getattr(config, "vision_config", None) is None:
         return f"model = {name!r} ({config.model_type}) sees no images: take one of {known}"
+    if config.model_type in FAMILIES:
+        return (
+            f"model = {name!r} has no image processor (preprocessor_config.json), or its tokenizer "
+            "no token for an image: get all of its files"
+        )
     return (
         f"model = {name!r} is of the family {config.model_type}, which is not proved for images: "
         f"take one of {known}"
@@ -98,15 +106,14 @@ def why_blind(name: str) -> str:
 
 
 def load_processor(name: str, family: Family, min_pixels: int, max_pixels: int):
-    """Loads the image processor of a folder or hub id. UserError if there is none."""
+    """Loads the image processor of a folder or hub id; None if there is none."""
     import transformers
 
     processor_class = getattr(transformers, family.processor)
     try:
         processor = processor_class.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model = {name!r} has no image processor: {reason}") from None
+    except (OSError, ValueError):
+        return None
     if not (min_pixels or max_pixels):
         return processor
     if not family.has_grid:
@@ -138,7 +145,7 @@ class Vision:
         self.processor = processor
         self.tokenizer = tokenizer
         self.placeholder = config.image_token_id
-        self.token = tokenizer.convert_ids_to_tokens(self.placeholder)
+        self.token = family.token
         self.is_resized = is_resized
         self.patch_size = config.vision_config.patch_size
         # of those that cut images into squares: how many placeholders a square has

@@ -20,8 +20,11 @@ import torch
 from run.config import UserError
 
 # What a processor is made of, beside the tokenizer's own files, which the tokenizer writes.
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-PROCESSOR_FILES += ("video_preprocessor_config.json",)
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 # Buffers of old files, which are computed today: a class drops them without naming them.
 COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 # What PEFT calls a layer begins like this in an adapter's files.
@@ -97,18 +100,25 @@ def _path_of(model, part) -> str:
     raise AssertionError(f"a {type(model).__name__} does not have its own {type(part).__name__}")
 
 
+def head_path(model) -> str:
+    """Returns what the head is called: "lm_head", for the most part."""
+    return _path_of(model, model.get_output_embeddings())
+
+
 def other_parts(model) -> list[str]:
-    """Lists the parts that are not below the language model, as high up as each is one:
-    ["lm_head", "model.vision_tower", "model.multi_modal_projector"]."""
+    """Lists the parts that are neither language model nor head, as high up as each is one part:
+    ["model.vision_tower", "model.multi_modal_projector"]."""
     language_model = language_model_path(model)
+    parents = [""]  # of the language model, from the outside in
+    for name in language_model.split(".")[:-1]:
+        parents.append(f"{parents[-1]}.{name}".removeprefix("."))
+    its_own = {language_model, head_path(model), *parents}
     parts = []
     for path, _ in model.named_modules():
         parent = path.rpartition(".")[0]
-        is_beside_it = parent == "" or f"{language_model}.".startswith(f"{parent}.")
-        holds_it = f"{language_model}.".startswith(f"{path}.")
-        if path and is_beside_it and not holds_it:
+        if parent in parents and path not in its_own:
             parts.append(path)
-    return [part for part in parts if not part.startswith(f"{language_model}.")]
+    return parts
 
 
 def freeze_other_parts(model) -> None:
@@ -120,16 +130,6 @@ def freeze_other_parts(model) -> None:
     for parameter in model.parameters():
         if id(parameter) not in of_language_model:
             parameter.requires_grad_(False)
-
-
-def frozen_parts(model) -> str:
-    """Names the parts of a whole model that are not trained, for the first lines of a run; "" where
-    there are none."""
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    if not is_whole(base):
-        return ""
-    head = _path_of(base, base.get_output_embeddings())
-    return ", ".join(part for part in other_parts(base) if part != head)
 
 
 # -- adapters
@@ -147,7 +147,7 @@ def lora_pattern(model, layer_names: tuple[str, ...]) -> str:
     path = re.escape(language_model_path(model))
     names = "|".join(re.escape(name) for name in layer_names)
     pattern = f"{path}{ANY_LAYER}{names})"
-    head = _path_of(model, model.get_output_embeddings())
+    head = head_path(model)
     if head in layer_names:
         pattern += "|" + re.escape(head)
     return pattern
@@ -222,7 +222,7 @@ def fit_adapter(model, folder: str):
         return config, None
     path = language_model_path(model)
     outer, _, inner = path.rpartition(".")
-    head = _path_of(model, model.get_output_embeddings())
+    head = head_path(model)
     names = adapter_names(folder)
     key_mapping = None
     if lacks_part(names, path):
@@ -260,6 +260,8 @@ def check_names_for_vllm(folder: str, base: str | None) -> None:
     from transformers import AutoConfig
 
     names = adapter_names(folder)
+    if not base:
+        return
     try:
         AutoConfig.from_pretrained(base, local_files_only=True)
         if not has_tower(base):
@@ -281,13 +283,18 @@ def check_names_for_vllm(folder: str, base: str | None) -> None:
 def remember_origin(model, base: str, loading_info: dict) -> None:
     """Notes which tensors of a model's files its class has no place for, and fetches the files that
     go with it, while the hub may be asked."""
-    saved_names = set(_saved_names(model))
+    # what a class drops on purpose is not in loading_info; such a pattern may also fit other names
     dropped = [*(model._keys_to_ignore_on_load_unexpected or ()), *COMPUTED]
+    may_be_dropped = []
     unused = []
     for name in _weight_files(base):
-        is_dropped = any(re.search(pattern, name) for pattern in dropped)
-        if name in loading_info["unexpected_keys"] or (is_dropped and name not in saved_names):
+        if name in loading_info["unexpected_keys"]:
             unused.append(name)
+        elif any(re.search(pattern, name) for pattern in dropped):
+            may_be_dropped.append(name)
+    if may_be_dropped:
+        saved_names = _saved_names(model)
+        unused += [name for name in may_be_dropped if name not in saved_names]
     processor_files(base, may_ask_hub=True)
     model.origin = Origin(base, unused)
 
@@ -302,12 +309,12 @@ def check_complete(base: str, loading_info: dict) -> None:
         )
 
 
-def _saved_names(model) -> list[str]:
-    """Lists what the tensors of a model will be called in its files."""
+def _saved_names(model) -> set[str]:
+    """Returns what the tensors of a model will be called in its files."""
     from transformers.core_model_loading import revert_weight_conversion
 
     state = {name: weight.to("meta") for name, weight in model.state_dict().items()}
-    return list(revert_weight_conversion(model, state))
+    return set(revert_weight_conversion(model, state))
 
 
 def unused_tensors(model) -> dict[str, torch.Tensor]:

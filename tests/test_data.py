@@ -472,10 +472,35 @@ def test_demonstrations_with_images_are_read_as_others_write_them():
     assert recorded["images"] == ["a.png"]
 
 
+def test_images_of_the_hub_and_of_parquet_are_the_bytes_of_their_files():
+    """Not pixels: a hundred times as many, for all rows at once."""
+    import datasets
+    from PIL import Image
+
+    pixels = Image.new("RGB", (30, 20), "red")
+    columns = {
+        "image": ([pixels, pixels], datasets.Image()),
+        "images": ([[pixels], [pixels]], datasets.List(datasets.Image())),
+    }
+    for name, (values, kind) in columns.items():
+        text = datasets.Value("string")
+        kinds = datasets.Features({"prompt": text, "answer": text, name: kind})
+        rows = {"prompt": ["a", "b <image>"], "answer": ["1", "2"], name: values}
+        Path(name).mkdir()
+        datasets.Dataset.from_dict(rows, features=kinds).to_parquet(f"{name}/train.parquet")
+        for source in (name, f"{name}/train.parquet"):
+            first, second = data.load(source)
+            assert type(first["images"][0]) is bytes
+            assert [part["type"] for part in first["messages"][0]["content"]] == ["image", "text"]
+            assert [part["type"] for part in second["messages"][0]["content"]] == ["text", "image"]
+
+
 @pytest.mark.parametrize(
     "row, says",
     [
         (talk(USER, SAYS, images=["no.png"]), "its image 'no.png' is no file in"),
+        (talk(USER, SAYS, images=[sys.executable]), "where the data is"),
+        (talk(USER, SAYS, images=["../../etc/passwd"]), "where the data is"),
         (talk(USER, SAYS, image="http://x.org/a.png"), "its image 'http://x.org/a.png' is on the"),
         (talk(USER, SAYS, images=["a.png"], image="a.png"), "it has a column 'image' and a column"),
         (talk(image({"type": "image"}), SAYS), "a content part of type 'image' names no image"),

@@ -543,6 +543,26 @@ def test_a_template_that_shows_no_images_of_tools_has_them_behind_in_a_users_mes
     assert (ids[: len(t.ids)], mask[: len(t.ids)]) == (t.ids, t.mask)
 
 
+def test_a_model_that_lacks_what_showing_takes_is_one_of_text(qwen, tokenizer, tmp_path):
+    """No processor, no token, a template that shows none: text goes on as before."""
+    import shutil
+
+    assert find_vision(qwen.folder, tokenizer) is None  # to which the placeholder is another word
+    folder = tmp_path / "bare"
+    shutil.copytree(qwen.folder, folder)
+    (folder / "preprocessor_config.json").unlink()
+    assert find_vision(str(folder), qwen.tokenizer) is None
+    assert "has no image processor" in seeing.why_blind(str(folder))
+    plain = eyes.tokenizer_of("qwen3_vl")
+    plain.chat_template = tokenizer.chat_template
+    chat = Chat(plain, "hermes", Toolbox([zoom]).schemas, vision=qwen.vision)
+    assert chat.vision is None
+    assert "shows no images, so the model is shown none" in chat.differences
+    assert chat.prompt(asked()["messages"])
+    with pytest.raises(UserError, match="this model sees no images"):
+        chat.prompt(asked(eyes.picture(1))["messages"])
+
+
 def test_a_chat_that_sees_nothing_refuses_images(tokenizer):
     chat = Chat(tokenizer, "hermes")
     example = asked(eyes.picture(1))
@@ -629,7 +649,47 @@ def test_an_image_that_no_processor_takes_is_a_sentence(qwen):
     (t,) = run_blocking(rollouts([asked(eyes.picture(1))], chat, engine, box, Settings()))
     assert t.stop == "answered" and len(t.images) == 1
     assert t.calls[0].error == "exception"
-    assert t.calls[0].result.startswith("error: an image of 2000 x 4 pixels: ")
+    assert t.calls[0].result.startswith("error: the image has 2000 x 4 pixels: expected")
+
+
+@pytest.mark.parametrize("format", ["tags", "fence"])
+def test_an_image_in_an_open_turn_stands_where_the_result_does(smol, qwen, format):
+    """Inline formats go on in the assistant's turn: no template writes the image there."""
+    from formats import Call
+
+    def look(what: str):
+        """Looks.
+
+        Args:
+            what: at what
+        """
+        return ["Here: \ue0f5", eyes.picture(1), "Seen."]
+
+    # SmolVLM's template begins a turn with a blank, and a fence begins a line
+    families = (smol, qwen) if format == "tags" else (qwen,)
+    for family in families:
+        box = Toolbox([look])
+        chat = Chat(family.tokenizer, format, box.schemas, vision=family.vision)
+        call = chat.facts.lead + chat.format.write("", [Call("look", {"what": "it"})])
+        call = chat._with_stop_string(call)
+        turns = [turns_ids(family, [turn]) for turn in (call, "7" + chat.facts.close)]
+        engine = ScriptedEngine(turns, family.tokenizer)
+        (t,) = run_blocking(rollouts([asked()], chat, engine, box, Settings()))
+        assert t.stop == "answered" and len(t.images) == 1 and len(t.turn_starts) == 2
+        assert family.vision.fits(t.ids, t.images)
+        text = family.tokenizer.decode(collapse(t.ids, t.images))
+        assert f"Here: \nimage 1:{chat.facts.image}\nSeen." in text
+        ids, mask = chat.render(t.messages, t.images)
+        assert (ids[: len(t.ids)], mask[: len(t.ids)]) == (t.ids, t.mask)
+
+
+def test_images_of_any_mode_are_shown_in_colour(qwen):
+    """A tool may return grey, a palette, or what is transparent."""
+    image = eyes.picture(1)
+    for mode in ("L", "P", "RGBA", "1"):
+        picture = qwen.chat.picture(image.convert(mode))
+        assert picture.original.mode == picture.shown.mode == "RGB"
+    assert qwen.chat.picture(image.convert("RGBA")).key == qwen.chat.picture(image).key
 
 
 def test_long_texts_are_cut_around_their_images(qwen):

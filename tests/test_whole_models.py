@@ -213,13 +213,13 @@ def test_only_the_language_model_is_trained(published, family, tune):
         assert trained and all(f".{path}." in name and "lora_" in name for name in trained)
         layers = {name.split(".lora_")[0].rpartition(".")[-1] for name in trained}
         assert {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"} <= layers
-    parts = whole.frozen_parts(model).split(", ")
+    parts = models.frozen_parts(model).split(", ")
     assert parts and all(re.search("visual|vision|multi_modal|connector", part) for part in parts)
 
 
 def test_a_text_model_has_no_frozen_parts(published):
     model = text_only(load(published["gemma3"]))
-    assert whole.frozen_parts(model) == "" and not whole.is_whole(model)
+    assert models.frozen_parts(model) == "" and not whole.is_whole(model)
     assert whole.language_model_path(model) == "model" and whole.unused_tensors(model) == {}
 
 
@@ -432,7 +432,7 @@ def test_a_run_that_goes_on_is_bit_for_bit_the_one_that_was_not_stopped(
 
     train(tmp_path / "through")
     printed = capsys.readouterr().out
-    assert "not trained, and saved as it was: model.vision_tower, model.multi_" in printed
+    assert "not trained: model.vision_tower, model.multi_modal_projector" in printed
     with monkeypatch.context() as patch:
         patch.setattr(train_grpo, "learn", stopped_in_the_second_step)
         with pytest.raises(KeyboardInterrupt):

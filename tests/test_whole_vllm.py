@@ -37,6 +37,8 @@ CLASSES = {
     "smolvlm": ("smolvlm", "SmolVLMForConditionalGeneration", "model.text_model."),
     "idefics3": ("idefics3", "Idefics3ForConditionalGeneration", "model.text_model."),
 }
+# Qwen3.5's class adds to this one's mapping that "mtp." goes nowhere
+MAPPED_AS = {"qwen3_5": "qwen3_vl"}
 # Where the names of an adapter of the language model alone mean nothing to vLLM
 NOTHING = {"qwen3_5", "gemma3", "qwen3_vl", "smolvlm", "idefics3"}
 
@@ -54,18 +56,15 @@ def mapper_of(family):
     read is only where a prefix goes. None: its names are those of transformers."""
     from vllm.model_executor.models.utils import WeightsMapper
 
-    module, name, _ = CLASSES[family]
+    module, name, _ = CLASSES[MAPPED_AS.get(family, family)]
     folder = Path(importlib.util.find_spec("vllm").submodule_search_locations[0])
     source = (folder / "model_executor" / "models" / f"{module}.py").read_text()
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     for node in classes[name].body:
         if isinstance(node, ast.Assign) and node.targets[0].id == "hf_to_vllm_mapper":
-            prefixes = {word.arg: word.value for word in node.value.keywords}["orig_to_new_prefix"]
-            return WeightsMapper(orig_to_new_prefix=ast.literal_eval(prefixes))
-    base = classes[name].bases[0].id
-    for other, (_, class_name, _) in CLASSES.items():
-        if class_name == base and other != family:
-            return mapper_of(other)
+            for word in node.value.keywords:
+                if word.arg == "orig_to_new_prefix":
+                    return WeightsMapper(orig_to_new_prefix=ast.literal_eval(word.value))
     return None
 
 

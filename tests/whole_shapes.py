@@ -231,6 +231,9 @@ def publish(family, tokenizer, folder, dtype=torch.float32, seed=0):
         weights[name] = weight
     if family == "qwen3_5":  # its drafts of several tokens, which transformers has no class for
         weights["mtp.fc.weight"] = torch.randn(4, 8).to(dtype)
+    if family == "gemma4":  # layers that take the keys of another had their own, once
+        key = "model.language_model.layers.3.self_attn.k_proj.weight"
+        weights[key] = torch.randn(2 * HEAD, 64).to(dtype)
     save_file(weights, file, {"format": "pt"})
     for name in ("preprocessor_config.json", "processor_config.json"):
         (Path(folder) / name).write_text(json.dumps(PROCESSOR | {"of": name}))
