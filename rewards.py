@@ -90,6 +90,84 @@ def f1(trajectory, example):
     return max(f1_of(text, gold) for gold in golds)
 
 
+def relaxed(trajectory, example, *, tolerance: float = 0.05):
+    """1.0 if the model's answer is example["answer"], or one of them if it is a list, as ChartQA
+    counts it (Masry et al. 2022, arXiv 2203.10244, after PlotQA): a number may be off by
+    `tolerance` of the right one, 0.05 there; every other text has to be the same but for its case
+    and the blanks around it. Years are numbers here, as there: 2010 for 2020 is right. Two forms
+    are read that the code which is commonly used does not: 1,200 is 1200, and 12% is 12 (0.12
+    there, so that only 12% is 12%)."""
+    golds = _golds(example, "relaxed")
+    text = answer(trajectory, example)
+    if text is None:
+        return 0.0
+    return float(any(_is_near(text, str(gold), tolerance) for gold in golds))
+
+
+def _is_near(text, gold, tolerance):
+    expected = _plain_number(gold)
+    number = _plain_number(text)
+    if expected is None or number is None:
+        return text.strip().lower() == gold.strip().lower()
+    if expected == 0:
+        return number == 0
+    return abs(number - expected) <= tolerance * abs(expected)
+
+
+def _plain_number(text):
+    """The number that a text is, in the forms that charts print; None if it is none."""
+    text = text.strip().replace("\N{MINUS SIGN}", "-").removesuffix("%").strip()
+    if not _PRINTED_NUMBER.fullmatch(text):
+        return None
+    return float(text.replace(",", ""))
+
+
+# 12, 1,200, 1.5, .5
+_PRINTED_NUMBER = re.compile(
+    r"[-+]?(\d{1,3}(,\d{3}){1,60}|\d{1,300})(\.\d{0,300})?|[-+]?\.\d{1,300}"
+)
+
+
+def anls(trajectory, example, *, threshold: float = 0.5):
+    """How much of the text of example["answer"] the model's answer has, the best of several: 1 less
+    the edit distance as a share of the longer text, whatever the case; 0.0 below `threshold`. It
+    is the similarity of ST-VQA (Biten et al. 2019, arXiv 1905.13648), of which DocVQA and TextVQA's
+    kind report the mean, ANLS: a letter misread costs little, another word everything."""
+    golds = _golds(example, "anls")
+    text = answer(trajectory, example)
+    if text is None:
+        return 0.0
+    best = max(_similarity(text, str(gold)) for gold in golds)
+    return best if best >= threshold else 0.0
+
+
+def _similarity(text, gold):
+    text = " ".join(text.lower().split())
+    gold = " ".join(gold.lower().split())
+    longer = max(len(text), len(gold))
+    if not longer:
+        return 0.0
+    if longer > LONGEST_TEXT:  # no short answer at all, and slow to compare
+        return float(text == gold)
+    return 1 - _edit_distance(text, gold) / longer
+
+
+LONGEST_TEXT = 1000  # characters: a longer answer is compared as a whole
+
+
+def _edit_distance(first, second):
+    """Levenshtein's: how many letters to insert, leave out or replace."""
+    row = list(range(len(second) + 1))
+    for i, letter in enumerate(first, 1):
+        above_left = row[0]
+        row[0] = i
+        for j, other in enumerate(second, 1):
+            replaced = above_left + (letter != other)
+            above_left = row[j]
+            row[j] = min(replaced, row[j] + 1, row[j - 1] + 1)
+    return row[-1]
+
+
 def _golds(example, reward):
     """The right answers, at least one. A row without one stops the run: it cannot be judged."""
     golds = example["answer"]
@@ -109,7 +187,7 @@ def oracle(name: str, example: dict) -> str | None:
         gold = gold[0]
     if not gold:
         return None
-    if name in ("correct", "exact_match", "f1"):
+    if name in ("correct", "exact_match", "f1", "relaxed", "anls"):
         return f"\\boxed{{{gold}}}"
     if name == "sql_match":
         return f"```sql\n{gold}\n```"
@@ -155,6 +233,23 @@ def tool_bonus(trajectory, example, *, each: float = 0.1, cap: float = 0.2):
         if call.error is None and not call.ends:
             ran.add((call.name, repr(call.arguments)))
     return min(cap, each * len(ran))
+
+
+def needed_tool(trajectory, example, *, tolerance: float = 0.05):
+    """1.0 if the answer is right, as `relaxed` says, and a call that ran helped to it: where the
+    row says "needs_tool", true or false, only a row that does need one earns it, and a row that
+    does not earns 1.0 for the right answer without any. Unlike tool_use it pays for no call that
+    led to nothing; a call that was made for show it cannot tell from one that helped."""
+    if not relaxed(trajectory, example, tolerance=tolerance):
+        return 0.0
+    return float(bool(example.get("needs_tool", True)) == bool(tool_use(trajectory, example)))
+
+
+def repeated_calls(trajectory, example, *, each: float = 0.1, cap: float = 0.5):
+    """-`each` for every call that was made before with the same arguments, -`cap` at most. Unlike
+    repetition, it looks at calls alone, and does not weigh less in a long trajectory."""
+    made = [(call.name, repr(call.arguments)) for call in trajectory.calls]
+    return -min(cap, each * (len(made) - len(set(made))))
 
 
 class tool_errors:
@@ -233,12 +328,13 @@ def turn_calls(trajectory, example):
 
 
 BUILT_IN = [
-    correct, exact_match, f1, sql_match, code_tests, judge, format, tool_use, tool_bonus,
-    tool_errors, repetition, length, turn_calls,
+    correct, exact_match, f1, relaxed, anls, sql_match, code_tests, judge, format, tool_use,
+    tool_bonus, needed_tool, tool_errors, repetition, repeated_calls, length, turn_calls,
 ]  # fmt: skip
 # They take microseconds and never wait, so they do without a thread, which takes 80.
 INSTANT = [
-    exact_match, f1, format, tool_use, tool_bonus, tool_errors, repetition, length, turn_calls,
+    exact_match, f1, relaxed, format, tool_use, tool_bonus, needed_tool, tool_errors, repetition,
+    repeated_calls, length, turn_calls,
 ]  # fmt: skip
 
 # ---- names, weights and options

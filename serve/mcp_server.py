@@ -7,7 +7,10 @@
 
 Tools are named as in a config. A client that opens a session (over stdio there is one) has its own
 instances of stateful tools, such as python_session, until it ends the session or is silent for 30
-minutes. An error of a tool is a result with isError and its text.
+minutes. An error of a tool is a result with isError and its text. Tools that take an image by its
+number (crop, ocr, detect, …) get here the image itself, as base64 or a data URI; our own client
+puts it in the place of the number. http://host:port/health says how many calls there were, how long
+they took, and how much memory of a GPU is used.
 
 What is covered: over HTTP a bearer token, without which only this machine is served; requests that
 a web page sends to this machine (DNS rebinding); requests that do not come to their end, with or
@@ -19,13 +22,16 @@ import asyncio
 import base64
 import contextlib
 import hmac
-import io
 import itertools
 import json
 import os
+import re
+import signal
 import socket
 import sys
-from dataclasses import dataclass
+import threading
+import time
+from dataclasses import asdict, dataclass
 
 from run import config
 from run.config import UserError
@@ -33,7 +39,9 @@ from run.config import UserError
 if __name__ == "__main__":
     config.answer_help(__file__)
 
+from images import MAX_BYTES, Picture, check_size, open_image, to_png
 from tools import Toolbox
+from tools.calling.base import Tool
 from tools.calling.toolbox import Session
 
 try:
@@ -59,13 +67,16 @@ class Config:
     tool_timeout: float = 10.0  # seconds a call may take
     tool_concurrency: int = 16  # calls that run at once
     tool_cache: str = "memory"  # memory or none: whether results of pure tools are kept
+    with_stdin: bool = False  # over HTTP: ends with its stdin, so with the program that started it
 
 
 def check(cfg: Config) -> None:
     """Rules across keys."""
     if cfg.stdio == cfg.http:
         raise UserError("expected one of --stdio and --http")
-    config.refuse_unused_keys(cfg, [(cfg.stdio, "host port token_env", "over stdio: drop it")])
+    config.refuse_unused_keys(
+        cfg, [(cfg.stdio, "host port token_env with_stdin", "over stdio: drop it")]
+    )
     config.require_positive(cfg, "tool_timeout tool_concurrency")
     if not 0 <= cfg.port < 65536:
         raise UserError(f"port = {cfg.port}: expected 0 to 65535")
@@ -102,28 +113,52 @@ def stateful(box: Toolbox) -> list[str]:
     """The names of the tools that keep a state between the calls of a session."""
     names = []
     for tool in box.tools.values():
-        if tool.make and not tool.shared and not tool.pure:
+        if tool.make and not tool.shared and not tool.pure and not tool.sees:
             names.append(tool.name)
     return names
 
 
-def server(box: Toolbox, session: Session | None = None) -> Server:
-    """The MCP server of a Toolbox. session: the one of all calls; None: each MCP session's own."""
+@dataclass
+class Health:
+    """What a server did so far."""
+
+    running: int = 0  # calls, at this moment
+    calls: int = 0  # that have ended
+    errors: int = 0  # of them
+    seconds: float = 0.0  # that they took, together
+
+
+def server(box: Toolbox, session: Session | None = None, health: Health | None = None) -> Server:
+    """The MCP server of a Toolbox. session: the one of all calls; None: each MCP session's own.
+    health: where calls are counted."""
     needs_session = bool(stateful(box)) and session is None
+    health = health or Health()
 
     async def list_tools(ctx, params):
-        return types.ListToolsResult(tools=[_described(schema) for schema in box.schemas])
+        return types.ListToolsResult(tools=[_described(tool) for tool in box.tools.values()])
 
     async def call_tool(ctx, params):
         if needs_session and ctx.protocol_version in MODERN_PROTOCOL_VERSIONS:
             text = f"{stateful(box)[0]} keeps a state: initialize a session first"
             raise MCPError(types.INVALID_REQUEST, text)
-        tools = session or _session_of(ctx, box)
+        tool = box.tools.get(params.name)
+        arguments = params.arguments or {}
+        start = time.perf_counter()
+        health.running += 1
+        error = "exception"
         try:
-            content, error, _ = await tools.call(params.name, params.arguments or {})
+            if tool is not None and tool.sees:
+                content, error = await _call_with_image(box, tool, arguments)
+            else:
+                tools = session or _session_of(ctx, box)
+                content, error, _ = await tools.call(params.name, arguments)
         except UserError as wrong:  # a database that has gone, say: the server goes on
             content = f"error: {wrong}"
-            error = "exception"
+        finally:
+            health.running -= 1
+            health.calls += 1
+            health.errors += error is not None
+            health.seconds += time.perf_counter() - start
         return types.CallToolResult(content=_blocks(content), is_error=error is not None)
 
     async def discover(ctx, params):
@@ -139,13 +174,59 @@ def server(box: Toolbox, session: Session | None = None) -> Server:
     return mcp_server
 
 
-def _described(schema):
-    function = schema["function"]
+def _described(tool: Tool):
+    function = tool.schema["function"]
+    parameters = function["parameters"]
+    if tool.sees:
+        properties = {**parameters["properties"], "image": IMAGE}
+        parameters = {**parameters, "properties": properties}
     return types.Tool(
         name=function["name"],
         description=function["description"],
-        input_schema=function["parameters"],
+        input_schema=parameters,
     )
+
+
+# In the words of JSON Schema, as any server may say that it wants an image.
+IMAGE = {
+    "type": "string",
+    "contentEncoding": "base64",
+    "contentMediaType": "image/png",
+    "description": "The image, as base64 or as a data URI.",
+}
+SIZE = re.compile(r"data:[^,]*;shown=(\d{1,5})x(\d{1,5})[;,]", re.ASCII)
+
+
+async def _call_with_image(box, tool, arguments):
+    """A call of a tool that sees -> content, error kind or None. The image that came with it is
+    the only one there is, and gone after it."""
+    pictures = []
+    if "image" in arguments:
+        try:
+            pictures.append(await asyncio.to_thread(_picture, arguments["image"]))
+        except UserError as wrong:
+            return f"error: {wrong}", "bad_image"
+        arguments = {**arguments, "image": 1}
+    tools = box.open({}, pictures)
+    try:
+        content, error, _ = await tools.call(tool.name, arguments)
+        return content, error
+    finally:
+        await tools.close()
+
+
+def _picture(text):
+    """Of base64 or a data URI; `;shown=640x480` in it is the size at which a model sees it."""
+    if not isinstance(text, str):
+        raise UserError("image must be base64 or a data URI")
+    is_uri = text[:5].lower() == "data:"
+    picture = Picture(open_image(text if is_uri else f"data:;base64,{text}"))
+    size = SIZE.match(text[:200])
+    if size:
+        width, height = int(size[1]), int(size[2])
+        check_size(width, height, "the image as shown")
+        picture.shown = picture.original.resize((width, height))
+    return picture
 
 
 def _session_of(ctx, box):
@@ -166,19 +247,9 @@ def _blocks(content):
         if isinstance(part, str):
             blocks.append(types.TextContent(type="text", text=part))
         else:
-            data = base64.b64encode(_png(part)).decode()
+            data = base64.b64encode(to_png(part)).decode()
             blocks.append(types.ImageContent(type="image", data=data, mime_type="image/png"))
     return blocks
-
-
-def _png(image):
-    file = io.BytesIO()
-    try:
-        image.save(file, "PNG")
-    except OSError:  # a mode that PNG has not, such as CMYK
-        file = io.BytesIO()
-        image.convert("RGB").save(file, "PNG")
-    return file.getvalue()
 
 
 async def try_out(box: Toolbox) -> None:
@@ -221,12 +292,20 @@ async def over_stdio(box: Toolbox) -> None:
 
 def application(cfg: Config, box: Toolbox):
     """The ASGI application: MCP, for who has the token."""
-    inner = server(box).streamable_http_app(host=cfg.host, stateless_http=not stateful(box))
+    health = Health()
+    sees = any(tool.sees for tool in box.tools.values())
+    inner = server(box, health=health).streamable_http_app(
+        host=cfg.host,
+        stateless_http=not stateful(box),
+        max_request_body_size=MOST_WITH_IMAGE if sees else MOST,
+    )
     token = _token(cfg)
 
     async def app(scope, receive, send):
         if scope["type"] == "http" and token and not _has_token(scope["headers"], token):
             return await _refuse(send)
+        if scope["type"] == "http" and scope["path"] == "/health":
+            return await _answer(send, 200, {**asdict(health), **gpu_memory()})
         try:
             await inner(scope, receive, send)
         finally:
@@ -243,10 +322,22 @@ def _has_token(headers, token):
 
 
 async def _refuse(send):
-    body = json.dumps({"error": "a bearer token is missing or wrong"}).encode()
-    headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
-    await send({"type": "http.response.start", "status": 401, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    wrong = {"error": "a bearer token is missing or wrong"}
+    await _answer(send, 401, wrong, [(b"www-authenticate", b"Bearer")])
+
+
+async def _answer(send, status, value, headers=()):
+    headers = [(b"content-type", b"application/json"), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps(value).encode()})
+
+
+def gpu_memory() -> dict:
+    """Bytes that torch holds on the GPU, if this process uses one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return {}
+    return {"gpu_bytes": torch.cuda.memory_reserved()}
 
 
 def over_http(cfg: Config, tools: list[str]) -> None:
@@ -254,8 +345,16 @@ def over_http(cfg: Config, tools: list[str]) -> None:
     box = toolbox(cfg, tools)
     asyncio.run(try_out(box))
     listening = _listen(cfg)
+    if cfg.with_stdin:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     print(f"serving {', '.join(box.tools)} at {_url(listening)}", flush=True)
     uvicorn.Server(settings(application(cfg, box))).run(sockets=[listening])
+
+
+def _end_with_stdin():
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def settings(app) -> uvicorn.Config:
@@ -269,6 +368,8 @@ def settings(app) -> uvicorn.Config:
     )
 
 
+MOST = 4 * 2**20  # bytes of a request
+MOST_WITH_IMAGE = MOST + MAX_BYTES * 4 // 3  # which travels as base64
 REQUEST_SECONDS = 20.0  # that a request, its head and its body, has to arrive
 
 

@@ -179,9 +179,10 @@ def test_two_rewards_of_one_file_share_its_module_and_a_file_that_fails_is_told(
         (["corect"], "unknown reward 'corect' in 'corect': did you mean correct?"),
         (
             ["style:2"],
-            "unknown reward 'style' in 'style:2': there are correct, exact_match, f1, sql_match, "
-            "code_tests, judge, format, tool_use, tool_bonus, tool_errors, repetition, length, "
-            "turn_calls, or write file.py:function",
+            "unknown reward 'style' in 'style:2': there are correct, exact_match, f1, relaxed, "
+            "anls, sql_match, code_tests, judge, format, tool_use, tool_bonus, needed_tool, "
+            "tool_errors, repetition, repeated_calls, length, turn_calls, "
+            "or write file.py:function",
         ),
         (["format:big"], "rewards: cannot read the weight of 'format:big': expected a number"),
         (["format:nan"], "rewards: cannot read the weight of 'format:nan': expected a number"),
@@ -546,3 +547,80 @@ def test_the_cheap_rewards_cost_microseconds_and_no_thread(monkeypatch):
         return time.process_time() - start
 
     assert min(asyncio.run(all_of_it()) for _ in range(3)) < 0.2  # CPU seconds; 0.025 in truth
+
+
+def answered(text, gold, calls=(), **more):
+    row = {**example(gold), **more}
+    return trajectory(row, f"\\boxed{{{text}}}", calls=calls), row
+
+
+@pytest.mark.parametrize(
+    "text, gold, expected",
+    [
+        ("104", "100", 1.0),
+        ("106", "100", 0.0),
+        ("95", "100", 1.0),
+        ("-96", "-100", 1.0),
+        ("96", "-100", 0.0),
+        ("1,250", "1200", 1.0),
+        ("12%", "12", 1.0),
+        ("0", "0", 1.0),
+        ("0.01", "0", 0.0),
+        (".5", "0.51", 1.0),
+        ("wheat", "Wheat", 1.0),
+        ("Wheats", "Wheat", 0.0),
+        ("nan", "100", 0.0),
+        ("inf", "100", 0.0),
+        ("1e2", "100", 0.0),
+        ("3", ["9", "3.1"], 1.0),
+    ],
+)
+def test_relaxed_accuracy_is_that_of_chartqa(text, gold, expected):
+    played, row = answered(text, gold)
+    assert value("relaxed", played, row) == expected
+
+
+def test_relaxed_takes_a_tolerance_and_wants_an_answer():
+    played, row = answered("104", "100")
+    assert value("relaxed", played, row, tolerance="0.01") == 0.0
+    assert value("relaxed", trajectory(row, ""), row) == 0.0
+
+
+def test_anls_gives_credit_for_nearly_all_letters_and_none_below_its_threshold():
+    for text, gold, expected in [
+        ("Coca Cola", "coca  cola", 1.0),
+        ("Coca Colo", "Coca Cola", 1 - 1 / 9),
+        ("kitten", "sitting", 1 - 3 / 7),
+        ("Pepsi", "Coca Cola", 0.0),
+        ("abd", ["xyz", "abc"], 2 / 3),
+        ("x" * 2000, "x" * 2001, 0.0),
+    ]:
+        played, row = answered(text, gold)
+        assert value("anls", played, row) == pytest.approx(expected)
+    played, row = answered("kitten", "sitting")
+    assert value("anls", played, row, threshold="0.6") == 0.0
+
+
+def test_a_needed_tool_is_paid_for_where_the_answer_is_right_and_the_row_needs_it():
+    ran, failed = [call()], [call("exception")]
+    for text, calls, needs, expected in [
+        ("18", ran, True, 1.0),
+        ("18", failed, True, 0.0),
+        ("18", [], True, 0.0),
+        ("99", ran, True, 0.0),
+        ("18", ran, False, 0.0),
+        ("18", [], False, 1.0),
+    ]:
+        played, row = answered(text, "18", calls, needs_tool=needs)
+        assert value("needed_tool", played, row) == expected
+    played, row = answered("18", "18", ran)  # a row that does not say
+    assert value("needed_tool", played, row) == 1.0
+
+
+def test_repeated_calls_cost_each_time_up_to_the_cap():
+    calls = [call(x=1), call(x=1), call(x=2), call(x=1)]
+    played, row = answered("18", "18", calls)
+    assert value("repeated_calls", played, row) == pytest.approx(-0.2)
+    assert value("repeated_calls", played, row, cap="0.15") == pytest.approx(-0.15)
+    played, row = answered("18", "18", calls[1:3])
+    assert value("repeated_calls", played, row) == 0.0

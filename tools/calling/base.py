@@ -24,6 +24,7 @@ class Tool:
     network: bool = False  # its NetworkError is worth trying again
     ends: bool = False  # a call without an error ends the episode; its result is the answer
     sees: bool = False  # its argument `image` is the number of one of the trajectory's images
+    takes_images: bool = False  # function(state, images, **arguments): those of the trajectory
     timeout: float | None = None  # seconds; None: the Toolbox's
     concurrency: int | None = None  # calls at once; None: as many as the Toolbox lets
     retries: int | None = None  # after a NetworkError; None: RETRIES

@@ -19,6 +19,9 @@ ${NAME} and ${NAME:-default} are replaced by environment variables in every text
 starts from where the script was started; a command with a slash, and arguments, from the cwd. A
 server gets no environment but HOME, LOGNAME, PATH, SHELL, TERM, USER and its `env`.
 
+An argument that the server declares as an image ("contentMediaType": "image/…" in its schema) is
+the number of one of the trajectory's images to the model; the image itself is sent.
+
 What is covered: text, images, embedded text, errors; a server that dies is an observation of kind
 "server" for the calls in flight, and is started again at the next call; one that is busy or cannot
 be reached is asked again (kind "network"). A server's stderr is kept for messages only.
@@ -55,7 +58,15 @@ try:
 except ImportError as error:
     raise UserError(f'MCP needs a package ({error}): pip install -e ".[mcp]"') from None
 
-from tools.calling.mcp_forms import clean_result, clean_tools, content, parameters
+from tools.calling.mcp_forms import (
+    clean_result,
+    clean_tools,
+    content,
+    data_uri,
+    image_numbers,
+    numbered,
+    parameters,
+)
 
 log = logging.getLogger(__name__)
 NO_HANDSHAKE = {types.METHOD_NOT_FOUND, types.UNSUPPORTED_PROTOCOL_VERSION}
@@ -68,6 +79,7 @@ LOST_SESSION = re.compile(
     re.I | re.S,
 )
 TO_ANSWER = 5.0  # seconds, for a server that may be lost
+RETRIES_WITH_IMAGES = 7  # with the pauses between them a minute
 TO_END = 10.0  # seconds that the end of a connection is waited for; it may go on alone
 
 
@@ -93,28 +105,47 @@ def load(path: str, server: str | None, timeout: float) -> list[Tool]:
 def _tool(server, offered, make, timeout):
     """One tool that a server offers, as the Toolbox has it."""
     name = _safe(offered.name)
+    wanted, images = image_numbers(parameters(offered.input_schema))
     function = {
         "name": name,
         "description": offered.description or offered.title or "",
-        "parameters": parameters(offered.input_schema),
+        "parameters": wanted,
     }
     start_timeout = server.given.get("start_timeout", 0)
+    is_remote = server.kind != "stdio"
     return Tool(
         name=name,
         schema={"type": "function", "function": function},
-        function=_function(offered.name),
+        function=_function_with_images(offered.name, images) if images else _function(offered.name),
         is_async=True,
         make=make,
         shared=server.values.get("session", "run") == "run",
         serial=False,  # MCP has many calls on one session
-        network=server.kind != "stdio",
+        network=is_remote,
+        takes_images=bool(images),
         timeout=start_timeout if start_timeout > timeout else None,
+        # a server with a model in it takes long to start again: half a minute and more
+        retries=RETRIES_WITH_IMAGES if images and is_remote else None,
     )
 
 
 def _function(name):
     async def call(connection, /, **arguments):  # `/`: an argument may be named connection
         return await connection.call(name, arguments)
+
+    return call
+
+
+def _function_with_images(name, places):
+    """places: the arguments that are numbers of images, for each of which the image is sent."""
+
+    async def call(connection, images, /, **arguments):
+        sent = dict(arguments)
+        for place in places:
+            if place in sent:
+                picture = numbered(images, sent[place])
+                sent[place] = await asyncio.to_thread(data_uri, picture)
+        return await connection.call(name, sent, asks_again=True)
 
     return call
 
@@ -209,14 +240,20 @@ class Connection:
         self.server = server
         self._link = None
 
-    async def call(self, name: str, arguments: dict) -> str | list | None:
-        """What the tool returns: see content(). Raises ToolError, NetworkError."""
+    async def call(self, name: str, arguments: dict, asks_again: bool = False) -> str | list | None:
+        """What the tool returns: see content(). Raises ToolError, NetworkError. asks_again: a
+        server that is lost during the call has kept nothing of it, so it can be asked again."""
         try:
             json.dumps(arguments, ensure_ascii=False).encode()
         except UnicodeEncodeError:  # sent, it would end the connection of all
             text = "error: the arguments have half a character (a lone surrogate): write text"
             raise ToolError("bad_arguments", text) from None
-        return await _on_its_loop(self._call(name, arguments))
+        try:
+            return await _on_its_loop(self._call(name, arguments))
+        except ToolError as error:
+            if error.kind == "server" and asks_again and self.server.kind != "stdio":
+                raise NetworkError(error.text) from None
+            raise
 
     async def close(self) -> None:
         """Ends the connection, and the process of a command with all its children."""

@@ -1,12 +1,13 @@
 """What an MCP server says of its tools, and what they return, in the forms that the model gets."""
 
 import base64
-import io
+import contextlib
 import json
 
 from mcp import types
-from PIL import Image, UnidentifiedImageError
 
+from images import MAX_BYTES, Picture, open_image, shown, to_data_uri
+from run.config import UserError
 from tools.calling.base import ToolError
 
 # -- the schema of a tool
@@ -137,6 +138,42 @@ def _nullable(schema):
     return schema
 
 
+# -- images that a call takes
+
+NUMBER = {"type": "integer", "description": "The number of the image, from 1."}
+
+
+def image_numbers(schema: dict) -> tuple[dict, list[str]]:
+    """The parameters, in which an image is a number, and the names of those that are images."""
+    names = []
+    properties = dict(schema["properties"])
+    for name, value in properties.items():
+        kind = value.get("contentMediaType") if isinstance(value, dict) else None
+        if str(kind).startswith("image/"):
+            names.append(name)
+            properties[name] = NUMBER
+    return {**schema, "properties": properties}, names
+
+
+def numbered(images: list, number: int) -> Picture:
+    """The trajectory's image of that number, from 1. ToolError if there is none."""
+    if isinstance(number, int) and 1 <= number <= len(images):
+        return images[number - 1]
+    there = f"the images are 1 to {len(images)}" if images else "there are no images here"
+    raise ToolError("no_image", f"error: there is no image {str(number)[:80]}; {there}")
+
+
+def data_uri(picture: Picture) -> str:
+    """The original, with the size at which the model sees it where that is another one."""
+    text = to_data_uri(picture.original)
+    if len(text) > MAX_BYTES * 4 // 3:
+        raise ToolError("bad_image", "error: that image is too large to be sent: crop it first")
+    if picture.shown.size == picture.original.size:
+        return text
+    width, height = picture.shown.size
+    return text.replace("data:image/png;", f"data:image/png;shown={width}x{height};", 1)
+
+
 # -- what a call returned
 
 
@@ -172,18 +209,16 @@ def _media(data, mime_type, name):
         return f"(a resource{name} of type {mime_type}: not shown)"
     try:
         data = base64.b64decode(data)
-        try:
-            return _image(data)
-        except (SyntaxError, UnidentifiedImageError):  # Pillow's words for a broken one
-            return _image(_essential(data))
-    except Exception as error:  # Pillow has many: what is sent is another program's
-        return f"(an image that cannot be read, {type(error).__name__}: not shown)"
-
-
-def _image(data):
-    image = Image.open(io.BytesIO(data))
-    image.load()
-    return image
+    except ValueError:
+        return "(an image that is no base64: not shown)"
+    try:
+        return open_image(data)
+    except UserError as error:
+        if data[:4] == b"\x89PNG":
+            with contextlib.suppress(UserError):
+                return open_image(_essential(data))
+        why = str(error).removeprefix(f"{shown(data)} ")
+        return f"(an image that cannot be read: it {why})"
 
 
 def _essential(png):

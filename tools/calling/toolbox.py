@@ -196,6 +196,9 @@ class Session:
                 if tool.make:
                     state = await self._state(tool)
                     function = partial(tool.function, state, **arguments)
+                if tool.takes_images:
+                    images = self.example.get("images") or []
+                    function = partial(tool.function, state, images, **arguments)
                 if tool.is_async:
                     return await function()
                 return await in_thread(function, self.box._abandoned)
