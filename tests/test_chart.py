@@ -168,7 +168,13 @@ def test_the_oracle_is_right_and_demonstrations_are_written_as_they_are_played(c
     number = int(row["answer"])
     look, answer = chart.oracle(row)
     system = {"role": "system", "content": cfg.system_prompt}
-    talk = [system, chart.question(row), look, chart.seen(row["colour"], number), answer]
+    talk = [
+        system,
+        chart.question(row["prompt"], row["image"]),
+        look,
+        chart.seen(row["colour"], number),
+        answer,
+    ]
     rows = [{"row": 1, "messages": talk, "tools": None}]
     tokenizer, _ = play.local_tokenizer(cfg, [], Toolbox(("zoom",)).schemas, [])
     samples = rendered(rows, tokenizer)
