@@ -1,6 +1,6 @@
 """chart: numbers in fine print on coloured tiles, which a model from scratch learns to zoom into.
 
-A picture has two to four tiles of different colours, each with a two-digit number, and the
+A picture has four tiles of different colours, each with a two-digit number, and the
 question names a colour. The tiny model is shown the picture at half its size. There the tiles are
 seen and the numbers are not, not even in part: their strokes are hatched, a pixel lighter than the
 tile and a pixel darker in turn, and the mean is the colour of the tile. `zoom` cuts a tile out of
@@ -36,8 +36,7 @@ COLOURS = {
     "Pink": (180, 75, 180),
 }
 PAPER = (225, 225, 225)
-PLACES = 2  # in a row, and rows
-FEWEST = 2  # tiles of a picture; the other places are empty
+PLACES = 2  # in a row, and rows: a tile in each
 SIDE = 32  # pixels of a place, as many as the tiny model is shown
 GAP = 2  # of them, right of a tile and below it
 STROKE = 2  # pixels: one lighter, one darker, so that the mean of each 2 x 2 is the tile's colour
@@ -126,7 +125,7 @@ def problem(rng: random.Random, split: str) -> dict:
     """One problem of the split: prompt, image, answer, and what it was made from."""
     if split not in ("train", "test"):
         raise UserError(f"split = {split!r}: task:chart has train and test")
-    count = rng.randint(FEWEST, PLACES * PLACES)
+    count = PLACES * PLACES
     colours = rng.sample(list(COLOURS), count)
     places = rng.sample(range(PLACES * PLACES), count)
     colour = colours[0]
@@ -157,15 +156,18 @@ def rows(split: str, seed: int = 0, n: int | None = None) -> list[dict]:
 # ---- what is said
 
 
-def look(colour: str, place: int) -> dict:
-    """An assistant message that says where a tile is, and zooms into it.
-
-    The place stands right behind the name: so it is found by one look, from the name to the
-    picture. With the box alone, which begins some tokens later, a model from scratch did not learn
-    to point in ten times as many updates.
-    """
+def look(row: dict, place: int) -> dict:
+    """An assistant message that says which tiles there are and where the one that is asked for is,
+    and zooms into a place."""
+    lines = [said_of(colour, where) for where, (colour, _) in sorted(row["tiles"].items())]
+    lines.append(said_of(row["colour"], place))
     call = call_message("zoom", {"image": 1, "box": box_of(place)})
-    return call | {"content": f"{colour} {WORDS[place]}."}
+    return call | {"content": "\n".join(lines)}
+
+
+def said_of(colour: str, place: int) -> str:
+    """Says where a tile is."""
+    return f"{colour} {WORDS[place]}."
 
 
 def question(text: str, png: bytes) -> dict:
@@ -190,7 +192,7 @@ def png_of_tile(colour: str, number: int) -> bytes:
 
 def oracle(row: dict) -> list[dict]:
     """The assistant's messages of a perfect conversation about a row."""
-    return [look(row["colour"], row["place"]), answer_message(row["answer"])]
+    return [look(row, row["place"]), answer_message(row["answer"])]
 
 
 # ---- demonstrations
@@ -217,7 +219,7 @@ def attempt(rng: random.Random, row: dict) -> list[dict]:
     if rng.random() < WRONG_TILE:
         place = rng.choice([other for other in row["tiles"] if other != place])
     colour, number = row["tiles"][place]
-    return [asked, look(row["colour"], place), seen(colour, number), answer_message(number)]
+    return [asked, look(row, place), seen(colour, number), answer_message(number)]
 
 
 def demo(rng: random.Random) -> list[dict]:

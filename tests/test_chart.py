@@ -201,11 +201,14 @@ def rendered(rows, tokenizer):
 
 
 def test_demonstrations_are_imperfect():
-    demos = chart.demos(300)
+    # without the conversations that only read tiles, whose question names no colour
+    talks = chart.demos(500)
+    demos = [talk for talk in talks if " on " in talk[0]["content"][1]["text"]]
+    assert 200 < len(demos) < 400
     looked = sum(len(talk) == 4 for talk in demos)
     right = sum(is_right(talk) for talk in demos)
-    assert 0.5 < looked / len(demos) < 0.85
-    assert 0.4 < right / len(demos) < 0.7
+    assert 0.5 < looked / len(demos) < 0.7
+    assert 0.4 < right / len(demos) < 0.6
 
 
 def is_right(talk):
