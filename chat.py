@@ -42,7 +42,7 @@ from operator import itemgetter
 import jinja2
 
 from formats import FORMATS, Call
-from formats.base import any_of, as_json, with_ids
+from formats.base import any_of, as_json, split_thought, with_ids
 from formats.messages import assistant_message, calls_of, count_images, has_images, openai_call
 from formats.proof import (
     QUESTION,
@@ -192,6 +192,15 @@ class Chat:
         opening = self.facts.opening if opening is None else opening
         return text, self.format.parse(opening + text)
 
+    def is_closed(self, ids: list[int]) -> bool:
+        """Says whether results can follow a sampled turn as it ended: in a stop token, and in that
+        of a call where the result goes on behind it."""
+        if not ids or ids[-1] not in self.stop_ids:
+            return False
+        if not self.format.result_goes_on:
+            return True
+        return self.tokenizer.convert_ids_to_tokens(ids[-1]) == self.facts.call_close
+
     def observation(
         self,
         results: list[tuple[Call, str | list]],
@@ -270,14 +279,26 @@ class Chat:
         between them). opening: as for `parse`."""
         text = (self.facts.opening if opening is None else opening) + text
         is_malformed = any(call.error for call in calls)
-        if not calls or self.format.inline or is_malformed:
+        if self.format.inline or is_malformed:
             return assistant_message(text)
-        words = text[: text.index(calls[0].raw)]
+        if not calls:
+            content = self.format.words(text)
+            return assistant_message(content if self.format.write(content, []) == text else text)
+        words = self.format.words(words_before(text, calls))
         for glue in ("", "\n", "\n\n"):  # what formats write between words and calls
-            content = words.removesuffix(glue)
-            if self.format.write(content, calls) == text:
-                return assistant_message(content, calls)
+            message = assistant_message(words.removesuffix(glue), calls)
+            if self._writes(message, text, opening):
+                return message
         return assistant_message(text)
+
+    def _writes(self, message: dict, text: str, opening: str | None) -> bool:
+        """Says whether a message is written as this turn was sampled."""
+        opening = self.facts.opening if opening is None else opening
+        try:
+            written, _ = self._turn(message, goes_on=False, opening=opening)
+        except UserError:
+            return False
+        return opening + written == text
 
     # Messages to text: what the template writes.
 
@@ -318,7 +339,7 @@ class Chat:
         while at < len(messages):
             end = next_turn(messages, at + 1)
             between = messages[at + 1 : end]
-            text = self._turn(messages[at], goes_on, opening=find_opening(pieces[-1][0]))
+            text, calls = self._turn(messages[at], goes_on, opening=find_opening(pieces[-1][0]))
             # The turn: closed, or left open for a result that is written in it.
             goes_on = self.format.in_place and bool(between) and between[0]["role"] == "tool"
             if goes_on:
@@ -327,7 +348,8 @@ class Chat:
                 pieces.append((self._inline_results(results), 0))
                 between = [message for message in between if message["role"] != "tool"]
             else:
-                pieces.append((text + self.facts.close, 1))
+                close = self.facts.call_close if calls else self.facts.close
+                pieces.append((text + close, 1))
             # What leads to the next turn; behind an inline result nothing does, unless a user
             # speaks: then the close that nobody sampled comes first.
             is_last = end == len(messages)
@@ -339,27 +361,28 @@ class Chat:
             at = end
         return pieces
 
-    def _turn(self, message, goes_on, opening) -> str:
-        """Writes what the model is to write for this message, without the stop token."""
-        content, calls = read_message(message)
+    def _turn(self, message, goes_on, opening) -> tuple[str, list[Call]]:
+        """Writes what the model is to write for this message, without the stop token; gives its
+        calls, too, as they are read back."""
+        content, calls = self._read_message(message)
         written = self.format.write(content, calls)
-        begins_with_call = False
+        parsed = []
         if not self.format.inline:
             parsed = self.format.parse(written)
             self._check_calls(calls, parsed)
-            begins_with_call = bool(parsed) and written.lstrip().startswith(parsed[0].raw)
         text = self._guard(written, "assistant")
         if goes_on:
-            return text.removeprefix(self.facts.opening)
+            return text.removeprefix(self.facts.opening), parsed
         if opening:
             for thinking in (opening, "<think>"):  # the generation prompt has it already
                 if text.startswith(thinking):
-                    return text.removeprefix(thinking)
-            return f"\n</think>\n\n{text}"
+                    return text.removeprefix(thinking), parsed
+            return self.format.thought_end + text, parsed
         if self.facts.opening:
-            return text  # this row's prompt closed the thinking
+            return text, parsed  # this row's prompt closed the thinking
+        begins_with_call = bool(parsed) and written.lstrip().startswith(parsed[0].raw)
         lead = self.facts.call_lead if begins_with_call else self.facts.lead
-        return text if text.startswith(lead) else lead + text
+        return text if text.startswith(lead) else lead + text, parsed
 
     def _check_calls(self, calls, parsed) -> None:
         """Refuses a call that its own format would not read back: it is not learnt from."""
@@ -367,7 +390,11 @@ class Chat:
             back = parsed[n] if n < len(parsed) else Call("", None)
             wrote = as_json(call.arguments)
             read = as_json(back.arguments)
-            if (back.name, read) != (call.name, wrote):
+            # some formats sort the keys, whose order says nothing
+            is_same = json.dumps(back.arguments, sort_keys=True) == json.dumps(
+                call.arguments, sort_keys=True
+            )
+            if back.name != call.name or not is_same:
                 raise UserError(
                     f"format {self.format_name} cannot write {call.name}({wrote[:80]}): it is read "
                     f"back as {back.name}({read[:80]}); change the row, or take another format"
@@ -389,8 +416,8 @@ class Chat:
         text = self.text_of([*beginning, turn, *messages], generate=True)
         sentinels = len(calls) or 1
         tail = text.split(SENTINEL, sentinels)[-1]
-        close = self.facts.close
-        suffix = tail[tail.index(close) + len(close) :]
+        close = self.facts.call_close if calls else self.facts.inner_close
+        _, _, suffix = tail.partition(close)
         return suffix if closed else close + suffix
 
     def _inline_results(self, results) -> str:
@@ -418,7 +445,7 @@ class Chat:
         waiting = []
         for message in messages:
             if message["role"] == "assistant":
-                text, calls = read_message(message)
+                text, calls = self._read_message(message)
                 calls = calls or self.format.parse(text)  # malformed calls stay in the text
                 waiting = list(zip(with_ids(calls), calls, strict=True))
             elif message["role"] == "tool":
@@ -448,7 +475,7 @@ class Chat:
         goes_on = False  # the last message is a turn that a result left open
         for message in messages:
             if message["role"] == "assistant":
-                text = self.format.write(*read_message(message))
+                text = self.format.write(*self._read_message(message))
                 if goes_on:
                     text = joined.pop()["content"] + text.removeprefix(self.facts.opening)
                 message = assistant_message(text)
@@ -485,6 +512,13 @@ class Chat:
             content = [{"type": "text", "text": f"{system}\n\n"}, *content]
         return [others[0] | {"content": content}, *others[1:]]
 
+    def _read_message(self, message: dict) -> tuple[str, list[Call]]:
+        """Reads an assistant's message -> its text, with the thinking, and its calls."""
+        text = flat_text(message.get("content"))
+        if message.get("reasoning_content"):
+            text = self.format.with_thought(message["reasoning_content"], text)
+        return text, calls_of(message)
+
     def to_template_form(self, messages: list[dict]) -> list[dict]:
         """Puts messages into the form that this template takes, control tokens guarded."""
         formed = []
@@ -495,7 +529,7 @@ class Chat:
 
             # the calls it makes, or the call it answers
             if role == "assistant":
-                content, calls = read_message(message)
+                content, calls = self._read_message(message)
                 if calls:
                     new["tool_calls"] = []
                 for call in with_ids(calls):
@@ -507,7 +541,17 @@ class Chat:
                 new["name"] = message.get("name") or "unknown"
                 new["tool_call_id"] = message["tool_call_id"]
 
-            # what it says
+            # what it says, or thinks
+            if role == "assistant" and self.facts.calls_in_text:
+                content = self.format.write(content, calls)
+                new.pop("tool_calls", None)
+            if role == "assistant" and self.format.has_own_thinking:
+                thought, words = split_thought(self.format.words(content))
+                if self.facts.thinking_key and thought:
+                    new[self.facts.thinking_key] = self._guard(thought, role)
+                elif thought and not self.format.writes_header:
+                    words = self.format.write(content, [])
+                content = words
             if isinstance(content, list):
                 new["content"] = []
                 for part in content:
@@ -595,12 +639,15 @@ def read_options(options: Sequence[str], template: str) -> dict:
     return variables
 
 
-def read_message(message: dict) -> tuple[str, list[Call]]:
-    """Reads an assistant's message -> its text, with the thinking, and its calls."""
-    text = flat_text(message.get("content"))
-    if message.get("reasoning_content"):
-        text = f"<think>\n{message['reasoning_content']}\n</think>\n\n{text}"
-    return text, calls_of(message)
+def words_before(text: str, calls: list[Call]) -> str:
+    """Cuts a turn in front of its first call. From the end, as a thought may hold the same text."""
+    end = len(text)
+    for call in reversed(calls):
+        start = text.rfind(call.raw, 0, end)
+        if start < 0:
+            break  # several calls of one block have one text
+        end = start
+    return text[:end]
 
 
 def flat_text(content) -> str:

@@ -26,8 +26,15 @@ import evaluate
 import play
 import train_grpo
 import train_sft
+from learning.checkpoint import holds_only_a_start
 from run import log as run_log
 from tools.sandbox import caller
+
+EVAL_EVERY = 8  # steps between the held-out points in the curves
+SAMPLED_AND_GREEDY = """\
+The lines of a step, and the lines in curves.png, are of training rollouts, which are sampled:
+they try things out. Below, and at the points in curves.png, the model answers greedily, on
+problems that were held out; `sampled_accuracy` is of the same problems, answered as in training."""
 
 
 @dataclass
@@ -44,13 +51,15 @@ def run(cfg: Config) -> dict:
     os.environ.setdefault(caller.UNCONFINED, "true")
     sft_dir = f"{cfg.out_dir}/{cfg.task}_sft"
     grpo_dir = f"{cfg.out_dir}/{cfg.task}"
-    for folder in (sft_dir, grpo_dir):
-        config.fresh_dir(folder)  # both, before the first minute is spent
     seed = f"--seed={cfg.seed}"
     sft_argv = ["--config", f"{cfg.task}_sft.py", f"--out_dir={sft_dir}", seed]
     grpo_argv = ["--config", f"{cfg.task}.py", f"--out_dir={grpo_dir}", f"--model={sft_dir}", seed]
+    grpo_argv.append(f"--eval_every={EVAL_EVERY}")
     sft_cfg = config.parse(train_sft.Config, sft_argv, train_sft.check)
     grpo_cfg = config.parse(train_grpo.Config, grpo_argv, train_grpo.check)
+    for training in (sft_cfg, grpo_cfg):  # both, before the first minute is spent
+        if not holds_only_a_start(training):
+            config.fresh_dir(training.out_dir)
 
     print("\n1. SFT: the form of a tool call, from demonstrations that are often wrong\n")
     train_sft.train(sft_cfg)
@@ -73,6 +82,7 @@ def run(cfg: Config) -> dict:
         results[f"{name}_after"] = after[name]
     results["sampled_accuracy_before"] = sampled_before["accuracy"]
     results["sampled_accuracy_after"] = sampled_after["accuracy"]
+    print(f"\n{SAMPLED_AND_GREEDY}")
     results["minutes"] = (time.monotonic() - started) / 60
     return results
 

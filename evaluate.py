@@ -38,7 +38,7 @@ from rollout import Settings, run_calls, seed_of, stop_before_calls
 from run import log as run_log
 from run.config import UserError
 from run.http import key_from
-from trajectory import Trajectory, mean, stats
+from trajectory import Trajectory, escaped, mean, stats
 
 
 @dataclass
@@ -147,6 +147,7 @@ def summarize(
     numbers = {
         "problems": len(by_problem),
         "samples": n,
+        "outcome": outcome,
         "not_graded": not_graded,
         f"avg@{n}": mean_or_none(means),
         "ci95_low": low,
@@ -176,6 +177,8 @@ def summarize(
         metrics["reward"] = None
     if "accuracy" in metrics:  # one number, also where problems have unlike many graded samples
         metrics["accuracy"] = numbers[f"avg@{n}"]
+    if not any(trajectory.ids for trajectory in trajectories):
+        metrics.pop("tokens")  # behind an API nobody here sees them
     return numbers | {name: metrics[name] for name in metrics if name not in of_training}
 
 
@@ -222,7 +225,7 @@ def load_config(argv: list[str], given: Config) -> train_grpo.Config:
     # 2. what would have no effect here is refused, or left out where only the run gives it
     if given.endpoint and "model" not in typed:
         raise UserError("model is missing: --endpoint needs --model=<its name there>")
-    of_our_engines = {"format", "template_options", "dtype", "engine", "urls"}
+    of_our_engines = {"format", "template_options", "chat_template", "dtype", "engine", "urls"}
     of_our_engines |= {"engine_options", "gpu_memory_utilization"}
     useless = sorted(typed & of_our_engines)
     if given.endpoint and useless:
@@ -294,9 +297,12 @@ def for_evaluation(cfg: train_grpo.Config, given: Config, model: str) -> train_g
     """Makes of a training config one for evaluating `model`: its problems and its sampling are
     those `given`."""
     is_file = data.is_file(cfg.data)
+    # a run saved its template with its model, and the file may be gone
+    is_saved = bool(given.run) and model == given.run
     return replace(
         cfg,
         model=model,
+        chat_template="" if is_saved else cfg.chat_template,
         split=train_grpo.Config.split if is_file else given.split,
         limit=given.limit,
         temperature=given.temperature,
@@ -496,16 +502,28 @@ def next_folder(folder: Path) -> Path:
     return config.fresh_dir(next(name for name in names if not name.exists()))
 
 
+def repeats_of_average(numbers: dict) -> set[str]:
+    """Finds what is avg@n under another name, where it is: the table has it once, eval.json all."""
+    if "samples" not in numbers:
+        return set()
+    average = numbers[f"avg@{numbers['samples']}"]
+    names = {"accuracy", "reward", "pass@1", f"reward_{numbers['outcome']}"}
+    return {name for name in names if name in numbers and numbers[name] == average}
+
+
 def table(numbers: dict) -> None:
     """Prints the numbers as a table."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    out = Table(title=f"{numbers['model']} on {numbers['data']}", title_justify="left")
+    title = Text(escaped(f"{numbers['model']} on {numbers['data']}"))
+    out = Table(title=title, title_justify="left")
     out.add_column("metric")
     out.add_column("value", justify="right")
+    repeated = repeats_of_average(numbers)
     for key, value in numbers.items():
-        if key in ("pass_at", "not_saved"):
+        if key in ("pass_at", "not_saved") or key in repeated:
             continue
         if key.startswith("pass@"):
             key = f"{key} (reward >= {numbers['pass_at']:g})"
@@ -515,7 +533,7 @@ def table(numbers: dict) -> None:
             shown = f"{value:.4f}"
         else:
             shown = str(value)
-        out.add_row(key, shown)
+        out.add_row(key, Text(escaped(shown)))  # no markup: a model's name may look like it
     Console(highlight=False).print(out)
 
 

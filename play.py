@@ -35,6 +35,7 @@ import train_grpo
 import train_sft
 from chat import Chat
 from engines.scripted import ScriptedEngine
+from formats import FORMATS
 from formats.messages import calls_of
 from learning import model as models
 from learning.vision import Vision, find_vision, tiny_vision
@@ -43,10 +44,12 @@ from rollout import Settings
 from run.config import UserError
 from tasks import tiny
 from tools import Toolbox
-from trajectory import Trajectory, show
+from trajectory import Trajectory, escaped, show
 
 SAMPLES = config.HERE / "configs" / "samples.jsonl"
-STAND_IN_FORMATS = ("auto", "llama3", "mistral", "qwen_xml")  # need the model's own template
+# need the model's own template; hermes has one in the stand-in
+OWN_FORMATS = [name for name, format in FORMATS.items() if not format.inline and name != "hermes"]
+STAND_IN_FORMATS = ("auto", *OWN_FORMATS)
 NO_ORACLE = "I do not know."  # the answer where neither a reward nor the row has a right one
 
 
@@ -94,7 +97,7 @@ def play_made_up(cfg: train_grpo.Config) -> Trajectory:
     is_own_tokenizer = not any(note.startswith("model:") for note in notes)
     if cfg.data.startswith("task:") or is_own_tokenizer:
         notes.append(lengths(trajectory, cfg))
-    print(*notes, sep="\n")
+    tell_notes(notes)
     return trajectory
 
 
@@ -120,15 +123,12 @@ def show_demonstration(cfg: train_sft.Config) -> Trajectory:
     )
     ids = samples[0].ids
     mask = samples[0].mask
-    trajectory = Trajectory(row, messages=row.get("messages", []), stop="answered")
-    for token, is_trained in zip(ids, mask, strict=True):
-        trajectory.add([token], is_trained, [0.0] if is_trained else None)
-    trajectory.turn_starts = turn_starts(mask)
+    trajectory = Trajectory.of_demonstration(row, ids, mask)
     show(trajectory, tokenizer)
     if len(ids) > cfg.max_tokens:
         what = f"this row has {len(ids)} tokens and would be cut"
         notes.append(f"max_tokens = {cfg.max_tokens}: {what}")
-    print(*notes, sep="\n")
+    tell_notes(notes)
     return trajectory
 
 
@@ -182,7 +182,11 @@ def local_tokenizer(cfg, conversations: list, schemas: list[dict], notes: list[s
     # 1. the model's own
     if cfg.model != "tiny":
         try:
-            return AutoTokenizer.from_pretrained(cfg.model, local_files_only=True), cfg
+            tokenizer = AutoTokenizer.from_pretrained(
+                cfg.model, local_files_only=True, trust_remote_code=False
+            )
+            models.set_chat_template(tokenizer, cfg.chat_template)
+            return tokenizer, cfg
         except (OSError, ValueError):
             what = "a stand-in tokenizer is used, and its chat template was not proved"
             notes.append(f"model: {cfg.model} is not on this machine: {what}")
@@ -191,6 +195,9 @@ def local_tokenizer(cfg, conversations: list, schemas: list[dict], notes: list[s
     if cfg.template_options:
         notes.append("template_options: not checked, they are of the model's own template")
         cfg = dataclasses.replace(cfg, template_options=())
+    if cfg.chat_template:
+        notes.append("chat_template: not checked, it goes with the model's own tokens")
+        cfg = dataclasses.replace(cfg, chat_template="")
     if cfg.format in STAND_IN_FORMATS:
         notes.append(f"format: {cfg.format} needs the model's own template: hermes is shown")
         cfg = dataclasses.replace(cfg, format="hermes")
@@ -363,6 +370,12 @@ def doubts(trajectory: Trajectory, outcome: str) -> list[str]:
     elif value is None or value < 1:
         notes.append(f"reward: {outcome} gives {value} to what should be a right answer, {text!r}")
     return notes
+
+
+def tell_notes(notes: list[str]) -> None:
+    """Prints them, without what a terminal obeys: they quote tools and rows."""
+    for note in notes:
+        print(escaped(note))
 
 
 def lengths(trajectory: Trajectory, cfg) -> str:

@@ -55,7 +55,7 @@ class Player:
         toolbox, rewards, examples = prepare_task(cfg, limit)
 
         # 2. the chat template, proved before any weights are loaded
-        tokenizer = models.load_tokenizer(cfg.model)
+        tokenizer = models.load_tokenizer(cfg.model, cfg.chat_template)
         eos_ids = models.eos_ids(cfg.model)
         vision = load_vision(cfg, tokenizer, examples)
         chat = Chat(tokenizer, cfg.format, toolbox.schemas, cfg.template_options, eos_ids, vision)

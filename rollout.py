@@ -245,7 +245,7 @@ async def play_turn(
         return
 
     # 5. append what they said, images and all, unless no token could follow it
-    was_closed = completion.finish == "stop"
+    was_closed = completion.finish == "stop" and chat.is_closed(completion.ids)
     prompt = trajectory.example["messages"]
     observation = chat.observation(results, was_closed, prompt, pictures)
     if len(trajectory.ids) + len(observation) >= settings.max_tokens:

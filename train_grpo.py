@@ -42,6 +42,7 @@ import torch
 import data
 from engines.canary import Canary, sync_and_check
 from engines.options import read_options
+from engines.serving import serve_command
 from learning import model as models
 from learning import optim
 from learning.batches import Batch, micro_batches, told_apart
@@ -114,9 +115,23 @@ class Config:
     database: str = ""  # of sql: a row's SQLite file, such as dbs/{db_id}.sqlite; see {schema}
     # tools
     format: Literal[
-        "auto", "hermes", "llama3", "mistral", "qwen_xml", "fence", "tags", "json_actions"
+        "auto",
+        "hermes",
+        "llama3",
+        "mistral",
+        "qwen_xml",
+        "harmony",
+        "gemma4",
+        "functiongemma",
+        "glm",
+        "pythonic",
+        "atem",
+        "fence",
+        "tags",
+        "json_actions",
     ] = "hermes"  # how calls are written; auto: as the model's template does
     template_options: tuple[str, ...] = ()  # of the chat template, such as enable_thinking=false
+    chat_template: str = ""  # a .jinja file in the place of the model's own; saved with the model
     tools: tuple[str, ...] = ("python",)  # tools/<name>.py, my_file.py:name, mcp:servers.json
     tool_options: tuple[str, ...] = ()  # of a tool, such as search.k=5 or python.timeout=2
     tool_timeout: float = 10.0  # seconds a call may take
@@ -316,6 +331,7 @@ def accumulate(model, trajectories: list[Trajectory], settings: LearnSettings) -
             position_ids=batch.position_ids,
             images=batch.images,
         )
+        # in the first update the policy is the one that sampled: a ratio of 1, with gradient
         old_logprobs = batch.old_logprobs
         if old_logprobs is None:
             old_logprobs = logprobs.detach()
@@ -548,6 +564,7 @@ def train(cfg: Config) -> dict:
     settings = LearnSettings.of(cfg)
     canary = None  # scores one fixed prompt after each sync
     if read_options(cfg.engine, cfg.engine_options).canary:
+        # with its images, if it has any: weights of the tower may be wrong too
         example = player.examples[0]
         pictures = player.chat.pictures(example)
         prompt = player.chat.prompt(example["messages"], pictures)
@@ -571,6 +588,7 @@ def train(cfg: Config) -> dict:
             learning_rate = cfg.learning_rate * optim.schedule(
                 step, cfg.steps, cfg.schedule, cfg.warmup
             )
+            # what is saved if this step fails: the state behind the step before
             kept = (model, tokenizer, optimizers, log)
             last_metrics = metrics
             metrics = {"step": step}
@@ -614,6 +632,7 @@ def train(cfg: Config) -> dict:
         # 6. the model as from_pretrained loads it, and the last lines for people and for grep
         run.finish(model, tokenizer)
         summary = {"saved": str(run.out_dir), "reward": metrics["reward"]}
+        summary["serve"] = serve_command(run.out_dir, player.chat)
         if held_out:
             run_blocking(sync_and_check(player.engine, model, cfg.steps, canary))
             summary |= validate(player, held_out, log)

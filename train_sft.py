@@ -37,6 +37,7 @@ import torch
 
 import data
 from chat import Chat
+from engines.serving import serve_command
 from images import Picture
 from learning import model as models
 from learning import optim
@@ -48,7 +49,9 @@ from run.config import UserError
 from run.log import Log, check_logger
 from tasks import tiny
 from tools import Toolbox
+from trajectory import Trajectory
 
+SHOWN = 3  # samples that stand in report.html
 VALIDATION = ("val_loss", "val_token_accuracy")
 COLUMNS = {"loss": "7.4f", "entropy": "6.4f", "grad_norm": "6.2f", "seconds": "5.2f"}
 
@@ -81,9 +84,23 @@ class Config:
     val_every: int = 50  # updates between two such measurements; there is one at the end too
     system_prompt: str = ""  # put in front of conversations that have none
     format: Literal[
-        "auto", "hermes", "llama3", "mistral", "qwen_xml", "fence", "tags", "json_actions"
+        "auto",
+        "hermes",
+        "llama3",
+        "mistral",
+        "qwen_xml",
+        "harmony",
+        "gemma4",
+        "functiongemma",
+        "glm",
+        "pythonic",
+        "atem",
+        "fence",
+        "tags",
+        "json_actions",
     ] = "hermes"  # how calls are written; auto: as the model's template does
     template_options: tuple[str, ...] = ()  # of the chat template, such as enable_thinking=false
+    chat_template: str = ""  # a .jinja file in the place of the model's own; saved with the model
     tools: tuple[str, ...] = ("python",)  # shown where a row has no `tools`: <name> or file.py:name
     max_tokens: int = 2048  # a longer conversation is cut on the right
     # optimisation
@@ -106,6 +123,7 @@ def check(cfg: Config) -> None:
         cfg,
         (
             (cfg.tune == "full", lora, "with tune=full: use --tune=lora, or drop it"),
+            (cfg.model == "tiny", "chat_template", "with model=tiny: it has its own template"),
             (cfg.model != "tiny", "whole_names", f"with model={cfg.model}: it has a tokenizer"),
             (cfg.val_rows == 0, "val_every", "with val_rows=0: use --val_rows=64, or drop it"),
             (
@@ -169,7 +187,7 @@ def check_rows(cfg: Config, rows: list[dict]) -> None:
         (
             (
                 all(recorded),
-                "format tools template_options",
+                "format tools template_options chat_template",
                 f"{on} are recorded with their prompts: drop it",
             ),
             (all(have_tools), "tools", f"{on} have `tools` of their own: drop it"),
@@ -241,16 +259,16 @@ def without_pixels(pictures: list[Picture]) -> list[Picture]:
     return [replace(picture, original=None, shown=None, pixels={}) for picture in pictures]
 
 
-def stop_ids(
+def chat_of(
     cfg: Config, rows: list[dict], tokenizer, tools: list[dict], eos_ids: Sequence[int]
-) -> Sequence[int]:
-    """Gives the ids that will end a turn of the trained model: those of the chat that rendered the
-    rows, or the model's own where all rows are recorded. eos_ids: of its generation_config."""
+) -> Chat | None:
+    """Makes the chat that rendered the rows, whose stop tokens will end a turn of the trained
+    model; None where all rows are recorded. eos_ids: of the model's generation_config."""
     for row in rows:
         if "messages" in row:
             shown = tools if row["tools"] is None else row["tools"]
-            return Chat(tokenizer, cfg.format, shown, cfg.template_options, eos_ids).stop_ids
-    return eos_ids
+            return Chat(tokenizer, cfg.format, shown, cfg.template_options, eos_ids)
+    return None
 
 
 def fit(samples: list[Sample], max_tokens: int) -> tuple[list[Sample], int, int]:
@@ -409,8 +427,8 @@ def validate(model, samples: list[Sample], token_budget: int, packing: bool = Fa
 
 
 def setup(cfg: Config):
-    """Makes (model, tokenizer, samples, held-out samples, a word on the data), the cheap checks
-    first."""
+    """Makes (model, tokenizer, samples, held-out samples, the chat that rendered them or None, a
+    word on the data), the cheap checks first."""
     # 1. the rows
     toolbox = Toolbox(cfg.tools, describe_only=True)
     if cfg.model != "tiny":
@@ -425,7 +443,7 @@ def setup(cfg: Config):
         sees = any(row.get("images") for row in chosen)
         tokenizer = tiny.tiny_tokenizer(conversations, toolbox.schemas, cfg.whole_names, sees)
     else:
-        tokenizer = models.load_tokenizer(cfg.model)
+        tokenizer = models.load_tokenizer(cfg.model, cfg.chat_template)
     vision = load_vision(cfg, tokenizer, chosen)
     samples = render(
         chosen,
@@ -459,7 +477,8 @@ def setup(cfg: Config):
         )
     models.set_image_size(model, vision)
     eos_ids = () if cfg.model == "tiny" else models.eos_ids(cfg.model)
-    models.set_stop_ids(model, stop_ids(cfg, chosen, tokenizer, toolbox.schemas, eos_ids))
+    chat = chat_of(cfg, chosen, tokenizer, toolbox.schemas, eos_ids)
+    models.set_stop_ids(model, chat.stop_ids if chat else eos_ids)
     longest = max(len(sample.ids) for sample in (*samples, *held_out))
     models.check_positions(model, cfg.model, longest)
     if cfg.packing:
@@ -468,7 +487,7 @@ def setup(cfg: Config):
         f"{len(samples)} rows to train on, {len(held_out)} held out, {cut} cut at max_tokens, "
         f"{empty} left out with nothing to train, {len(rows) - len(chosen)} below min_reward"
     )
-    return model, tokenizer, samples, held_out, summary
+    return model, tokenizer, samples, held_out, chat, summary
 
 
 def load_vision(cfg: Config, tokenizer, rows: list[dict]) -> Vision | None:
@@ -514,7 +533,7 @@ def train(cfg: Config) -> dict:
     check(cfg)  # also of a config that was made in a notebook, not by config.parse
     check_logger(cfg.logger)
     run = Run(cfg)
-    model, tokenizer, samples, held_out, summary = setup(cfg)
+    model, tokenizer, samples, held_out, chat, summary = setup(cfg)
     steps = max(1, round(cfg.epochs * len(samples) / cfg.batch_size))
     warmup = warmup_steps(cfg, steps, len(samples))
     if cfg.gradient_checkpointing:
@@ -543,6 +562,15 @@ def train(cfg: Config) -> dict:
             log.print(f"not trained: {frozen}")
         if cfg.resume:
             log.print(f"going on with step {first_step}")
+        if first_step == 0:  # the first samples, for report.html: is the mask what was meant?
+            shown = []
+            for number, row in enumerate(order[:SHOWN]):
+                sample = samples[row]
+                demonstration = Trajectory.of_demonstration({}, sample.ids, sample.mask)
+                demonstration.images = sample.pictures()
+                demonstration.group = number
+                shown.append(demonstration)
+            log.rollouts(shown, tokenizer, step=0)
         model.train()
 
         for step in range(first_step, steps):
@@ -589,6 +617,8 @@ def train(cfg: Config) -> dict:
         model.eval()
         run.finish(model, tokenizer)
         last = {name: metrics[name] for name in ("loss", *VALIDATION) if name in metrics}
+        if chat:
+            last["serve"] = serve_command(run.out_dir, chat)
         log.summary({"saved": str(run.out_dir), **last})
     return metrics
 

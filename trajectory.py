@@ -15,8 +15,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # for a name in two annotations; what only prints must not wait for torch
+    import torch
 
 MALFORMED = {"bad_json", "unknown_tool", "bad_arguments"}  # ToolCall.error of calls that never ran
 # What a terminal obeys: C0 but tab and line break, DEL and C1, what turns the direction of writing,
@@ -75,8 +77,8 @@ class Trajectory:
     advantages: list[float] = field(default_factory=list)  # (K) of each turn
     teaches: bool = False  # whether anything can be learnt from it
     weight: float = 0.0  # what each of its tokens counts in the loss of an update
-    old_logprobs: torch.Tensor | None = None  # (T,) the trainer's, before the first update
-    ref_logprobs: torch.Tensor | None = None  # (T,) those of the reference model
+    old_logprobs: "torch.Tensor | None" = None  # (T,) the trainer's, before the first update
+    ref_logprobs: "torch.Tensor | None" = None  # (T,) those of the reference model
 
     def add(
         self,
@@ -97,6 +99,19 @@ class Trajectory:
         self.mask += [mask] * len(ids)
         self.logprobs += logprobs
         self.images += images  # in place: tools hold this very list
+
+    @classmethod
+    def of_demonstration(cls, example: dict, ids: list[int], mask: list[int]) -> "Trajectory":
+        """Makes one of a conversation that nobody sampled here, as SFT is trained on it: mask is 1
+        on its trained tokens, which have the logprob 0."""
+        trajectory = cls(example, messages=example.get("messages") or [], stop="answered")
+        before = 0
+        for token, trained in zip(ids, mask, strict=True):
+            if trained and not before:
+                trajectory.turn_starts.append(len(trajectory.ids))
+            trajectory.add([token], trained, [0.0] if trained else None)
+            before = trained
+        return trajectory
 
     @property
     def new_tokens(self) -> int:

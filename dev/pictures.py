@@ -23,7 +23,10 @@ from run import page
 EVIDENCE = ROOT / "evidence" / "calc"
 PICTURES = ROOT / "docs" / "pictures"
 SEEDS = (0, 1, 2)
-BLUE, GREY, ORANGE = "#1f6feb", "#6b7280", "#c2410c"
+BLUE = "#1f6feb"
+GREY = "#6b7280"
+ORANGE = "#c2410c"
+PERCENT = {0: "0", 0.25: "25 %", 0.5: "50 %", 0.75: "75 %", 1.0: "100 %"}  # of the axes
 
 
 def draw_curves(target: Path) -> None:
@@ -38,42 +41,52 @@ def draw_curves(target: Path) -> None:
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     for seed in SEEDS:
         rows = page.read(EVIDENCE / f"seed{seed}-grpo.jsonl")
-        steps = [row["step"] for row in rows]
-        for axes, key in ((left, "accuracy"), (right, "tool_call_rate")):
-            values = [row[key] for row in rows]
-            label = "training rollouts, three seeds" if seed == 0 else None
-            axes.plot(steps, values, color=BLUE, alpha=0.45, linewidth=1.4, label=label)
+        draw_line(left, rows, "accuracy", is_first=seed == 0)
+        draw_line(right, rows, "tool_call_rate", is_first=seed == 0)
         draw_before_and_after(left, right, seed, last_step=len(rows))
     draw_on_the_way(left, right)
-    for axes, title in (
-        (left, "Right answers"),
-        (right, "Rollouts that call python"),
-    ):
-        axes.set_title(title, fontsize=12, loc="left", fontweight="bold")
-        axes.set_xlabel("steps of GRPO", fontsize=10)
-        axes.set_ylim(0, 1.04)
-        axes.set_xlim(-1.5, 41.5)
-        axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
-        axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(length=0, labelsize=9, labelcolor=GREY)
+    label_axes(left, "Right answers")
+    label_axes(right, "Rollouts that call python")
     left.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1.0, 0.05))
     figure.savefig(target, dpi=120)
+
+
+def draw_line(axes, rows: list[dict], key: str, is_first: bool) -> None:
+    """Adds what one seed's training rollouts gave, step by step; the first is in the legend."""
+    steps = [row["step"] for row in rows]
+    values = [row[key] for row in rows]
+    label = "training rollouts, three seeds" if is_first else None
+    axes.plot(steps, values, color=BLUE, alpha=0.45, linewidth=1.4, label=label)
+
+
+def label_axes(axes, title: str) -> None:
+    """Writes the title and the axes of a panel."""
+    axes.set_title(title, fontsize=12, loc="left", fontweight="bold")
+    axes.set_xlabel("steps of GRPO", fontsize=10)
+    axes.set_ylim(0, 1.04)
+    axes.set_xlim(-1.5, 41.5)
+    axes.set_yticks(list(PERCENT), PERCENT.values())
+    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(length=0, labelsize=9, labelcolor=GREY)
 
 
 def draw_before_and_after(left, right, seed: int, last_step: int) -> None:
     """Adds the two evaluations of a seed: of the weights before the first step and after the last.
     The seeds stand a little apart, so that no point hides another."""
-    for step, name in ((0, "before"), (last_step, "after")):
-        text = (EVIDENCE / f"seed{seed}-{name}.json").read_text(encoding="utf-8")
-        measured = json.loads(text)
+    style = {"color": ORANGE, "markersize": 5, "zorder": 3}
+    for name, step in {"before": 0, "after": last_step}.items():
+        file = EVIDENCE / f"seed{seed}-{name}.json"
+        measured = json.loads(file.read_text(encoding="utf-8"))
         at = step + 0.7 * (seed - 1)
         value = measured["accuracy"]
-        below, above = value - measured["ci95_low"], measured["ci95_high"] - value
-        label = "held out: 512 problems, greedy" if (seed, step) == (0, 0) else None
-        style = {"color": ORANGE, "fmt": "o", "markersize": 5, "elinewidth": 1.2, "zorder": 3}
-        left.errorbar([at], [value], [[below], [above]], label=label, **style)
-        right.plot([at], [measured["tool_call_rate"]], "o", color=ORANGE, markersize=5, zorder=3)
+        below = value - measured["ci95_low"]
+        above = measured["ci95_high"] - value
+        is_first = seed == 0 and step == 0
+        label = "held out: 512 problems, greedy" if is_first else None
+        bars = [[below], [above]]
+        left.errorbar([at], [value], bars, fmt="o", elinewidth=1.2, label=label, **style)
+        right.plot([at], [measured["tool_call_rate"]], "o", **style)
 
 
 def draw_on_the_way(left, right) -> None:
@@ -81,9 +94,9 @@ def draw_on_the_way(left, right) -> None:
     rows = page.read(EVIDENCE / "seed0-held-out.jsonl")
     rows = [row for row in rows if row["step"] > 0]
     steps = [row["step"] for row in rows]
-    for axes, key in ((left, "val_accuracy"), (right, "val_tool_call_rate")):
-        values = [row[key] for row in rows]
-        axes.plot(steps, values, "o", color=ORANGE, markersize=3.5, zorder=3)
+    style = {"color": ORANGE, "markersize": 3.5, "zorder": 3}
+    left.plot(steps, [row["val_accuracy"] for row in rows], "o", **style)
+    right.plot(steps, [row["val_tool_call_rate"] for row in rows], "o", **style)
 
 
 def draw_report(run: Path, target: Path) -> None:
@@ -105,10 +118,13 @@ def draw_report(run: Path, target: Path) -> None:
 def first_pair(rollouts: list[dict]) -> tuple[int, int]:
     """The places of two neighbours of one step and group that both call a tool, the first rewarded
     and the second not."""
-    for place, (one, other) in enumerate(zip(rollouts, rollouts[1:], strict=False)):
-        same_group = (one["step"], one["group"]) == (other["step"], other["group"])
+    for place in range(len(rollouts) - 1):
+        one = rollouts[place]
+        other = rollouts[place + 1]
+        if one["step"] != other["step"] or one["group"] != other["group"]:
+            continue
         both_call = one["calls"] and other["calls"]
-        if same_group and both_call and one["reward"] == 1 and other["reward"] == 0:
+        if both_call and one["reward"] == 1 and other["reward"] == 0:
             return place, place + 1
     sys.exit("this run has no such pair of rollouts: give one of more steps, or of another seed")
 
@@ -124,7 +140,8 @@ def photograph(html: str, place: int, hide: str):
     hide += ", h1, #sum, #settings, #rollout h2, #rollout h3, .scroll, noscript"
     style = f"<style>{hide} {{display: none}} body {{padding: 8px 12px}}</style>"
     with tempfile.TemporaryDirectory() as folder:
-        copy, picture = Path(folder) / "report.html", Path(folder) / "report.png"
+        copy = Path(folder) / "report.html"
+        picture = Path(folder) / "report.png"
         copy.write_text(html.replace("</head>", style + "</head>"), encoding="utf-8")
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
         command += ["--window-size=880,1600", f"--screenshot={picture}"]

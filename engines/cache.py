@@ -16,10 +16,12 @@ from run.config import UserError
 
 # What models call the cache that they take and return.
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
-# Logits may differ so much from those of a row alone, in parts of how much they differ among
-# themselves. A state into which padding has leaked is off by much more.
-TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}
-TOLERANCE = 0.1  # of smaller types, which round more
+# How much logits may differ from those of a row alone: root mean square, in parts of how much they
+# differ among themselves. Seen: 1e-6 in float32, 0.02 in bfloat16; 0.2 and more if padding leaks
+# into a state, 0.5 and more if a cache does not hold what it should.
+EXACT = 1e-4
+ROUNDED = 0.1
+WRONG = 0.3
 
 
 def plain_model(model):
@@ -153,15 +155,22 @@ def read(
         "position_ids": positions,
         "use_cache": True,
         "logits_to_keep": logits_to_keep,
-        cache_name(model): cache,
         **(pixels or {}),
     }
+    name = cache_name(model)
+    inputs[name] = cache
+    has_attention = name == "past_key_values"
+    if not has_attention and attention_mask.shape[1] > ids.shape[1]:
+        # Mamba would take it for a mask of the new tokens; none of these is padding
+        inputs["attention_mask"] = None
     return model(**inputs)
 
 
 def cache_of(model, out):
     """Returns the cache in a model's output."""
-    return out[cache_name(model)]
+    cache = out.get(cache_name(model))
+    assert cache is not None, "it keeps its states in its layers"  # RecurrentGemma
+    return cache
 
 
 # -- may rows be padded?
@@ -171,29 +180,70 @@ def may_pad(model) -> bool:
     """Finds out, on a few tokens, whether rows of different lengths can be read as one batch.
 
     True: padded on the left they have the logits that each has alone. False: padding leaks into a
-    state (RWKV knows no attention_mask), so only rows of equal length are read together. UserError
-    where not even these have, after rows have left, the logits that each has alone.
+    state, so only rows of equal length are read together. UserError where not even these have,
+    after rows have left, the logits that each has alone. In bfloat16 a small leak is not seen:
+    docs/models.md has what each family does in float32.
     """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    token = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, max(11, min(vocabulary, 1000)), (3, 14), generator=token).tolist()
+    model.eval()  # dropout would make other logits each time
+    cache_name(model)
+    ids = [probe_ids(model, 14, seed) for seed in range(3)]
     different = [ids[0][:4], ids[1], ids[2][:9]]
     equal = [row[:9] for row in ids]
-    if _rows_are_as_alone(model, different):
-        return True
-    if _rows_are_as_alone(model, equal):
-        return False
+
+    try:
+        if _difference(model, different) <= tolerance(model):
+            return True
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # of whatever kind: a family's own code may not be made for this
+        pass
+    why = "with its cache a row of a batch has other logits than alone"
+    try:
+        if _difference(model, equal) <= (EXACT if is_exact(model) else WRONG):
+            return False
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        message = " ".join(str(error).split())[:100]
+        why = f"it cannot go on from its cache ({message})"
+    family = type(plain_model(model)).__name__
     raise UserError(
-        f"engine = 'transformers' cannot sample from a {type(plain_model(model)).__name__}: "
-        "with its cache a row of a batch has other logits than alone; use engine=vllm, or give a "
-        "model of another family"
+        f"engine = 'transformers' cannot sample from a {family}: {why}; use engine=vllm, or give "
+        "a model of another family"
     )
 
 
+def is_exact(model) -> bool:
+    """Says whether a model rounds to no less than float32."""
+    return model.dtype == torch.float32 and not getattr(model, "is_loaded_in_4bit", False)
+
+
+def tolerance(model) -> float:
+    """Returns how much logits of a batch may differ from those of a row alone: see EXACT."""
+    return EXACT if is_exact(model) else ROUNDED
+
+
+def probe_ids(model, count: int, seed: int) -> list[int]:
+    """Draws ids of ordinary tokens: below them are control tokens, such as one for an image."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    first = min(100, vocabulary // 2)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(first, min(vocabulary, 1000), (count,), generator=generator).tolist()
+
+
+def relative_difference(logits: torch.Tensor, alone: torch.Tensor) -> float:
+    """Compares logits (N, V) with those of a row alone: see EXACT."""
+    alone = alone.float()
+    if alone.isnan().any():  # of broken weights: who samples says so
+        return 0.0
+    difference = (logits.float() - alone).square().mean().sqrt()
+    return (difference / alone.std()).item()
+
+
 @torch.inference_mode()
-def _rows_are_as_alone(model, prompts: list[list[int]]) -> bool:
-    """Says whether three rows, of which one leaves, have the logits that each has alone, without a
-    cache, in the three positions from the last of the prompt on."""
+def _difference(model, prompts: list[list[int]]) -> float:
+    """Compares the logits of three rows, of which one leaves, with those that each has alone,
+    without a cache, in up to three positions from the last of the prompt on: see EXACT."""
     device = model.device
     token = prompts[0][0]  # what each prompt goes on with, twice
 
@@ -202,29 +252,24 @@ def _rows_are_as_alone(model, prompts: list[list[int]]) -> bool:
     attention_mask = pad([[1] * len(prompt) for prompt in prompts], device=device, on_left=True)
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
     out = read(model, ids, attention_mask, positions, new_cache(model))
-    cache = cache_of(model, out)
     positions = positions[:, -1:]
     rows = list(range(len(prompts)))
     together = [[row_logits[-1]] for row_logits in out.logits]
     for kept in ([2, 0, 1], [1, 2]):
         index = torch.tensor(kept, device=device)
-        cache = select_rows(cache, index, len(rows))
+        cache = select_rows(cache_of(model, out), index, len(rows))
         rows = [rows[i] for i in kept]
         column = attention_mask.new_ones(len(rows), 1)
         attention_mask = torch.cat([attention_mask[index], column], dim=1)
         positions = positions[index] + 1
-        tokens = column * token
-        out = read(model, tokens, attention_mask, positions, cache)
-        cache = cache_of(model, out)
+        out = read(model, column * token, attention_mask, positions, cache)
         for row, row_logits in zip(rows, out.logits, strict=True):
             together[row].append(row_logits[-1])
 
     # 2. each alone
+    largest = 0.0
     for prompt, of_batch in zip(prompts, together, strict=True):
         ids = torch.tensor([prompt + [token] * (len(of_batch) - 1)], device=device)
-        alone = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].float()
-        spread = alone.std()
-        difference = (torch.stack(of_batch).float() - alone).abs().max()
-        if not difference <= TOLERANCES.get(model.dtype, TOLERANCE) * spread:
-            return False
-    return True
+        alone = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
+        largest = max(largest, relative_difference(torch.stack(of_batch), alone))
+    return largest

@@ -11,15 +11,22 @@ import asyncio
 import json
 import random
 import re
-import sys
 from dataclasses import dataclass, field
 
 import httpx2 as httpx
 
 from engines.base import Engine, Sampling
 from formats import too_deep
-from run.config import UserError
-from run.http import HttpClient, HttpError, address_problem, bearer, failures_explained, one_line
+from run.config import UserError, tell
+from run.http import (
+    HttpClient,
+    HttpError,
+    address_problem,
+    bearer,
+    failures_explained,
+    one_line,
+    required_key,
+)
 
 ATTEMPTS = 6  # for one reply; the waits between them double
 WORTH_ASKING_AGAIN = ("unreachable", "busy", "nonsense")
@@ -223,7 +230,7 @@ class ChatApi:
         subject = text.partition("(")[0]
         if subject not in self.notes:
             self.notes.add(subject)
-            print(f"{self.url} {text}", file=sys.stderr, flush=True)
+            tell(f"{self.url} {text}")
 
     def refusal(self, error: HttpError, key_option: str) -> UserError:
         """What a failed `ask` is to the user. key_option: where the name of the key is given."""
@@ -409,6 +416,16 @@ def sendable_call(tool_call: dict, is_readable: bool) -> dict:
         name = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:64] or "unnamed"
     arguments = function["arguments"] if is_readable else "{}"
     return tool_call | {"function": {"name": name, "arguments": arguments}}
+
+
+def api_of_options(owner: str, url: str, model: str, key_env: str, **attempts) -> ChatApi:
+    """Makes the API of the options url, model and key_env, which the judge and the ask tool have.
+    owner: which of them, for messages. UserError if the address is none or the key is missing."""
+    problem = address_problem(url, "http(s)://host/v1")
+    if problem:
+        raise UserError(f"{owner}.url = {url!r}: {problem}")
+    key = required_key(url, key_env, owner)
+    return ChatApi(url, model, key, **attempts)
 
 
 class Endpoint(Engine):

@@ -20,7 +20,6 @@ import asyncio
 import functools
 import json
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -32,7 +31,7 @@ import httpx2 as httpx
 from engines import server_answers
 from engines.base import Completion, Engine, Sampling, refuse_images
 from learning import model as models
-from run.config import UserError
+from run.config import UserError, tell
 from run.http import TEMPORARY, UNLIMITED, Answer, HttpError, one_line, read_answer
 
 EVERY = 1.0  # seconds between looks at each server's health
@@ -302,7 +301,7 @@ class ServerEngine(Engine):
 
     def _tell(self, line: str) -> None:
         self.events.append(line)
-        print(line, file=sys.stderr, flush=True)
+        tell(line)
 
     async def _watch(self, server: Server) -> None:
         """Looks after the health of a server until the engine is closed."""
@@ -531,7 +530,7 @@ def vocabulary_of(name: str, tokenizer) -> int:
         settings = Path(models.find(name)) / "adapter_config.json"
         name = json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=True)
+        config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         size = config.get_text_config().vocab_size
     except (OSError, ValueError, KeyError, AttributeError):
         return len(tokenizer)

@@ -7,6 +7,12 @@ from dataclasses import dataclass, replace
 from run.config import UserError
 
 THINK = re.compile(r"<think>(.*?)</think>\s*", re.DOTALL)
+THOUGHT_FIRST = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+TOOL_CALL = ("<tool_call>", "</tool_call>")
+BLANKS = re.compile(r"\s*")
+DECODER = json.JSONDecoder()
+WINDOW = 4096  # characters that are decoded at first
+LONGEST_WORD = 16  # characters: of -Infinity and of two escapes, of which a cut leaves a part
 DEEPEST = 100  # levels of a value; python's own limit depends on who asks, and raises later
 GOOD_ID = re.compile("[a-zA-Z0-9]{9}")  # what Mistral's templates accept
 
@@ -37,6 +43,16 @@ class Format:
     # What templates write in several ways; the proof finds and sets the template's own.
     styles: tuple = (None,)
     style = None
+    # How a template writes thinking. In a message it always stands in <think>.
+    thinking = THINK
+    thought_end = "\n</think>\n\n"  # of one that the prompt opened and that says nothing
+    # A turn begins with what other templates write in front of it: a channel, a recipient.
+    writes_header = False
+    # The token that ends a call begins its result, whatever else the turn was ended by.
+    result_goes_on = False
+    has_own_thinking = False
+    # Tokens that have to be known to the tokenizer, where a template does not write calls itself.
+    tokens: tuple[str, ...] = ()
     # A good call, shown to a model that wrote a malformed one.
     example = ""
 
@@ -46,6 +62,14 @@ class Format:
     def write(self, text: str, calls: list[Call]) -> str:
         """Writes the text of a turn."""
         raise NotImplementedError
+
+    def with_thought(self, thought: str, words: str) -> str:
+        """Puts a thought in front of the words of a message."""
+        return join_thought(thought, words)
+
+    def words(self, text: str) -> str:
+        """Reads what a turn says beside its calls, as a message has it: thinking in <think>."""
+        return text
 
     def parse(self, text: str) -> list[Call]:
         """Reads the calls of a turn. Never raises: a malformed call says so itself."""
@@ -133,20 +157,33 @@ def read_blocks(text: str, read_block, tag: str, other_thinking: tuple = ()) -> 
     return calls
 
 
-def end_block(call: Call, kind: str, text: str, end: int) -> int:
-    """Finds the end of a <tool_call> block whose content, a `kind`, ended at text[end:].
+def end_block(call: Call, kind: str, text: str, end: int, tags: tuple = TOOL_CALL) -> int:
+    """Finds the end of a block whose content, a `kind`, ended at text[end:]. tags: around it.
 
     The next tag should be this call's end, with nothing in between: anything else is the call's
     error. At the end of a turn the tag may be missing: the call is whole, and servers accept it."""
-    tag = re.compile("</?tool_call>").search(text, end)
+    tag = any_of(tags).search(text, end)
     stop = tag.start() if tag else len(text)
-    is_closed = tag is not None and tag[0] == "</tool_call>"
+    is_closed = tag is not None and tag[0] == tags[1]
     junk = text[end:stop].strip()
     if junk:
         call.error = call.error or f"{quote_start(junk)} follows the {kind}"
     elif tag and not is_closed:
-        call.error = call.error or "</tool_call> is missing"
+        call.error = call.error or f"{tags[1]} is missing"
     return tag.end() if is_closed else stop
+
+
+def split_thought(text: str) -> tuple[str | None, str]:
+    """Splits the words of a message -> the thought in front (None: there is none), and the rest."""
+    thought = THOUGHT_FIRST.match(text)
+    if not thought:
+        return None, text
+    return thought[1].removeprefix("\n").removesuffix("\n"), text[thought.end() :]
+
+
+def join_thought(thought: str, words: str) -> str:
+    """Writes the words of a message with a thought in front."""
+    return f"<think>\n{thought}\n</think>\n\n{words}"
 
 
 def behind_thinking(text: str) -> str:
@@ -158,20 +195,32 @@ def behind_thinking(text: str) -> str:
 def read_json(text: str, start: int) -> tuple[object, int, str]:
     """Reads the JSON value at text[start:] -> (value, where it ended, "" or a plain reason).
 
-    A real decoder, not a search for the end tag: `</tool_call>` may stand inside a string."""
-    start = re.compile(r"\s*").match(text, start).end()
-    try:
-        value, end = json.JSONDecoder().raw_decode(text, start)
-    except json.JSONDecodeError as e:
-        reason = f"no valid JSON: {e.msg}, at {text[e.pos : e.pos + 12]!r}"
-        if "control character" in e.msg:
-            reason += " (a line break in a string is written \\n)"
-        return None, e.pos, reason
-    except (ValueError, RecursionError):  # an integer of 5000 digits, a thousand open brackets
-        return None, start, "no valid JSON: too large or too deep"
-    if too_deep(value):
-        return value, end, "no valid JSON: too large or too deep"
-    return value, end, ""
+    A real decoder, not a search for the end tag: `</tool_call>` may stand inside a string. It sees
+    no more of the text than it needs: each of its errors counts the lines of all that it sees."""
+    start = BLANKS.match(text, start).end()
+    size = WINDOW
+    while True:
+        window = text[start : start + size]
+        is_cut = start + size < len(text)
+        size *= 4
+        try:
+            value, end = DECODER.raw_decode(window)
+        except json.JSONDecodeError as error:
+            is_near_the_cut = error.pos > len(window) - LONGEST_WORD
+            if is_cut and (is_near_the_cut or error.msg.startswith("Unterminated string")):
+                continue
+            at = start + error.pos
+            reason = f"no valid JSON: {error.msg}, at {text[at : at + 12]!r}"
+            if "control character" in error.msg:
+                reason += " (a line break in a string is written \\n)"
+            return None, at, reason
+        except (ValueError, RecursionError):  # an integer of 5000 digits, a thousand open brackets
+            return None, start, "no valid JSON: too large or too deep"
+        if is_cut and end == len(window):  # a number may go on
+            continue
+        if too_deep(value):
+            return value, start + end, "no valid JSON: too large or too deep"
+        return value, start + end, ""
 
 
 def too_deep(value, levels: int = DEEPEST) -> bool:

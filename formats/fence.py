@@ -16,7 +16,8 @@ class Fence(Format):
     in_place = True
     parallel = False
     example = "```python\n<code>\n```"
-    block = re.compile(r"^```(.*)\n((?:.*\n)*?)```[ \t]*$\n?", re.MULTILINE)
+    opening = re.compile(r"^```(.*)\n", re.MULTILINE)
+    closing = re.compile(r"^```[ \t]*+$\n?", re.MULTILINE)
 
     def __init__(self, tools: list[dict]):
         if len(tools) > 1:
@@ -44,11 +45,16 @@ class Fence(Format):
 
     def parse(self, text: str) -> list[Call]:
         calls = []
-        for block in self.block.finditer(text):
-            language = block[1].strip()
-            code = block[2].removesuffix("\n")
-            if language != "python":
+        at = 0
+        while opening := self.opening.search(text, at):
+            closing = self.closing.search(text, opening.end())
+            if not closing:
+                break  # nor does any later block end: to look for that again would take long
+            at = closing.end()
+            if opening[1].strip() != "python":
                 continue
+            code = text[opening.end() : closing.start()].removesuffix("\n")
+            raw = text[opening.start() : at]
             for name, tool in self.tools.items():
-                calls.append(Call(name, {tool.argument: code}, raw=block[0]))
+                calls.append(Call(name, {tool.argument: code}, raw=raw))
         return calls or stopped_without_call(text, self.stop_strings, self.example)

@@ -8,7 +8,7 @@ names = [call.name for call in calls_of(message)]
 import json
 from itertools import groupby
 
-from formats.base import Call
+from formats.base import Call, too_deep
 from run.config import UserError
 
 FORM = '{"function": {"name": …, "arguments": an object or its JSON}}'
@@ -208,13 +208,33 @@ def _results_in_order(results: list[dict], calls: list[Call]) -> list[dict]:
         raise UserError(f"{len(results)} tool results follow {len(calls)} tool calls")
     ids = [call.id for call in calls]
     named = [result.get("tool_call_id") for result in results]
-    positions = list(range(len(results)))  # without ids that tell them apart, the order is all
     if all(ids) and all(named) and len(set(ids)) == len(ids):
         if not set(named) <= set(ids) or len(set(named)) < len(named):
             raise UserError(f"the tool_call_ids are {named}: expected, once each, those of {ids}")
         positions = [ids.index(id) for id in named]
+    else:
+        positions = _positions_by_name(results, calls)
     by_position = dict(zip(positions, results, strict=True))
-    return [{"name": call.name, **by_position[place]} for place, call in enumerate(calls)]
+    ordered = [{"name": call.name, **by_position[place]} for place, call in enumerate(calls)]
+    names = {call.name for call in calls}
+    for call, result in zip(calls, ordered, strict=True):
+        is_of_another = result["name"] in names and result["name"] != call.name
+        if is_of_another:  # else it is a name of the user's own
+            raise UserError(
+                f"a result of {result['name']!r} stands where one of {call.name!r} is expected: "
+                "give the results the names or the ids of their calls"
+            )
+    return ordered
+
+
+def _positions_by_name(results: list[dict], calls: list[Call]) -> list[int]:
+    """Finds which call each result answers, by the names where these tell them apart; else the
+    order is all there is."""
+    names = [call.name for call in calls]
+    result_names = [result.get("name") for result in results]
+    if len(set(names)) == len(names) and sorted(names) == sorted(map(str, result_names)):
+        return [names.index(name) for name in result_names]
+    return list(range(len(results)))
 
 
 # ---- calls
@@ -236,13 +256,34 @@ def calls_of(message: dict) -> list[Call]:
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
-            except ValueError:
+                arguments = json.loads(arguments, object_pairs_hook=_object_of)
+            except (ValueError, RecursionError):
                 arguments = None  # refused below
-        if not isinstance(name, str) or not isinstance(arguments, dict):
+        if not isinstance(name, str) or not name or not isinstance(arguments, dict):
             raise UserError(f"its tool call {entry!r:.160}: expected {FORM}")
+        if too_deep(arguments) or not _is_json(arguments):
+            raise UserError(
+                f"its tool call {entry!r:.160}: its arguments are too deep, or no JSON, which has "
+                "no NaN and no Infinity; leave the row out"
+            )
         calls.append(Call(name, arguments, id=entry.get("id") or ""))
     return calls
+
+
+def _object_of(pairs: list[tuple]) -> dict:
+    """Makes a JSON object; ValueError for a key that it has twice, of which one would be lost."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a key is given twice")
+    return made
+
+
+def _is_json(value) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def openai_call(call: Call) -> dict:

@@ -17,7 +17,16 @@ from dataclasses import dataclass
 
 # ---- where the answer is
 
-_THOUGHT_END = re.compile(r"</think>|\[/THINK\]")
+_THOUGHT_END = re.compile(
+    r"</think>|\[/THINK\]|<channel\|>|<\|channel\|>final<\|message\|>| to=user<\|message\|>"
+)
+_THOUGHT_BEGINS = (
+    "<think>",
+    "[THINK]",
+    "<|channel>",
+    "<|channel|>analysis<|message|>",
+    " to=self<|message|>",
+)
 _CALL = re.compile(r"<(tool_call|tool_response)>.*?(?:</\1>|\Z)", re.S)
 # The other formats' calls, where there may be one: in a tag of any name but those of HTML, or all
 # behind [TOOL_CALLS]. Not in a block of code, nor in vector<int>.
@@ -103,7 +112,7 @@ def _last_text(trajectory, example):
     # A thought that was never closed: what follows is still thought, so nothing is answered. Of all
     # turns, because in some formats a call inside of a thought is run.
     behind = _THOUGHT_END.split("\n".join(texts))[-1]
-    if "<think>" in behind or "[THINK]" in behind:
+    if any(tag in behind for tag in _THOUGHT_BEGINS):
         return ""
     text = _THOUGHT_END.split(texts[-1])[-1]  # the prompt may have opened the first one
 

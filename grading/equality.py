@@ -12,12 +12,15 @@ import os
 import re
 import threading
 import time
+import unicodedata
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
 from run.worker import WorkerDied, Workers
+from tools.sandbox.caller import report
 
+MOST_BRACES = 8  # around a whole answer that are taken off: for each, all of it is looked at
 LONGEST = 300  # characters: nobody's answer is longer, and all but equal text takes time to compare
 
 
@@ -75,6 +78,31 @@ _BOLD_TEXT = re.compile(r"\\(?:text(?:bf|it|sf|tt)|emph|mathbf|mathit)\s*\{([^{}
 _WHOLE_TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
+# Signs that are written in several ways. A command that ends here may be followed by a letter.
+_SIGNS = str.maketrans(
+    {
+        "−": "-",
+        "–": "-",
+        "‐": "-",
+        "‑": "-",
+        "’": "'",
+        "‘": "'",
+        "∞": r"\infty ",
+        "∅": r"\emptyset ",
+        "≤": r"\le ",
+        "≥": r"\ge ",
+        "≠": r"\ne ",
+        "±": r"\pm ",
+    }
+)
+_SAME_COMMANDS = (  # of two names for one thing the first is written as the second
+    (re.compile(r"\\varnothing(?![A-Za-z])|^\s*\\\{\s*\\\}\s*$"), r"\\emptyset "),
+    (re.compile(r"\\leq(?:slant)?(?![A-Za-z])"), r"\\le "),
+    (re.compile(r"\\geq(?:slant)?(?![A-Za-z])"), r"\\ge "),
+    (re.compile(r"\\neq(?![A-Za-z])"), r"\\ne "),
+)
+_ROOT = re.compile(r"√\s*(?:(\d+|[A-Za-z])|\(([^()]*)\))")
+_FRACTION_SIGN = re.compile("[¼-¾⅐-⅞]")
 
 
 def _without_markup(text):
@@ -82,18 +110,30 @@ def _without_markup(text):
     text = _MATH_MARKS.sub("", text)
     text = _BOLD_TEXT.sub(r"\1", text)
     text = _STYLES.sub("", text)  # what is in their braces stays in braces
-    text = text.replace("−", "-").replace("$$", "")
+    text = text.translate(_SIGNS).replace("$$", "")
+    for names, command in _SAME_COMMANDS:
+        text = names.sub(command, text)
+    text = _ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2]}}}", text)
+    text = _FRACTION_SIGN.sub(_spelled_fraction, text)
     dollars = text.count("$") - text.count(r"\$")
     if dollars % 2 == 0:  # pairs are marks; one alone is the currency
         text = re.sub(r"(?<!\\)\$", "", text)
     text = _SUPERSCRIPT.sub(lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
-    text = text.strip().strip("*`").strip()
+    text = text.strip().strip("*`").rstrip("\\ ").strip()
     whole = _WHOLE_TEXT.fullmatch(text)
     if whole:
         text = whole[1].strip()
-    while _is_one_group(text):
+    for _ in range(MOST_BRACES):
+        if not _is_one_group(text):
+            break
         text = text[1:-1].strip()
     return text
+
+
+def _spelled_fraction(match):
+    """\\frac{1}{2} of the sign for one half."""
+    above, below = unicodedata.normalize("NFKC", match[0]).split("\u2044")
+    return rf"\frac{{{above}}}{{{below}}}"
 
 
 def _is_one_group(text):
@@ -236,6 +276,8 @@ _NO_UNIT = re.compile(
 )
 
 
+# Names that are other words as well: only right behind a plain number.
+_NUMBERED = re.compile(r"([+-]?[\d,]*\.?\d+)[ ~](min|rad|deg|mol)\.?", re.ASCII)
 _LETTER_UNIT = re.compile(rf"(?<=\d)[ ~]?([mgshLNJWVK]{_POWER})\.?$")
 
 
@@ -261,6 +303,9 @@ def _split_unit(text):
         parts = _unit_parts(match[1])
         if value and parts and _may_have_unit(value, match[1], parts):
             return value, parts
+    numbered = _NUMBERED.fullmatch(text)
+    if numbered:
+        return numbered[1], _unit_parts(numbered[2])
     return text, ()
 
 
@@ -319,6 +364,11 @@ _SPACES = re.compile(r"\\[,;:! ]|\\q?quad\b|[\s~\u00a0\u202f]+")
 _TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox|textbf|mathbf)\s*\{([^{}]*)\}")
 _LABEL = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}\d]*\}(?:\^\{?\d\}?)?")
 _THOUSANDS = re.compile(r"(?<=\d)(?:,\\!|\{,\}|\\,|,)(?=\d{3}(?!\d))")
+_SPACED = re.compile(r"[+-]?\d{1,3}(?: \d{3})+(?:\.\d+)?")  # 1 000 000
+_MIXED = re.compile(  # 3 1/2, 3\\frac{1}{2}
+    r"([+-]?)(\d+)(?: (\d+) ?/ ?(\d+)| ?\\[dt]?frac(?:\{(\d+)\}\{(\d+)\}|(\d)(\d)))"
+)
+_REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\overline ?(?:\{(\d+)\}|(\d))")
 _DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
 _E_NOTATION = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))[eE]([+-]?\d{1,3})")
 _POWER_OF_TEN = re.compile(
@@ -356,9 +406,13 @@ def _number(text):
     text = _TEXT.sub(r"\1", _LABEL.sub(_gap, text))
     text = _SPACES.sub(" ", _THOUSANDS.sub("", text)).strip(" *`").rstrip(" .*`")
     text = re.sub(r"^[A-Za-z] ?= ?", "", text)  # x = 5
+    text = re.sub(r"^\(([^()]*)\)$", r"\1", text)  # (5)
+    text = re.sub(r"^([+-]) (?=[\d.])", r"\1", text)  # - 5
     scale = _SCALE.search(text)
     if scale and _DECIMAL.fullmatch(text[: scale.start()]):
         return Fraction(text[: scale.start()]) * _SCALES[scale[1]], "decimal"
+    if _SPACED.fullmatch(text):
+        text = text.replace(" ", "")
     if _DECIMAL.fullmatch(text):
         return Fraction(text), "decimal"
     if _E_NOTATION.fullmatch(text):
@@ -375,7 +429,26 @@ def _number(text):
         if below:
             value = Fraction(above, below)
             return (-value if match[1] == "-" else value), "fraction"
+    match = _MIXED.fullmatch(text)
+    if match:
+        whole, above, below = (int(part) for part in match.groups()[1:] if part is not None)
+        if not below:
+            return None, ""
+        value = whole + Fraction(above, below)
+        return (-value if match[1] == "-" else value), "fraction"
+    match = _REPEATING.fullmatch(text)
+    if match:
+        return _repeating(*match.groups()), "fraction"
     return None, ""
+
+
+def _repeating(sign, whole, digits, block, digit):
+    """The value of `0.1\\overline{6}`."""
+    block = block or digit
+    scale = 10 ** len(digits)
+    value = Fraction(int(whole + digits or "0"), scale)
+    value += Fraction(int(block), scale * (10 ** len(block) - 1))
+    return -value if sign == "-" else value
 
 
 def _gap(label):
@@ -457,13 +530,16 @@ def _same_item(given, gold):
 # ---- text
 
 _BESIDE_SIGNS = re.compile(r"\s*([^\w\s])\s*")
+_AND = re.compile(r",? and ")  # A and B is A, B
 
 
 def _same_text(given, gold):
     """Whether they are the same words, whatever the case, and the blanks beside signs."""
-    given = _plain(given)
-    gold = _plain(gold)
-    return bool(gold) and given.casefold() == gold.casefold()
+    given = _plain(given).casefold()
+    gold = _plain(gold).casefold()
+    if not gold:
+        return False
+    return given == gold or _AND.sub(",", given) == _AND.sub(",", gold)
 
 
 def _plain(text):
@@ -471,7 +547,7 @@ def _plain(text):
     text = " ".join(_TEXT.sub(r"\1", text).split())
     text = text.lstrip(' ,;:*`"$“”‘’').rstrip(' .,;:*`"$“”‘’')
     text = re.sub(r"^\(([A-Za-z])\)$", r"\1", text)  # (B), of a multiple choice
-    text = re.sub(r"^(?:the|an?)\s+(?=\w{2})", "", text, flags=re.I)
+    text = re.sub(r"^(?:the|an?)\s+(?!and\b|or\b)(?=\w{2})", "", text, flags=re.I)
     return _BESIDE_SIGNS.sub(r"\1", text)
 
 
@@ -538,6 +614,7 @@ SLOW = 2.0  # and that it has in a second try
 WASTED = 4.0  # seconds of second tries that may come to nothing in a minute; then there are none
 PATIENCE = 60.0  # seconds, by the clock, after which a worker is taken for dead
 WORKERS = min(4, os.cpu_count() or 1)
+WANTED = ("network_namespace", "no_new_privileges", "seccomp")  # around them, where there are such
 
 
 class _Comparer:
@@ -546,6 +623,7 @@ class _Comparer:
     def __init__(self):
         self.workers = Workers(Path(__file__).with_name("math_worker.py"), WORKERS, packages=True)
         self.slow = threading.Semaphore(max(1, WORKERS // 2))  # some stay free for quick ones
+        self.is_reported = False  # whether the user was told which layers are not around them
         self.wasted = []  # the times at which second tries came to nothing
 
     def same(self, said, gold):
@@ -568,6 +646,10 @@ class _Comparer:
         """Whether they are equal; None if it is not known after so many seconds."""
         request = {"said": said, "gold": gold, "seconds": seconds}
         try:
+            if not self.is_reported:
+                self.is_reported = True
+                layers = self.workers.ask({"layers": True}, PATIENCE)["layers"]
+                report([name for name in WANTED if not layers[name]], "math-verify")
             return self.workers.ask(request, PATIENCE)["same"]
         except (TimeoutError, WorkerDied):
             return None

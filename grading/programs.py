@@ -51,6 +51,7 @@ CONVERTERS = frozenset(
     "list tuple set frozenset dict sorted str repr next sum len float int bool abs min max any all"
     " round bytes".split()
 )
+MOST_ITEMS = 10_000  # of an iterator, which may have no end
 UNKNOWN = "?"  # in place of values that could not be carried from process to process
 
 # ---- the reward
@@ -77,11 +78,12 @@ async def code_tests(
     `assert f(2) == 4` it only computes f(2). What has to come out never enters its process, and the
     comparison runs in another. So an early exit, a printed "passed", an object that is equal to
     everything, a replaced `len` or `math.isclose` gain nothing. The values must be plain data:
-    numbers, Decimal and Fraction too, texts, lists, tuples, sets, dicts, deques, ranges, bytes,
-    dates and times, or of numpy; all together at most 20,000 characters, which is what the sandbox
-    shows. What does not fit fails. Of a bare `assert f(2)`, or `f(2) is None`, only whether it
-    holds is needed. Where values of other kinds decide, the reward is None: those of a library's
-    class that has an own ==, and all where the program's values are compared with each other only.
+    numbers, Decimal and Fraction too, texts, lists, tuples, sets, dicts and their keys, deques,
+    ranges, bytes, dates and times, or of numpy, python's own types, and iterators over such; all
+    together at most 20,000 characters, which is what the sandbox shows. What does not fit fails. Of
+    a bare `assert f(2)`, or `f(2) is None`, only whether it holds is needed. Where values of other
+    kinds decide, the reward is None: those of a library's class that has an own ==, and all where
+    the program's values are compared with each other only.
     np.allclose and np.isclose hold for equal shapes only, or beside one number.
     What is not covered: asserts in a loop or a comprehension, and functions of the tests that are
     given the program's. They run beside the program and fail only if they raise, so an object that
@@ -252,10 +254,12 @@ class _Step:
 # os and json.
 _VALUES = """
 def _main(solution, steps, mark, own):
-    import builtins, collections, datetime, decimal, fractions, json, linecache, os, sys, types
+    import builtins, collections, datetime, decimal, fractions, itertools, json, linecache, os
+    import sys, types
     linecache.cache.clear()
     write = os.write
     dumps = json.dumps
+    first = itertools.islice
     sys.set_int_max_str_digits(0)
     applied = {name: getattr(builtins, name) for name in CONVERTERS}
     applied["is_none"] = lambda value: value is None
@@ -279,13 +283,26 @@ def _main(solution, steps, mark, own):
         for kind, name, parts in of_parts:
             if isinstance(value, kind):
                 return [name, [plain(part) for part in parts(value)]]
+        if is_iterator(value):
+            items = list(first(value, MOST_ITEMS + 1))
+            if len(items) <= MOST_ITEMS:
+                return ["iterator", [plain(item) for item in items]]
+        if isinstance(value, type) and vars(builtins).get(value.__name__) is value:
+            return ["type", [value.__name__]]
         raise NotPlain(value)
+
+    # One of python's own, such as a generator, map or zip.
+    def is_iterator(value):
+        kind = type(value)
+        return kind.__module__ in ("builtins", "itertools") and hasattr(kind, "__next__")
 
     kinds = (
         (list, "list"), (tuple, "tuple"), (set, "set"), (frozenset, "frozenset"),
         (bytes, "bytes"), (bytearray, "bytes"), (collections.deque, "deque"),
+        (type({}.keys()), "keys"), (type({}.values()), "values"), (type({}.items()), "items"),
     )
     of_parts = (
+        (slice, "slice", lambda x: (x.start, x.stop, x.step)),
         (complex, "complex", lambda x: (x.real, x.imag)),
         (range, "range", lambda x: (x.start, x.stop, x.step)),
         (decimal.Decimal, "Decimal", lambda x: (str(x),)),
@@ -328,20 +345,27 @@ def _main(solution, steps, mark, own):
             continue
         write(1, f"{mark} {number} {text}\\n".encode())
 """.replace("in CONVERTERS}", f"in {sorted(CONVERTERS)}}}").replace('"?"', repr(UNKNOWN))
+_VALUES = _VALUES.replace("MOST_ITEMS", str(MOST_ITEMS))
 
 # What runs in another process, without the program: the asserts, with its values put in, in order
 # with the statements (text None) that they need.
 _VERDICTS = """
 def _main(steps):
-    import collections, datetime, decimal, fractions, json, sys
+    import builtins, collections, datetime, decimal, fractions, json, sys
     sys.set_int_max_str_digits(0)
     kinds = {
         "list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes,
         "deque": collections.deque,
+        "iterator": iter,
+        "keys": lambda items: dict.fromkeys(items).keys(),
+        "values": lambda items: dict(enumerate(items)).values(),
+        "items": lambda items: dict(items).items(),
     }
     of_parts = {
         "complex": complex,
         "range": range,
+        "slice": slice,
+        "type": lambda name: getattr(builtins, name),
         "Decimal": decimal.Decimal,
         "Fraction": fractions.Fraction,
         "datetime": datetime.datetime.fromisoformat,

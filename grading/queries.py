@@ -80,7 +80,8 @@ _NO_SQL = re.compile(  # what stands in quotes, and comments
     r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*(?:\]|\Z)|--[^\n]*|/\*.*?(?:\*/|\Z)", re.S
 )
 _COMMENTS = ("--", "/*")
-_INNERMOST = re.compile(r"\([^()]*\)")  # parentheses without others in them
+_PARENTHESIS = re.compile(r"[()]")
+_ORDER_BY = re.compile(r"\border\s++by\b", re.I)
 
 
 def _word_in_its_place(match):
@@ -96,11 +97,32 @@ def _reads_a_table(query):
 
 def _is_ordered(query):
     """Whether it has an ORDER BY outside of parentheses, texts and comments."""
-    text = _NO_SQL.sub(_word_in_its_place, query)
-    replaced = 1
-    while replaced:  # from the inside out
-        text, replaced = _INNERMOST.subn(" x ", text)
-    return re.search(r"\border\s+by\b", text, re.I) is not None
+    text = _outside(_NO_SQL.sub(_word_in_its_place, query))
+    return _ORDER_BY.search(text) is not None
+
+
+def _outside(text):
+    """The text with a word in the place of each pair of parentheses and what is in it. One that is
+    never closed, or never opened, stays."""
+    # 1. which open what: (its place, where the other one is)
+    opened = []
+    pairs = {}
+    for match in _PARENTHESIS.finditer(text):
+        if match[0] == "(":
+            opened.append(match.start())
+        elif opened:
+            pairs[opened.pop()] = match.start()
+
+    # 2. what is outside of all pairs
+    parts = []
+    position = 0
+    for start, end in sorted(pairs.items()):
+        if start < position:  # inside of another pair
+            continue
+        parts += [text[position:start], " x "]
+        position = end + 1
+    parts.append(text[position:])
+    return "".join(parts)
 
 
 # ---- when two results are the same

@@ -42,6 +42,9 @@ FREE = {"resume", "steps", "epochs", "save_every", "logger", "max_concurrent", "
 FREE |= {"token_budget", "gradient_checkpointing", "gpu_memory_utilization", "tool_concurrency"}
 FREE |= {"eval_every", "eval_data", "eval_rows"}  # they are looked at, not learnt
 NOT_DETERMINISTIC = "deterministic=false"  # the one engine option that changes what is learnt
+# All that a run may leave that ends before its first step is over.
+START = {config.LOCK, "config.py", "metrics.jsonl", "rollouts.jsonl", "checkpoints"}
+START |= {"report.html", "wandb", "wandb_id.txt", "tensorboard"}
 KEEP_LAST = 2  # checkpoints; each takes three times the memory of what is trained
 
 
@@ -65,6 +68,8 @@ class Run:
         config_file = self.out_dir / "config.py"
         if cfg.resume:  # killed while config.save wrote it
             Path(f"{config_file}.aside").unlink(missing_ok=True)
+        if not cfg.resume and holds_only_a_start(cfg):
+            return  # of a run that ended before its first step: this one takes its place
         if cfg.resume and config_file.is_file():
             _check_same_config(cfg, config_file)
             if not self._steps() and any(self.out_dir.glob("*.safetensors")):
@@ -82,14 +87,20 @@ class Run:
         """Restores weights, optimizers and random generators from the newest whole checkpoint;
         returns what `save` was given and its "step", or {}. Call it last before the first step."""
         self._lock()
-        config.save(dataclasses.replace(self.cfg, resume=False), self.out_dir / "config.py")
+        if not self.cfg.resume and (self._steps() or _has_metrics(self.out_dir)):
+            raise UserError(
+                f"out_dir '{self.out_dir}' was used by another run meanwhile: give another with "
+                "--out_dir=…, or go on with --resume=true"
+            )
+        with _say_if_not_written(self.out_dir):
+            config.save(dataclasses.replace(self.cfg, resume=False), self.out_dir / "config.py")
         shutil.rmtree(self.folder / "aside", ignore_errors=True)  # killed while it was written
         steps = self._steps() if self.cfg.resume else []
         for step in reversed(steps):
             path = self._path(step)
             damage = damage_of(path)
             if damage:
-                print(f"{path} is damaged ({damage}): looking for an older one", file=sys.stderr)
+                config.tell(f"{path} is damaged ({damage}): looking for an older one")
                 continue
             state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
             _restore_weights(model, state.pop("weights"), path)
@@ -97,6 +108,7 @@ class Run:
                 optimizer.load_state_dict(values)
             _set_generators(state.pop("generators"))
             self.saved = state["step"]
+            self._remove_older()  # killed between saving and removing
             return state
         if steps:
             raise UserError(f"none of the checkpoints in {self.folder} is whole: remove them")
@@ -129,7 +141,8 @@ class Run:
     def _lock(self) -> None:
         """Locks out_dir; raises UserError if another process trains there: each would remove what
         the other writes. The lock goes with the process, however that ends."""
-        self.lock = open(self.out_dir / config.LOCK, "w")
+        with _say_if_not_written(self.out_dir):
+            self.lock = open(self.out_dir / config.LOCK, "w")
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -199,22 +212,26 @@ class Run:
                 raise
         self.saved = step
         if prune:
-            self._remove_all_but_the_last()
+            self._remove_later()
+            self._remove_older()
 
     def finish(self, model, tokenizer) -> None:
         """Writes the model or adapter to out_dir, once the last step is saved."""
         with _say_if_not_saved(f"the model in {self.out_dir}"):
             models.save(model, tokenizer, self.out_dir)
 
-    def _remove_all_but_the_last(self) -> None:
-        """Removes checkpoints so that keep_last stay, the newest one included."""
-        steps = self._steps()
-        # later ones are there only if they were damaged when this run went on
-        whole = [step for step in steps if step <= self.saved]
-        to_keep = whole[-self.keep_last :]
-        for step in steps:
-            if step not in to_keep:
+    def _remove_later(self) -> None:
+        """Removes checkpoints behind the newest one that was saved: they are there only if they
+        were damaged when this run went on."""
+        for step in self._steps():
+            if step > self.saved:
                 shutil.rmtree(self._path(step), ignore_errors=True)
+
+    def _remove_older(self) -> None:
+        """Removes old checkpoints so that keep_last stay, with the newest that was saved."""
+        steps = [step for step in self._steps() if step <= self.saved]
+        for step in steps[: -self.keep_last]:
+            shutil.rmtree(self._path(step), ignore_errors=True)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
@@ -249,7 +266,30 @@ class Run:
         self.signal = number
         # of a terminal that is gone nothing can be written, and that must not end the run
         with contextlib.suppress(OSError):
-            print("finishing this step, then saving; once more to end at once", file=sys.stderr)
+            config.tell("finishing this step, then saving; once more to end at once")
+
+
+# -- an out_dir in which nothing was learnt
+
+
+def holds_only_a_start(cfg) -> bool:
+    """Says whether cfg.out_dir holds what a run of this script leaves that ends before its first
+    step is over, and nothing that was learnt or that somebody else put there."""
+    out_dir = Path(cfg.out_dir)
+    config_file = out_dir / "config.py"
+    if not config_file.is_file() or not os.access(out_dir, os.W_OK):
+        return False
+    if any(entry.name not in START for entry in out_dir.iterdir()):
+        return False
+    checkpoints = out_dir / "checkpoints"
+    if checkpoints.exists() and any(path.name != "aside" for path in checkpoints.iterdir()):
+        return False
+    return config.is_saved(type(cfg), config_file) and not _has_metrics(out_dir)
+
+
+def _has_metrics(out_dir: Path) -> bool:
+    metrics = out_dir / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0
 
 
 # -- files
@@ -273,10 +313,13 @@ def damage_of(path: Path) -> str:
     """Says what is wrong with the files of a checkpoint, "" if nothing."""
     try:
         digests = json.loads((path / "digests.json").read_text())
+        if "state.pt" not in digests:
+            return "digests.json does not name state.pt"
         for name, digest in digests.items():
             if _digest(path / name) != digest:
                 return f"{name} has other bytes than were written"
-    except (OSError, ValueError, AttributeError) as error:  # missing, torn, or no dict at all
+    # missing, torn, or no dict at all
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         return str(error)
     return ""
 
@@ -297,6 +340,17 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _say_if_not_written(folder: Path):
+    """Turns what a disk refuses at the start of a run into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to out_dir '{folder}' ({error.strerror}): give another with --out_dir=…"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -137,16 +137,44 @@ def _any_head(hidden, head, softcap, targets, temperature, chunk):
     return torch.cat(logprobs), torch.cat(entropies)
 
 
+def logits_factor(model) -> float:
+    """Returns what a model multiplies with whatever its head gives: 1 for most. Each family has a
+    setting of another name for it; learning.model.check_head proves that none is missed."""
+    config = model.config.get_text_config()
+    family = config.model_type
+    if family.startswith("cohere"):
+        return config.logit_scale
+    if family.startswith(("granite", "minicpm3")):
+        return 1 / config.logits_scaling
+    if family == "hyperclovax":
+        return config.logits_scaling
+    if family == "falcon_h1":
+        return config.lm_head_multiplier
+    return 1.0
+
+
 # -- from ids to hidden states: the layers
+
+
+def decoder_of(model):
+    """Returns the layers below the head. transformers' get_decoder takes the whole of Llama 4 for
+    them, and ModernBERT's head."""
+    decoder = model.get_decoder()
+    head = model.get_output_embeddings()
+    if any(module is head for module in decoder.modules()):
+        base = model.get_base_model() if getattr(model, "peft_config", None) else model
+        return base.model
+    return decoder
 
 
 def shares_prompts(model) -> bool:
     """Says whether hidden_states can go on from a cache: not from one that holds a state or a
-    window instead of all keys and values, and not where layers are recomputed in the backward
-    pass."""
+    window instead of all keys and values, which are written over in place while autograd needs
+    them, and not where layers are recomputed in the backward pass."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    if model.is_gradient_checkpointing:
+    # RWKV, xLSTM: their config does not say that their layers hold states
+    if model.is_gradient_checkpointing or model._is_stateful:
         return False
     layers = DynamicCache(config=model.config.get_text_config()).layers
     return all(type(layer) is DynamicLayer for layer in layers)
@@ -166,7 +194,7 @@ def layers_of(model, with_tower: bool):
     """Returns what is below the head. Of a model that sees, get_decoder() gives the layers of the
     text alone, which would take a placeholder's own embedding: images need the tower too."""
     if not with_tower:
-        return model.get_decoder()
+        return decoder_of(model)
     if getattr(model, "peft_config", None):  # adapters: peft has a base_model of its own
         model = model.get_base_model()
     return model.base_model
@@ -328,6 +356,7 @@ def token_logprobs(
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
+    temperature = temperature / logits_factor(model)
     if chunk is None:
         chunk = max(1, LOGITS_BYTES // (4 * config.vocab_size))
     # the very classes: adapters, 4 bits and sharding bring their own

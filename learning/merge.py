@@ -8,6 +8,7 @@ to rounded weights and rounding the sum would lose a part of what was learnt. Af
 model is still another one than the one trained, whose base was rounded: evaluate it.
 """
 
+import shlex
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,6 +50,8 @@ def merge(cfg: Config) -> None:
     models.mend_generation_config(merged, cfg.adapter)
     models.save(merged, tokenizer, out_dir)
     print(f"saved: {out_dir}")
+    # a GGUF file is not written here: llama.cpp's converter knows what its reader reads
+    print(f"gguf, by llama.cpp: python convert_hf_to_gguf.py {shlex.quote(str(out_dir))}")
 
 
 def main(argv: list[str]) -> None:

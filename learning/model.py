@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from learning import whole
-from learning.logprobs import layers_of, token_logprobs
+from learning.logprobs import decoder_of, layers_of, token_logprobs
 from run.config import UserError
 
 # Kinds of adapters (peft_type) that put virtual tokens before the prompt.
@@ -25,6 +25,9 @@ PROMPT_ADAPTERS = {
     "ADAPTION_PROMPT",
     "CPT",
 }
+TEMPLATES = Path(__file__).resolve().parent.parent / "configs" / "templates"
+# Models (model_type) with blocks whose out_proj peft puts no adapter on.
+MAMBA_TYPES = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 BASE_CHANGERS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of init_lora_weights
 # README.md of an adapter: the hub shows it, and finds the base by it.
 CARD = """\
@@ -162,18 +165,41 @@ def set_stop_ids(model, stop_ids) -> None:
 # -- loading
 
 
-def load_tokenizer(name: str):
+def load_tokenizer(name: str, chat_template: str = ""):
     """Loads the tokenizer of a folder or hub id. That takes a moment, so a template is judged
-    before weights are loaded."""
+    before weights are loaded. chat_template: a file that takes the place of its own."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(find(name))
+        # else a folder with code of its own asks, and waits for an answer
+        tokenizer = AutoTokenizer.from_pretrained(find(name), trust_remote_code=False)
         if tokenizer.chat_template is None:
             tokenizer.chat_template = whole.processor_template(find(name))
-        return tokenizer
-    except (OSError, ValueError, KeyError) as error:  # a file is missing or broken
+    except UserError:
+        raise
+    except Exception as error:  # a file is missing or broken, each in its own way
         raise _cannot_load(name, error) from None
+    set_chat_template(tokenizer, chat_template)
+    return tokenizer
+
+
+def set_chat_template(tokenizer, file: str) -> None:
+    """Gives a tokenizer the chat template of a file, with which it is saved; "": keeps its own.
+
+    UserError for a file that is not there or is no template."""
+    if not file:
+        return
+    path = Path(file)
+    if not path.is_file():
+        path = TEMPLATES / file
+    if not path.is_file():
+        looked = f"looked for {file} and configs/templates/{file}"
+        raise UserError(f"chat_template = {file!r}: no such file; {looked}")
+    try:
+        # what is wrong in it, the proof says: it renders
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template = {file!r} cannot be read as text: {error}") from None
 
 
 def load(
@@ -240,11 +266,11 @@ def load(
     if whole.is_whole(model) and not train_vision:
         whole.freeze_other_parts(model)
     model.eval()
-    if dtype == "mixed":
-        in_dtype(model, dtype)
     if trains_adapter or tune == "full":
         mend_generation_config(model, name)  # before the first step: it is saved behind the last
         check_head(model, name)
+    if dtype == "mixed":
+        in_dtype(model, dtype)
     return model, tokenizer
 
 
@@ -434,13 +460,13 @@ def _load_weights(base: str, dtype: torch.dtype, device: str, four_bits: bool):
     `dtype` is what they multiply in. Those of a tower for images stay, too."""
     method = quantization_of(base)
     auto_class = whole.auto_class(base)
+    options = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
     if not four_bits and not method:
-        model, info = auto_class.from_pretrained(base, dtype=dtype, output_loading_info=True)
-        whole.check_complete(base, info)
-        whole.remember_origin(model, lasting_name(base), info)
+        model, report = auto_class.from_pretrained(base, **options)
+        _check_complete(report, base)
+        whole.remember_origin(model, lasting_name(base), report)
         return model.to(device)
 
-    options = {}
     if four_bits or method.startswith("bitsandbytes"):
         # transformers' own message names another way to get it
         import_bitsandbytes("tune = qlora" if four_bits else f"model = {base!r}")
@@ -458,10 +484,23 @@ def _load_weights(base: str, dtype: torch.dtype, device: str, four_bits: bool):
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=kept_layers,
         )
-    model = auto_class.from_pretrained(base, dtype=dtype, device_map={"": device}, **options)
+    model, report = auto_class.from_pretrained(base, device_map={"": device}, **options)
+    _check_complete(report, base)
     if is_quantized(model):
         _never_repack(model)
     return model
+
+
+def _check_complete(report: dict, base: str) -> None:
+    """Checks that the files had all weights: transformers makes up those that are missing, and says
+    so in a table among its other lines."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(
+            f"model = {base!r}: its files have no weights for {missing[0]}{more}, so that these "
+            "would be random: get the whole model, or one for text generation"
+        )
 
 
 def import_bitsandbytes(user: str):
@@ -519,14 +558,22 @@ def _add_adapter(
     """Puts a new adapter on a model."""
     from peft import LoraConfig, get_peft_model
 
+    excluded = None
     if whole.is_whole(model):
         targets = whole.lora_pattern(model, lora_targets)
         if train_vision:
             targets = f"{targets}|{whole.tower_pattern(model, lora_targets)}"
+    elif lora_targets == ("all-linear",):
+        targets = "all-linear"
+        excluded = _without_adapter(model) or None
     else:
-        targets = "all-linear" if lora_targets == ("all-linear",) else list(lora_targets)
+        targets = list(lora_targets)
     lora = LoraConfig(
-        r=lora_r, lora_alpha=lora_alpha, target_modules=targets, task_type="CAUSAL_LM"
+        r=lora_r,
+        lora_alpha=lora_alpha,
+        target_modules=targets,
+        exclude_modules=excluded,
+        task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)  # of the A matrices
     try:
@@ -537,20 +584,53 @@ def _add_adapter(
         raise UserError(f"tune = lora on this model: {error}") from None
 
 
+def _without_adapter(model) -> list[str]:
+    """Names the linear layers that all-linear leaves alone, because an adapter would have no effect
+    there, or the wrong one."""
+    names = set()
+    for path, module in model.named_modules():
+        name = path.split(".")[-1]
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        # Mamba's dt_proj: its weight is multiplied past the layer, and so past the adapter. A
+        # block's out_proj: the fused kernels read its weight, and peft refuses it.
+        if name == "dt_proj" or (name == "out_proj" and model.config.model_type in MAMBA_TYPES):
+            names.add(name)
+        # they return more than a product: a router of experts (Llama 4, Phi-3.5 MoE), or several
+        # products (DeepSeek-V4)
+        if type(module).__name__.endswith(("Router", "GroupedLinear")):
+            names.add(path)
+    return sorted(names)
+
+
 def check_head(model, name: str) -> None:
     """Checks, on eight tokens, that token_logprobs are those of the model's own logits; raises
-    UserError if not: some models (Granite, Cohere) scale what their head gives, each by a setting
-    of another name."""
+    UserError if not: some models do with what their head gives what is not known here."""
     ids = torch.arange(8, device=model.device)[None]  # (1, 8)
     attention_mask = torch.ones_like(ids)
     mask = (ids > 0).long()
-    with torch.no_grad():
-        ours, _ = token_logprobs(model, ids, attention_mask, mask)
-        logits = model(input_ids=ids, attention_mask=attention_mask).logits[:, :-1]
+    try:
+        with torch.no_grad():
+            ours, _ = token_logprobs(model, ids, attention_mask, mask)
+            logits = model(input_ids=ids, attention_mask=attention_mask).logits[:, :-1]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of whatever kind: of a class, or an adapter, of another build
+        message = " ".join(str(error).split())[:200]
+        has_adapter = bool(adapters_of(model))
+        remedy = "name other --lora_targets" if has_adapter else "give a model of another family"
+        raise UserError(
+            f"model = {name!r} cannot be trained here ({type(error).__name__}: {message}): {remedy}"
+        ) from error
     table = logits.float().log_softmax(-1)  # (1, 7, V)
     theirs = table.gather(-1, ids[:, 1:, None])[..., 0]
+    if not ours.isfinite().all():
+        raise UserError(
+            f"model = {name!r}: its logprobs are no numbers, so its files are damaged: get it again"
+        )
     difference = (ours[:, 1:] - theirs).abs().mean().item()
-    if difference > 0.1:  # bfloat16 alone makes a tenth of that
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1  # ten times what rounding makes
+    if difference > tolerance:
         raise UserError(
             f"model = {name!r}: its logprobs differ by {difference:.2g} from those that the loss "
             "would train on, so it cannot be trained here: give a model of another family"
@@ -566,7 +646,7 @@ def in_dtype(model, dtype: str):
     sampler and trainer must be one function."""
     if dtype != "mixed":
         return model.to(getattr(torch, dtype))
-    parts = [model, model.get_decoder(), model.get_output_embeddings()]
+    parts = [model, decoder_of(model), model.get_output_embeddings()]
     if whole.is_whole(model):
         parts.append(layers_of(model, with_tower=True))
     for part in parts:

@@ -54,7 +54,7 @@ def auto_class(base: str):
         AutoModelForImageTextToText,
     )
 
-    config = AutoConfig.from_pretrained(base)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     if config.is_encoder_decoder:  # refused by the class that comes back
         return AutoModelForCausalLM
     if _has_parts(config) and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -82,7 +82,7 @@ def skeleton(base: str):
     """Makes the model without weights, to learn the names of its layers."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(base)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     with torch.device("meta"):
         return auto_class(base).from_config(config)
 
@@ -297,16 +297,6 @@ def remember_origin(model, base: str, loading_info: dict) -> None:
         unused += [name for name in may_be_dropped if name not in saved_names]
     processor_files(base, may_ask_hub=True)
     model.origin = Origin(base, unused)
-
-
-def check_complete(base: str, loading_info: dict) -> None:
-    """Checks that a model's files have all weights: the others would be random numbers."""
-    missing = sorted(loading_info["missing_keys"])
-    if missing:
-        raise UserError(
-            f"model = {base!r}: its files lack {len(missing)} tensors that its config has (the "
-            f"first: {missing[0]}): get the files again, or mend config.json"
-        )
 
 
 def _saved_names(model) -> set[str]:

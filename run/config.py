@@ -27,18 +27,28 @@ import typing
 from pathlib import Path
 
 from run.names import translation
+from trajectory import escaped
 
 HERE = Path(__file__).resolve().parent.parent
 # The keys of train_grpo's Config that shape a rollout: those that rollout.py and evaluate.py take.
 ROLLOUT_KEYS = tuple(
     """
     model dtype data split prompt_column answer_column answer_after system_prompt prompt_template
-    database template_options format tools tool_options tool_timeout tool_concurrency rewards
-    reward_options temperature max_tokens max_new_tokens max_turns max_tool_calls
+    database template_options chat_template format tools tool_options tool_timeout tool_concurrency
+    rewards reward_options temperature max_tokens max_new_tokens max_turns max_tool_calls
     max_observation_tokens trajectory_timeout final_turn max_concurrent seed engine urls
     gpu_memory_utilization engine_options min_pixels max_pixels
     """.split()
 )
+# What a disk says to who reads or writes it, and what to do then.
+DISK_REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EROFS: "give a folder that can be written",
+    errno.EACCES: "give a place that this user may use",
+    errno.EPERM: "give a place that this user may use",
+    errno.EIO: "look after the disk, or give another",
+}
 LOCK = ".lock"  # in an out_dir, of the process that trains there: all that a killed one may leave
 
 
@@ -143,25 +153,29 @@ def main(run):
     try:
         run(sys.argv[1:])
     except UserError as error:
-        print(f"error: {_printable(str(error))}", file=sys.stderr)
+        tell(f"error: {error}")
         sys.exit(2)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in DISK_REMEDIES:
             raise
-        print(
-            "error: no space left on the disk: make room, and go on with --resume=true",
-            file=sys.stderr,
-        )
+        tell(f"error: {disk_problem(error)}")
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)  # what a shell reports for a program that Ctrl-C ended
 
 
-def _printable(message):
-    """The message without what a terminal obeys: it may quote a model, a server or a data set."""
-    shown = [c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message]
-    return "".join(shown)
+def disk_problem(error):
+    """Says in a sentence what a disk did not do, where, and what to do then."""
+    place = f"'{error.filename}'" if error.filename else "the disk"
+    remedy = DISK_REMEDIES.get(error.errno, "give another place")
+    return f"cannot use {place} ({error.strerror or error}): {remedy}"
+
+
+def tell(line):
+    """Prints a line on stderr, at once and without what a terminal obeys: it may quote a model, a
+    tool, a server or a data set."""
+    print(escaped(line), file=sys.stderr, flush=True)
 
 
 def say_at_once(text):
@@ -244,6 +258,20 @@ def save(cfg, path):
     aside = Path(f"{path}.aside")  # whole or not at all: a run is gone on with by it
     aside.write_text("".join(lines), encoding="utf-8")
     os.replace(aside, path)
+
+
+def is_saved(cls, path):
+    """Says whether a file is what `save` writes of a `cls`; it is read and not run."""
+    try:
+        lines = ast.parse(Path(path).read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        return False
+    names = set()
+    for line in lines:
+        if not isinstance(line, ast.Assign) or not isinstance(line.targets[0], ast.Name):
+            return False
+        names.add(line.targets[0].id)
+    return names == {field.name for field in dataclasses.fields(cls)}
 
 
 def changed(cfg):

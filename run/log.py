@@ -8,6 +8,7 @@ them curves.png and report.html, one page with the curves and the sampled rollou
         log.summary({"accuracy": 0.97})
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -22,8 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from run import page as run_page
-from run.config import UserError
-from run.page import each_row, finite_numbers, six_digits
+from run.config import UserError, tell
+from run.page import finite_numbers, is_of_step, row_of, six_digits
 from trajectory import escaped, token_kinds, token_texts
 
 IMAGES = "images"  # the folder of those in rollouts.jsonl
@@ -155,8 +156,10 @@ class Log:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        self.progress.stop()
-        self.metrics.close()
+        with contextlib.suppress(OSError):  # its terminal may be gone, the disk may be full
+            self.progress.stop()
+        with contextlib.suppress(OSError):
+            self.metrics.close()
         exit_code = 0 if kind is None else 1
         self._try(self.finish, exit_code)
         self._try(run_page.curves, self.out_dir)
@@ -170,23 +173,38 @@ class Log:
             self.print(f"{action.__name__} failed: {type(error).__name__}: {error}")
 
     def print(self, text: str) -> None:
-        self.progress.console.print(escaped(text), markup=False)
+        """Prints a line. That its terminal is gone, or the pipe, ends nothing: the files have all
+        that a run says."""
+        with contextlib.suppress(OSError):
+            self.progress.console.print(escaped(text), markup=False)
 
     def step(self, metrics: dict) -> None:
         """Prints a line, and writes everything to metrics.jsonl: whole lines, at once on disk."""
         row = {key: six_digits(value) for key, value in metrics.items()}
-        self.metrics.write(json.dumps(row) + "\n")
-        self.metrics.flush()
+        with _say_if_not_logged(self.out_dir):
+            self.metrics.write(json.dumps(row) + "\n")
+            self.metrics.flush()
         self.track(finite_numbers(metrics), step=metrics["step"])
-        cells = [f"{name} {metrics[name]:{form}}" for name, form in self.columns.items()]
-        self.print(f"step {metrics['step']:4d}  " + "  ".join(cells))
+        self.print(self._line(metrics))
         self.progress.update(self.bar, advance=1)
+
+    def _line(self, metrics: dict) -> str:
+        """Writes the line of a step: on a terminal the columns that it has room for, the first ones
+        first; in a file all of them. The names are whole, as in metrics.jsonl."""
+        console = self.progress.console
+        line = f"step {metrics['step']:4d}"
+        for name, form in self.columns.items():
+            cell = f"  {name} {metrics[name]:{form}}"
+            if not console.is_terminal or len(line) + len(cell) <= console.width:
+                line += cell
+        return line
 
     def sync(self) -> None:
         """Puts it on disk for good, also if the power fails: before a checkpoint that builds on
         it."""
-        self.metrics.flush()
-        os.fsync(self.metrics.fileno())
+        with _say_if_not_logged(self.out_dir):
+            self.metrics.flush()
+            os.fsync(self.metrics.fileno())
 
     def expect(self, rollouts: int):
         """Shows a second bar for this many rollouts; returns what to call with each one done."""
@@ -195,7 +213,8 @@ class Log:
 
     def rollouts(self, trajectories: list, tokenizer, **columns) -> None:
         """Appends trajectories to rollouts.jsonl, with ids, mask, rewards and text."""
-        write_rollouts(self.out_dir / "rollouts.jsonl", trajectories, tokenizer, **columns)
+        with _say_if_not_logged(self.out_dir):
+            write_rollouts(self.out_dir / "rollouts.jsonl", trajectories, tokenizer, **columns)
 
     def summary(self, values: dict) -> None:
         """Prints the last lines of a run, one `key: value` each, for people and for grep."""
@@ -206,6 +225,18 @@ class Log:
         print_summary({**values, "minutes": minutes, "peak_memory_gb": peak}, self.print)
 
 
+@contextlib.contextmanager
+def _say_if_not_logged(out_dir: Path):
+    """Turns what a disk refuses into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write the log in '{out_dir}' ({error.strerror or error}): what was saved is "
+            "whole, so make room and go on with --resume=true"
+        ) from error
+
+
 def print_summary(values: dict, say=print) -> None:
     """Prints a `key: value` line each."""
     for key, value in values.items():
@@ -214,17 +245,33 @@ def print_summary(values: dict, say=print) -> None:
 
 
 def _drop(path: Path, start: int) -> None:
-    """Takes the rows of step `start` and later out of a .jsonl, and a torn last line."""
+    """Takes the rows of step `start` and later out of a .jsonl, and a torn last line. Lines that
+    cannot be read stay as they are, and the user is told of them."""
     if not path.exists():
         return
     aside = path.with_name(path.name + ".new")
-    with open(aside, "w", encoding="utf-8") as file:
-        for row in each_row(path):
-            if row["step"] < start:
-                file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    damaged = []  # numbers of lines
+    with open(path, "rb") as before, open(aside, "wb") as after:
+        for number, line in enumerate(before, 1):
+            row = row_of(line)
+            if row is not None and is_of_step(row):
+                if row["step"] < start:
+                    after.write(line if line.endswith(b"\n") else line + b"\n")
+                continue
+            is_torn = not line.endswith(b"\n")  # by a kill: the last one, of a step to come
+            if not is_torn:
+                damaged.append(number)
+                after.write(line)
+        after.flush()
+        os.fsync(after.fileno())
     aside.replace(path)  # all or nothing: a kill in between leaves the file as it was
+    if damaged:
+        many = ", …" if len(damaged) > 5 else ""
+        which = ", ".join(map(str, damaged[:5])) + many
+        tell(
+            f"{path} is damaged, line {which} of it is no row of a step: left as it is, the run "
+            "goes on behind it"
+        )
 
 
 # ---- rollouts.jsonl

@@ -41,10 +41,10 @@ ROLLOUT_KEYS = (
 def curves(out_dir) -> None:
     """Draws metrics.jsonl as curves.png: of what is measured at each step a point and the running
     mean, of what is held out a marker for each time that it was measured."""
-    rows = read(Path(out_dir) / "metrics.jsonl")
+    rows = [finite_numbers(row) for row in steps_of(Path(out_dir) / "metrics.jsonl")]
     panels = []
     for title, keys in CURVES:
-        measured = [key for key in keys if any(row.get(key) is not None for row in rows)]
+        measured = [key for key in keys if any(key in row for row in rows)]
         if measured:
             panels.append((title, measured))
     if not panels:
@@ -65,15 +65,16 @@ def curves(out_dir) -> None:
 def _draw_panel(axes, title: str, keys: list[str], rows: list[dict]) -> None:
     window = max(5, len(rows) // 40)  # steps
     for colour, key in zip(COLOURS, keys, strict=False):
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-        steps = [step for step, _ in points]
-        values = [value for _, value in points]
+        measured = [row for row in rows if key in row]
+        steps = [row["step"] for row in measured]
+        values = [row[key] for row in measured]
         label = LABELS.get(key, key)
         if key.startswith("val_"):
             axes.plot(steps, values, "o-", color=colour, markersize=4, label=label)
         else:
             axes.plot(steps, values, ".", color=colour, alpha=0.35, markersize=4)
-            axes.plot(steps, _running_mean(points, window), color=colour, label=label)
+            means = _running_mean(steps, values, window)
+            axes.plot(steps, means, color=colour, label=label)
     if len(keys) > 1:
         axes.legend(frameon=False, fontsize=8)
     if all(key.endswith(("accuracy", "rate")) for key in keys):
@@ -83,14 +84,16 @@ def _draw_panel(axes, title: str, keys: list[str], rows: list[dict]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _running_mean(points: list[tuple], window: int) -> list[float]:
-    """For each (step, value) the mean of the values in the last few steps: of what is measured more
-    seldom, itself."""
+def _running_mean(steps: list[int], values: list[float], window: int) -> list[float]:
+    """For each step the mean of the values in the last few steps: of what is measured more seldom,
+    itself."""
     means = []
-    for i, (step, _) in enumerate(points):
-        candidates = points[max(0, i + 1 - window) : i + 1]
-        values = [value for earlier, value in candidates if earlier > step - window]
-        means.append(sum(values) / len(values))
+    first = 0  # the place of the earliest step that counts
+    for last, step in enumerate(steps):
+        while steps[first] <= step - window:
+            first += 1
+        recent = values[first : last + 1]
+        means.append(sum(recent) / len(recent))
     return means
 
 
@@ -101,7 +104,7 @@ def page(out_dir) -> None:
     """Writes report.html: page.html with the data of metrics.jsonl, rollouts.jsonl and config.py
     in it. It loads nothing else: it can be mailed."""
     out_dir = Path(out_dir)
-    rows = [finite_numbers(row) for row in read(out_dir / "metrics.jsonl")]
+    rows = [finite_numbers(row) for row in steps_of(out_dir / "metrics.jsonl")]
     rollouts, written = _shown_rollouts(out_dir / "rollouts.jsonl")
     data = {
         "out_dir": str(out_dir),
@@ -122,8 +125,12 @@ def page(out_dir) -> None:
 def _points(rows: list[dict]) -> dict[str, list]:
     """The values of each key, None where there is none; of many steps, means of a few of them."""
     size = max(1, math.ceil(len(rows) / POINTS))
-    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-    keys = dict.fromkeys(key for row in rows for key in row)  # each once, in order
+    parts = []
+    for start in range(0, len(rows), size):
+        parts.append(rows[start : start + size])
+    keys = {}  # each once, in order
+    for row in rows:
+        keys.update(row)
     points = {"step": [part[-1]["step"] for part in parts]}
     for key in keys:
         if key != "step":
@@ -133,7 +140,10 @@ def _points(rows: list[dict]) -> dict[str, list]:
 
 def _mean_of(key: str, rows: list[dict]) -> float | None:
     values = [row[key] for row in rows if key in row]
-    return six_digits(sum(values) / len(values)) if values else None
+    if not values:
+        return None
+    mean = sum(values) / len(values)
+    return six_digits(mean) if _is_finite(mean) else None  # the sum may be beyond all floats
 
 
 def _shown_rollouts(path: Path) -> tuple[list[dict], int]:
@@ -147,7 +157,7 @@ def _shown_rollouts(path: Path) -> tuple[list[dict], int]:
     chosen = set(_spread(written, max(2, most)))
     rollouts = []
     for number, row in enumerate(each_row(path, constant=str)):  # JSON proper has no NaN
-        if number in chosen:
+        if number in chosen and is_rollout(row):
             rollouts.append(_shown(row))
     return rollouts, written
 
@@ -167,7 +177,8 @@ def _shown(row: dict) -> dict:
         pieces = [f"{token} " for token in row["ids"]]
     shown["pieces"] = pieces
     shown["logprobs"] = row.get("logprobs")
-    shown["kinds"] = row.get("kinds") or _kinds_of_mask(row["mask"])
+    kinds = row.get("kinds") or row["mask"]
+    shown["kinds"] = kinds if isinstance(kinds, str) else _kinds_of_mask(kinds)
     return shown
 
 
@@ -183,8 +194,13 @@ def _settings(path: Path) -> list[tuple[str, str, str | None]]:
     if not path.exists():
         return []
     values = {}
-    for node in ast.parse(path.read_bytes()).body:
-        values[node.targets[0].id] = ast.unparse(node.value)
+    try:
+        written = ast.parse(path.read_bytes()).body
+    except (SyntaxError, ValueError):  # no file of a run: torn, or somebody else's
+        return []
+    for node in written:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            values[node.targets[0].id] = ast.unparse(node.value)
     choices = [{}]  # where no script is near
     for script in sorted(config.HERE.glob("train_*.py")):
         choices.append(_defaults(script))
@@ -219,16 +235,74 @@ def each_row(path, constant=float) -> Iterator[dict]:
         return
     with open(path, "rb") as file:
         for line in file:
-            try:
-                yield json.loads(line, parse_constant=constant)
-            except ValueError:
-                continue
+            row = row_of(line, constant)
+            if row is not None:
+                yield row
+
+
+def row_of(line: bytes, constant=float) -> dict | None:
+    """Reads a line of a .jsonl; None for one that is no object."""
+    try:
+        row = json.loads(line, parse_constant=constant)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def steps_of(path) -> list[dict]:
+    """Reads the rows of a metrics.jsonl that are of a step."""
+    return [row for row in each_row(path) if is_of_step(row)]
+
+
+def is_of_step(row: dict) -> bool:
+    """Says whether a row names its step."""
+    step = row.get("step")
+    return type(step) is int and 0 <= step < 2**53
+
+
+def is_rollout(row: dict) -> bool:
+    """Says whether a row has what the page draws: of each token and each call, and of the right
+    types."""
+    ids = row.get("ids")
+    if not isinstance(ids, list):
+        return False
+    # 1. what there is one of for each token
+    kinds = row.get("kinds") or row.get("mask")
+    pieces = row.get("pieces")
+    if pieces is None:
+        pieces = ids
+    elif not _is_list(pieces, str):
+        return False
+    logprobs = row.get("logprobs")
+    if logprobs is None:
+        logprobs = ids
+    for values in (kinds, pieces, logprobs):
+        if not isinstance(values, list | str) or len(values) != len(ids):
+            return False
+    # 2. what happened
+    if not _is_list(row.get("turn_starts"), int) or not _is_list(row.get("calls"), dict):
+        return False
+    if not all(isinstance(call.get("arguments"), dict | None) for call in row["calls"]):
+        return False
+    are_advantages = isinstance(row.get("advantages"), list | None)
+    return are_advantages and isinstance(row.get("rewards"), dict | None)
+
+
+def _is_list(values, kind: type) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
 def finite_numbers(row: dict) -> dict:
     """Returns what of a row can be drawn."""
     numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
-    return {key: value for key, value in numbers.items() if math.isfinite(value)}
+    return {key: value for key, value in numbers.items() if _is_finite(value)}
+
+
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def six_digits(value):
@@ -246,9 +320,25 @@ def main(argv: list[str]) -> None:
     files = [out_dir / name for name in ("metrics.jsonl", "rollouts.jsonl")]
     if not any(file.exists() for file in files):
         raise config.UserError(f"no run in '{out_dir}': expected metrics.jsonl or rollouts.jsonl")
+    _tell_what_is_left_out(*files)
     curves(out_dir)
     page(out_dir)
     print(f"{out_dir / 'report.html'}")
+
+
+def _tell_what_is_left_out(metrics: Path, rollouts: Path) -> None:
+    """Says how many lines are no rows of a run, so that nobody misses them on the page."""
+    for file, belongs in ((metrics, is_of_step), (rollouts, is_rollout)):
+        if not file.exists():
+            continue
+        left_out = 0
+        with open(file, "rb") as opened:
+            for line in opened:
+                row = row_of(line, constant=str)
+                if row is None or not belongs(row):
+                    left_out += 1
+        if left_out:
+            config.tell(f"{file}: {left_out} lines are no rows of a run and are left out")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,6 @@ class Config:
     tool_options: tuple[str, ...] = ()  # as in train_grpo.py: search.k=5
     tool_timeout: float = 10.0  # seconds a call may take
     tool_concurrency: int = 16  # calls that run at once
-    tool_cache: str = "memory"  # memory or none: whether results of pure tools are kept
     with_stdin: bool = False  # over HTTP: ends with its stdin, so with the program that started it
 
 
@@ -105,7 +104,6 @@ def toolbox(cfg: Config, tools: list[str]) -> Toolbox:
         cfg.tool_concurrency,
         cfg.tool_timeout,
         options=cfg.tool_options,
-        cache=cfg.tool_cache,
     )
 
 

@@ -8,6 +8,9 @@ import pytest
 # A script that starts the tests in its background has them ignore Ctrl-C, and some are about it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# nohup has them, and what they start, ignore the end of the terminal; some are about that too.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Tiny tensors: a second thread gains nothing, and on a busy machine waiting costs 100 times.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -4,6 +4,9 @@ pytest tests/test_answers.py
 """
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +21,7 @@ from grading.equality import (
     QUICK,
     SLOW,
     WASTED,
+    WORKERS,
     NotCompared,
     _compared,
     _Comparer,
@@ -25,6 +29,7 @@ from grading.equality import (
     equal,
 )
 from rewards import correct
+from run.worker import ENVIRONMENT
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 needs_real_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no real data in ../shared/data")
@@ -496,6 +501,109 @@ def test_answers_that_never_end_do_not_keep_others_waiting():
     assert set(verdicts[1::2]) == {False, None}
     assert sum(asked) - 64 * QUICK <= 64 * QUICK + WASTED + 2 * SLOW  # two may be on their way
     assert 64 * QUICK + WASTED <= 20
+
+
+def processor_seconds(workers):
+    """What the processes have taken so far, and their forks that have ended."""
+    ticks = 0
+    for worker in workers.workers:
+        if worker.process is not None:
+            stat = Path(f"/proc/{worker.process.pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += sum(int(field) for field in stat[11:15])  # utime, stime, cutime, cstime
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what a process has taken")
+def test_what_answers_that_never_end_take_of_the_processor_is_bounded():
+    """B7: real ones, in real workers. Counted is the time of the processor, so a busy machine
+    changes nothing; of 64 the bound is then that of the test above."""
+    count = 10
+    comparer = _Comparer()
+    try:
+        for number in range(WORKERS):  # each starts and imports
+            comparer.workers.workers[number].ask(
+                {"said": "x", "gold": "y", "seconds": SLOW}, seconds=600
+            )
+        assert comparer.same("1+x", "x+1")
+        before = processor_seconds(comparer.workers)
+
+        def compare(number):
+            said = f"{BOMB}+{number}" if number % 2 else f"{number}+x"
+            try:
+                return comparer.same(said, f"x+{number}")
+            except NotCompared:
+                return None
+
+        with ThreadPoolExecutor(8) as threads:
+            verdicts = list(threads.map(compare, range(2 * count)))
+        spent = processor_seconds(comparer.workers) - before
+    finally:
+        comparer.workers.stop()
+    assert verdicts[::2] == [True] * count
+    assert set(verdicts[1::2]) <= {False, None}
+    second_tries = WASTED + SLOW * max(1, WORKERS // 2)
+    of_honest = 0.2 * count  # 0.1 each, and some second tries where QUICK was too short
+    assert spent <= 1.5 * QUICK * count + second_tries + of_honest + 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there are no layers")
+def test_a_comparison_can_do_nothing_but_compare(tmp_path):
+    """B7: what math-verify makes of a model's text runs without a network, files to write,
+    processes, or a way to others; what it imports late is still found."""
+    script = tmp_path / "tries.py"
+    script.write_text(TRIES.format(root=str(Path(__file__).parent.parent), place=str(tmp_path)))
+    env = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    done = subprocess.run(
+        [sys.executable, script], env=env, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout)
+    if not said["layers"]["seccomp"]:
+        pytest.skip("this system lacks the layer seccomp")
+    tried = said["tried"]
+    assert {name for name, could in tried.items() if could} == {"imports what was not imported"}
+    assert len(tried) >= 9 and said["whole"] is True and said["endless"] is None
+
+
+TRIES = """
+import json, os, socket, subprocess, sys
+sys.path.insert(0, {root!r})
+from grading import math_worker
+math_worker.prepare()
+def connects():
+    socket.create_connection(("127.0.0.1", 9), timeout=1)
+def pairs():
+    near, far = socket.socketpair()
+    near.sendmsg([b"x"])
+def writes():
+    open({place!r} + "/left", "w")
+def removes():
+    os.unlink({place!r} + "/tries.py")
+def forks():
+    if os.fork() == 0: os._exit(0)
+def runs():
+    os.execv("/bin/true", ["true"])
+def signals():
+    os.kill(os.getppid(), 0)
+def looks():
+    open("/proc/%d/environ" % os.getppid()).read()
+def watches():
+    os.pidfd_open(os.getppid())
+def could(work):
+    def question():
+        work()
+        return True
+    return math_worker.in_fork(question, 5.0)
+def late():
+    import wave, xml.dom.minidom
+tried = {{work.__name__: could(work) for work in (
+    connects, pairs, writes, removes, forks, runs, signals, looks, watches)}}
+tried["imports what was not imported"] = could(late)
+asked = dict(said="1+x", gold="x+1", seconds=5.0)
+endless = dict(said="9^{{9^{{9^{{9}}}}}}+x", gold="x+1", seconds=0.2)
+print(json.dumps(dict(layers=math_worker._layers, tried=tried,
+    whole=math_worker.answer(asked)["same"], endless=math_worker.answer(endless)["same"])))
+"""
 
 
 def test_a_plain_answer_costs_microseconds_and_no_text_much_more():

@@ -15,7 +15,16 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from test_formats import RESPONSE_TEMPLATES, WRITERS, assistant, chat_of, closed, exact
+from test_formats import (
+    QUOTED,
+    RESPONSE_TEMPLATES,
+    WRITERS,
+    assistant,
+    chat_of,
+    closed,
+    exact,
+    last_place,
+)
 from transformers.utils.chat_parsing import parse_response
 
 from chat import Call, Chat
@@ -32,6 +41,8 @@ JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array"}
 # Template -> format. The text formats of one string argument have a test of their own.
 PAIRS = WRITERS | {"chatml, json_actions": "json_actions"}
 WHOLE = ("chatml", "llama", "mistral_v11", "qwen3_8", "chatml, json_actions")
+# In these a string is written as it is, and a value's type is known by the schema alone.
+RAW = ("qwen_xml", "glm", "atem")
 
 
 def as_schema(given: dict) -> dict:
@@ -109,6 +120,12 @@ def shown(pair, tool) -> list[str]:
     if pair == "nemotron_3_nano":  # in tags of its own; descriptions without blanks around them
         about = [function, *function["parameters"]["properties"].values()]
         return [f"<name>{named(tool)}</name>"] + [a.get("description", "").strip() for a in about]
+    if pair == "gptoss":  # as TypeScript, where every parameter has a line
+        return [f"type {named(tool)} = ", *function["parameters"]["properties"]]
+    if pair.startswith("gemma4"):
+        return [f"declaration:{named(tool)}{{", *function["parameters"]["properties"]]
+    if pair in ("functiongemma", "muse_glimmer"):
+        return [json.dumps(function, ensure_ascii=False)]
     whole = function if PAIRS[pair] == "json_actions" else tool
     return [json.dumps(whole, ensure_ascii=False)]
 
@@ -153,7 +170,7 @@ def test_every_schema_is_shown_and_every_gold_call_survives_the_tokens(pair):
             assert exact(found) == exact(turn) and not any(call.error for call in found)
             if "tool_calls" in (message := chat.message(text, found)):
                 kept = [call["function"] for call in message["tool_calls"]]
-                assert [(f["name"], json.dumps(f["arguments"])) for f in kept] == exact(turn)
+                assert exact([Call(**function) for function in kept]) == exact(turn)
             else:
                 assert chat.format.inline
         prompt = chat.tokenizer.decode(ids[:start])
@@ -224,6 +241,14 @@ FITTING = {
 LETTERS = list("{}[]:,\"'\\ <>/=.-0123456789aeiou\n") + ["é", "漢", "😀", "\u200b", "\x00", "null"]
 WRONG = {"string": 5, "integer": [1], "number": [1], "boolean": {"a": 1}, "array": 7, "object": [1]}
 BEGINS = {"hermes": 11, "llama3": 7, "mistral": 12, "qwen_xml": 11, "json_actions": 1}
+BEGINS |= {"harmony": 5, "gemma4": 12, "functiongemma": 21, "glm": 11, "atem": 5}
+# Tags around names and values, of which one is left out.
+TAGS = {
+    "qwen_xml": ["<function=", "</function>", "<parameter=", "</parameter>"],
+    "glm": ["<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "</tool_call>"],
+    "atem": ["<atem:invoke name=", "</atem:invoke>", "<atem:parameter name=", "</atem:parameter>"],
+    "pythonic": [")"],
+}
 
 
 def parameters_of(chat, call) -> dict:
@@ -236,13 +261,16 @@ def written(chat, call, **changes) -> str:
 
 def truncated(chat, call, rng):
     text = written(chat, call)
-    xml = chat.format_name == "qwen_xml"
-    last = text.rindex("</function>") + 10 if xml else text.rindex("}")
-    return text[: rng.randint(BEGINS[chat.format_name], last)], ["bad_json"]
+    begin = BEGINS.get(chat.format_name) or text.index("(") + 1
+    return text[: rng.randint(begin, last_place(chat, text))], ["bad_json"]
 
 
 def renamed(chat, call, rng):
     name = call.name + rng.choice(["x", "_2", ".get", "-"])
+    if chat.format_name == "pythonic" and name.endswith("-"):  # no name there
+        # where nothing but a list marks a call, it is an answer
+        expected = ["bad_json"] if chat.format.style.start else []
+        return written(chat, Call(name, call.arguments)), expected
     return written(chat, Call(name, call.arguments)), ["unknown_tool"]
 
 
@@ -269,37 +297,50 @@ def too_large_or_too_deep(chat, call, rng):
     if typed := _typed_arguments(chat, call):
         text = written(chat, call, **{rng.choice(typed)[0]: "@@"})
         huge = rng.choice(["9" * 5000, "[" * 5000, '{"a":' * 5000])
-        return text.replace('"@@"', huge).replace("@@", huge), ["bad_json"]
+        return QUOTED.sub(huge, text), ["bad_json"]
 
 
 def _typed_arguments(chat, call) -> list[tuple[str, str]]:
     schemas = parameters_of(chat, call)["properties"]
     kinds = [(key, schemas[key].get("type")) for key in call.arguments]
-    xml = chat.format_name == "qwen_xml"
-    return [(key, kind) for key, kind in kinds if kind and not (xml and kind == "string")]
+    is_raw = chat.format_name in RAW
+    return [(key, kind) for key, kind in kinds if kind and not (is_raw and kind == "string")]
 
 
 def not_an_object(chat, call, rng):
     text, whole = written(chat, call), json.dumps(call.arguments, ensure_ascii=False)
-    if chat.format_name != "qwen_xml":
-        return text.replace(whole, rng.choice(["[1]", '"x"', "null", "5"])), ["bad_json"]
-    body = text.partition("<function")[0]
-    return f"{body}{whole}\n</tool_call>", ["bad_json"]
+    other = rng.choice(["[1]", '"x"', "null", "5"])
+    if chat.format_name == "qwen_xml":
+        return f"{text.partition('<function')[0]}{whole}\n</tool_call>", ["bad_json"]
+    if chat.format_name == "glm":
+        return f"<tool_call>{whole}\n</tool_call>", ["bad_json"]
+    if chat.format_name == "atem":
+        return f"{text.partition('<atem')[0]}{whole}", ["bad_json"]
+    if chat.format_name == "pythonic":
+        head, _, tail = text.partition("(")
+        return f"{head}({other}{tail[tail.rindex(')') :]}", ["bad_json"]
+    if "gemma" in chat.format_name:
+        head, _, tail = text.partition("{")
+        return f"{head}{other}{tail[tail.rindex('}') + 1 :]}", ["bad_json"]
+    return text.replace(whole, other), ["bad_json"]
 
 
 def in_other_quotes(chat, call, rng):
     text = written(chat, call)
-    if chat.format_name == "qwen_xml":
-        return text.replace("<", "&lt;"), []
+    if chat.format_name in RAW:
+        # a message for a tool is a call whatever it holds
+        return text.replace("<", "&lt;"), ["bad_json"] if chat.format_name == "atem" else []
+    if "gemma" in chat.format_name or chat.format_name == "pythonic":
+        changed = text.replace(getattr(chat.format, "quote", "'"), "`")
+        changed = changed.replace('"', "`") if chat.format_name == "pythonic" else changed
+        return None if changed == text else (changed, ["bad_json"])
     # "{'name'" does not begin like a call to llama3, whose calls have no marker
     return text.replace('"', "'"), [] if chat.format_name == "llama3" else ["bad_json"]
 
 
 def without_a_tag(chat, call, rng):
     """The last brace, or one of the tags around a name or a value."""
-    text, tag = written(chat, call), "}"
-    if chat.format_name == "qwen_xml":
-        tag = rng.choice(["<function=", "</function>", "<parameter=", "</parameter>"])
+    text, tag = written(chat, call), rng.choice(TAGS.get(chat.format_name, ["}"]))
     if tag in text:
         head, _, tail = text.rpartition(tag)
         return head + tail, ["bad_json"]
@@ -333,12 +374,15 @@ def noise(chat, call, rng):
     first = {"hermes": 12, "mistral": 12}.get(chat.format_name, 0)
     if named_style := chat.format_name == "mistral" and "[ARGS]" in text:
         first = text.index("[ARGS]") + 6
+    if chat.format_name == "harmony":
+        first = text.index("<|message|>") + 11
+    if chat.format_name in RAW or "gemma" in chat.format_name or chat.format_name == "pythonic":
+        return scrambled(text, 12, rng), None
     last = text.rindex("}") + 1 + text.rstrip().endswith("]") if first else len(text)
     body = scrambled(text[first:last], 12, rng)
     text = text[:first] + body + text[last:]
-    if chat.format_name == "qwen_xml":
-        return text, None
-    return text, _kinds(chat, body, call.name if named_style else "")
+    has_name = named_style or chat.format_name == "harmony"
+    return text, _kinds(chat, body, call.name if has_name else "")
 
 
 def _kinds(chat, body, name) -> list[str | None]:

@@ -493,7 +493,8 @@ def test_what_a_format_cannot_do_is_refused(tokenizer):
     """One sentence: what was given, what would do."""
     said = refusal(tokenizer, "xml", [ADD])
     assert said.endswith(
-        "one of auto, hermes, llama3, mistral, qwen_xml, fence, tags, json_actions"
+        "one of auto, hermes, llama3, mistral, qwen_xml, harmony, gemma4, functiongemma, glm, "
+        "pythonic, atem, fence, tags, json_actions"
     )
     assert "add needs (a, b)" in refusal(tokenizer, "fence", [ADD])
     assert "got python, search" in refusal(tokenizer, "fence", [PYTHON, SEARCH])

@@ -393,6 +393,31 @@ def test_values_of_many_kinds_are_carried_over(code, tests, wrong):
         assert passes(CHEATS[cheat], tests) == 0.0
 
 
+@pytest.mark.parametrize(
+    "value, test",
+    [
+        ("iter('ab')", "' '.join(map(str, f(1))) == 'a b'"),
+        ("(i for i in 'ab')", "[c + '!' for c in f(1)] == ['a!', 'b!']"),
+        ("zip('ab', [1, 2])", "dict((k, v) for k, v in f(1)) == {'a': 1, 'b': 2}"),
+        ("map(str, [1])", "''.join(f(1)) == '1'"),
+        ("__import__('itertools').chain([1], [2])", "sorted(f(1), reverse=True) == [2, 1]"),
+        ("reversed([1, 2])", "list(f(1)) == [2, 1]"),
+        ("{1: 2}.keys()", "f(1) == {1}"),
+        ("{1: 2}.items()", "f(1) == {(1, 2)}"),
+        ("{1: 2}.values()", "2 in f(1)"),
+        ("int", "f(1) == int"),
+        ("list", "f(1) is list"),
+        ("slice(1, 2)", "f(1) == slice(1, 2)"),
+        ("[range(2), {1: (i for i in [3])}]", "list(f(1)[1][1]) == [3]"),
+    ],
+)
+def test_iterators_views_and_types_leave_their_process_too(value, test):
+    """A8: each was a 0."""
+    assert passes(f"def f(x):\n    return {value}", f"assert {test}") == 1.0
+    for wrong in ("None", "[]", "iter(())", "{}.keys()", "str", "__import__('itertools').count()"):
+        assert passes(f"def f(x):\n    return {wrong}", f"assert {test}") == 0.0
+
+
 PATH = "from pathlib import Path\ndef f(x):\n    return Path(x)"
 IS_PATH = "from pathlib import Path\nassert f('a') == Path('a')"
 PAIR = (

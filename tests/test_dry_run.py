@@ -95,7 +95,7 @@ def test_real_rows_are_played_too(name, retriever, capsys):
 
 
 def test_a_tool_that_does_not_work_is_told_and_does_not_end_the_dry_run(capsys):
-    trajectory = played("nq_search.py", "http://127.0.0.1:9/retrieve", "--tool_timeout=5")
+    trajectory = played("nq_search.py", "http://127.0.0.1:9/retrieve", "--tool_timeout=600")
     assert [call.error for call in trajectory.calls] == ["network"]
     assert "tool: search failed (network)" in capsys.readouterr().out
 

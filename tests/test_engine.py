@@ -221,7 +221,7 @@ def draw(engine, logits, temperature, n=10_000):
     """How often each token is drawn from the same logits by n rows with the seeds 0 .. n - 1."""
     rows = [_Request([], Sampling(temperature), None, random.Random(seed)) for seed in range(n)]
     tokens = engine._sample(logits.expand(n, -1), rows)
-    logprobs = (logits / temperature).log_softmax(-1)
+    logprobs = (logits.double() / temperature).log_softmax(-1).float()
     assert [r.new[0] for r in rows] == tokens.tolist()
     assert torch.allclose(torch.tensor([r.logprobs[0] for r in rows]), logprobs[tokens])
     return Counter(tokens.tolist()), logprobs.exp()

@@ -58,6 +58,40 @@ p - q ~ -q + p
 78 ~ \boldsymbol{78}
 78 ~ **78**
 78 ~ $$78$$
+# of these kinds, and found later: signs, numbers and blanks that are written in another way
+\sqrt{2} ~ √2
+2\sqrt{3} ~ 2√3
+\sqrt{x+1} ~ √(x+1)
+\frac{1}{2} ~ ½
+7/2 ~ 3½
+7/2 ~ 3 1/2
+-7/2 ~ -3 1/2
+-3\frac{1}{2} ~ -3 1/2
+1000 ~ 1 000
+1,234,567 ~ 1 234 567
+1234.5 ~ 1 234.5
+\frac{1}{3} ~ 0.\overline{3}
+1/6 ~ 0.1\overline{6}
+\frac{4}{33} ~ 0.\overline{12}
+\infty ~ ∞
+(-\infty, 2) ~ (−∞, 2)
+\emptyset ~ \varnothing
+\varnothing ~ ∅
+\emptyset ~ \{\}
+x \le 3 ~ x ≤ 3
+x \geq 3 ~ x ≥ 3
+x \le 3 ~ x \leqslant 3
+x \neq 3 ~ x ≠ 3
+\pm 2 ~ ±2
+-7 ~ - 7
+7 ~ (7)
+5 ~ 5\\
+150 min ~ 150 minutes
+2 rad ~ 2 \text{ radians}
+O'Neil ~ O’Neil
+1939-1945 ~ 1939–1945
+Tom, Jerry ~ Tom and Jerry
+A, B ~ A and B
 \frac{1}{3} ~ \boldsymbol{\frac{1}{3}}
 \frac{1}{3} ~ \color{red}{\frac13}
 (1,2) ~ \left( 1, \, 2 \right)
@@ -137,6 +171,28 @@ p-q ~ q - p
 78 ~ \boldsymbol{87}
 78 ~ {7}{8}
 7, 8 ~ 78
+\sqrt{2} ~ √3
+\frac{1}{2} ~ ¾
+7/2 ~ 2 1/2
+31/2 ~ 3 1/2
+1 ~ 1 1/0
+1000 ~ 10 00
+10000 ~ 1 0000
+0.3 ~ 0.\overline{3}
+0.\overline{3} ~ 0.333
+0.\overline{12} ~ 0.\overline{21}
+\infty ~ -∞
+\emptyset ~ 0
+\emptyset ~ \{0\}
+x \le 3 ~ x ≥ 3
+x < 3 ~ x ≤ 3
+\pm 2 ~ 2
+150 min ~ 150 hours
+5 rad ~ 5 deg
+1939-1945 ~ 1939–1946
+Tom, Jerry ~ Tom and Terry
+5 ~ 5 or more
+2 ~ 2 thirds
 \{7, 8\} ~ \{78\}
 \frac{1}{3} ~ \boldsymbol{\frac{3}{1}}
 # lists

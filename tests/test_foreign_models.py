@@ -152,6 +152,82 @@ def test_a_run_saves_once_before_its_first_step(brought, tmp_path, monkeypatch):
     train_grpo.train(resumed)  # mended, it begins
 
 
+# Folders that are not whole
+
+
+def weights(change_them):
+    def damage(folder):
+        from safetensors.torch import load_file, save_file
+
+        table = load_file(folder / "model.safetensors")
+        change_them(table)
+        save_file(table, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def setting(**values):
+    return lambda folder: change(folder / "config.json", **values)
+
+
+def text(name, written):
+    return lambda folder: (folder / name).write_text(written)
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+MLP = "model.layers.0.mlp.down_proj.weight"
+GIT_LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+CODE = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+BROKEN = {  # what people bring -> a part of the one sentence
+    "no config": (without("config.json"), "has no config.json"),
+    "no weights": (without("model.safetensors"), "no file named model.safetensors"),
+    "no tokenizer": (without("tokenizer.json"), "tokenizer"),
+    "a pointer of git-lfs": (text("model.safetensors", GIT_LFS), "header"),
+    "no bytes": (text("model.safetensors", ""), "header"),
+    "a config that is a list": (text("config.json", "[]"), "model = "),
+    "a torn config": (text("config.json", '{"model_type"'), "not a valid JSON"),
+    "a torn tokenizer": (text("tokenizer.json", "{"), "model = "),
+    "a tokenizer's config that is a list": (text("tokenizer_config.json", "[]"), "model = "),
+    "a weight is missing": (weights(lambda table: table.pop(MLP)), f"no weights for {MLP}, so"),
+    "weights of another shape": (
+        weights(lambda table: table.update({MLP: torch.ones(3, 3)})),
+        "model = ",
+    ),
+    "weights that are no numbers": (weights(lambda table: table[MLP].fill_(torch.nan)), "damaged"),
+    "no head": (setting(tie_word_embeddings=False), "no weights for lm_head.weight"),
+    "an unknown kind": (setting(model_type="foo"), "`foo`"),
+    "code of its own": (setting(model_type="foo", auto_map=CODE), "model = "),
+    "no kind": (setting(model_type=None), "model = "),
+    "an encoder": (setting(model_type="bert"), "no weights for"),
+    "another vocabulary": (setting(vocab_size=3), "model = "),
+    "no layers": (setting(num_hidden_layers=0), "num_hidden_layers"),
+    "a half of the shards": (
+        lambda folder: (
+            (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors"),
+            change(folder / "model.safetensors.index.json", metadata={}, weight_map={"x": "y"}),
+        ),
+        "model = ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_folder_that_is_not_whole_is_refused_in_one_sentence(name, brought, monkeypatch):
+    """B5: weights that are missing were made up, and trained; a folder with code of its own waited
+    for an answer of who may be asleep."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    damage, part = BROKEN[name]
+    damage(brought)
+    assert part in refusal(brought, "full")
+
+
+def test_there_are_at_least_twenty_of_them():
+    assert len(BROKEN) >= 20
+
+
 # Adapters of others
 
 

@@ -7,13 +7,15 @@ a parser could read in two ways is refused; and that format=auto finds the templ
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import trl
 from conftest import CHATML, make_tokenizer
+from family_templates import FAMILIES
 from test_chat import ADD, LLAMA, PYTHON, SYSTEM, USER, encode, run, schema
-from test_templates import TOKEN
+from test_templates import TOKEN, UNSAID
 from transformers.utils.chat_parsing import parse_response
 
 from chat import Call, Chat
@@ -81,6 +83,20 @@ WRITERS = {
     "qwen3_5_think": "qwen_xml",  # True as in Python
     "qwen3_8": "qwen_xml",  # true as in JSON
     "nemotron_3_nano": "qwen_xml",  # a line break behind a call
+    "gptoss": "harmony",
+    "gemma4_v5": "gemma4",
+    "gemma4_v2": "gemma4",  # results in a turn of their own, None as in Python
+    "functiongemma": "functiongemma",
+    "glm4moe": "glm",
+    "glm4moe_training": "glm",
+    "glm4_7": "glm",  # no line breaks between tags
+    "lfm2": "pythonic",  # calls in the content
+    "lfm2_v2": "pythonic",
+    "lfm2_2_5": "pythonic",  # lists as in Python
+    "olmo3": "pythonic",  # a line each, values as in JSON
+    "llama4": "pythonic",  # nothing but a list
+    "toolace": "pythonic",
+    "muse_glimmer": "atem",
 }
 # What such templates' repositories may carry for transformers' own parser.
 _BLOCK = {
@@ -120,8 +136,12 @@ def tokenizer_of(name):
         return make_tokenizer(LLAMA, special, eos="<|eot_id|>")
     if name in MISTRAL:
         return make_tokenizer(MISTRAL[name], MISTRAL_TOKENS, eos="</s>", bos="<s>")
+    if name in FAMILIES:
+        template, special, eos = FAMILIES[name]
+        return make_tokenizer(template, special, eos=eos, bos="<s>")
     template = (TEMPLATES / f"{name}.jinja").read_text()
-    return make_tokenizer(template, sorted(set(TOKEN.findall(template))), eos="</s>", bos="<s>")
+    special = sorted({*TOKEN.findall(template), *UNSAID.get(name, ())})
+    return make_tokenizer(template, special, eos="</s>", bos="<s>")
 
 
 _TOKENIZERS = {}
@@ -134,12 +154,32 @@ def chat_of(name, tools, format="auto") -> Chat:
 
 
 def closed(chat, text):
-    return [*encode(chat, text), chat.stop_ids[0]]
+    """A sampled turn, ended as the template ends a call or an answer."""
+    calls = chat.parse(encode(chat, text))[1]
+    stop = chat.facts.call_close if calls and not chat.format.inline else chat.facts.close
+    return [*encode(chat, text), chat.tokenizer.convert_tokens_to_ids(stop)]
 
 
 def exact(calls):
-    """Names and arguments, 5 apart from 5.0 and True from 1."""
-    return [(call.name, json.dumps(call.arguments)) for call in calls]
+    """Names and arguments, 5 apart from 5.0 and True from 1; some formats sort the keys."""
+    return [(call.name, json.dumps(call.arguments, sort_keys=True)) for call in calls]
+
+
+# "@@" as any format writes it.
+QUOTED = re.compile(r"""(["']|<\|"\|>|<escape>|)@@\1""")
+# What a call has to be cut behind to be whole: only tags of its end follow.
+LAST = {
+    "qwen_xml": "</function>",
+    "glm": "</tool_call>",
+    "pythonic": ")",
+    "atem": "</atem:function_calls>",
+}
+
+
+def last_place(chat, text) -> int:
+    """Where the last letter stands that a call cannot do without."""
+    last = LAST.get(chat.format_name, "}")
+    return text.rindex(last) + len(last) - 1
 
 
 def assistant(*calls, text=""):
@@ -161,12 +201,17 @@ def test_auto_finds_the_format_of_a_template(name):
     assert chat_of(name, []).format_name == WRITERS[name]  # rows without tools, too
 
 
-@pytest.mark.parametrize("name", ["gemma4", "qwen2_5_vl"])
-def test_auto_says_what_would_do_where_a_template_has_no_format_of_ours(name):
+def test_auto_says_what_would_do_where_a_template_has_no_format_of_ours():
     """One that writes calls in a way of its own, and one that shows no tools."""
+    own = CHATML.replace("<tool_call>\\n", "<<").replace("\\n</tool_call>", ">>")
+    tokenizer = make_tokenizer(own, ["<|im_start|>", "<|im_end|>"])
+    with pytest.raises(
+        UserError, match="writes a call as .*use format=json_actions, fence or tags"
+    ):
+        Chat(tokenizer, "auto", [ADD])
     with pytest.raises(UserError, match="use format=json_actions, fence or tags"):
-        chat_of(name, [ADD])
-    assert chat_of(name, []).format_name == "hermes"  # nothing to call
+        chat_of("qwen2_5_vl", [ADD])
+    assert chat_of("qwen2_5_vl", []).format_name == "hermes"  # nothing to call
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -178,11 +223,13 @@ def test_a_rollout_renders_again_as_it_was_sampled(name):
     calls = [Call(c.name, c.arguments, id=f"idOfCall{n}") for n, c in enumerate(calls)]
     think = "hm\n</think>\n\n" if chat.facts.opening else ""
     lead = "" if chat.facts.opening else chat.facts.lead
-    for words in ("", "I add.") if WRITERS[name] != "llama3" else ("",):
-        before = think + lead if words else think
+    call_lead = "" if chat.facts.opening else chat.facts.call_lead
+    has_words = "I add." in chat.format.write("I add.", calls)
+    for words in ("", "I add.") if has_words else ("",):
+        before = think + (lead if words else call_lead)
         said = before + chat.format.write(words, calls)
         turns = [(closed(chat, said), ["5", "10"][: len(calls)])]
-        turns.append((closed(chat, think + lead + "So."), []))
+        turns.append((closed(chat, think + lead + chat.format.write("So.", [])), []))
         ids, mask, messages = run(chat, turns)
         assert chat.render(messages) == (ids, mask)
         assert [m["role"] for m in messages[2:]] == ["assistant"] + ["tool"] * len(calls) + [
@@ -198,6 +245,7 @@ def test_a_malformed_turn_renders_again_as_it_was_sampled(name):
     chat = chat_of(name, [ADD])
     think = "hm\n</think>\n\n" if chat.facts.opening else ""
     lead = "" if chat.facts.opening else chat.facts.lead
+    call_lead = "" if chat.facts.opening else chat.facts.call_lead
     good = chat.format.write("", [Call("add", {"a": 2, "b": 3}, id="abcdefghi")])
     for tag in ("}", "</function>", "name"):
         head, found, tail = good.rpartition(tag)
@@ -205,8 +253,8 @@ def test_a_malformed_turn_renders_again_as_it_was_sampled(name):
         calls = chat.format.parse(bad)
         if not calls:  # llama3 without its "name": no call
             continue
-        turns = [(closed(chat, think + bad), ["no", "5"][: len(calls)])]
-        turns.append((closed(chat, think + lead + "So."), []))
+        turns = [(closed(chat, think + call_lead + bad), ["no", "5"][: len(calls)])]
+        turns.append((closed(chat, think + lead + chat.format.write("So.", [])), []))
         ids, mask, messages = run(chat, turns)
         assert chat.render(messages) == (ids, mask)
 
@@ -215,7 +263,8 @@ def test_a_malformed_turn_renders_again_as_it_was_sampled(name):
 def test_what_a_template_writes_is_read_back(name):
     """The template's own text of the whole conversation holds the call as the format writes it."""
     chat = chat_of(name, [ANY])
-    arguments = {"x": ' "5"\n', "n": 5, "f": 5.0, "b": True, "o": {"k": [1, "ü"]}, "a": [None]}
+    text = ' "5"' if "escapes nothing in the text of a call" in chat.differences else ' "5"\n'
+    arguments = {"x": text, "n": 5, "f": 5.0, "b": True, "o": {"k": [1, "ü"]}, "a": [None]}
     calls = [Call("any", arguments)] * (2 if chat.format.parallel else 1)
     messages = [USER, assistant(*calls)]
     ids, mask = chat.render(messages)
@@ -252,7 +301,7 @@ def test_a_call_that_was_cut_is_no_whole_call(name):
     """Pitfall 8: at no place but the last can it be cut and still run."""
     chat = chat_of(name, [ADD])
     text = chat.format.write("", [Call("add", {"a": 2, "b": 3})])
-    last = text.rindex("</function>") + 10 if "</function>" in text else text.rindex("}")
+    last = last_place(chat, text)
     for cut in range(len(text)):
         calls = chat.format.parse(text[:cut])
         assert all(call.error == "bad_json" for call in calls) or cut > last
@@ -264,7 +313,7 @@ def test_a_deep_value_is_a_malformed_call_and_never_a_crash(name, depth):
     """Pitfall 9: near Python's recursion limit what can be read can often not be written again."""
     chat = chat_of(name, [ANY])
     text = chat.format.write("", [Call("any", {"a": "@@"})])
-    text = text.replace('"@@"', "@@").replace("@@", "[" * depth + "]" * depth)
+    text = QUOTED.sub("[" * depth + "]" * depth, text)
     if chat.facts.opening:
         text = "hm\n</think>\n\n" + text
     text, [call] = chat.parse(closed(chat, text))

@@ -12,6 +12,7 @@ where layers are missing: tests/test_tool_python.py.
 import asyncio
 import glob
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -872,7 +873,7 @@ MODES = {"docker": 0, "user": USER, "macos": 0}
 
 @pytest.mark.skipif(MODE != "", reason="we are inside")
 @pytest.mark.parametrize("mode", MODES)
-def test_what_a_mode_can_hold_is_held_there_too(mode, tmp_path):
+def test_what_a_mode_can_hold_is_held_there_too(mode, tmp_path, request):
     """C3: a program that needs a layer which the mode lacks is a skip with the layer's name; that
     line, or a refusal, is what a user of the mode reads."""
     if mode != "macos" and not sandbox.layers()["seccomp"]:
@@ -880,24 +881,48 @@ def test_what_a_mode_can_hold_is_held_there_too(mode, tmp_path):
     uid = MODES[mode]
     if uid and os.geteuid() != 0:
         uid = 0  # we are a plain user already
+    if uid:  # pytest's own folders are closed to other users
+        tmp_path = Path(tempfile.mkdtemp(prefix="hostile-mode-"))
+        request.addfinalizer(lambda: shutil.rmtree(tmp_path, ignore_errors=True))
+        os.chown(tmp_path, uid, uid)
     argv = ["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", f"--basetemp={tmp_path}/base"]
     argv.append(__file__)
     if mode != "macos":
         argv = ["-c", WITHOUT_NAMESPACES, str(uid), *argv]
-    if uid:
-        os.chown(tmp_path, uid, uid)
-        readable = subprocess.run(
-            [sys.executable, "-c", f"import os; os.setuid({uid}); os.execv({sys.executable!r}, "
-             f"['python', '-c', 'import pytest, tools.python'])"], cwd=ROOT_FOLDER,
-        )  # fmt: skip
-        if readable.returncode != 0:
-            pytest.skip("another user cannot run this python")
     env = os.environ | {"HOSTILE_MODE": mode, "HOME": str(tmp_path)}
+    program = sys.executable
+    if uid:
+        program = python_of_all_users(uid, env)
+        if not program:
+            pytest.skip("another user can run no python that has what this one has")
     done = subprocess.run(
-        [sys.executable, *argv], cwd=ROOT_FOLDER, env=env, capture_output=True, text=True
+        [program, *argv], cwd=ROOT_FOLDER, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    print(f"{mode}: {done.stdout.splitlines()[-1]}")
     assert " passed" in done.stdout
+
+
+def python_of_all_users(uid, env):
+    """A python of this version which that user can run, this one or the system's, with the packages
+    of this one; "" if there is none. Sets the path of the packages in env."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    become = f"import os, sys; os.setuid({uid}); os.execv(sys.argv[1], sys.argv[1:])"
+    for program in (sys.executable, f"/usr/bin/{version}", f"/usr/local/bin/{version}"):
+        if not os.path.exists(program):
+            continue
+        wanted = {}
+        if program != sys.executable:
+            wanted["PYTHONPATH"] = os.pathsep.join(packages)
+        imports = [program, "-c", "import pytest, numpy, sympy, tools.python"]
+        tried = subprocess.run(
+            [sys.executable, "-c", become, *imports], cwd=ROOT_FOLDER, env=env | wanted
+        )
+        if tried.returncode == 0:
+            env.update(wanted)
+            return program
+    return ""
 
 
 def test_a_mode_is_what_it_says():

@@ -33,9 +33,11 @@ def stub(head_class, vocabulary=VOCABULARY, tokens=20, hidden=8, bias=True):
     torch.manual_seed(0)
     head = head_class(hidden, vocabulary, bias)
     states = torch.randn(1, tokens, hidden, requires_grad=True)
-    config = SimpleNamespace(vocab_size=vocabulary)
+    config = SimpleNamespace(vocab_size=vocabulary, model_type="")
+    decoder = torch.nn.Module()
+    decoder.forward = lambda **_: SimpleNamespace(last_hidden_state=states)
     model = SimpleNamespace(
-        get_decoder=lambda: lambda **_: SimpleNamespace(last_hidden_state=states),
+        get_decoder=lambda: decoder,
         get_output_embeddings=lambda: head,
         config=SimpleNamespace(get_text_config=lambda: config),
     )

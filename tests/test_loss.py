@@ -848,8 +848,11 @@ def test_softcap_bias_and_adapters_of_the_test_models_do_change_the_logprobs():
 
 
 @pytest.mark.parametrize("scale", ["logits_scaling", "logit_scale"])
-def test_a_model_whose_logits_are_not_what_its_head_gives_is_refused(scale, tmp_path, tokenizer):
-    """Pitfall 18: Granite divides its logits by a number, Cohere multiplies them."""
+def test_a_model_whose_logits_are_not_what_its_head_gives_is_refused(
+    scale, tmp_path, tokenizer, monkeypatch
+):
+    """Pitfall 18: Granite divides its logits by a number, Cohere multiplies them. Both are known
+    (tests/test_architectures.py): this is what becomes of the next one."""
     from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
 
     shape = {**_shape(), "vocab_size": len(tokenizer)}
@@ -858,6 +861,8 @@ def test_a_model_whose_logits_are_not_what_its_head_gives_is_refused(scale, tmp_
     else:
         model = CohereForCausalLM(CohereConfig(**shape, logit_scale=0.25))
     models.save(model, tokenizer, tmp_path)
+    models.load(str(tmp_path), "full", device="cpu")
+    monkeypatch.setattr("learning.logprobs.logits_factor", lambda model: 1.0)
     for tune in ("full", "lora"):
         with pytest.raises(UserError, match="its logprobs differ by .* from those"):
             models.load(str(tmp_path), tune, device="cpu")

@@ -53,6 +53,8 @@ def test_an_id_that_says_nothing_is_none(id):
         call(""),
         call("[1]"),
         call([1]),
+        call({}, name=""),
+        call('{"x": 1, "x": 2}'),  # one of them would be lost
     ],
 )
 def test_what_is_no_call_is_refused_and_shown(wrong):
@@ -60,6 +62,23 @@ def test_what_is_no_call_is_refused_and_shown(wrong):
         calls_of(message(call({}), wrong))
     form = '{"function": {"name": …, "arguments": an object or its JSON}}'
     assert str(caught.value) == f"its tool call {wrong!r}: expected {form}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        '{"x": NaN}',
+        {"x": float("inf")},
+        {"x": {1, 2}},
+        '{"x": ' + "[" * 200 + "]" * 200 + "}",
+        "[" * 100_000,
+    ],
+)
+def test_arguments_that_no_parser_would_read_are_refused(arguments):
+    """A16: a model would be trained to write what is a malformed call."""
+    with pytest.raises(UserError, match="^its tool call ") as caught:
+        calls_of(message(call(arguments)))
+    assert len(str(caught.value)) < 400
 
 
 def test_calls_that_are_no_list_are_refused():
@@ -174,3 +193,38 @@ def test_a_message_without_content_is_refused_unless_it_calls_or_is_a_result():
     silent = {"role": "tool", "content": None}
     contents = [made["content"] for made in read(USER, calling, silent)]
     assert contents == ["Go.", "", ""]
+
+
+def result(content, **keys):
+    return {"role": "tool", "content": content, **keys}
+
+
+def results_of(*results, names=("find", "look")):
+    asked = message(*[call({}, name) for name in names])
+    said = read_messages([{"role": "user", "content": "?"}, asked, *results], "messages", False)
+    return [(each["name"], each["content"]) for each in said[2:]]
+
+
+def test_results_without_ids_stand_by_their_names():
+    """A16: in another order than their calls, each was taken for the other's."""
+    in_order = [("find", "1"), ("look", "2")]
+    assert results_of(result("2", name="look"), result("1", name="find")) == in_order
+    assert results_of(result("1", name="find"), result("2", name="look")) == in_order
+    assert results_of(result("1"), result("2")) == in_order
+    assert results_of(result("1", name="find"), result("2")) == in_order
+    both = results_of(result("1", name="find"), result("2", name="find"), names=("find", "find"))
+    assert both == [("find", "1"), ("find", "2")]
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        (result("2", name="look"), result("1", name="other")),
+        (result("2", name="look"), result("1")),
+        (result("1", name="find"), result("2", name="find")),
+    ],
+)
+def test_a_result_of_another_call_of_the_turn_is_refused(results):
+    """A16."""
+    with pytest.raises(UserError, match="stands where one of '(find|look)' is expected"):
+        results_of(*results)

@@ -367,7 +367,7 @@ def keys_in(text):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_key_with_a_value_is_a_key(page):
     """Also in the text, where it stands beside no command."""
-    scripts = [*ROOT.glob("*.py"), ROOT / "serve/mcp_server.py", ROOT / "learning/merge.py"]
+    scripts = [*ROOT.glob("*.py"), ROOT / "serve/mcp_server.py", *ROOT.glob("learning/*.py")]
     scripts += [ROOT / "dev/pictures.py", *ROOT.glob("bench/*.py")]
     keys = {"dry_run"}.union(*(keys_of(script) for script in scripts))
     assert keys_in(PAGES[page]) - keys == set()

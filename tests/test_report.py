@@ -5,6 +5,7 @@ loggers, and report.html, whose data must survive whatever a model writes.
 """
 
 import html.parser
+import io
 import json
 import random
 import re
@@ -135,6 +136,76 @@ def test_a_kill_while_rows_are_dropped_leaves_the_file_as_it_was(tmp_path, monke
     with pytest.raises(OSError):
         a_log(tmp_path, start=2)
     assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+DAMAGED = {  # lines that a run did not write
+    "no JSON": b'{"step": 1, "loss"\n',
+    "another object": b'{"name": "somebody else"}\n',
+    "no object": b"[1, 2]\n",
+    "bytes": b"\xff\x00\xfe\n",
+    "a step that is none": b'{"step": "one"}\n',
+    "nothing": b"\n",
+    "too deep": b"[" * 100_000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts.jsonl"])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_lines_stay_and_are_told_when_a_run_goes_on(damage, name, tmp_path, capsys):
+    """B9: they were deleted without a word; all rows that can be read are there still, too."""
+    line = DAMAGED[damage]
+    rows = [b'{"step": %d, "loss": 0.5}\n' % step for step in range(4)]
+    (tmp_path / name).write_bytes(b"".join([*rows[:2], line, *rows[2:], b'{"step": 4, "lo']))
+    a_log(tmp_path, start=3)
+    assert (tmp_path / name).read_bytes() == b"".join([*rows[:2], line, rows[2]])
+    said = capsys.readouterr().err
+    assert f"{name} is damaged, line 3 of it is no row of a step: left as it is" in said
+    assert said.count("\n") == 1
+    run(tmp_path, (3,), start=3)  # and the page is drawn
+    assert data_of(tmp_path)["steps"] == (4 if name == "metrics.jsonl" else 1)
+
+
+def test_a_whole_row_without_its_line_break_is_kept(tmp_path, capsys):
+    """B9."""
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0}\n{"step": 1}')
+    a_log(tmp_path, start=2)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 0}\n{"step": 1}\n'
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("what", ["step", "rollouts", "sync"])
+def test_a_disk_that_is_full_ends_a_run_in_a_sentence(what, tmp_path, tokenizer, monkeypatch):
+    """B9: whatever of its log is written."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    told = "cannot write the log in .* \\(No space left on device\\): .*--resume=true"
+    with pytest.raises(config.UserError, match=told), a_log(tmp_path) as log:
+        if what == "step":
+            log.metrics.close()
+            log.metrics = types.SimpleNamespace(write=full, close=full)
+            log.step({"step": 0, "loss": 1.0})
+        elif what == "sync":
+            monkeypatch.setattr(run_log.os, "fsync", full)
+            log.sync()
+        else:
+            monkeypatch.setattr(run_log, "write_rollouts", full)
+            log.rollouts([], tokenizer)
+
+
+def test_a_terminal_that_is_gone_does_not_end_a_run(tmp_path):
+    """B6: also where the line of a step is printed, which comes before it is saved."""
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    with a_log(tmp_path) as log:
+        log.progress.console.file = Gone()
+        log.step({"step": 0, "loss": 1.0})
+        log.print("saved")
+    assert data_of(tmp_path)["steps"] == 1
 
 
 def test_sync_puts_the_metrics_on_disk(tmp_path, monkeypatch):
@@ -544,8 +615,8 @@ def test_help_prints_how_to_draw_a_run():
 
 def test_what_is_measured_seldom_is_drawn_as_it_is():
     """The running mean is over steps, not over points, as in report.html."""
-    assert run_page._running_mean([(0, 0.0), (5, 1.0), (10, 0.5)], 5) == [0.0, 1.0, 0.5]
-    assert run_page._running_mean([(0, 0.0), (1, 1.0), (2, 2.0), (3, 6.0)], 2) == [
+    assert run_page._running_mean([0, 5, 10], [0.0, 1.0, 0.5], 5) == [0.0, 1.0, 0.5]
+    assert run_page._running_mean([0, 1, 2, 3], [0.0, 1.0, 2.0, 6.0], 2) == [
         0.0,
         0.5,
         1.5,
@@ -605,7 +676,108 @@ def test_what_a_model_says_cannot_act_on_the_terminal(name, tokenizer, capsys, t
     assert f"reward failed on {shown}\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", CONTROLS)
+def test_what_servers_and_tools_say_cannot_act_on_the_terminal(name, capsys, monkeypatch):
+    """C6: what an engine's server, a chat API or a tool of a made-up rollout says."""
+    import evaluate
+    import play
+    from engines.chat_api import ChatApi
+    from engines.servers import ServerEngine
+
+    raw, shown = CONTROLS[name]
+    engine = types.SimpleNamespace(events=[])
+    ServerEngine._tell(engine, f"http://a was lost ({raw})")
+    ChatApi("http://127.0.0.1:1/v1", "m")._note(f"says ({raw})")
+    said = capsys.readouterr().err
+    assert said == f"http://a was lost ({shown})\nhttp://127.0.0.1:1/v1 says ({shown})\n"
+    evaluate.table({"model": f"m{raw}[/red]", "data": "d[bold]", "a": raw, "b": 0.5, "c": None})
+    said = capsys.readouterr().out
+    assert "[/red]" in said and "[bold]" in said  # no markup
+    t = Trajectory({"answer": raw}, messages=[{"role": "assistant", "content": raw}])
+    t.stop = "answered"
+    t.calls = [ToolCall(0, f"find{raw}", {}, f"failed: {raw}", "exception", 0.1)]
+    play.tell_notes(play.doubts(t, "correct"))
+    said += capsys.readouterr().out
+    assert f"tool: find{shown} failed (exception): failed: {shown}\n" in said
+    assert not any(character in said for character in set(raw) if not character.isprintable())
+
+
 def test_what_people_write_is_shown_as_it_is():
     """C6: line breaks, tabs, other scripts, joined emoji."""
     for text in ("a\n\tb", "naïve 数学 ١٢", "👩‍🔬 ﷺ ñ", "\u3000\xa0"):
         assert escaped(text) == text
+
+
+@pytest.mark.parametrize(
+    "width, names",
+    [
+        (200, "reward accuracy tool_call_rate new_tokens loss grad_norm seconds"),
+        (111, "reward accuracy tool_call_rate new_tokens loss seconds"),
+        (100, "reward accuracy tool_call_rate new_tokens loss"),
+        (80, "reward accuracy tool_call_rate loss"),
+        (40, "reward accuracy"),
+        (10, ""),
+        (0, "reward accuracy tool_call_rate new_tokens loss grad_norm seconds"),  # a file
+    ],
+)
+def test_the_line_of_a_step_has_the_columns_that_the_terminal_has_room_for(width, names, tmp_path):
+    """D5: it wrapped at 100."""
+    import train_grpo
+
+    out = io.StringIO()
+    with run_log.Log(tmp_path, 1, train_grpo.COLUMNS) as log:
+        log.progress.console.file = out
+        log.progress.console._force_terminal = width > 0
+        log.progress.console.width = width or 10
+        log.step({"step": 0} | dict.fromkeys(train_grpo.COLUMNS, 0.5))
+    (line,) = [line for line in out.getvalue().splitlines() if line.startswith("step ")]
+    assert not width or len(line) <= width
+    assert re.findall(r"[a-z_]+", line) == ["step", *names.split()]
+
+
+FOREIGN = {
+    "an object": {"name": "somebody else"},
+    "no ids": {"ids": None},
+    "ids that are none": {"ids": "abc"},
+    "fewer pieces": {"pieces": ["a"]},
+    "pieces that are none": {"pieces": [1, 2, 3]},
+    "no mask": {"kinds": None, "mask": None},
+    "a mask of another length": {"kinds": None, "mask": [1]},
+    "no calls": {"calls": None},
+    "calls that are texts": {"calls": ["add"]},
+    "arguments that are none": {"calls": [{"name": "add", "arguments": "1, 2"}]},
+    "turns that are none": {"turn_starts": [None]},
+    "logprobs that are none": {"logprobs": 0.5},
+    "rewards that are none": {"rewards": [1.0]},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_rows_are_left_out_of_the_page_and_told(name, tmp_path, tokenizer, capsys):
+    """B9: rows of another program, or of a damaged file, were a traceback."""
+    run_log.write_rollouts(tmp_path / "rollouts.jsonl", [trajectory(tokenizer)] * 2, tokenizer)
+    text = (tmp_path / "rollouts.jsonl").read_text()
+    row = json.loads(text.splitlines()[0])
+    foreign = FOREIGN[name] if name == "an object" else row | FOREIGN[name]
+    (tmp_path / "rollouts.jsonl").write_text(f"{json.dumps(foreign)}\n{text}[]\n\n")
+    metrics = [{"step": 0, "loss": 0.5}, {"loss": 1}, {"step": None}, {"step": 1, "loss": "high"}]
+    metrics += [{"step": 2, "loss": 10**400}, {"step": 3, "loss": 1e308}, "row", None]
+    lines = [json.dumps(row) for row in metrics]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "config.py").write_text("import os\nseed = 1\na, b = 1, 2\nx += 1\n")
+    run_page.main([str(tmp_path)])
+    data = data_of(tmp_path)
+    assert len(data["rollouts"]) == 2 and data["steps"] == 4
+    assert data["settings"][0][:2] == ["seed", "1"]
+    assert (tmp_path / "curves.png").exists()
+    said = capsys.readouterr().err
+    assert "metrics.jsonl: 4 lines are no rows of a run and are left out" in said
+    assert "rollouts.jsonl: 3 lines are no rows of a run and are left out" in said
+
+
+@pytest.mark.parametrize("text", ["seed = ", "\0", "(" * 1000, "1 + 1\n"])
+def test_a_config_that_is_none_has_no_settings_on_the_page(text, tmp_path):
+    """B9."""
+    (tmp_path / "config.py").write_text(text)
+    run(tmp_path, (0,))
+    assert data_of(tmp_path)["settings"] == []

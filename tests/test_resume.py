@@ -598,13 +598,31 @@ def with_other_digests(path) -> None:
     (path / "digests.json").write_text("[]")
 
 
-DAMAGES = [truncated, flipped, without_a_file, without_digests, with_torn_digests]
+def with_empty_digests(path) -> None:
+    (path / "digests.json").write_text("{}")
+    (path / "state.pt").write_bytes(b"")
+
+
+def with_digests_of_others(path) -> None:
+    (path / "digests.json").write_text('{"config.json": null}')
+
+
+def with_deep_digests(path) -> None:
+    (path / "digests.json").write_text("[" * 100_000)
+
+
+def with_a_text_as_digests(path) -> None:
+    (path / "digests.json").write_text('"state.pt"')
+
+
+DAMAGES = [with_empty_digests, with_digests_of_others, with_deep_digests, with_a_text_as_digests]
+DAMAGES += [truncated, flipped, without_a_file, without_digests, with_torn_digests]
 DAMAGES += [with_other_digests]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_the_newest_whole_checkpoint_is_used_where_later_ones_are_torn(damage, laid, capsys):
-    """Pitfall 53."""
+    """Pitfall 53, B9."""
     run, _, weights = saved(laid, (2, 4, 6), keep_last=3)
     for step in (4, 6):
         damage(run.folder / f"step-{step:06d}")
@@ -656,6 +674,107 @@ def test_a_damaged_checkpoint_is_not_kept_in_place_of_a_whole_one(keep_last, lai
     assert sorted(path.name for path in run.folder.iterdir()) == kept
     run, (model, _, optimizers, _) = laid(resume=True)
     assert run.restore(model, optimizers)["step"] == 3
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 3])
+def test_what_a_kill_did_not_remove_is_removed_when_the_run_goes_on(keep_last, laid, monkeypatch):
+    """B9: killed between saving and removing, again and again, it kept them all."""
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "_remove_older", lambda run: None)
+        saved(laid, (2, 4, 6, 8))
+    run, parts = laid(resume=True, keep_last=keep_last)
+    truncated(run.folder / "step-000008")
+    assert run.restore(parts[0], parts[2])["step"] == 6
+    kept = [f"step-{step:06d}" for step in (2, 4, 6)][-keep_last:]
+    kept.append("step-000008")  # damaged: its owner may want to look at it
+    assert sorted(path.name for path in run.folder.iterdir()) == kept
+    run.save(7, *parts)
+    assert "step-000008" not in [path.name for path in run.folder.iterdir()]
+
+
+STARTS = {  # what a run leaves that ends before its first step is over
+    "killed at once": (),
+    "killed while it saved": ("checkpoints/aside/state.pt",),
+    "an engine that failed": ("metrics.jsonl", "rollouts.jsonl", "report.html", "checkpoints/"),
+    "with loggers": ("metrics.jsonl", "wandb_id.txt", "wandb/run/x", "tensorboard/events"),
+}
+
+
+def lay_out(folder, files) -> None:
+    for name in files:
+        place = folder / name
+        if name.endswith("/"):
+            place.mkdir(parents=True, exist_ok=True)
+        else:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text("" if name == "metrics.jsonl" else "x")
+
+
+@pytest.mark.parametrize("script", [train_grpo, train_sft], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("name", STARTS)
+def test_a_run_that_ended_before_its_first_step_does_not_block_its_folder(name, script, tmp_path):
+    """B9: the same command begins again, and so does one with another key."""
+    cfg = script.Config(out_dir=str(tmp_path / "out"))
+    Run(cfg)
+    config.save(cfg, tmp_path / "out" / "config.py")
+    lay_out(tmp_path / "out", STARTS[name])
+    Run(cfg)
+    Run(replace(cfg, seed=3))
+
+
+LEARNT = {  # what is not to be written over
+    "a step": {"metrics.jsonl": '{"step": 0}\n'},
+    "half a step": {"metrics.jsonl": '{"ste'},
+    "a checkpoint": {"checkpoints/step-000002/state.pt": "x"},
+    "a copy of one": {"checkpoints/good/state.pt": "x"},
+    "a model": {"model.safetensors": "x"},
+    "notes": {"notes.txt": "x"},
+    "another script's": {"config.py": "seed = 1\n"},
+    "no config of ours": {"config.py": "raise SystemExit('it was run')\n"},
+    "a torn config": {"config.py": "seed = "},
+}
+
+
+@pytest.mark.parametrize("name", LEARNT)
+def test_a_folder_with_more_than_a_start_is_refused_as_before(name, tmp_path):
+    """B9: and no foreign file is executed to find that out."""
+    cfg = train_grpo.Config(out_dir=str(tmp_path / "out"))
+    Run(cfg)
+    config.save(cfg, tmp_path / "out" / "config.py")
+    for file, text in LEARNT[name].items():
+        (tmp_path / "out" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / file).write_text(text)
+    with pytest.raises(UserError, match="is not empty: give another with --out_dir="):
+        Run(cfg)
+
+
+def test_two_runs_that_begin_in_one_folder_do_not_mix(laid):
+    """B9: the second has looked before the first was done, and is refused when it has its turn."""
+    second, (model, _, optimizers, _) = laid()
+    first, parts, _ = saved(laid, (2,))
+    first.lock.close()
+    with pytest.raises(UserError, match="was used by another run meanwhile"):
+        second.restore(model, optimizers)
+    assert [path.name for path in first.folder.iterdir()] == ["step-000002"]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES])
+@pytest.mark.parametrize("what", ["open", "replace"])
+def test_a_disk_that_takes_nothing_is_a_sentence_before_the_first_step(
+    what, number, laid, monkeypatch
+):
+    """B9: a read-only disk was a traceback."""
+    run, (model, _, optimizers, _) = laid()
+
+    def refused(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    if what == "open":
+        monkeypatch.setattr(checkpoint, "open", refused, raising=False)
+    else:
+        monkeypatch.setattr(config.os, "replace", refused)
+    with pytest.raises(UserError, match=rf"cannot write to out_dir .*{os.strerror(number)}.*give"):
+        run.restore(model, optimizers)
 
 
 def test_a_copy_that_somebody_made_of_a_checkpoint_is_neither_read_nor_removed(laid):

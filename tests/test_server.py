@@ -18,6 +18,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import transformers
 from until import PATIENCE, until
 
 from chat import Chat
@@ -167,6 +168,7 @@ class Adapted:
     """What a sync needs of a model with adapters: it writes nothing but its version."""
 
     peft_config = {"default": types.SimpleNamespace(base_model_name_or_path="base", r=4)}
+    config = transformers.Qwen2Config()
 
     def get_input_embeddings(self):
         return None
@@ -601,6 +603,7 @@ def test_nobody_samples_before_all_servers_have_the_adapter(fakes, tokenizer):
         async def both():
             sync = asyncio.create_task(engine.sync(Adapted(), 1))
             while not one.adapters:
+                assert not sync.done(), sync.exception()
                 await asyncio.sleep(0.01)
             how = [Sampling(max_new_tokens=2, session=n) for n in range(8)]
             turns = [asyncio.create_task(engine.generate([5, 6], [], h)) for h in how]

@@ -9,6 +9,7 @@ without effect are refused (55). Rows that do not fit are in test_data.py.
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -526,6 +527,25 @@ def test_a_run_with_validation_trains_as_one_on_the_same_rows_without(folder, de
     assert not any(
         "val_loss" in row for row in run_page.read(tmp_path / "without" / "metrics.jsonl")
     )
+
+
+def test_the_page_shows_the_first_samples_with_their_mask(folder, demos, tmp_path):
+    """D7: what is trained is seen token by token; written once, also where the run goes on."""
+    cfg = settings(folder, demos[0], tmp_path / "out", batch_size=2)
+    train_sft.train(cfg)
+    rows = [json.loads(line) for line in open(tmp_path / "out" / "rollouts.jsonl")]
+    _, tokenizer, samples, *_ = train_sft.setup(cfg)
+    order = train_sft.row_order(len(samples), len(samples), cfg.seed)
+    expected = [(samples[row].ids, samples[row].mask) for row in order[:3]]
+    assert [(row["ids"], row["mask"]) for row in rows] == expected
+    for row in rows:
+        assert row["kinds"] == "".join("ct"[trained] for trained in row["mask"])
+        assert "".join(row["pieces"]) == tokenizer.decode(row["ids"])
+        starts = [i for i, kind in enumerate(row["kinds"]) if row["kinds"][i - 1 : i + 1] == "ct"]
+        assert row["turn_starts"] == starts and starts
+    assert (tmp_path / "out" / "report.html").exists()
+    train_sft.train(replace(cfg, resume=True))
+    assert len(open(tmp_path / "out" / "rollouts.jsonl").readlines()) == 3
 
 
 def test_the_last_step_is_always_measured(folder, demos, tmp_path, capsys):

@@ -550,7 +550,7 @@ def test_a_summary_of_a_set_made_by_hand(monkeypatch):
         2: [(None, 0.0), (None, None), ("3", 0.0)],
     }
     trajectories = [
-        SimpleNamespace(group=g, said=said, rewards={"correct": value}, example={})
+        SimpleNamespace(group=g, said=said, rewards={"correct": value}, example={}, ids=[1])
         for g, samples in table.items()
         for said, value in samples
     ]
@@ -731,6 +731,46 @@ def test_what_a_full_disk_did_not_take_is_written_when_there_is_room(
     assert batches == [1, 2, 1] and "not_saved" not in numbers
     rows = [json.loads(line) for line in open(place / "rollouts.jsonl")]
     assert [row["group"] for row in rows] == [0, 1, 2]
+
+
+def graded(rewards, ids=(1,), group=0):
+    t = Trajectory({"answer": "1"}, group=group, stop="answered")
+    t.add(list(ids), 0)
+    t.rewards = dict(rewards)
+    t.reward = sum(rewards.values())
+    return t
+
+
+def rows_of(table: str) -> list[str]:
+    """The names in the first column."""
+    lines = [line.split() for line in table.splitlines() if line.startswith(("│", "|"))]
+    return [words[1] for words in lines]
+
+
+@pytest.mark.parametrize(
+    "rewards, gone",
+    [
+        ({"correct": 1.0}, {"accuracy", "reward", "pass@1", "reward_correct"}),
+        ({"correct": 1.0, "format": 1.0}, {"accuracy", "pass@1", "reward_correct"}),
+        ({"correct": 0.5}, {"accuracy", "reward", "reward_correct"}),
+        ({"correct": 0.5, "format": 0.5}, {"accuracy", "reward_correct"}),
+    ],
+)
+def test_the_table_says_a_number_once_and_the_file_has_all_names(rewards, gone, capsys):
+    """D6: it was there under five names."""
+    numbers = evaluate.summarize([graded(rewards)], "correct", (1,))
+    evaluate.table({"model": "m", "data": "d"} | numbers)
+    shown = rows_of(capsys.readouterr().out)
+    assert "avg@1" in shown and "outcome" in shown
+    assert set(numbers) - set(shown) == gone | {"pass_at"}
+    assert numbers["accuracy"] == numbers["avg@1"] == rewards["correct"]
+
+
+def test_tokens_that_nobody_sees_are_no_number(capsys):
+    """D6: an API's rollouts had `tokens 0`."""
+    numbers = evaluate.summarize([graded({"correct": 1.0}, ids=())], "correct", (1,))
+    assert "tokens" not in numbers and "new_tokens" in numbers
+    assert "tokens" in evaluate.summarize([graded({"correct": 1.0})], "correct", (1,))
 
 
 def test_memory_of_the_gpu_is_logged_for_each_phase(monkeypatch):

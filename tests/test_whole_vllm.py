@@ -21,10 +21,12 @@ from whole_shapes import SHAPES, publish
 from engines.canary import Canary, sync_and_check
 from learning import model as models
 from learning import whole
+from learning.logprobs import token_logprobs
 from run.config import UserError
 from run.loop import run_blocking
 
 LORA = {"lora_r": 4, "lora_alpha": 8}
+IDS = [5, 6, 7, 8, 9, 30, 41, 7, 55, 60, 88, 12, 12, 5, 200]
 # vLLM's module and class, and what that calls the language model
 CLASSES = {
     "qwen3_5": ("qwen3_5", "Qwen3_5ForConditionalGeneration", "language_model.model."),
@@ -109,17 +111,32 @@ def can_start(family):
         importlib.import_module(f"vllm.model_executor.models.{module}")
     except (ImportError, RuntimeError) as error:
         pytest.skip(f"vLLM's {family} cannot be imported here: {error}")
-    if family == "qwen3_5" and not torch.cuda.is_available():
-        pytest.skip("vLLM's prefix cache of linear attention wants prompts in chunks: no CPU's")
 
 
-LIVE = ["gemma3", "mistral3", "qwen3_vl", "smolvlm", "gemma4", "qwen3_5"]
+LIVE = ["gemma3", "mistral3", "qwen3_vl", "smolvlm", "gemma4"]
+
+
+def check_that_the_canary_misses_the_part(engine, model, dtype):
+    """The fact that this is about (vllm#49354): named as those of the language model alone, vLLM
+    takes an adapter and changes nothing."""
+    path = whole.language_model_path(model.get_base_model())
+    save = models.save_adapter
+
+    def without_part(model, folder):
+        save(model, folder)
+        file = Path(folder) / "adapter_model.safetensors"
+        tensors = load_file(file)
+        save_file({n.replace(f"{path}.", "model."): t for n, t in tensors.items()}, file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "save_adapter", without_part)
+        with pytest.raises(UserError, match="it samples from other weights"):
+            run_blocking(sync_and_check(engine, model, 3, Canary(IDS, dtype)))
 
 
 @pytest.mark.parametrize("family", LIVE)
-def test_adapters_of_a_whole_model_are_the_trainers_in_vllm(published, family, tokenizer, tmp_path):
-    """Pitfall 28. And the fact that this is about (vllm#49354): named as the language model alone,
-    vLLM takes an adapter and changes nothing; the canary stops it."""
+def test_adapters_of_a_whole_model_are_the_trainers_in_vllm(published, family, tokenizer):
+    """Pitfall 28."""
     can_start(family)
     model, _ = models.load(published[family], "lora", **LORA)
     moved(model, 7)
@@ -127,21 +144,40 @@ def test_adapters_of_a_whole_model_are_the_trainers_in_vllm(published, family, t
     try:
         three_versions(engine, model, tokenizer, 5e-5)
         if family in NOTHING:
-            path = whole.language_model_path(model.get_base_model())
-            save = models.save_adapter
+            moved(model, 8)
+            check_that_the_canary_misses_the_part(engine, model, "float32")
+    finally:
+        run_blocking(engine.close())
 
-            def without_part(model, folder):
-                save(model, folder)
-                file = Path(folder) / "adapter_model.safetensors"
-                tensors = load_file(file)
-                save_file({n.replace(f"{path}.", "model."): t for n, t in tensors.items()}, file)
 
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(models, "save_adapter", without_part)
-                moved(model, 8)
-                canary = Canary([5, 6, 7, 8, 9, 30, 41], "float32")
-                with pytest.raises(UserError, match="it samples from other weights"):
-                    run_blocking(sync_and_check(engine, model, 3, canary))
+def test_adapters_of_qwen3_5_are_the_trainers_in_vllm(published, monkeypatch):
+    """Pitfall 28. On a CPU its linear attention is in bfloat16 only, and wants prompts in chunks
+    for a prefix cache, which our CPU options do not have: it is started without that cache here.
+    So what an adapter changes is compared with what two roundings differ by."""
+    can_start("qwen3_5")
+    from engines import vllm as vllm_engine
+
+    options = vllm_engine._fixed_options
+
+    def without_prefix_cache(*arguments):
+        return options(*arguments) | {"enable_prefix_caching": False}
+
+    monkeypatch.setattr(vllm_engine, "_fixed_options", without_prefix_cache)
+    model, _ = models.load(published["qwen3_5"], "lora", "bfloat16", **LORA)
+    moved(model, 7, 0.2)
+    ids = torch.tensor([IDS])
+    ones = torch.ones_like(ids)
+    with torch.no_grad():
+        ours, _ = token_logprobs(model, ids, ones, ones)
+        with model.disable_adapter():
+            base, _ = token_logprobs(model, ids, ones, ones)
+    effect = (ours - base).abs().mean().item()
+    engine = start(published["qwen3_5"], dtype="bfloat16", lora_r=4)
+    try:
+        canary = Canary(IDS, "bfloat16")
+        difference = run_blocking(sync_and_check(engine, model, 0, canary))["canary"]
+        assert difference < 0.2 * effect and effect > 0.2
+        check_that_the_canary_misses_the_part(engine, model, "bfloat16")
     finally:
         run_blocking(engine.close())
 

@@ -57,10 +57,10 @@ def qwen3_5(vocabulary):
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
     linear = {
-        "linear_num_value_heads": 2,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 32,
-        "linear_value_head_dim": 32,
+        "linear_num_value_heads": 1,
+        "linear_num_key_heads": 1,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
         "layer_types": ["linear_attention", "full_attention"],
     }
     rotary = rope([2, 1, 1], partial_rotary_factor=0.25)

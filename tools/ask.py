@@ -7,10 +7,10 @@ The key is in the environment variable `key_env`. Each question stands alone: th
 run at once, and for how long, are the tool's options concurrency and timeout.
 """
 
-from engines.chat_api import ChatApi
+from engines.chat_api import api_of_options
 from run.config import UserError
-from run.http import HttpError, required_key
-from tools.calling.http import check_address, plain, tool_error
+from run.http import HttpError
+from tools.calling.http import plain, tool_error
 
 OTHER = "the other model"
 
@@ -35,10 +35,8 @@ class ask:
                 f"ask.max_tokens = {max_tokens}, ask.temperature = {temperature}: "
                 "expected 1 or more, and 0 or more"
             )
-        check_address(url)
-        key = required_key(url, key_env, "ask")
         # one attempt: a NetworkError is tried again by the toolbox, as often as ask.retries says
-        self.api = ChatApi(url, model, key, attempts=1)
+        self.api = api_of_options("ask", url, model, key_env, attempts=1)
         self.system = system
         self.max_tokens = max_tokens
         self.temperature = temperature

@@ -26,14 +26,13 @@ import importlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from run.config import UserError
+from run.config import UserError, tell
 from tools import ToolError
 from tools.calling.http import ToolClient, not_understood, plain
 
@@ -87,7 +86,7 @@ class search:
         self.network = not corpus
         if corpus:
             self.index = Index(corpus, index)
-            self.key = self.index.made_from
+            self.key = self.index.made_from  # kept results are of this corpus (Toolbox)
             return
         self.index = None
         self.key = ""
@@ -316,7 +315,7 @@ def _locked(folder):
 def _make(tantivy, corpus, path, stamp):
     """Indexes the corpus into `path`: aside first, so that it is whole or not there."""
     if stamp["size"] > NOTABLE:
-        print(f"search: indexing {corpus} into {path}, once", file=sys.stderr, flush=True)
+        tell(f"search: indexing {corpus} into {path}, once")
     aside = Path(tempfile.mkdtemp(prefix=f"{path.name}.aside-", dir=path.parent))
     try:
         try:

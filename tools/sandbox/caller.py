@@ -76,7 +76,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from run.config import UserError
+from run.config import UserError, tell
 from tools.calling.base import DEADLINE, ToolError, shorten
 from tools.sandbox import confine, fork_server
 
@@ -295,7 +295,7 @@ def report(missing: list[str], what: str) -> None:
     )
     if missing and line not in _reported:
         _reported.add(line)
-        print(line, file=sys.stderr, flush=True)
+        tell(line)
 
 
 def has_fork_server() -> bool:

@@ -26,7 +26,10 @@ import time
 
 CPU_SECONDS = 10  # at least, per process; in a session per call. More if the call may take longer
 SESSION_CPU_SECONDS = 600  # per process of a session, for its life: what its code cannot lift
-MEMORY = 512 * 2**20  # bytes of address space, per process, beside what the server has loaded
+# Bytes of address space, per process, beside what the server has loaded. Not per call: that takes a
+# memory cgroup for each, which neither a plain user nor Docker's default may make; PROCESSES and
+# SCRATCH_SIZE bound what a call can have in all.
+MEMORY = 512 * 2**20
 PROCESSES = 16  # processes and threads at once, per call
 FILE_SIZE = 16 * 2**20  # bytes, per file
 SCRATCH_SIZE = 64 * 2**20  # bytes, of all files of a call, with private_root
@@ -282,9 +285,10 @@ def _collapse(start, end):
 
 
 def enter_namespaces(shown: dict[str, str]) -> dict[str, bool]:
-    """Enters them once for all calls: a network namespace costs too much for each. `shown`: path on
-    the machine -> path in the private root, beside what python itself needs. -> two of the layers,
-    and whether they are there"""
+    """Enters them once for all calls: a network namespace for each would cost more than the call
+    (tens of milliseconds beside 2 of a fork), and what it would keep apart, seccomp refuses.
+    `shown`: path on the machine -> path in the private root, beside what python itself needs.
+    -> two of the layers, and whether they are there"""
     inside = works(_unshare) or works(_unshare_as_user)
     return {
         "network_namespace": inside,
@@ -625,18 +629,68 @@ def confine_reader(file: str) -> tuple[str, dict[str, bool]]:
     if os.geteuid() == 0:
         active["own_user"] = works(functools.partial(_become_reader_of, file))
 
-    def no_capabilities():
-        _syscall("capset", struct.pack("=Ii", 0x20080522, 0), bytes(24))
-
-    def no_new_privileges():
-        libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-
     # 3. what the kernel does for us
-    active["no_capabilities"] = works(no_capabilities)
+    active["no_capabilities"] = works(_give_up_capabilities)
     hide_memory()
-    active["no_new_privileges"] = works(no_new_privileges)
+    active["no_new_privileges"] = works(_give_up_privileges)
     active["seccomp"] = works(functools.partial(refuse_calls, False, only_reads=True))
     return file, active
+
+
+def confine_forks(needed: list[str]) -> dict[str, bool]:
+    """Puts around this process and its forks, for good, what they can do without who only compute:
+    the network, privileges, and our own user, where another one may read the files `needed`.
+    -> which of the layers are there. A fork then calls refuse_to_act()."""
+    active = dict.fromkeys(LAYERS, False)
+    if sys.platform != "linux":
+        return active
+    active["network_namespace"] = works(_unshare) or works(_unshare_as_user)
+    if os.geteuid() == 0:
+        active["own_user"] = works(functools.partial(_become_reader_of_all, needed))
+    active["no_capabilities"] = works(_give_up_capabilities)
+    hide_memory()
+    active["no_new_privileges"] = works(_give_up_privileges)
+    active["seccomp"] = _can_refuse()
+    return active
+
+
+def _can_refuse() -> bool:
+    """Whether refuse_to_act() will work, tried in a fork."""
+    pid = os.fork()
+    if pid == 0:
+        is_refused = works(functools.partial(refuse_calls, False, only_reads=True))
+        os._exit(0 if is_refused else 1)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def refuse_to_act() -> None:
+    """From now on this process computes and reads files: it writes none, starts no process, and
+    reaches no other. Does nothing where there is no seccomp."""
+    if sys.platform == "linux":
+        works(functools.partial(refuse_calls, False, only_reads=True))
+
+
+def _become_reader_of_all(files):
+    """Gives up root for a user who has nothing on this machine. OSError where that one may not read
+    all of the files."""
+    os.setgroups([])
+    os.setegid(FIRST_UID)
+    os.seteuid(FIRST_UID)  # for now: it can be taken back
+    may_read = all(os.access(file, os.R_OK, effective_ids=True) for file in files)
+    os.seteuid(0)
+    os.setegid(0)
+    if not may_read:
+        raise OSError("another user may not read them")
+    os.setresgid(FIRST_UID, FIRST_UID, FIRST_UID)
+    os.setresuid(FIRST_UID, FIRST_UID, FIRST_UID)
+
+
+def _give_up_capabilities():
+    _syscall("capset", struct.pack("=Ii", 0x20080522, 0), bytes(24))
+
+
+def _give_up_privileges():
+    libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 ONE_FILE = "/file"  # where it is shown
