@@ -36,7 +36,7 @@ import train_sft
 from chat import Chat
 from engines.scripted import ScriptedEngine
 from formats import FORMATS
-from formats.messages import calls_of
+from formats.messages import calls_of, has_images
 from learning import model as models
 from learning.vision import Vision, find_vision, tiny_vision
 from player import Player, check_prompts, prepare_task, validation_examples
@@ -50,6 +50,8 @@ SAMPLES = config.HERE / "configs" / "samples.jsonl"
 # need the model's own template; hermes has one in the stand-in
 OWN_FORMATS = [name for name, format in FORMATS.items() if not format.inline and name != "hermes"]
 STAND_IN_FORMATS = ("auto", *OWN_FORMATS)
+# what tools that see take in any image
+SEEN = {"box": [0, 0, 16, 16], "point": [8, 8], "frames": [1]}
 NO_ORACLE = "I do not know."  # the answer where neither a reward nor the row has a right one
 
 
@@ -210,7 +212,7 @@ def local_tokenizer(cfg, conversations: list, schemas: list[dict], notes: list[s
         # with whole names, as most tasks have them: here it is only to be short
         return tiny.tiny_tokenizer(conversations, schemas, whole_names=True, sees=sees), cfg
     plain = [[plain_message(message) for message in talk] for talk in conversations]
-    return tiny.tiny_tokenizer(plain, schemas), cfg
+    return tiny.tiny_tokenizer(plain, schemas, sees=any(map(has_images, conversations))), cfg
 
 
 def local_vision(cfg, tokenizer) -> Vision | None:
@@ -313,6 +315,8 @@ def guess_arguments(tool, example: dict) -> dict:
 
 def guess_value(name: str, schema: dict, example: dict):
     """Makes up a value for an argument of a call that is only there to be seen."""
+    if name in SEEN:
+        return SEEN[name]
     if "enum" in schema:
         return schema["enum"][0]
     kind = schema.get("type")
