@@ -256,7 +256,9 @@ def recorded_sample(row: dict, vision: Vision | None) -> Sample:
 
 def without_pixels(pictures: list[Picture]) -> list[Picture]:
     """Keeps of Pictures what stands in ids."""
-    return [replace(picture, original=None, shown=None, pixels={}) for picture in pictures]
+    return [
+        replace(picture, original=None, shown=None, pixels={}, again=None) for picture in pictures
+    ]
 
 
 def chat_of(

@@ -389,7 +389,8 @@ def main(cfg: Config) -> None:
     parts = dict.fromkeys(cfg.sides)
 
     # 1. how many rows at once is TRL's best?
-    if "trl" in parts:
+    best = cfg.batches[0]
+    if "trl" in parts and len(cfg.batches) > 1:
         results["tried"] = {}
         for rows in cfg.batches:
             tried = in_subprocess(__file__, [f"--part=trl:{rows}", "--steps=5"])
