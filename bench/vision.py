@@ -15,7 +15,7 @@ model, reward, loss, optimizer and float32; the samples are not the same. TRL up
 8 rows at once, whatever is fastest. Each run is a process of its own, by turns.
 
 Seconds are those of one core: processor time with one thread, which another process on the machine
-changes little; "wall" is the clock's. Medians of the steps but the first two: of the whole step; of
+changes little; "wall" is the clock's. Medians of the steps but the first: of the whole step; of
 the engine, which samples; of image processing (resizing, normalising, hashing); of the tools; of
 the update. The tower's are parts of those of engine and update. "processed" is how often an image
 is processed, over all images that there are: 1.
@@ -57,7 +57,7 @@ from tasks import tiny
 from tools import Toolbox
 from tools.zoom import zoom
 
-WARM_UP = 2  # steps that are not counted
+WARM_UP = 1  # steps that are not counted
 PROMPTS = 8
 GROUP = 8
 QUESTION = "How high is the bar in the middle?"

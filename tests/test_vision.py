@@ -8,8 +8,10 @@ picture are never merged; an image enters a trajectory with its tokens or not at
 44-48); the tower learns exactly when it is asked to. tests/eyes.py makes the models.
 """
 
+import gc
 import json
 import random
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -927,6 +929,24 @@ def test_sft_and_grpo_run_on_images_and_leave_a_model_that_sees(name, workplace,
 
 
 RECORDED = {"format": "hermes", "tools": "python", "batch_size": 2}
+
+
+def test_no_image_of_a_step_is_held_while_the_next_one_is_sampled(smol, workplace, monkeypatch):
+    taught = SimpleNamespace(name="smolvlm", folder=smol.folder)
+    alive = []  # at the beginning of each step, of all that were made in those before
+    made_before = []
+    sample_groups = train_grpo.sample_groups
+
+    def counted(player, *arguments, **options):
+        gc.collect()
+        alive.append(sum(reference() is not None for reference in made_before))
+        trajectories, played, cursor = sample_groups(player, *arguments, **options)
+        made_before.extend(map(weakref.ref, played))
+        return trajectories, played, cursor
+
+    monkeypatch.setattr(train_grpo, "sample_groups", counted)
+    grpo(taught, "freed")
+    assert alive == [0, 0, 0]
 
 
 def test_runs_with_images_go_on_bit_for_bit(smol, workplace, monkeypatch):
