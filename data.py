@@ -571,7 +571,8 @@ def _refuse_unseen(row):
     """Refuses a row with something in it that no model here would read."""
     for column in UNSEEN:
         if row.get(column):
-            raise UserError(f"its {column!r} would not be seen: {NOT_SEEN}")
+            remedy = f"{NOT_SEEN}; what select_frames opens is a column `clip`"
+            raise UserError(f"its {column!r} would not be seen: {remedy}")
     for column, value in row.items():
         _refuse_surrogates(value, column)
 

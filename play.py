@@ -47,10 +47,10 @@ import train_sft
 from chat import Chat
 from engines.scripted import ScriptedEngine
 from formats import FORMATS
-from formats.messages import calls_of
+from formats.messages import calls_of, has_images
 from images import open_image
 from learning import model as models
-from learning.vision import Vision, find_vision
+from learning.vision import Vision, find_vision, tiny_vision
 from player import Player, check_prompts, prepare_task, validation_examples
 from rollout import Settings
 from run.config import UserError
@@ -62,6 +62,8 @@ SAMPLES = config.HERE / "configs" / "samples.jsonl"
 # need the model's own template; hermes has one in the stand-in
 OWN_FORMATS = [name for name, format in FORMATS.items() if not format.inline and name != "hermes"]
 STAND_IN_FORMATS = ("auto", *OWN_FORMATS)
+# what tools that see take in any image
+SEEN = {"box": [0, 0, 16, 16], "point": [8, 8], "frames": [1]}
 NO_ORACLE = "I do not know."  # the answer where neither a reward nor the row has a right one
 
 
@@ -135,7 +137,7 @@ def play_made_up(cfg: train_grpo.Config) -> Trajectory:
         check_prompts(chat, examples, cfg.max_tokens)
 
         # 3. the oracle's words as a model would sample them
-        engine = ScriptedEngine(sampled_turns(chat, example["messages"], turns), tokenizer)
+        engine = ScriptedEngine(sampled_turns(chat, example, turns), tokenizer)
         with Player(chat, engine, toolbox, rewards, Settings.of(cfg)) as player:
             (trajectory,) = player.play([example])
     show_rollout(trajectory, tokenizer)
@@ -300,16 +302,19 @@ def local_tokenizer(cfg, conversations: list, schemas: list[dict], notes: list[s
     if cfg.data.startswith("task:"):
         rows = data.conversations(cfg.data, 2048, 0, cfg.system_prompt)
         conversations = [row["messages"] for row in rows]
+        sees = any(row.get("images") for row in rows)
         # with whole names, as most tasks have them: here it is only to be short
-        return tiny.tiny_tokenizer(conversations, schemas, whole_names=True), cfg
+        return tiny.tiny_tokenizer(conversations, schemas, whole_names=True, sees=sees), cfg
     plain = [[plain_message(message) for message in talk] for talk in conversations]
-    return tiny.tiny_tokenizer(plain, schemas), cfg
+    return tiny.tiny_tokenizer(plain, schemas, sees=any(map(has_images, conversations))), cfg
 
 
 def local_vision(cfg, tokenizer) -> Vision | None:
-    """Loads what shows images to the model, if that is on this machine."""
+    """Loads what shows images to the model, if that is on this machine, or to the tiny model that a
+    task with images is for."""
     if tokenizer.name_or_path != cfg.model:  # a stand-in
-        return None
+        sees = tiny.FOR_IMAGES[0] in tokenizer.get_added_vocab()
+        return tiny_vision(tokenizer) if sees else None
     return find_vision(models.base_of(cfg.model), tokenizer, cfg.min_pixels, cfg.max_pixels)
 
 
@@ -404,6 +409,8 @@ def guess_arguments(tool, example: dict) -> dict:
 
 def guess_value(name: str, schema: dict, example: dict):
     """Makes up a value for an argument of a call that is only there to be seen."""
+    if name in SEEN:
+        return SEEN[name]
     if "enum" in schema:
         return schema["enum"][0]
     kind = schema.get("type")
@@ -422,14 +429,14 @@ def guess_value(name: str, schema: dict, example: dict):
     return questions[-1] if questions else ""
 
 
-def sampled_turns(chat: Chat, prompt: list[dict], turns: list[dict]) -> list[list[int]]:
+def sampled_turns(chat: Chat, example: dict, turns: list[dict]) -> list[list[int]]:
     """Encodes each turn as the token ids that a model would sample."""
-    messages = list(prompt)
+    messages = list(example["messages"])
     for turn in turns:
         messages.append(turn)
         for call in calls_of(turn):
             messages.append({"role": "tool", "name": call.name, "content": "…"})
-    ids, mask = chat.render(messages)
+    ids, mask = chat.render(messages, chat.pictures(example))
     starts = turn_starts(mask)
     ends = [*starts[1:], len(ids)]
     sampled = []

@@ -627,6 +627,8 @@ def train(cfg: Config) -> dict:
             metrics["seconds"] = time.monotonic() - started
             log.step(metrics)
             log.rollouts(trajectories[:ROLLOUTS_PER_STEP], tokenizer, step=step)
+            # or their images, megabytes each, would stay while the next ones are sampled
+            trajectories = played = None
             run.after(step + 1, cfg.steps, *kept, cursor=cursor, metrics=metrics)
 
         # 6. the model as from_pretrained loads it, and the last lines for people and for grep

@@ -44,7 +44,7 @@ from learning import optim
 from learning.batches import micro_batches, pad, position_ids
 from learning.checkpoint import Run
 from learning.logprobs import token_logprobs
-from learning.vision import Vision, find_vision, whole_beginning, why_blind
+from learning.vision import Vision, find_vision, tiny_vision, whole_beginning, why_blind
 from run.config import UserError
 from run.log import Log, check_logger
 from tasks import tiny
@@ -130,7 +130,7 @@ def check(cfg: Config) -> None:
             (
                 cfg.model == "tiny",
                 "train_vision min_pixels max_pixels",
-                "with model=tiny: it sees no images",
+                "with model=tiny: all of it learns, and its size of images is its own",
             ),
         ),
     )
@@ -260,7 +260,9 @@ def recorded_sample(row: dict, vision: Vision | None) -> Sample:
 
 def without_pixels(pictures: list[Picture]) -> list[Picture]:
     """Keeps of Pictures what stands in ids."""
-    return [replace(picture, original=None, shown=None, pixels={}) for picture in pictures]
+    return [
+        replace(picture, original=None, shown=None, pixels={}, again=None) for picture in pictures
+    ]
 
 
 def chat_of(
@@ -444,7 +446,8 @@ def setup(cfg: Config):
     # 2. the tokenizer, and samples: rendered, and so proved, before any weights are loaded
     if cfg.model == "tiny":
         conversations = [row["messages"] for row in chosen[:4096]]
-        tokenizer = tiny.tiny_tokenizer(conversations, toolbox.schemas, cfg.whole_names)
+        sees = any(row.get("images") for row in chosen)
+        tokenizer = tiny.tiny_tokenizer(conversations, toolbox.schemas, cfg.whole_names, sees)
     else:
         tokenizer = models.load_tokenizer(cfg.model, cfg.chat_template)
     vision = load_vision(cfg, tokenizer, chosen)
@@ -465,7 +468,8 @@ def setup(cfg: Config):
 
     # 3. the model
     if cfg.model == "tiny":
-        model = models.in_dtype(tiny.tiny(tokenizer, cfg.seed), cfg.dtype)
+        make = tiny.tiny_that_sees if vision else tiny.tiny
+        model = models.in_dtype(make(tokenizer, cfg.seed), cfg.dtype)
     else:
         model, _ = models.load(
             cfg.model,
@@ -477,7 +481,7 @@ def setup(cfg: Config):
             seed=cfg.seed,
             train_vision=cfg.train_vision,
         )
-        models.set_image_size(model, vision)
+    models.set_image_size(model, vision)
     eos_ids = () if cfg.model == "tiny" else models.eos_ids(cfg.model)
     chat = chat_of(cfg, chosen, tokenizer, toolbox.schemas, eos_ids)
     models.set_stop_ids(model, chat.stop_ids if chat else eos_ids)
@@ -499,7 +503,7 @@ def load_vision(cfg: Config, tokenizer, rows: list[dict]) -> Vision | None:
     if with_images and cfg.packing:
         raise UserError("packing = true with images: their positions are not packed, so drop it")
     if cfg.model == "tiny":
-        return None  # its Chat refuses images
+        return tiny_vision(tokenizer) if with_images else None
     base = models.base_of(cfg.model)
     vision = find_vision(base, tokenizer, cfg.min_pixels, cfg.max_pixels)
     if vision is None and with_images:

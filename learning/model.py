@@ -647,12 +647,16 @@ def in_dtype(model, dtype: str):
     if dtype != "mixed":
         return model.to(getattr(torch, dtype))
     parts = [model, decoder_of(model), model.get_output_embeddings()]
+    # one autocast each: they nest, and one that is entered twice is never left
     if whole.is_whole(model):
-        parts.append(layers_of(model, with_tower=True))
+        layers = layers_of(model, with_tower=True)
+        parts.append(layers)
+        autocast = torch.autocast(model.device.type, torch.bfloat16)
+        layers.get_image_features = autocast(layers.get_image_features)
     for part in parts:
-        # one autocast each: they nest, and one that is entered twice is never left
         autocast = torch.autocast(model.device.type, torch.bfloat16)
         part.forward = autocast(part.forward)
+    model.is_mixed = True  # for engines/cache.py: its weights are float32, but it rounds to less
     return model
 
 
