@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from learning import parallel
 from learning.model import import_bitsandbytes
 from run.config import UserError
 
@@ -86,7 +87,7 @@ def step(model, optimizers: list, learning_rate: float, max_grad_norm: float) ->
     """Takes one step of all optimizers on the gradient, clipped to max_grad_norm; returns its norm
     before that. Raises UserError where it is not finite."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    grad_norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm).item()
+    grad_norm = parallel.number(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm))
     if not math.isfinite(grad_norm):  # a step with it would make every weight NaN
         raise UserError(f"grad_norm = {grad_norm}: training has diverged; lower learning_rate")
     for optimizer in optimizers:
