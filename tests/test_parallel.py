@@ -10,19 +10,17 @@ one rank ends all, with one sentence. Ranks are forked from a process that has i
 
 import itertools
 import os
-import re
 import signal
 import socket
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from test_resume import (  # noqa: F401 (fixtures are found by their names)
     HANGS,
     RUNS,
+    UPDATES,
+    assert_same,
     command,
     configured,
     left_by,
@@ -31,14 +29,25 @@ from test_resume import (  # noqa: F401 (fixtures are found by their names)
     place,
 )
 
-import train_grpo
 from learning import parallel
 from run import config
-from run.config import UserError
 
 FAR = 2e-6  # how far weights may be from those of one process: they are sums in another order
 BUDGET = {"token_budget": 60}  # small, so that there are more micro-batches than ranks
+ADAMW = {"optimizer": "adamw", "learning_rate": 1e-3}
 NAMES = itertools.count()
+KILLS = [  # (where, at which call, of which rank): each begins where the one before was killed
+    ("as a turn is sampled", 2, 1),
+    ("between two updates", 2 * UPDATES + 2, 0),
+    ("as a state is written", 1, 0),
+    ("before a checkpoint is renamed", 1, 0),
+    ("after a checkpoint was renamed", 1, 0),
+    ("in a line of metrics", 1, 0),
+    ("before a checkpoint", 2, 1),
+    ("between two updates", 3, 1),
+    ("as an old one is removed", 1, 0),
+    ("as logprobs are computed", 3, 1),
+]
 
 
 def free_port() -> int:
@@ -47,10 +56,13 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def as_rank(environment: dict, *arguments) -> None:
+def as_rank(environment: dict, script, argv, folder, point, call) -> None:
     """What test_resume.command does, as one of several ranks."""
     os.environ.update(environment)
-    command(*arguments)
+    if point == "no sum":
+        parallel._all_reduce = lambda parameters: None
+        point = ""
+    command(script, argv, folder, point, call)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +71,7 @@ def begin(nursery, place):  # noqa: F811
     At that call of the point something happens to that rank."""
     children = []
 
-    def start(name, size, kind, out_dir, point="", call=1, rank=0, **options):
+    def start(name, size, kind, out_dir, point="", call=1, rank=0, every_rank=False, **options):
         cfg = configured(name, out_dir, resume=True, **BUDGET | options)
         if size > 1:
             cfg = replace(cfg, parallel=kind, gpus=size)
@@ -71,7 +83,7 @@ def begin(nursery, place):  # noqa: F811
         for number in range(size):
             environment = shared | {"RANK": number, "LOCAL_RANK": number} if size > 1 else {}
             environment = {key: str(value) for key, value in environment.items()}
-            what = (point, call) if number == rank else ("", 1)
+            what = (point, call) if every_rank or number == rank else ("", 1)
             script = RUNS[name][0].__name__
             arguments = (environment, script, argv, str(place), *what)
             child = nursery.Process(target=as_rank, args=arguments)
@@ -143,7 +155,7 @@ def test_several_processes_learn_what_one_learns(ranks, alone, place, name, size
     options = {}
     if name == "sft_adamw":
         name = "sft"
-        options = {"optimizer": "adamw", "learning_rate": 1e-3}
+        options = ADAMW
     out_dir = f"{kind}{size}-{next(NAMES)}"
     codes, said = ranks(name, size, kind, out_dir, **options)
     assert codes == [0] * size, said
@@ -154,3 +166,39 @@ def test_several_processes_learn_what_one_learns(ranks, alone, place, name, size
         assert [row["ids"] for row in recorded] == [
             row["ids"] for row in lines(alone(name) / "rollouts.jsonl")
         ]
+
+
+def test_the_gradient_of_one_rank_alone_would_be_seen(ranks, alone, place):  # noqa: F811
+    """That these tests can fail: without the sum each rank goes its own way."""
+    codes, said = ranks("sft", 2, "ddp", "unsummed", "no sum", every_rank=True, **ADAMW)
+    assert codes == [0, 0], said
+    with pytest.raises(AssertionError):
+        assert_learnt_alike(place / "unsummed", alone("sft", **ADAMW))
+
+
+# -- killed, stopped, gone on
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_killed_run_goes_on_bit_for_bit(ranks, place, kind):  # noqa: F811
+    """Pitfall 52: ten kills, of either rank; the other one then ends by itself."""
+    codes, said = ranks("grpo", 2, kind, f"undisturbed-{kind}")
+    assert codes == [0, 0], said
+    out_dir = f"killed-{kind}"
+    for point, call, rank in KILLS:
+        codes, said = ranks("grpo", 2, kind, out_dir, point, call, rank)
+        assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, parallel.LOST), said
+        assert f"rank {1 - rank} has lost the others" in said
+    codes, said = ranks("grpo", 2, kind, out_dir)
+    assert codes == [0, 0], said
+    assert_same(left_by(place / out_dir), left_by(place / f"undisturbed-{kind}"))
+
+
+@pytest.mark.parametrize("kind, first, second", [("ddp", 2, 4), ("fsdp", 2, 4), ("fsdp", 4, 1)])
+def test_another_number_of_ranks_goes_on(ranks, alone, place, kind, first, second):  # noqa: F811
+    out_dir = f"{kind}-{first}-{second}"
+    codes, said = ranks("grpo", first, kind, out_dir, "before a checkpoint", 5)
+    assert -signal.SIGKILL in codes, said
+    codes, said = ranks("grpo", second, kind, out_dir)
+    assert codes == [0] * second, said
+    assert_learnt_alike(place / out_dir, alone("grpo"))
