@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from learning import whole
+from learning import parallel, whole
 from learning.logprobs import decoder_of, layers_of, token_logprobs
 from run.config import UserError
 
@@ -784,6 +784,8 @@ def save_adapter(model, folder, state: dict | None = None) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    if state is None:  # an engine is given it
+        state = parallel.whole_weights(model)
     model.save_pretrained(
         folder,
         # beside it there may be the adapter that `beta` compares with
@@ -828,8 +830,12 @@ def weights_of(model) -> list[tuple[str, torch.Tensor]]:
     from transformers.core_model_loading import revert_weight_conversion
 
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    saved_names = model.state_dict().keys()
+    # not by state_dict(): of weights in shards (learning/parallel.py) it would be that of shards
+    not_saved = set()
+    for path, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            not_saved.add(f"{path}.{name}" if path else name)
     for name, buffer in model.named_buffers():
-        if name in saved_names:
+        if name not in not_saved:
             weights[name] = buffer
     return list(revert_weight_conversion(model, weights).items())

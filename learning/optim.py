@@ -1,6 +1,7 @@
 """The steps of optimizers, and what is said of memory."""
 
 import contextlib
+import functools
 import math
 
 import torch
@@ -64,13 +65,13 @@ def optimizers(model, kind: str, learning_rate: float, weight_decay: float = 0.0
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
     if not for_muon:
         return [adamw]
-    muon = torch.optim.Muon(
-        for_muon,
+    make_muon = functools.partial(
+        torch.optim.Muon,
         lr=learning_rate,
         weight_decay=weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )
-    return [adamw, muon]
+    return [adamw, parallel.of_whole_matrices(make_muon, for_muon)]
 
 
 @contextlib.contextmanager

@@ -81,11 +81,8 @@ def started(kind: str):
         yield
         return
     _end_with_the_launcher()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl"
-    else:
-        backend = "gloo"
+    _see_one_gpu(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # a rank waits for the slowest rollouts of the others; one that ends is noticed by other means
     dist.init_process_group(backend, timeout=timedelta(days=7))
     HERE.kind = kind
@@ -98,6 +95,14 @@ def started(kind: str):
         HERE.kind = "none"
         HERE.rank = 0
         HERE.size = 1
+
+
+def _see_one_gpu(local_rank: int) -> None:
+    """Hides all GPUs but one, before CUDA is touched: an engine that this rank starts in a process
+    of its own takes the same one."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    mine = visible.split(",")[local_rank] if visible else str(local_rank)
+    os.environ["CUDA_VISIBLE_DEVICES"] = mine
 
 
 def is_first() -> bool:
@@ -116,6 +121,9 @@ def launch(count: int) -> None:
     The first one writes to this terminal. Where another fails, its last line is told. Signals are
     passed on: the ranks finish their step, save, and end; a second one ends them at once.
     """
+    if torch.cuda.is_available() and torch.cuda.device_count() < count:
+        there = torch.cuda.device_count()
+        raise UserError(f"gpus = {count}: this machine has {there}, so give --gpus={there} or less")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -417,6 +425,32 @@ def _reduce_shards(model) -> None:
         unit.set_requires_gradient_sync(False, recurse=False)
 
 
+def of_whole_matrices(make_optimizer, matrices: list):
+    """Makes an optimizer whose step has to see whole matrices, as Muon's does: where they are in
+    shards, it steps whole copies of them, alike on all ranks, whose moments are not cut."""
+    if not any(_is_cut(matrix) for matrix in matrices):
+        return make_optimizer(matrices)
+    copies = [torch.nn.Parameter(torch.zeros_like(shard.full_tensor())) for shard in matrices]
+    optimizer = make_optimizer(copies)
+
+    @torch.no_grad()
+    def join(*_) -> None:
+        with _lost_is_an_end():
+            for shard, copy in zip(matrices, copies, strict=True):
+                copy.copy_(shard.full_tensor())
+                copy.grad = shard.grad.full_tensor()
+
+    @torch.no_grad()
+    def cut(*_) -> None:
+        for shard, copy in zip(matrices, copies, strict=True):
+            shard.copy_(cut_like(copy.detach(), shard))
+            shard.grad = None
+
+    optimizer.register_step_pre_hook(join)
+    optimizer.register_step_post_hook(cut)
+    return optimizer
+
+
 # -- shards and whole tensors: what is saved is the same for any number of ranks
 
 
@@ -433,6 +467,14 @@ def state_of(model) -> dict | None:
             at[place] = joined(value)
         state[name] = at[place]
     return state
+
+
+def whole_weights(model) -> dict | None:
+    """Returns the weights that are together inside of `whole`, where state_dict() cannot be asked
+    for; None elsewhere."""
+    if not HERE.is_whole:
+        return None
+    return {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def _is_cut(value) -> bool:
@@ -469,7 +511,8 @@ def cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     if not _is_cut(parameter):
         return value
     value = value.to(parameter.device)
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    # all ranks have the same value: each takes its part, and nothing is sent
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def cut_state(optimizer, state: dict) -> dict:
