@@ -261,9 +261,9 @@ def check(cfg: Config) -> None:
         raise UserError(f"gpu_memory_utilization = {cfg.gpu_memory_utilization}: at most 1")
     parallel.check(cfg.parallel, cfg.gpus)
     if cfg.parallel == "fsdp" and cfg.optimizer == "adamw8bit":
-        raise UserError(
-            "optimizer = 'adamw8bit' with parallel=fsdp: use adamw, whose moments are cut"
-        )
+        raise UserError("optimizer = 'adamw8bit' cannot be cut into shards (fsdp): use adamw")
+    if cfg.parallel == "fsdp" and cfg.tune == "qlora":
+        raise UserError("tune = 'qlora' cannot be cut into shards (fsdp): use --parallel=ddp")
     if cfg.seed >= 2**63:
         raise UserError(f"seed = {cfg.seed}: expected less than 2**63")
     if cfg.group_size < 2:

@@ -150,9 +150,9 @@ def check(cfg: Config) -> None:
     )
     parallel.check(cfg.parallel, cfg.gpus)
     if cfg.parallel == "fsdp" and cfg.optimizer == "adamw8bit":
-        raise UserError(
-            "optimizer = 'adamw8bit' with parallel=fsdp: use adamw, whose moments are cut"
-        )
+        raise UserError("optimizer = 'adamw8bit' cannot be cut into shards (fsdp): use adamw")
+    if cfg.parallel == "fsdp" and cfg.tune == "qlora":
+        raise UserError("tune = 'qlora' cannot be cut into shards (fsdp): use --parallel=ddp")
     if cfg.seed >= 2**63:
         raise UserError(f"seed = {cfg.seed}: expected less than 2**63")
 

@@ -36,6 +36,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from learning.logprobs import decoder_of
 from run.config import UserError, tell
 
 KINDS = ("none", "ddp", "fsdp")
@@ -338,8 +339,6 @@ def split(model) -> None:
 
 def _layers(model) -> list:
     """Lists the layers of the language model: those that are alike."""
-    from learning.logprobs import decoder_of
-
     for module in decoder_of(model).modules():
         if isinstance(module, torch.nn.ModuleList):
             return list(module)

@@ -255,7 +255,7 @@ def test_one_rank_without_memory_ends_all_with_what_to_lower(ranks):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_full_disk_ends_all_ranks_and_nothing_saved_is_lost(ranks, alone, place, kind):  # noqa: F811
-    (place / "limit").write_text("1000")
+    (place / "limit").write_text("30000")
     out_dir = f"full-{kind}"
     codes, said = ranks("grpo", 2, kind, out_dir, "full disk", 2)
     assert codes == [2, 2], said
@@ -367,6 +367,10 @@ def test_ctrl_c_saves_and_a_launcher_that_is_killed_leaves_nobody(place, alone):
         (
             {"parallel": "fsdp", "gpus": 2, "optimizer": "adamw8bit"},
             "optimizer = 'adamw8bit' cannot be cut into shards (fsdp): use adamw",
+        ),
+        (
+            {"parallel": "fsdp", "gpus": 2, "tune": "qlora"},
+            "tune = 'qlora' cannot be cut into shards (fsdp): use --parallel=ddp",
         ),
     ],
 )
