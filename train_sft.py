@@ -40,13 +40,13 @@ from chat import Chat
 from engines.serving import serve_command
 from images import Picture
 from learning import model as models
-from learning import optim
+from learning import optim, parallel
 from learning.batches import micro_batches, pad, position_ids
 from learning.checkpoint import Run
 from learning.logprobs import token_logprobs
 from learning.vision import Vision, find_vision, tiny_vision, whole_beginning, why_blind
 from run.config import UserError
-from run.log import Log, check_logger
+from run.log import Log, NoLog, check_logger
 from tasks import tiny
 from tools import Toolbox
 from trajectory import Trajectory
@@ -76,6 +76,9 @@ class Config:
     train_vision: bool = False  # of a model that sees: its tower too, not its language model alone
     min_pixels: int = 0  # an image is shown with so many at least; 0: as its processor says
     max_pixels: int = 0  # and with so many at most: 784 of Qwen2-VL's are a token
+    # several processes
+    parallel: Literal["none", "ddp", "fsdp"] = "none"  # ddp: all weights on each; fsdp: in shards
+    gpus: int = 1  # processes to start on this machine, one a GPU, or as many on its CPU
     # data
     data: str = "task:calc"  # demonstrations of a task, or rows of .jsonl, .parquet or a hub id
     rows: int | None = None  # use the first n; for a task: make n (default 8192)
@@ -146,6 +149,11 @@ def check(cfg: Config) -> None:
     config.require_not_negative(
         cfg, "warmup weight_decay seed val_rows save_every min_pixels max_pixels"
     )
+    parallel.check(cfg.parallel, cfg.gpus)
+    if cfg.parallel == "fsdp" and cfg.optimizer == "adamw8bit":
+        raise UserError("optimizer = 'adamw8bit' cannot be cut into shards (fsdp): use adamw")
+    if cfg.parallel == "fsdp" and cfg.tune == "qlora":
+        raise UserError("tune = 'qlora' cannot be cut into shards (fsdp): use --parallel=ddp")
     if cfg.seed >= 2**63:
         raise UserError(f"seed = {cfg.seed}: expected less than 2**63")
 
@@ -398,15 +406,18 @@ def accumulate(model, batch: list[Sample], token_budget: int, packing: bool = Fa
     """Adds the gradient of the loss of a batch; returns its metrics."""
     # the denominator is that of the whole batch: how it is cut for memory changes nothing
     trained_tokens = sum(sum(sample.mask) for sample in batch)
-    metrics = {"loss": 0.0, "entropy": 0.0, "trained_tokens": trained_tokens}
-    for part in parts(batch, token_budget, packing):
-        logprobs, entropy, mask = batch_logprobs(model, part, packing)
-        loss = sft_loss(logprobs, mask, trained_tokens)
-        loss.backward()
+    sums = {"loss": 0.0, "entropy": 0.0}
+    with parallel.whole(model):
+        with parallel.together():
+            for part in parallel.share(parts(batch, token_budget, packing)):
+                logprobs, entropy, mask = batch_logprobs(model, part, packing)
+                loss = sft_loss(logprobs, mask, trained_tokens)
+                loss.backward()
 
-        metrics["loss"] += loss.item()
-        metrics["entropy"] += entropy.sum().item() / trained_tokens
-    return metrics
+                sums["loss"] += loss.item()
+                sums["entropy"] += entropy.sum().item() / trained_tokens
+        parallel.sum_gradients(model)
+    return parallel.total(sums) | {"trained_tokens": trained_tokens}
 
 
 @torch.no_grad()
@@ -415,18 +426,19 @@ def validate(model, samples: list[Sample], token_budget: int, packing: bool = Fa
     choose given those before them: their probability at a temperature near 0, so a tie counts in
     part."""
     trained_tokens = sum(sum(sample.mask) for sample in samples)
-    loss = 0.0
-    right = 0.0
+    sums = {"val_loss": 0.0, "right": 0.0}
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    for part in parts(samples, token_budget, packing):
-        logprobs, _, mask = batch_logprobs(model, part, packing)
-        loss += sft_loss(logprobs, mask, trained_tokens).item()
-        greedy, _, _ = batch_logprobs(model, part, packing, temperature=1e-6)
-        right += (greedy.exp() * mask).sum().item()
+    with parallel.whole(model), parallel.together():
+        for part in parallel.share(parts(samples, token_budget, packing)):
+            logprobs, _, mask = batch_logprobs(model, part, packing)
+            sums["val_loss"] += sft_loss(logprobs, mask, trained_tokens).item()
+            greedy, _, _ = batch_logprobs(model, part, packing, temperature=1e-6)
+            sums["right"] += (greedy.exp() * mask).sum().item()
     for module, mode in modes:
         module.training = mode
-    return {"val_loss": loss, "val_token_accuracy": right / trained_tokens}
+    sums = parallel.total(sums)
+    return {"val_loss": sums["val_loss"], "val_token_accuracy": sums["right"] / trained_tokens}
 
 
 # ---- the run
@@ -535,8 +547,14 @@ def row_order(samples: int, needed: int, seed: int) -> list[int]:
 
 def train(cfg: Config) -> dict:
     """Trains, saves the model to out_dir, and returns the last step's metrics."""
-    # 1. all checks, the cheap ones first; then the model
     check(cfg)  # also of a config that was made in a notebook, not by config.parse
+    with parallel.started(cfg.parallel):
+        return train_here(cfg)
+
+
+def train_here(cfg: Config) -> dict:
+    """Trains in this process, which may be one of several."""
+    # 1. all checks, the cheap ones first; then the model
     check_logger(cfg.logger)
     run = Run(cfg)
     model, tokenizer, samples, held_out, chat, summary = setup(cfg)
@@ -544,6 +562,7 @@ def train(cfg: Config) -> dict:
     warmup = warmup_steps(cfg, steps, len(samples))
     if cfg.gradient_checkpointing:
         models.recompute_layers(model)
+    parallel.split(model)
     optimizers = optim.optimizers(
         model,
         cfg.optimizer,
@@ -558,7 +577,10 @@ def train(cfg: Config) -> dict:
     metrics = state["metrics"]
     order = row_order(len(samples), steps * cfg.batch_size, cfg.seed)
 
-    log = Log(run.out_dir, steps, COLUMNS, first_step, cfg.logger, asdict(cfg))
+    if parallel.is_first():
+        log = Log(run.out_dir, steps, COLUMNS, first_step, cfg.logger, asdict(cfg))
+    else:
+        log = NoLog()
     advice = optim.memory_advice("token_budget", "max_tokens", "batch_size")
     with log, advice, run:
         trained, total = optim.count(model)
@@ -635,7 +657,10 @@ def main(argv: list[str]) -> None:
     if is_dry:
         config.run_script("play.py", ["--demonstration=true", *argv])
     else:
-        train(config.parse(Config, argv, check))
+        cfg = config.parse(Config, argv, check)
+        if parallel.must_launch(cfg.gpus):
+            parallel.launch(cfg.gpus)
+        train(cfg)
 
 
 if __name__ == "__main__":

@@ -225,6 +225,34 @@ class Log:
         print_summary({**values, "minutes": minutes, "peak_memory_gb": peak}, self.print)
 
 
+class NoLog:
+    """The log of a process that is not the first of its run: it says and writes nothing."""
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def print(self, text: str) -> None:
+        pass
+
+    def step(self, metrics: dict) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def expect(self, rollouts: int) -> None:
+        return None
+
+    def rollouts(self, trajectories: list, tokenizer, **columns) -> None:
+        pass
+
+    def summary(self, values: dict) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def _say_if_not_logged(out_dir: Path):
     """Turns what a disk refuses into a UserError."""
