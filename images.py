@@ -55,6 +55,10 @@ class Picture:
     key: int = 0  # a hash of the pixels: of equal pictures it is equal
     again: "Callable | None" = None  # makes the pixels once more, of what is shown
 
+    def __getstate__(self) -> dict:
+        """Leaves out what another process makes anew, sooner than it would come: from `shown`."""
+        return vars(self) | {"pixels": {}, "seen": None, "again": None}
+
     def __post_init__(self):
         if self.shown is None:  # until a model's vision has prepared it
             self.shown = self.original

@@ -136,7 +136,22 @@ class Player:
             )
             played = run_blocking(playing)
         played = parallel.gathered(played)
+        self._prepare_images(played)
         return sorted(played, key=lambda trajectory: (trajectory.group, trajectory.sample))
+
+    def _prepare_images(self, trajectories: list[Trajectory]) -> None:
+        """Prepares the images of trajectories that other ranks have played: they come without what
+        the model is given. Those that the samples of a group share stay one."""
+        prepared = {}
+        for trajectory in trajectories:
+            for number, picture in enumerate(trajectory.images):
+                if picture.pixels or picture.seen or picture.again:
+                    continue
+                if picture.key not in prepared:
+                    made = self.chat.vision.prepare(picture.shown, is_resized=True)
+                    made.original = picture.original
+                    prepared[picture.key] = made
+                trajectory.images[number] = prepared[picture.key]
 
 
 def prepare_task(cfg, limit: int | None = None) -> tuple[Toolbox, dict, list[dict]]:

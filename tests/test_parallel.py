@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from test_resume import (  # noqa: F401 (fixtures are found by their names)
     HANGS,
     RUNS,
+    SEEING,
     UPDATES,
     assert_same,
     command,
@@ -30,6 +31,7 @@ from test_resume import (  # noqa: F401 (fixtures are found by their names)
     left_by,
     lines,
     nursery,
+    pictures,
     place,
     wait_for,
 )
@@ -98,7 +100,7 @@ def begin(nursery, place):  # noqa: F811
             environment = shared | {"RANK": number, "LOCAL_RANK": number} if size > 1 else {}
             environment = {key: str(value) for key, value in environment.items()}
             what = (point, call) if every_rank or number == rank else ("", 1)
-            script = RUNS[name][0].__name__
+            script = (RUNS | SEEING)[name][0].__name__
             arguments = (environment, script, argv, str(place), *what)
             child = nursery.Process(target=as_rank, args=arguments)
             child.start()
@@ -188,6 +190,25 @@ def test_the_gradient_of_one_rank_alone_would_be_seen(ranks, alone, place):  # n
     assert codes == [0, 0], said
     with pytest.raises(AssertionError):
         assert_learnt_alike(place / "unsummed", alone("sft", **ADAMW))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", SEEING)
+def test_several_processes_learn_from_images_what_one_learns(
+    ranks,
+    alone,
+    pictures,  # noqa: F811
+    name,
+    kind,
+):
+    """Each rank makes the pixels of the others' images anew."""
+    codes, said = ranks(name, 2, kind, f"{kind}-{name}", optimizer="adamw", token_budget=400)
+    assert codes == [0, 0], said
+    one = alone(name, optimizer="adamw", token_budget=400)
+    assert_learnt_alike(pictures / f"{kind}-{name}", one)
+    recorded = lines(one / "rollouts.jsonl")
+    assert lines(pictures / f"{kind}-{name}" / "rollouts.jsonl") == recorded
+    assert any(len(row.get("images", ())) == 2 for row in recorded)
 
 
 # -- killed, stopped, gone on
