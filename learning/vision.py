@@ -37,7 +37,7 @@ class Family:
 
     processor: str  # its class in transformers that needs no torchvision
     token: str  # what its templates write for an image
-    has_grid: bool = False  # positions have rows and columns (M-RoPE, Qwen2-VL, arXiv:2409.12191)
+    has_grid: bool  # positions have rows and columns (M-RoPE, Qwen2-VL, arXiv:2409.12191)
     has_tiles: bool = False  # InternVL's: cut into as many as fit its sides best, and the whole
 
 
@@ -47,9 +47,9 @@ FAMILIES = {  # by the model_type of the config
     "qwen2_5_vl": QWEN,
     "qwen3_vl": QWEN,
     "qwen3_5": QWEN,
-    "idefics3": Family("Idefics3ImageProcessorPil", "<image>"),
-    "smolvlm": Family("SmolVLMImageProcessorPil", "<image>"),
-    "internvl": Family("GotOcr2ImageProcessorPil", "<IMG_CONTEXT>", has_tiles=True),
+    "idefics3": Family("Idefics3ImageProcessorPil", "<image>", has_grid=False),
+    "smolvlm": Family("SmolVLMImageProcessorPil", "<image>", has_grid=False),
+    "internvl": Family("GotOcr2ImageProcessorPil", "<IMG_CONTEXT>", has_grid=False, has_tiles=True),
 }
 
 # Why others are not let in.
