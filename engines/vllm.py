@@ -204,8 +204,9 @@ def _vision_options(vision: Vision, max_model_len: int) -> dict:
         size = {"shortest_edge": min(smallest, largest), "longest_edge": largest}
         options["mm_processor_kwargs"] = {"size": size}
     else:
-        # torchvision's makes another small image of the whole: 7e-4 to 2e-3 in logprobs
-        options["mm_processor_kwargs"] = {"backend": "pil"}
+        # PIL's: torchvision's makes another small image of the whole, 7e-4 to 2e-3 in logprobs.
+        # (`backend="pil"`, its newer name, ends SmolVLM's processor: its videos have no such one.)
+        options["mm_processor_kwargs"] = {"use_fast": False}
     return options
 
 

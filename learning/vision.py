@@ -32,18 +32,18 @@ class Family:
     processor: str  # its class in transformers that needs no torchvision
     token: str  # what its templates write for an image
     has_grid: bool  # positions have rows and columns (M-RoPE, Qwen2-VL, arXiv:2409.12191)
-    in_vllm: bool = True  # proved there too (tests/test_vision_vllm.py)
+    in_vllm: bool = False  # proved there too, by tests/test_vision_vllm.py
 
 
-QWEN = Family("Qwen2VLImageProcessorPil", "<|image_pad|>", has_grid=True)
+QWEN = Family("Qwen2VLImageProcessorPil", "<|image_pad|>", has_grid=True, in_vllm=True)
 FAMILIES = {  # by the model_type of the config
     "qwen2_vl": QWEN,
     "qwen2_5_vl": QWEN,
     "qwen3_vl": QWEN,
     # vLLM's CPU build has its linear attention in bfloat16 only, which is no proof to 1e-4
     "qwen3_5": replace(QWEN, in_vllm=False),
-    "idefics3": Family("Idefics3ImageProcessorPil", "<image>", has_grid=False),
-    "smolvlm": Family("SmolVLMImageProcessorPil", "<image>", has_grid=False),
+    "idefics3": Family("Idefics3ImageProcessorPil", "<image>", has_grid=False, in_vllm=True),
+    "smolvlm": Family("SmolVLMImageProcessorPil", "<image>", has_grid=False, in_vllm=True),
 }
 
 

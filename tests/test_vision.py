@@ -929,3 +929,4 @@ def test_an_adapter_says_whether_it_has_layers_of_the_tower(smol, tmp_path):
         folder = tmp_path / f"{train_vision}"
         models.save_adapter(model, folder)
         assert whole.is_of_tower(str(folder)) is train_vision
+        assert ("model.vision_model" in models.frozen_parts(model)) is not train_vision
