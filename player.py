@@ -197,6 +197,11 @@ def load_vision(cfg, tokenizer, examples: list[dict]) -> Vision | None:
         raise UserError(f"min_pixels and max_pixels have no effect: {reason}")
     if vision is None and cfg.train_vision:
         raise UserError(f"train_vision has no effect: {reason}")
+    if cfg.train_vision and cfg.engine == "server":
+        raise UserError(
+            "train_vision = true: a server may leave the tower's adapters out without a word, so "
+            "use engine=vllm"
+        )
     for example in examples:
         if vision is None and example.get("images"):
             raise UserError(f"row {example['id'] + 1} has images: {reason}")

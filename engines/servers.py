@@ -34,6 +34,7 @@ from engines import server_answers
 from engines.base import Completion, Engine, Sampling
 from images import Picture, to_data_uri
 from learning import model as models
+from learning import whole
 from learning.vision import Vision, collapse
 from run.config import UserError, tell
 from run.http import TEMPORARY, UNLIMITED, Answer, HttpError, one_line, read_answer
@@ -312,8 +313,9 @@ class ServerEngine(Engine):
             post.cancel()
             gone.cancel()
         status = answer.status
-        # 404: started anew, it has not the adapter yet
-        is_away = status == 404 and path == COMPLETIONS
+        # 404: started anew, it has not the adapter yet, unless it never had the path
+        has_path = path == COMPLETIONS or (path == WITH_IMAGES and server.shows)
+        is_away = status == 404 and has_path
         if status in TEMPORARY or status >= 500 or is_away or 200 != status < 400:
             raise self._lose(server, f"HTTP {status}: {one_line(answer.text, 200)}")
         if status >= 400:
@@ -591,6 +593,11 @@ async def start(
     try:
         if models.is_adapter(name):
             models.check_usable_alone(name)
+            if vision is not None and whole.is_of_tower(models.find(name)):
+                raise UserError(
+                    f"model = {name!r} has adapters in its tower, which a server may leave out "
+                    "without a word: use engine=vllm, or merge it (python -m learning.merge)"
+                )
             engine.name = engine.memory.name
             engine.folder = models.find(name)
         vocabulary = vocabulary_of(name, tokenizer)

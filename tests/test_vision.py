@@ -23,6 +23,7 @@ import player
 import train_grpo
 import train_sft
 from chat import Chat
+from engines import servers
 from engines.base import Completion, Engine
 from engines.canary import Canary, sync_and_check
 from engines.local import TransformersEngine
@@ -921,6 +922,10 @@ def test_which_engine_shows_images_is_said_before_anything_slow(tmp_path_factory
         else:
             vision = player.load_vision(cfg, family.tokenizer, examples)
             assert vision.placeholder == family.vision.placeholder
+    smol = made("smolvlm", tmp_path_factory)
+    cfg = train_grpo.Config(model=smol.folder, engine="server", train_vision=True)
+    with pytest.raises(UserError, match="a server may leave .*, so use engine=vllm"):
+        player.load_vision(cfg, smol.tokenizer, [])
 
 
 def test_an_adapter_says_whether_it_has_layers_of_the_tower(smol, tmp_path):
@@ -930,3 +935,6 @@ def test_an_adapter_says_whether_it_has_layers_of_the_tower(smol, tmp_path):
         models.save_adapter(model, folder)
         assert whole.is_of_tower(str(folder)) is train_vision
         assert ("model.vision_model" in models.frozen_parts(model)) is not train_vision
+    urls = ("http://127.0.0.1:9",)
+    with pytest.raises(UserError, match="has adapters in its tower.*use engine=vllm"):
+        run_blocking(servers.start(urls, str(folder), smol.tokenizer, vision=smol.vision))
