@@ -38,9 +38,12 @@ def with_images(answer) -> dict:
     return {"choices": choices}
 
 
-def _of_tokens(choice: dict) -> dict:
-    """The logprobs of a choice of /inference/v1/generate, which must be of its very tokens."""
+def _of_tokens(choice: dict) -> dict | None:
+    """The logprobs of a choice of /inference/v1/generate, which must be of its very tokens; None
+    where there are none, as nobody asked for them."""
     logprobs = choice.get("logprobs")
+    if logprobs is None:
+        return None
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
     if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
         raise ValueError(f"as logprobs {_start(logprobs)}")

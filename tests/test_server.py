@@ -129,6 +129,8 @@ class Fake:
         beside = {key: choice.pop(key, None) for key in ("prompt_token_ids", "prompt_logprobs")}
         pairs = zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True)
         choice["logprobs"] = {"content": [{"token_id": t, "logprob": p} for t, p in pairs]}
+        if "logprobs" not in body["sampling_params"]:
+            choice["logprobs"] = None
         return code, {"choices": [choice], **beside}
 
     def completion(self, body):
