@@ -31,9 +31,11 @@ SPEAKERS = {
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
 }
+# Messages of their own for what our form has as tool_calls: LLaMA-Factory's, ms-swift's.
+CALL_ROLES = ("function_call", "tool_call")
+RESULT_ROLES = ("observation", "tool_response")
+FILLED_TAGS = ("<ref-object>", "<bbox>")  # of ms-swift, from a column `objects`
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell it, UTF-8 cannot
 
 # ---- examples: what prompts and rewards are made of
@@ -318,7 +320,10 @@ def check_ids(row, tokenizer) -> None:
         what = "other text than the row's"
     else:
         return
-    remedy = "give the model that recorded it, or one with its tokenizer"
+    remedy = (
+        "give the model that recorded it, or one with its tokenizer; or take 'ids' out of the "
+        "rows, which makes conversations of them"
+    )
     raise UserError(f"to the model's tokenizer its ids are {what}: {remedy}")
 
 
@@ -350,7 +355,7 @@ def _conversation(row, filled_in, folder):
     """The messages and the tools of a demonstration, in one form whatever the source wrote.
     filled_in: its objects have keys whose value None only says that there is no such key."""
     if "messages" not in row and isinstance(row.get("conversations"), list):
-        row = row | {"messages": _sharegpt(row["conversations"], row.get("system"))}
+        row = row | {"messages": _of_speakers(row["conversations"])}
     if "messages" not in row:
         there = f"no column 'messages', there are {', '.join(row)}"
         raise UserError(f"{there}: SFT takes whole conversations, or trajectories (ids and mask)")
@@ -361,7 +366,10 @@ def _conversation(row, filled_in, folder):
     if filled_in:
         messages = _without_none(messages)
         tools = _without_none(tools)
+    messages = _with_calls(_with_system(messages, row.get("system")))
     messages = read_messages(messages, "messages", is_prompt=False)
+    if row.get("objects"):
+        _refuse_filled_tags(messages)
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise UserError("no assistant message, so nothing to learn")
@@ -374,27 +382,89 @@ def _conversation(row, filled_in, folder):
     return {"messages": messages, "tools": _schemas(tools), **images}
 
 
-def _sharegpt(turns, system):
+def _of_speakers(turns):
     """The messages of a `conversations` column: {"from", "value"}, as LLaMA-Factory reads it."""
-    messages = [{"role": "system", "content": system}] if system else []
+    messages = []
     for turn in turns:
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
             raise UserError(f"'conversations' holds {turn!r:.80}: expected from and value")
         speaker = turn["from"]
-        content = turn["value"]
-        if speaker not in SPEAKERS:
-            known = ", ".join(SPEAKERS)
+        if speaker in SPEAKERS:
+            role = SPEAKERS[speaker]
+        elif speaker in (*CALL_ROLES, *RESULT_ROLES):
+            role = speaker
+        else:
+            known = ", ".join((*SPEAKERS, *CALL_ROLES, *RESULT_ROLES))
             raise UserError(f"'conversations' has one from {speaker!r}: expected {known}")
-        message = {"role": SPEAKERS[speaker], "content": content}
-        if speaker == "function_call":
-            try:
-                calls = json.loads(content)
-            except (TypeError, ValueError) as error:
-                raise UserError(f"its function_call is broken JSON: {error}") from None
-            calls = calls if isinstance(calls, list) else [calls]
-            message |= {"content": "", "tool_calls": [{"function": call} for call in calls]}
-        messages.append(message)
+        messages.append({"role": role, "content": turn["value"]})
     return messages
+
+
+def _with_system(messages, system):
+    """Puts the text of a column `system` in front. UserError if the messages have another one."""
+    if not isinstance(system, str) or not system:
+        return messages
+    first = messages[0] if messages else None
+    if isinstance(first, dict) and first.get("role") == "system":
+        if first.get("content") != system:
+            raise UserError("its column 'system' is another text than its system message: drop one")
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _with_calls(messages):
+    """Messages in which calls are messages of their own, and results have another role, in OpenAI's
+    form; all others stay as they are.
+
+    What the assistant says in front of a call, and several calls, are one message.
+    """
+    roles = [message.get("role") for message in messages if isinstance(message, dict)]
+    if not any(role in CALL_ROLES for role in roles):
+        return messages
+    joined = []
+    for message in messages:
+        role = message.get("role") if isinstance(message, dict) else None
+        if role in CALL_ROLES:
+            thinking, calls = _calls_in(message.get("content"))
+            is_open = bool(joined) and joined[-1].get("role") == "assistant"
+            if not is_open:
+                joined.append({"role": "assistant", "content": ""})
+            turn = dict(joined[-1])
+            turn["content"] = (turn.get("content") or "") + thinking
+            turn["tool_calls"] = [*turn.get("tool_calls", ()), *calls]
+            joined[-1] = turn
+        elif role in RESULT_ROLES:
+            joined.append(message | {"role": "tool"})
+        else:
+            joined.append(message)
+    return joined
+
+
+def _calls_in(content):
+    """(the thinking in front of them, the calls) of the JSON of a call, or of a list of calls."""
+    text = content if isinstance(content, str) else json.dumps(content)
+    thinking = THINK.match(text)
+    head = thinking[0] if thinking else ""
+    try:
+        calls = json.loads(text.removeprefix(head))
+    except ValueError as error:
+        raise UserError(f"its call {text!r:.80} is broken JSON: {error}") from None
+    calls = calls if isinstance(calls, list) else [calls]
+    return head, [{"function": call} for call in calls]
+
+
+def _refuse_filled_tags(messages):
+    """Refuses texts with places that ms-swift would fill from the column `objects`."""
+    for message in messages:
+        content = message["content"]
+        parts = content if isinstance(content, list) else [{"text": content}]
+        text = "".join(part.get("text", "") for part in parts)
+        for tag in FILLED_TAGS:
+            if tag in text:
+                raise UserError(
+                    f"its text has {tag}, which ms-swift fills from the column 'objects': write "
+                    "names and numbers into the text"
+                )
 
 
 def _schemas(tools):
@@ -406,12 +476,18 @@ def _schemas(tools):
             raise UserError(f"its 'tools' is broken JSON: {error}") from None
     if tools is None:
         return None
-    for tool in tools if isinstance(tools, list) else [tools]:
+    schemas = []
+    for tool in tools if isinstance(tools, list) else [None]:
         function = tool.get("function") if isinstance(tool, dict) else None
+        if function is None and isinstance(tool, dict) and "parameters" in tool:
+            function = tool  # LLaMA-Factory's have no wrapping
+            tool = {"type": "function", "function": function}
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             form = '[{"type": "function", "function": {"name": …, "parameters": …}}]'
-            raise UserError(f"its 'tools' holds {tool!r:.80}: expected {form}, or its JSON")
-    return list(tools)
+            held = tool if isinstance(tools, list) else tools
+            raise UserError(f"its 'tools' holds {held!r:.80}: expected {form}, or its JSON")
+        schemas.append(tool)
+    return schemas
 
 
 # ---- both
@@ -495,7 +571,8 @@ def _refuse_unseen(row):
     """Refuses a row with something in it that no model here would read."""
     for column in UNSEEN:
         if row.get(column):
-            raise UserError(f"its {column!r} would not be seen: {NOT_SEEN}")
+            remedy = f"{NOT_SEEN}; what select_frames opens is a column `clip`"
+            raise UserError(f"its {column!r} would not be seen: {remedy}")
     for column, value in row.items():
         _refuse_surrogates(value, column)
 

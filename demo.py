@@ -3,10 +3,12 @@
     make demo                                   # or: python demo.py; it learns to call python
     python demo.py --seed=1 --out_dir=out/seed1
     python demo.py --task=facts                 # to search;  shop: SQL;  multi: which of the three
+    python demo.py --task=chart                 # to zoom into a picture; being built
 
 SFT on imperfect demonstrations (train_sft.py), evaluation, GRPO (train_grpo.py), evaluation again,
-both greedy on the same 512 held-out problems. The runs are out/calc_sft and out/calc, as the
-configs of these names say. The last lines are `key: value`, for people and for grep.
+both on the same 512 held-out problems, greedy and sampled at temperature 1. The runs are
+out/calc_sft and out/calc, as the configs of these names say. The last lines are `key: value`, for
+people and for grep.
 """
 
 import os
@@ -32,12 +34,12 @@ EVAL_EVERY = 8  # steps between the held-out points in the curves
 SAMPLED_AND_GREEDY = """\
 The lines of a step, and the lines in curves.png, are of training rollouts, which are sampled:
 they try things out. Below, and at the points in curves.png, the model answers greedily, on
-problems that were held out."""
+problems that were held out; `sampled_accuracy` is of the same problems, answered as in training."""
 
 
 @dataclass
 class Config:
-    task: Literal["calc", "facts", "shop", "multi"] = "calc"  # a file in tasks/
+    task: Literal["calc", "facts", "shop", "multi", "chart"] = "calc"  # a file in tasks/
     out_dir: str = "out"  # where calc_sft/ and calc/ are made; they must not be there yet
     seed: int = 0  # of everything
 
@@ -61,11 +63,13 @@ def run(cfg: Config) -> dict:
 
     print("\n1. SFT: the form of a tool call, from demonstrations that are often wrong\n")
     train_sft.train(sft_cfg)
-    before = evaluate_greedily(grpo_cfg, sft_dir)
+    before = evaluate_at(0, grpo_cfg, sft_dir)
+    sampled_before = evaluate_at(1, grpo_cfg, sft_dir)
 
     print("\n2. GRPO: from trying, with the tools in the loop\n")
     train_grpo.train(grpo_cfg)
-    after = evaluate_greedily(grpo_cfg, grpo_dir)
+    after = evaluate_at(0, grpo_cfg, grpo_dir)
+    sampled_after = evaluate_at(1, grpo_cfg, grpo_dir)
 
     print("\n3. One rollout: green is trained, grey is context, yellow is what a tool said\n")
     shown = ["--config", f"{cfg.task}.py", f"--model={grpo_dir}"]
@@ -76,14 +80,17 @@ def run(cfg: Config) -> dict:
     for name in ("accuracy", "tool_call_rate", *logged):
         results[f"{name}_before"] = before[name]
         results[f"{name}_after"] = after[name]
+    results["sampled_accuracy_before"] = sampled_before["accuracy"]
+    results["sampled_accuracy_after"] = sampled_after["accuracy"]
     print(f"\n{SAMPLED_AND_GREEDY}")
     results["minutes"] = (time.monotonic() - started) / 60
     return results
 
 
-def evaluate_greedily(cfg: train_grpo.Config, model: str) -> dict:
-    """Evaluates the model on all held-out problems."""
-    given = evaluate.Config(save_to=f"{model}/eval")
+def evaluate_at(temperature: float, cfg: train_grpo.Config, model: str) -> dict:
+    """Evaluates the model on all held-out problems. temperature: 0 is greedy, 1 as in training."""
+    folder = f"{model}/eval_sampled" if temperature else f"{model}/eval"
+    given = evaluate.Config(temperature=temperature, save_to=folder)
     return evaluate.evaluate(evaluate.for_evaluation(cfg, given, model), given)
 
 

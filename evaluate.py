@@ -408,7 +408,8 @@ def evaluate(cfg: train_grpo.Config, given: Config) -> dict:
         folder = config.fresh_dir(given.save_to, key="save_to")
     with open_player(cfg, given) as player:
         if folder is None:
-            folder = next_folder(Path(given.run) / "eval" if given.run else Path("out/eval"))
+            beside = Path(given.run) / "eval" if given.run else Path("out/eval")
+            folder = config.next_folder(beside)
         trajectories, problem = play_all(player, given.n, given.batch, folder)
     numbers = {
         "model": cfg.model,
@@ -498,12 +499,6 @@ def save_whole(file: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
-
-
-def next_folder(folder: Path) -> Path:
-    """Makes `folder`, or folder-2, folder-3, …: an earlier evaluation is never overwritten."""
-    names = [folder] + [folder.with_name(f"{folder.name}-{i}") for i in range(2, 1000)]
-    return config.fresh_dir(next(name for name in names if not name.exists()))
 
 
 def repeats_of_average(numbers: dict) -> set[str]:

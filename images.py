@@ -18,7 +18,7 @@ import base64
 import binascii
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,19 +39,25 @@ SHOWN = 80  # characters of a source in a message
 
 @dataclass
 class Picture:
-    """One image of a trajectory. Nobody changes one: the samples of a group share it."""
+    """One image of a trajectory. Tools do not change one: the samples of a group share it."""
 
     original: "Image"  # RGB, upright: zoom and crop cut from this
     shown: "Image | None" = None  # what the model sees: resized once, to its processor's size
 
     # what learning/vision.py makes of it for one model
     pixels: dict = field(default_factory=dict)  # the inputs of the tower, by name: tensors
+    seen: object = None  # what a tower that does not learn made of them, which then can go
     ids: list[int] = field(default_factory=list)  # what stands for it in a trajectory
     placeholder: int = -1  # the id, among these, that the tower's embeddings take the place of
     tokens: int = 0  # how many placeholders
     patches: int = 0  # how many go through the tower for it
     grid: tuple[int, int] | None = None  # rows and columns of placeholders, if positions have them
     key: int = 0  # a hash of the pixels: of equal pictures it is equal
+    again: "Callable | None" = None  # makes the pixels once more, of what is shown
+
+    def __getstate__(self) -> dict:
+        """Leaves out what another process makes anew, sooner than it would come: from `shown`."""
+        return vars(self) | {"pixels": {}, "seen": None, "again": None}
 
     def __post_init__(self):
         if self.shown is None:  # until a model's vision has prepared it

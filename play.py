@@ -3,6 +3,8 @@ yellow.
 
     python play.py --config calc.py --model=out/calc               # one episode of a real model
     python play.py --config calc.py --temperature=0 --seed=3
+    python play.py --config calc.py --prompt="What is 6 * 7?"      # your own question
+    python play.py --config calc.py --model=out/sees --prompt="What is this?" --image=cat.jpg
     python play.py --config gsm8k.py --made_up=true                # without its model or a download
     python play.py --config sft_gsm8k.py --demonstration=true      # a row as SFT is trained on it
 
@@ -11,6 +13,9 @@ those held out too; the first one's prompt is rendered, and an oracle plays it t
 engine: calls a tool, then says the right answer. Tools and rewards are the real ones. What is
 printed is what training would see; below it stands what could not be checked here, and what looks
 wrong.
+
+Images are named where they stand, with their size and the tokens that they take; those of a model's
+episode are saved as the model saw them, and a terminal has a rough view of each.
 
 The row is the first of the data. Where that would have to be downloaded, it is the one that
 configs/samples.jsonl has for the data set, written by us with the columns of the original. Where
@@ -21,8 +26,14 @@ import dataclasses
 import json
 import sqlite3
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from rich.color import Color
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
 
 from run import config
 
@@ -36,9 +47,10 @@ import train_sft
 from chat import Chat
 from engines.scripted import ScriptedEngine
 from formats import FORMATS
-from formats.messages import calls_of
+from formats.messages import calls_of, has_images
+from images import open_image
 from learning import model as models
-from learning.vision import Vision, find_vision
+from learning.vision import Vision, find_vision, tiny_vision
 from player import Player, check_prompts, prepare_task, validation_examples
 from rollout import Settings
 from run.config import UserError
@@ -50,6 +62,8 @@ SAMPLES = config.HERE / "configs" / "samples.jsonl"
 # need the model's own template; hermes has one in the stand-in
 OWN_FORMATS = [name for name, format in FORMATS.items() if not format.inline and name != "hermes"]
 STAND_IN_FORMATS = ("auto", *OWN_FORMATS)
+# what tools that see take in any image
+SEEN = {"box": [0, 0, 16, 16], "point": [8, 8], "frames": [1]}
 NO_ORACLE = "I do not know."  # the answer where neither a reward nor the row has a right one
 
 
@@ -57,14 +71,48 @@ NO_ORACLE = "I do not know."  # the answer where neither a reward nor the row ha
 class Config:
     made_up: bool = False  # an oracle plays, not the model: to check a config of train_grpo.py
     demonstration: bool = False  # nothing is played: a row of a config of train_sft.py is shown
+    prompt: str = ""  # a question of your own in the place of a row; its answer is not graded
+    image: tuple[str, ...] = ()  # files of pictures that it is about
 
 
-def play_model(cfg: train_grpo.Config) -> Trajectory:
-    """Plays and prints the first example of a config with its model."""
-    with Player.of(cfg, limit=1) as player:
-        (trajectory,) = player.play(player.examples)
-        show(trajectory, player.chat.tokenizer)
+def check(cfg: Config) -> None:
+    """Checks the rules across keys."""
+    if cfg.made_up and cfg.demonstration:
+        raise UserError("made_up and demonstration: expected one of them")
+    if cfg.prompt and (cfg.made_up or cfg.demonstration):
+        raise UserError("prompt has no effect with made_up and demonstration, which show a row")
+    if cfg.image and not cfg.prompt:
+        raise UserError("image has no effect without a question: give --prompt=…")
+
+
+def play_model(cfg: train_grpo.Config, given: Config) -> Trajectory:
+    """Plays and prints the first example of a config, or the question given, with its model."""
+    with tempfile.TemporaryDirectory() as folder:
+        if given.prompt:
+            cfg = with_own_row(cfg, given, Path(folder))
+        with Player.of(cfg, limit=1) as player:
+            if given.prompt:
+                player.rewards.clear()  # there is no right answer to compare with
+            (trajectory,) = player.play(player.examples)
+    show_rollout(trajectory, player.chat.tokenizer, save_images(trajectory))
     return trajectory
+
+
+def with_own_row(cfg: train_grpo.Config, given: Config, folder: Path) -> train_grpo.Config:
+    """Gives the config one row: the question and pictures of the command line, written to the
+    folder."""
+    names = []
+    for number, source in enumerate(given.image, 1):
+        path = Path(source).expanduser()
+        image = open_image(path.name, folder=path.parent)
+        names.append(f"{number}.png")
+        image.save(folder / names[-1])
+    row = {cfg.prompt_column: given.prompt, cfg.answer_column: "not known"}
+    if names:
+        row["images"] = names
+    file = folder / "row.jsonl"
+    file.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    return dataclasses.replace(cfg, data=str(file), answer_after="")
 
 
 def play_made_up(cfg: train_grpo.Config) -> Trajectory:
@@ -89,10 +137,10 @@ def play_made_up(cfg: train_grpo.Config) -> Trajectory:
         check_prompts(chat, examples, cfg.max_tokens)
 
         # 3. the oracle's words as a model would sample them
-        engine = ScriptedEngine(sampled_turns(chat, example["messages"], turns), tokenizer)
+        engine = ScriptedEngine(sampled_turns(chat, example, turns), tokenizer)
         with Player(chat, engine, toolbox, rewards, Settings.of(cfg)) as player:
             (trajectory,) = player.play([example])
-    show(trajectory, tokenizer)
+    show_rollout(trajectory, tokenizer)
     notes += doubts(trajectory, player.outcome)
     is_own_tokenizer = not any(note.startswith("model:") for note in notes)
     if cfg.data.startswith("task:") or is_own_tokenizer:
@@ -108,7 +156,7 @@ def show_demonstration(cfg: train_sft.Config) -> Trajectory:
         cfg = with_local_data(cfg, folder, notes)
         few = min(cfg.rows or 64, 64) if cfg.data.startswith("task:") else cfg.rows
         rows = data.conversations(cfg.data, few, cfg.seed, cfg.system_prompt)
-    toolbox = Toolbox(cfg.tools, describe_only=True)
+    toolbox = Toolbox(cfg.tools, options=cfg.tool_options, describe_only=True)
     rows = data.rewarded(rows, cfg.min_reward, cfg.data)
     conversations = [row["messages"] for row in rows if "messages" in row]
     tokenizer, cfg = local_tokenizer(cfg, conversations[:64], toolbox.schemas, notes)
@@ -124,12 +172,60 @@ def show_demonstration(cfg: train_sft.Config) -> Trajectory:
     ids = samples[0].ids
     mask = samples[0].mask
     trajectory = Trajectory.of_demonstration(row, ids, mask)
-    show(trajectory, tokenizer)
+    trajectory.images = samples[0].pictures()
+    show_rollout(trajectory, tokenizer)
     if len(ids) > cfg.max_tokens:
         what = f"this row has {len(ids)} tokens and would be cut"
         notes.append(f"max_tokens = {cfg.max_tokens}: {what}")
     tell_notes(notes)
     return trajectory
+
+
+# ---- a rollout on the terminal
+
+
+def save_images(trajectory: Trajectory) -> list[Path]:
+    """Writes the images of a trajectory, as the model saw them, to a new folder out/play…; returns
+    their files."""
+    if not trajectory.images:
+        return []
+    folder = config.next_folder(Path("out/play"))
+    files = []
+    for number, picture in enumerate(trajectory.images, 1):
+        files.append(folder / f"image_{number}.png")
+        picture.shown.save(files[-1])
+    return files
+
+
+def show_rollout(trajectory: Trajectory, tokenizer, files: Sequence[Path] = ()) -> None:
+    """Prints a trajectory; behind each image its file, and on a terminal a view of it."""
+    console = Console(highlight=False, soft_wrap=True)
+
+    def draw(number: int) -> Text:
+        text = Text()
+        if files:
+            text.append(f" → {files[number - 1]}")
+        if console.is_terminal:
+            text.append("\n").append_text(half_blocks(trajectory.images[number - 1].shown))
+        return text
+
+    show(trajectory, tokenizer, console, draw)
+
+
+def half_blocks(image, columns: int = 48, most_rows: int = 16) -> Text:
+    """Draws an image with characters of which the upper half has one colour, the lower another."""
+    scale = min(columns / image.width, 2 * most_rows / image.height)
+    width = max(1, round(scale * image.width))
+    height = 2 * max(1, round(scale * image.height / 2))
+    pixels = image.resize((width, height)).load()
+    text = Text()
+    for y in range(0, height, 2):
+        for x in range(width):
+            upper = Color.from_rgb(*pixels[x, y])
+            lower = Color.from_rgb(*pixels[x, y + 1])
+            text.append("▀", Style(color=upper, bgcolor=lower))
+        text.append("\n")
+    return text
 
 
 # ---- what stands in for data and model that are not here
@@ -206,16 +302,19 @@ def local_tokenizer(cfg, conversations: list, schemas: list[dict], notes: list[s
     if cfg.data.startswith("task:"):
         rows = data.conversations(cfg.data, 2048, 0, cfg.system_prompt)
         conversations = [row["messages"] for row in rows]
+        sees = any(row.get("images") for row in rows)
         # with whole names, as most tasks have them: here it is only to be short
-        return tiny.tiny_tokenizer(conversations, schemas, whole_names=True), cfg
+        return tiny.tiny_tokenizer(conversations, schemas, whole_names=True, sees=sees), cfg
     plain = [[plain_message(message) for message in talk] for talk in conversations]
-    return tiny.tiny_tokenizer(plain, schemas), cfg
+    return tiny.tiny_tokenizer(plain, schemas, sees=any(map(has_images, conversations))), cfg
 
 
 def local_vision(cfg, tokenizer) -> Vision | None:
-    """Loads what shows images to the model, if that is on this machine."""
+    """Loads what shows images to the model, if that is on this machine, or to the tiny model that a
+    task with images is for."""
     if tokenizer.name_or_path != cfg.model:  # a stand-in
-        return None
+        sees = tiny.FOR_IMAGES[0] in tokenizer.get_added_vocab()
+        return tiny_vision(tokenizer) if sees else None
     return find_vision(models.base_of(cfg.model), tokenizer, cfg.min_pixels, cfg.max_pixels)
 
 
@@ -310,6 +409,8 @@ def guess_arguments(tool, example: dict) -> dict:
 
 def guess_value(name: str, schema: dict, example: dict):
     """Makes up a value for an argument of a call that is only there to be seen."""
+    if name in SEEN:
+        return SEEN[name]
     if "enum" in schema:
         return schema["enum"][0]
     kind = schema.get("type")
@@ -328,14 +429,14 @@ def guess_value(name: str, schema: dict, example: dict):
     return questions[-1] if questions else ""
 
 
-def sampled_turns(chat: Chat, prompt: list[dict], turns: list[dict]) -> list[list[int]]:
+def sampled_turns(chat: Chat, example: dict, turns: list[dict]) -> list[list[int]]:
     """Encodes each turn as the token ids that a model would sample."""
-    messages = list(prompt)
+    messages = list(example["messages"])
     for turn in turns:
         messages.append(turn)
         for call in calls_of(turn):
             messages.append({"role": "tool", "name": call.name, "content": "…"})
-    ids, mask = chat.render(messages)
+    ids, mask = chat.render(messages, chat.pictures(example))
     starts = turn_starts(mask)
     ends = [*starts[1:], len(ids)]
     sampled = []
@@ -389,16 +490,14 @@ def lengths(trajectory: Trajectory, cfg) -> str:
 
 def main(argv: list[str]) -> None:
     mine, others = config.split(argv, Config.__dataclass_fields__)
-    given = config.parse(Config, mine)
-    if given.made_up and given.demonstration:
-        raise UserError("made_up and demonstration: expected one of them")
+    given = config.parse(Config, mine, check)
     if given.demonstration:
         show_demonstration(config.parse(train_sft.Config, others, train_sft.check))
     elif given.made_up:
         play_made_up(config.parse(train_grpo.Config, others, train_grpo.check))
     else:
         keys = config.ROLLOUT_KEYS
-        play_model(config.parse(train_grpo.Config, others, train_grpo.check, keys=keys))
+        play_model(config.parse(train_grpo.Config, others, train_grpo.check, keys=keys), given)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from engines.base import Engine, check_engine
 from engines.local import TransformersEngine
 from engines.options import read_options
 from learning import model as models
+from learning import parallel
 from learning.vision import Vision, find_vision, why_blind
 from rollout import Settings, rollouts
 from run.config import UserError
@@ -123,20 +124,42 @@ class Player:
         settings = self.settings
         if temperature is not None:
             settings = replace(settings, temperature=temperature)
-        playing = rollouts(
-            examples,
-            self.chat,
-            self.engine,
-            self.toolbox,
-            settings,
-            step=step,
-            samples=samples,
-            rewards=self.rewards,
-            on_done=on_done,
-            first_group=first_group,
-            turn=self.turn,
-        )
-        return run_blocking(playing)
+        # each rank plays its share; then all of them know all trajectories
+        groups = parallel.share(list(range(len(examples))))
+        with parallel.together():
+            playing = rollouts(
+                [examples[group] for group in groups],
+                self.chat,
+                self.engine,
+                self.toolbox,
+                settings,
+                step=step,
+                samples=samples,
+                rewards=self.rewards,
+                on_done=on_done,
+                groups=[first_group + group for group in groups],
+                turn=self.turn,
+            )
+            played = run_blocking(playing)
+        played = parallel.gathered(played)
+        self._prepare_images(played)
+        return sorted(played, key=lambda trajectory: (trajectory.group, trajectory.sample))
+
+    def _prepare_images(self, trajectories: list[Trajectory]) -> None:
+        """Prepares the images of trajectories that other ranks have played: they come without what
+        the model is given. Those that the samples of a group share stay one."""
+        if self.chat.vision is None:  # or behind an API, which is shown them as they are
+            return
+        prepared = {}
+        for trajectory in trajectories:
+            for number, picture in enumerate(trajectory.images):
+                if picture.pixels or picture.seen or picture.again:
+                    continue
+                if picture.key not in prepared:
+                    made = self.chat.vision.prepare(picture.shown, is_resized=True)
+                    made.original = picture.original
+                    prepared[picture.key] = made
+                trajectory.images[number] = prepared[picture.key]
 
 
 def prepare_task(cfg, limit: int | None = None) -> tuple[Toolbox, dict, list[dict]]:

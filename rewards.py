@@ -168,6 +168,35 @@ def _edit_distance(first, second):
     return row[-1]
 
 
+def vqa(trajectory, example):
+    """The soft accuracy of VQA and TextVQA (Antol et al. 2015, arXiv 1505.00468): example["answer"]
+    is the list of what ten people answered, and an answer that n of nine gave counts min(n / 3, 1);
+    of ten, the mean over those that leave one out: 0.3, 0.6, 0.9, 1.0 for what 1, 2, 3, 4 of them
+    said. Whatever the case, the articles, the punctuation; two is 2."""
+    golds = _golds(example, "vqa")
+    if len(golds) < MIN_VOTES:
+        raise UserError(
+            f"reward vqa needs what at least {MIN_VOTES} people answered, as a list: row "
+            f"{example['id'] + 1} has {len(golds)}; to one right answer compare by exact_match"
+        )
+    answered = _vote(answer(trajectory, example) or "")
+    votes = [_vote(gold) for gold in golds].count(answered) if answered else 0
+    others = len(golds) - votes
+    with_all = min(votes / 3, 1.0)  # one that said something else is left out
+    with_one_less = min(max(0, votes - 1) / 3, 1.0)  # one that said this is
+    return (others * with_all + votes * with_one_less) / len(golds)
+
+
+MIN_VOTES = 4  # of fewer, not even an answer that all gave would count 1
+_NUMBERS = "zero one two three four five six seven eight nine ten".split()
+_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
+
+
+def _vote(text):
+    """What an answer is compared as."""
+    return [_DIGITS.get(word, word) for word in words(text)]
+
+
 def _golds(example, reward):
     """The right answers, at least one. A row without one stops the run: it cannot be judged."""
     golds = example["answer"]
@@ -183,11 +212,13 @@ def oracle(name: str, example: dict) -> str | None:
     """A last message that earns 1.0 from the reward of this name, for a dry run; None if that does
     not depend on the message, or the row does not say what would be right."""
     gold = example.get("solution" if name == "code_tests" else "answer")
+    if name == "vqa" and isinstance(gold, list):  # what most said
+        gold = max(gold, key=gold.count, default=None)
     if isinstance(gold, list) and gold:
         gold = gold[0]
     if not gold:
         return None
-    if name in ("correct", "exact_match", "f1", "relaxed", "anls"):
+    if name in ("correct", "exact_match", "f1", "relaxed", "anls", "vqa"):
         return f"\\boxed{{{gold}}}"
     if name == "sql_match":
         return f"```sql\n{gold}\n```"
@@ -328,13 +359,13 @@ def turn_calls(trajectory, example):
 
 
 BUILT_IN = [
-    correct, exact_match, f1, relaxed, anls, sql_match, code_tests, judge, format, tool_use,
+    correct, exact_match, f1, relaxed, anls, vqa, sql_match, code_tests, judge, format, tool_use,
     tool_bonus, needed_tool, tool_errors, repetition, repeated_calls, length, turn_calls,
 ]  # fmt: skip
 # They take microseconds and never wait, so they do without a thread, which takes 80.
 INSTANT = [
-    exact_match, f1, relaxed, format, tool_use, tool_bonus, needed_tool, tool_errors, repetition,
-    repeated_calls, length, turn_calls,
+    exact_match, f1, relaxed, vqa, format, tool_use, tool_bonus, needed_tool, tool_errors,
+    repetition, repeated_calls, length, turn_calls,
 ]  # fmt: skip
 
 # ---- names, weights and options

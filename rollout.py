@@ -69,18 +69,20 @@ async def rollouts(
     samples: int = 1,
     rewards: dict | None = None,
     on_done: Callable[[Trajectory], None] | None = None,
-    first_group: int = 0,
+    groups: Sequence[int] | None = None,
     turn: Callable | None = None,
 ) -> list[Trajectory]:
     """Plays `samples` trajectories for each example, settings.max_concurrent at once.
 
     rewards: of rewards.select(); each trajectory is scored as soon as it ends, while others are
-    still played. on_done(trajectory) is called then too. first_group: the number of the first
-    example, where a long list is played in parts; seeds depend on it. turn: plays one turn in the
-    place of `play_turn`. Returns them in the order of the examples, the samples of one side by
-    side. What raises in any of them ends all.
+    still played. on_done(trajectory) is called then too. groups: the number of each
+    example, where a long list is played in parts; seeds depend on it; None: 0, 1, … turn: plays
+    one turn in the place of `play_turn`. Returns them in the order of the examples, the samples of
+    one side by side. What raises in any of them ends all.
     """
-    waiting = unplayed(examples, chat, samples, first_group)
+    if groups is None:
+        groups = range(len(examples))
+    waiting = unplayed(examples, groups, chat, samples)
     finished: list[Trajectory] = []
 
     async def work() -> None:
@@ -121,12 +123,12 @@ async def rollouts(
 
 
 def unplayed(
-    examples: list[dict], chat: Chat, samples: int, first_group: int
+    examples: list[dict], groups: Sequence[int], chat: Chat, samples: int
 ) -> Iterator[tuple[Trajectory, list[int], list[Picture]]]:
     """Yields (trajectory, prompt ids, their Pictures) for each sample of each example. A prompt is
     rendered once for its group, and its images opened, when its first trajectory is about to be
     played."""
-    for group, example in enumerate(examples, first_group):
+    for group, example in zip(groups, examples, strict=True):
         pictures = chat.pictures(example)
         prompt = chat.prompt(example["messages"], pictures)
         for sample in range(samples):
@@ -353,7 +355,8 @@ async def show_images(
 ) -> tuple[list[dict], list[Picture]]:
     """Makes content parts of a result with images in it; returns them and the Pictures. In front of
     each stands "image 3:", its place in the trajectory from `number` on: by that, tools and model
-    name it. Its texts are cut to `limit` tokens in all. Sets tool_call.result, the text of it."""
+    name it. Its texts are cut to `limit` tokens in all. Sets tool_call.result, the text of it, and
+    tool_call.images."""
     # 1. what the model sees of each; in a thread, as it takes some milliseconds
     shown = []  # texts and Pictures
     for part in parts:
@@ -381,6 +384,7 @@ async def show_images(
         if isinstance(part, str):
             lines += break_before + plain_text(part)
             continue
+        tool_call.images.append(number)
         lines += f"{break_before}image {number}:"
         number += 1
         content += [{"type": "text", "text": lines}, {"type": "image"}]

@@ -44,7 +44,7 @@ from engines.canary import Canary, sync_and_check
 from engines.options import read_options
 from engines.serving import serve_command
 from learning import model as models
-from learning import optim
+from learning import optim, parallel
 from learning.batches import Batch, micro_batches, told_apart
 from learning.checkpoint import Run
 from learning.logprobs import shared_prefixes, shares_prompts, token_logprobs
@@ -59,7 +59,7 @@ from loss import (
 )
 from player import Player, validation_examples
 from run.config import UserError
-from run.log import Log, check_logger
+from run.log import Log, NoLog, check_logger
 from run.loop import run_blocking
 from trajectory import Trajectory, stats
 
@@ -103,6 +103,9 @@ class Config:
     urls: tuple[str, ...] = ()  # server: of `vllm serve` processes, such as http://127.0.0.1:8000
     gpu_memory_utilization: float = 0.5  # vllm: share of the GPU's memory; not used on a CPU
     engine_options: tuple[str, ...] = ()  # such as enforce_eager=true; engines/options.py has all
+    # several processes
+    parallel: Literal["none", "ddp", "fsdp"] = "none"  # ddp: all weights on each; fsdp: in shards
+    gpus: int = 1  # processes to start on this machine, one a GPU, or as many on its CPU
     # data
     data: str = "task:calc"  # task:name, .jsonl, .parquet, or a hub id such as openai/gsm8k:main
     split: str = "train"  # of a task or a hub data set; a file has none
@@ -256,6 +259,11 @@ def check(cfg: Config) -> None:
         raise UserError(f"temperature = {cfg.temperature}: vLLM has 0, or 0.01 and more")
     if cfg.gpu_memory_utilization > 1:
         raise UserError(f"gpu_memory_utilization = {cfg.gpu_memory_utilization}: at most 1")
+    parallel.check(cfg.parallel, cfg.gpus)
+    if cfg.parallel == "fsdp" and cfg.optimizer == "adamw8bit":
+        raise UserError("optimizer = 'adamw8bit' cannot be cut into shards (fsdp): use adamw")
+    if cfg.parallel == "fsdp" and cfg.tune == "qlora":
+        raise UserError("tune = 'qlora' cannot be cut into shards (fsdp): use --parallel=ddp")
     if cfg.seed >= 2**63:
         raise UserError(f"seed = {cfg.seed}: expected less than 2**63")
     if cfg.group_size < 2:
@@ -292,21 +300,25 @@ def policy_logprobs(
     model, trajectories: list[Trajectory], temperature: float, token_budget: int
 ) -> list[torch.Tensor]:
     """Computes the (T,) logprobs of each trajectory under the model as it is now."""
-    logprobs_of = {}  # by id(): trajectories come back in the order of their micro-batches
-    for part in batches(model, trajectories, token_budget):
-        batch = Batch.of(part, model.device)
-        logprobs, _ = token_logprobs(
-            model,
-            batch.ids,
-            batch.attention_mask,
-            batch.mask,
-            temperature,
-            position_ids=batch.position_ids,
-            images=batch.images,
-        )
-        for row, trajectory in enumerate(part):
-            logprobs_of[id(trajectory)] = logprobs[row, : len(trajectory.ids)]
-    return [logprobs_of[id(trajectory)] for trajectory in trajectories]
+    place_of = {id(trajectory): place for place, trajectory in enumerate(trajectories)}
+    scored = []  # (place, logprobs): they come in the order of their micro-batches
+    with parallel.whole(model), parallel.together():
+        for part in parallel.share(batches(model, trajectories, token_budget)):
+            batch = Batch.of(part, model.device)
+            logprobs, _ = token_logprobs(
+                model,
+                batch.ids,
+                batch.attention_mask,
+                batch.mask,
+                temperature,
+                position_ids=batch.position_ids,
+                images=batch.images,
+            )
+            for row, trajectory in enumerate(part):
+                own = logprobs[row, : len(trajectory.ids)]
+                scored.append((place_of[id(trajectory)], own.cpu()))
+    logprobs_at = dict(parallel.gathered(scored))
+    return [logprobs_at[place].to(model.device) for place in range(len(trajectories))]
 
 
 def accumulate(model, trajectories: list[Trajectory], settings: LearnSettings) -> dict:
@@ -319,59 +331,66 @@ def accumulate(model, trajectories: list[Trajectory], settings: LearnSettings) -
     total = sum(t.new_tokens for t in trajectories)
     sums = Counter(loss=0.0, entropy=0.0, clip_frac=0.0)
     gaps = []  # of the engine from the trainer, for each sampled token
-    for part in batches(model, trajectories, settings.token_budget):  # as many as memory holds
-        # 1. what the policy gives to the sampled tokens, with gradient
-        batch = Batch.of(part, model.device)
-        logprobs, entropy = token_logprobs(
-            model,
-            batch.ids,
-            batch.attention_mask,
-            batch.mask,
-            settings.temperature,
-            position_ids=batch.position_ids,
-            images=batch.images,
-        )
-        # in the first update the policy is the one that sampled: a ratio of 1, with gradient
-        old_logprobs = batch.old_logprobs
-        if old_logprobs is None:
-            old_logprobs = logprobs.detach()
-
-        # 2. the engine may have sampled with other probabilities than the trainer's
-        correction = None
-        if settings.is_correction != "none":
-            correction = importance(
-                old_logprobs, batch.sampled_logprobs, batch.mask, settings.is_correction
+    parts = batches(model, trajectories, settings.token_budget)  # as many as memory holds
+    with parallel.together():
+        for part in parallel.share(parts):
+            # 1. what the policy gives to the sampled tokens, with gradient
+            batch = Batch.of(part, model.device)
+            logprobs, entropy = token_logprobs(
+                model,
+                batch.ids,
+                batch.attention_mask,
+                batch.mask,
+                settings.temperature,
+                position_ids=batch.position_ids,
+                images=batch.images,
             )
+            # in the first update the policy is the one that sampled: a ratio of 1, with gradient
+            old_logprobs = batch.old_logprobs
+            if old_logprobs is None:
+                old_logprobs = logprobs.detach()
 
-        # 3. the share of this part in the loss of the update, and its gradient
-        loss, logged = grpo_loss(
-            logprobs,
-            old_logprobs,
-            batch.mask,
-            batch.advantages,
-            batch.weights,
-            settings.loss,
-            settings.clip_low,
-            settings.clip_high,
-            settings.beta,
-            batch.ref_logprobs,
-            correction,
-        )
-        loss.backward()
+            # 2. the engine may have sampled with other probabilities than the trainer's
+            correction = None
+            if settings.is_correction != "none":
+                correction = importance(
+                    old_logprobs, batch.sampled_logprobs, batch.mask, settings.is_correction
+                )
 
-        # 4. metrics: means over the tokens of the update
-        sums["loss"] += loss.item()
-        sums["entropy"] += entropy.sum().item() / total
-        sums["clip_frac"] += logged["clipped"].sum().item() / total
-        if settings.beta:
-            sums["kl"] += logged["kl"].sum().item() / total
-        if correction is not None:
-            turns = [len(t.turn_starts) for t in part]
-            for name, value in correction_sums(correction, batch.mask, turns).items():
-                sums[name] += value / total
-        gap = old_logprobs - batch.sampled_logprobs
-        gaps.append(gap[batch.mask.bool()].cpu())
-    return dict(sums) | sampler_mismatch(torch.cat(gaps))
+            # 3. the share of this part in the loss of the update, and its gradient
+            loss, logged = grpo_loss(
+                logprobs,
+                old_logprobs,
+                batch.mask,
+                batch.advantages,
+                batch.weights,
+                settings.loss,
+                settings.clip_low,
+                settings.clip_high,
+                settings.beta,
+                batch.ref_logprobs,
+                correction,
+            )
+            loss.backward()
+
+            # 4. metrics: means over the tokens of the update
+            sums["loss"] += loss.item()
+            sums["entropy"] += entropy.sum().item() / total
+            sums["clip_frac"] += logged["clipped"].sum().item() / total
+            if settings.beta:
+                sums["kl"] += logged["kl"].sum().item() / total
+            if correction is not None:
+                turns = [len(t.turn_starts) for t in part]
+                for name, value in correction_sums(correction, batch.mask, turns).items():
+                    sums[name] += value / total
+            gap = old_logprobs - batch.sampled_logprobs
+            gaps.append(gap[batch.mask.bool()].cpu())
+
+    # 5. of all ranks together
+    parallel.sum_gradients(model)
+    sums = parallel.total(sums)
+    gaps = parallel.gathered(gaps)
+    return sums | sampler_mismatch(torch.cat(gaps))
 
 
 def learn(
@@ -412,7 +431,7 @@ def learn(
         for trajectory, logprobs in zip(teaching, scored, strict=True):
             trajectory.old_logprobs = logprobs
     if settings.beta:
-        with models.with_initial_weights(reference):
+        with parallel.whole(model), models.with_initial_weights(reference):
             scored = policy_logprobs(
                 reference, teaching, settings.temperature, settings.token_budget
             )
@@ -437,7 +456,8 @@ def learn(
                     learnt.append(trajectories[i])
             if not learnt:
                 continue
-            update_metrics = accumulate(model, learnt, settings)
+            with parallel.whole(model):
+                update_metrics = accumulate(model, learnt, settings)
             update_metrics["grad_norm"] = optim.step(
                 model, optimizers, learning_rate, settings.max_grad_norm
             )
@@ -506,7 +526,8 @@ def sample_groups(
     for _ in range(rounds):
         missing = prompts_per_step - len(kept)
         prompts = next_prompts(cursor + started, player.examples, missing, seed)
-        on_done = expect(len(prompts) * group_size) if expect else None
+        # the bar is of this rank's share
+        on_done = expect(len(parallel.share(prompts)) * group_size) if expect else None
         # the first group's number goes on, so that no two groups share a seed
         new = player.play(prompts, group_size, step, first_group=started, on_done=on_done)
         started += len(prompts)
@@ -538,8 +559,14 @@ def validate(player: Player, examples: list[dict], log: Log) -> dict:
 
 def train(cfg: Config) -> dict:
     """Trains, saves the model or adapter to out_dir, and returns the last step's metrics."""
-    # 1. all checks, the cheap ones first: a mistake must not wait for weights to be loaded
     check(cfg)  # also of a config that was made in a notebook, not by config.parse
+    with parallel.started(cfg.parallel):
+        return train_here(cfg)
+
+
+def train_here(cfg: Config) -> dict:
+    """Trains in this process, which may be one of several."""
+    # 1. all checks, the cheap ones first: a mistake must not wait for weights to be loaded
     if cfg.temperature == 0:
         raise UserError("temperature = 0: all of a group would be alike, so give 0.7 to 1.0")
     check_logger(cfg.logger)
@@ -553,6 +580,7 @@ def train(cfg: Config) -> dict:
         reference = models.load_reference(cfg.model, model, cfg.tune, cfg.dtype)
     if cfg.gradient_checkpointing:
         models.recompute_layers(model)
+    parallel.split(model)
     optimizers = optim.optimizers(model, cfg.optimizer, cfg.learning_rate)
 
     # 2. where it goes on: weights, optimizers and random generators of the last checkpoint
@@ -570,7 +598,10 @@ def train(cfg: Config) -> dict:
         prompt = player.chat.prompt(example["messages"], pictures)
         canary = Canary(prompt, cfg.dtype, pictures)
 
-    log = Log(run.out_dir, cfg.steps, COLUMNS, first_step, cfg.logger, asdict(cfg))
+    if parallel.is_first():
+        log = Log(run.out_dir, cfg.steps, COLUMNS, first_step, cfg.logger, asdict(cfg))
+    else:
+        log = NoLog()
     advice = optim.memory_advice("token_budget", "max_tokens", "group_size")
     with log, advice, run, player:
         trained, total = optim.count(model)
@@ -593,10 +624,12 @@ def train(cfg: Config) -> dict:
             last_metrics = metrics
             metrics = {"step": step}
             # what raises in here (a reward, an engine) is raised when the steps done are saved
-            with run.rescue(step, *kept, cursor=cursor, metrics=last_metrics):
+            rescue = run.rescue(step, *kept, cursor=cursor, metrics=last_metrics)
+            with rescue, parallel.whole(model):
                 # 3. sample from the weights of the last update; the canary proves that the engine
                 # has them
-                metrics |= run_blocking(sync_and_check(player.engine, model, step, canary))
+                with parallel.together():
+                    metrics |= run_blocking(sync_and_check(player.engine, model, step, canary))
                 if held_out and step % cfg.eval_every == 0:
                     metrics |= validate(player, held_out, log)
                 sampling_started = time.monotonic()
@@ -612,7 +645,8 @@ def train(cfg: Config) -> dict:
                 )
                 metrics["rollout_seconds"] = time.monotonic() - sampling_started
                 metrics |= optim.gpu_gib("rollout")
-                run_blocking(player.engine.sleep())
+                with parallel.together():
+                    run_blocking(player.engine.sleep())
             metrics |= stats(played, player.outcome)
             metrics["tools_leaked"] = player.toolbox.leaked
 
@@ -627,6 +661,8 @@ def train(cfg: Config) -> dict:
             metrics["seconds"] = time.monotonic() - started
             log.step(metrics)
             log.rollouts(trajectories[:ROLLOUTS_PER_STEP], tokenizer, step=step)
+            # or their images, megabytes each, would stay while the next ones are sampled
+            trajectories = played = None
             run.after(step + 1, cfg.steps, *kept, cursor=cursor, metrics=metrics)
 
         # 6. the model as from_pretrained loads it, and the last lines for people and for grep
@@ -634,8 +670,9 @@ def train(cfg: Config) -> dict:
         summary = {"saved": str(run.out_dir), "reward": metrics["reward"]}
         summary["serve"] = serve_command(run.out_dir, player.chat)
         if held_out:
-            run_blocking(sync_and_check(player.engine, model, cfg.steps, canary))
-            summary |= validate(player, held_out, log)
+            with parallel.whole(model):
+                run_blocking(sync_and_check(player.engine, model, cfg.steps, canary))
+                summary |= validate(player, held_out, log)
         log.summary(summary | {"known_results": player.toolbox.cache.hits})
     return metrics
 
@@ -646,7 +683,10 @@ def main(argv: list[str]) -> None:
     if is_dry:
         config.run_script("play.py", ["--made_up=true", *argv])
     else:
-        train(config.parse(Config, argv, check))
+        cfg = config.parse(Config, argv, check)
+        if parallel.must_launch(cfg.gpus):
+            parallel.launch(cfg.gpus)
+        train(cfg)
 
 
 if __name__ == "__main__":

@@ -40,13 +40,13 @@ from chat import Chat
 from engines.serving import serve_command
 from images import Picture
 from learning import model as models
-from learning import optim
+from learning import optim, parallel
 from learning.batches import micro_batches, pad, position_ids
 from learning.checkpoint import Run
 from learning.logprobs import token_logprobs
-from learning.vision import Vision, find_vision, whole_beginning, why_blind
+from learning.vision import Vision, find_vision, tiny_vision, whole_beginning, why_blind
 from run.config import UserError
-from run.log import Log, check_logger
+from run.log import Log, NoLog, check_logger
 from tasks import tiny
 from tools import Toolbox
 from trajectory import Trajectory
@@ -76,6 +76,9 @@ class Config:
     train_vision: bool = False  # of a model that sees: its tower too, not its language model alone
     min_pixels: int = 0  # an image is shown with so many at least; 0: as its processor says
     max_pixels: int = 0  # and with so many at most: 784 of Qwen2-VL's are a token
+    # several processes
+    parallel: Literal["none", "ddp", "fsdp"] = "none"  # ddp: all weights on each; fsdp: in shards
+    gpus: int = 1  # processes to start on this machine, one a GPU, or as many on its CPU
     # data
     data: str = "task:calc"  # demonstrations of a task, or rows of .jsonl, .parquet or a hub id
     rows: int | None = None  # use the first n; for a task: make n (default 8192)
@@ -102,6 +105,7 @@ class Config:
     template_options: tuple[str, ...] = ()  # of the chat template, such as enable_thinking=false
     chat_template: str = ""  # a .jinja file in the place of the model's own; saved with the model
     tools: tuple[str, ...] = ("python",)  # shown where a row has no `tools`: <name> or file.py:name
+    tool_options: tuple[str, ...] = ()  # that a schema tells, such as crop.coordinates=pixels
     max_tokens: int = 2048  # a longer conversation is cut on the right
     # optimisation
     epochs: float = 1.0  # passes over the rows
@@ -129,7 +133,7 @@ def check(cfg: Config) -> None:
             (
                 cfg.model == "tiny",
                 "train_vision min_pixels max_pixels",
-                "with model=tiny: it sees no images",
+                "with model=tiny: all of it learns, and its size of images is its own",
             ),
         ),
     )
@@ -145,6 +149,11 @@ def check(cfg: Config) -> None:
     config.require_not_negative(
         cfg, "warmup weight_decay seed val_rows save_every min_pixels max_pixels"
     )
+    parallel.check(cfg.parallel, cfg.gpus)
+    if cfg.parallel == "fsdp" and cfg.optimizer == "adamw8bit":
+        raise UserError("optimizer = 'adamw8bit' cannot be cut into shards (fsdp): use adamw")
+    if cfg.parallel == "fsdp" and cfg.tune == "qlora":
+        raise UserError("tune = 'qlora' cannot be cut into shards (fsdp): use --parallel=ddp")
     if cfg.seed >= 2**63:
         raise UserError(f"seed = {cfg.seed}: expected less than 2**63")
 
@@ -250,13 +259,18 @@ def recorded_sample(row: dict, vision: Vision | None) -> Sample:
     reopen = partial(vision.reopen, row["images"], row["image_folder"])
     pictures = reopen()
     if not vision.fits(row["ids"], pictures):
-        raise UserError("its images are not those that its ids stand for: it is of another model")
+        raise UserError(
+            "its images are not those that its ids stand for, so it is of another model: take "
+            "'ids' out of the rows, which makes conversations of them"
+        )
     return Sample(row["ids"], row["mask"], without_pixels(pictures), reopen)
 
 
 def without_pixels(pictures: list[Picture]) -> list[Picture]:
     """Keeps of Pictures what stands in ids."""
-    return [replace(picture, original=None, shown=None, pixels={}) for picture in pictures]
+    return [
+        replace(picture, original=None, shown=None, pixels={}, again=None) for picture in pictures
+    ]
 
 
 def chat_of(
@@ -392,15 +406,18 @@ def accumulate(model, batch: list[Sample], token_budget: int, packing: bool = Fa
     """Adds the gradient of the loss of a batch; returns its metrics."""
     # the denominator is that of the whole batch: how it is cut for memory changes nothing
     trained_tokens = sum(sum(sample.mask) for sample in batch)
-    metrics = {"loss": 0.0, "entropy": 0.0, "trained_tokens": trained_tokens}
-    for part in parts(batch, token_budget, packing):
-        logprobs, entropy, mask = batch_logprobs(model, part, packing)
-        loss = sft_loss(logprobs, mask, trained_tokens)
-        loss.backward()
+    sums = {"loss": 0.0, "entropy": 0.0}
+    with parallel.whole(model):
+        with parallel.together():
+            for part in parallel.share(parts(batch, token_budget, packing)):
+                logprobs, entropy, mask = batch_logprobs(model, part, packing)
+                loss = sft_loss(logprobs, mask, trained_tokens)
+                loss.backward()
 
-        metrics["loss"] += loss.item()
-        metrics["entropy"] += entropy.sum().item() / trained_tokens
-    return metrics
+                sums["loss"] += loss.item()
+                sums["entropy"] += entropy.sum().item() / trained_tokens
+        parallel.sum_gradients(model)
+    return parallel.total(sums) | {"trained_tokens": trained_tokens}
 
 
 @torch.no_grad()
@@ -409,18 +426,19 @@ def validate(model, samples: list[Sample], token_budget: int, packing: bool = Fa
     choose given those before them: their probability at a temperature near 0, so a tie counts in
     part."""
     trained_tokens = sum(sum(sample.mask) for sample in samples)
-    loss = 0.0
-    right = 0.0
+    sums = {"val_loss": 0.0, "right": 0.0}
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    for part in parts(samples, token_budget, packing):
-        logprobs, _, mask = batch_logprobs(model, part, packing)
-        loss += sft_loss(logprobs, mask, trained_tokens).item()
-        greedy, _, _ = batch_logprobs(model, part, packing, temperature=1e-6)
-        right += (greedy.exp() * mask).sum().item()
+    with parallel.whole(model), parallel.together():
+        for part in parallel.share(parts(samples, token_budget, packing)):
+            logprobs, _, mask = batch_logprobs(model, part, packing)
+            sums["val_loss"] += sft_loss(logprobs, mask, trained_tokens).item()
+            greedy, _, _ = batch_logprobs(model, part, packing, temperature=1e-6)
+            sums["right"] += (greedy.exp() * mask).sum().item()
     for module, mode in modes:
         module.training = mode
-    return {"val_loss": loss, "val_token_accuracy": right / trained_tokens}
+    sums = parallel.total(sums)
+    return {"val_loss": sums["val_loss"], "val_token_accuracy": sums["right"] / trained_tokens}
 
 
 # ---- the run
@@ -430,7 +448,7 @@ def setup(cfg: Config):
     """Makes (model, tokenizer, samples, held-out samples, the chat that rendered them or None, a
     word on the data), the cheap checks first."""
     # 1. the rows
-    toolbox = Toolbox(cfg.tools, describe_only=True)
+    toolbox = Toolbox(cfg.tools, options=cfg.tool_options, describe_only=True)
     if cfg.model != "tiny":
         models.find(cfg.model)
     rows = data.conversations(cfg.data, cfg.rows, cfg.seed, cfg.system_prompt)
@@ -440,7 +458,8 @@ def setup(cfg: Config):
     # 2. the tokenizer, and samples: rendered, and so proved, before any weights are loaded
     if cfg.model == "tiny":
         conversations = [row["messages"] for row in chosen[:4096]]
-        tokenizer = tiny.tiny_tokenizer(conversations, toolbox.schemas, cfg.whole_names)
+        sees = any(row.get("images") for row in chosen)
+        tokenizer = tiny.tiny_tokenizer(conversations, toolbox.schemas, cfg.whole_names, sees)
     else:
         tokenizer = models.load_tokenizer(cfg.model, cfg.chat_template)
     vision = load_vision(cfg, tokenizer, chosen)
@@ -461,7 +480,8 @@ def setup(cfg: Config):
 
     # 3. the model
     if cfg.model == "tiny":
-        model = models.in_dtype(tiny.tiny(tokenizer, cfg.seed), cfg.dtype)
+        make = tiny.tiny_that_sees if vision else tiny.tiny
+        model = models.in_dtype(make(tokenizer, cfg.seed), cfg.dtype)
     else:
         model, _ = models.load(
             cfg.model,
@@ -473,7 +493,7 @@ def setup(cfg: Config):
             seed=cfg.seed,
             train_vision=cfg.train_vision,
         )
-        models.set_image_size(model, vision)
+    models.set_image_size(model, vision)
     eos_ids = () if cfg.model == "tiny" else models.eos_ids(cfg.model)
     chat = chat_of(cfg, chosen, tokenizer, toolbox.schemas, eos_ids)
     models.set_stop_ids(model, chat.stop_ids if chat else eos_ids)
@@ -495,7 +515,7 @@ def load_vision(cfg: Config, tokenizer, rows: list[dict]) -> Vision | None:
     if with_images and cfg.packing:
         raise UserError("packing = true with images: their positions are not packed, so drop it")
     if cfg.model == "tiny":
-        return None  # its Chat refuses images
+        return tiny_vision(tokenizer) if with_images else None
     base = models.base_of(cfg.model)
     vision = find_vision(base, tokenizer, cfg.min_pixels, cfg.max_pixels)
     if vision is None and with_images:
@@ -527,8 +547,14 @@ def row_order(samples: int, needed: int, seed: int) -> list[int]:
 
 def train(cfg: Config) -> dict:
     """Trains, saves the model to out_dir, and returns the last step's metrics."""
-    # 1. all checks, the cheap ones first; then the model
     check(cfg)  # also of a config that was made in a notebook, not by config.parse
+    with parallel.started(cfg.parallel):
+        return train_here(cfg)
+
+
+def train_here(cfg: Config) -> dict:
+    """Trains in this process, which may be one of several."""
+    # 1. all checks, the cheap ones first; then the model
     check_logger(cfg.logger)
     run = Run(cfg)
     model, tokenizer, samples, held_out, chat, summary = setup(cfg)
@@ -536,6 +562,7 @@ def train(cfg: Config) -> dict:
     warmup = warmup_steps(cfg, steps, len(samples))
     if cfg.gradient_checkpointing:
         models.recompute_layers(model)
+    parallel.split(model)
     optimizers = optim.optimizers(
         model,
         cfg.optimizer,
@@ -550,7 +577,10 @@ def train(cfg: Config) -> dict:
     metrics = state["metrics"]
     order = row_order(len(samples), steps * cfg.batch_size, cfg.seed)
 
-    log = Log(run.out_dir, steps, COLUMNS, first_step, cfg.logger, asdict(cfg))
+    if parallel.is_first():
+        log = Log(run.out_dir, steps, COLUMNS, first_step, cfg.logger, asdict(cfg))
+    else:
+        log = NoLog()
     advice = optim.memory_advice("token_budget", "max_tokens", "batch_size")
     with log, advice, run:
         trained, total = optim.count(model)
@@ -627,7 +657,10 @@ def main(argv: list[str]) -> None:
     if is_dry:
         config.run_script("play.py", ["--demonstration=true", *argv])
     else:
-        train(config.parse(Config, argv, check))
+        cfg = config.parse(Config, argv, check)
+        if parallel.must_launch(cfg.gpus):
+            parallel.launch(cfg.gpus)
+        train(cfg)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ Shapes: T tokens, K turns.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ MALFORMED = {"bad_json", "unknown_tool", "bad_arguments"}  # ToolCall.error of c
 CONTROL = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-COLOURS = {"t": "green", "c": "bright_black", "o": "yellow", "e": "yellow"}  # of token_kinds
+COLOURS = {"t": "green", "c": "bright_black", "o": "yellow", "e": "yellow", "i": "cyan"}  # of kinds
 
 
 @dataclass
@@ -40,6 +40,7 @@ class ToolCall:
     error: str | None  # its kind, as tools/__init__.py lists them
     seconds: float  # without the wait for a free slot; 0.0 if it was not run: refused, or known
     ends: bool = False  # it gave the answer, and nothing was done after it
+    images: list[int] = field(default_factory=list)  # numbers of those it showed, from 1
 
 
 @dataclass
@@ -169,9 +170,26 @@ def token_texts(ids: list[int], tokenizer) -> list[str]:
     return texts
 
 
+def image_spans(ids: list[int], pictures: Sequence) -> list[tuple[int, int]]:
+    """Finds where in ids the tokens of each Picture are: (first, end). [] where ids do not hold
+    them all, such as those of an API's rollout, which has none."""
+    found = []
+    at = 0
+    for picture in pictures:
+        if picture.placeholder not in ids[at:]:
+            return []
+        # a picture may begin with other tokens than its placeholder
+        first = ids.index(picture.placeholder, at) - picture.ids.index(picture.placeholder)
+        at = first + len(picture.ids)
+        if ids[first:at] != picture.ids:
+            return []
+        found.append((first, at))
+    return found
+
+
 def token_kinds(trajectory: Trajectory, texts: list[str]) -> str:
     """Names what each token is, by a letter: t trained, c context (prompt and template), o what a
-    tool said (its output), e what it said of an error. texts: those of token_texts."""
+    tool said (its output), e what it said of an error, i an image. texts: those of token_texts."""
     kinds = ["t" if trained else "c" for trained in trajectory.mask]
     starts = [0]  # where each token's text begins in the whole text
     for text in texts:
@@ -186,28 +204,56 @@ def token_kinds(trajectory: Trajectory, texts: list[str]) -> str:
         turn_start = trajectory.turn_starts[call.turn]
         turn_end = turn_ends[call.turn]
         first = turn_start + sum(trajectory.mask[turn_start:turn_end])
-        found = whole.find(call.result, max(searched_to, starts[first]), starts[turn_end])
-        if found < 0:  # it did not fit, or the template changed it
-            continue
-        searched_to = found + len(call.result)
-        for i in range(first, turn_end):
-            begins_inside = found <= starts[i] < searched_to
-            reaches_inside = starts[i] < searched_to and starts[i + 1] > found
-            if begins_inside or reaches_inside:
-                kinds[i] = "e" if call.error else "o"
+        for part in texts_of_result(call):
+            found = whole.find(part, max(searched_to, starts[first]), starts[turn_end])
+            if found < 0:  # it did not fit, or the template changed it
+                continue
+            searched_to = found + len(part)
+            for i in range(first, turn_end):
+                begins_inside = found <= starts[i] < searched_to
+                reaches_inside = starts[i] < searched_to and starts[i + 1] > found
+                if begins_inside or reaches_inside:
+                    kinds[i] = "e" if call.error else "o"
+    for first, end in image_spans(trajectory.ids, trajectory.images):
+        kinds[first:end] = "i" * (end - first)
     return "".join(kinds)
 
 
+def texts_of_result(call: ToolCall) -> list[str]:
+    """Splits what the model was told behind each "image 3:", where the image stands."""
+    parts = []
+    rest = call.result
+    for number in call.images:
+        before, label, rest = rest.partition(f"image {number}:")
+        parts.append(before + label)
+    parts.append(rest)
+    return [part for part in parts if part]
+
+
 def spans(trajectory: Trajectory, tokenizer) -> list[tuple[str, str]]:
-    """Joins neighbouring tokens of one kind: [(letter of token_kinds, text)]."""
+    """Joins neighbouring tokens of one kind: [(letter of token_kinds, text)]. An image stands for
+    itself, in words."""
     texts = token_texts(trajectory.ids, tokenizer)
+    kinds = token_kinds(trajectory, texts)
+    firsts = [first for first, _ in image_spans(trajectory.ids, trajectory.images)]
     joined: list[tuple[str, str]] = []
-    for kind, text in zip(token_kinds(trajectory, texts), texts, strict=True):
-        if joined and joined[-1][0] == kind:
+    for i, (kind, text) in enumerate(zip(kinds, texts, strict=True)):
+        if i in firsts:
+            joined.append((kind, in_words(trajectory, firsts.index(i) + 1)))
+        elif kind == "i":
+            continue  # the rest of its tokens
+        elif joined and joined[-1][0] == kind:
             joined[-1] = (kind, joined[-1][1] + text)
         else:
             joined.append((kind, text))
     return [(kind, text) for kind, text in joined if text]
+
+
+def in_words(trajectory: Trajectory, number: int) -> str:
+    """Describes an image by its number, from 1: image 3: 448 x 308 pixels, 176 tokens."""
+    picture = trajectory.images[number - 1]
+    width, height = picture.shown.size
+    return f"image {number}: {width} x {height} pixels, {len(picture.ids)} tokens"
 
 
 def escaped(text: str) -> str:
@@ -217,15 +263,24 @@ def escaped(text: str) -> str:
     return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
-def show(trajectory: Trajectory, tokenizer, console=None) -> None:
-    """Prints it: green is trained, grey is context, yellow is what a tool said. console: rich's."""
+def show(trajectory: Trajectory, tokenizer, console=None, draw: Callable | None = None) -> None:
+    """Prints it: green is trained, grey is context, yellow is what a tool said, cyan an image.
+    console: rich's. draw(number): what is printed behind the words of an image, as rich's Text."""
     from rich.console import Console
     from rich.text import Text
 
     console = console or Console(highlight=False, soft_wrap=True)
     conversation = Text()
+    number = 0  # of the image
     for kind, text in spans(trajectory, tokenizer):
-        conversation.append(escaped(text), style=COLOURS[kind])
+        if kind != "i":
+            conversation.append(escaped(text), style=COLOURS[kind])
+            continue
+        number += 1
+        conversation.append(f"\n[{text}", style=COLOURS[kind])
+        if draw:
+            conversation.append_text(draw(number))
+        conversation.append("]\n", style=COLOURS[kind])
     console.print(conversation)
     console.rule(style="bright_black")
 

@@ -3,6 +3,7 @@
     python bench/resume.py                                # GRPO, full weights: five minutes
     python bench/resume.py --tune=lora
     python bench/resume.py --script=sft
+    python bench/resume.py --images=true --kills=5  # pictures in prompts, and from a tool
     python bench/resume.py --model=out/calc_sft --kills=40  # a model that calls its tool
 
 Every life is a new process of train_grpo.py (train_sft.py) with --resume=true, killed with SIGKILL
@@ -12,9 +13,12 @@ spread over the run. All that has a state is switched on: groups that are replac
 not step x P), several updates a batch, KL to a reference, moments, warm-up and cosine schedule; for
 SFT Muon beside AdamW, validation, and several passes over the rows.
 
-Compared at the end, bit for bit: metrics.jsonl and rollouts.jsonl without times, the weights, and
-in the last checkpoint also optimizer, data cursor and random generators. Exit code 1 if anything
-differs.
+With images, the model is one of Qwen3-VL's architecture with random weights, taught a little to
+call the tool that shows the left half of its picture.
+
+Compared at the end, bit for bit: metrics.jsonl and rollouts.jsonl without times, the images of the
+rollouts, the weights, and in the last checkpoint also optimizer, data cursor and random generators.
+Exit code 1 if anything differs.
 """
 
 import atexit
@@ -51,6 +55,7 @@ class Config:
     script: Literal["grpo", "sft"] = "grpo"
     tune: Literal["full", "lora"] = "full"
     model: str = ""  # a folder or hub id; "" = a tiny one, made here
+    images: bool = False  # pictures in prompts and demonstrations, and from a tool
     steps: int = 30
     kills: int = 20
     seed: int = 0  # of the moments
@@ -65,11 +70,58 @@ def coin(trajectory, example):
         file.write(".")
     return float(sum(trajectory.ids) % 3 == 0)
 """
+LOOK = '''
+class look:
+    def __init__(self, example):
+        self.images = example["images"]
+
+    def __call__(self):
+        """Shows the left half of the image."""
+        picture = self.images[-1].original
+        return picture.crop((0, 0, (picture.width + 1) // 2, picture.height))
+'''
+PICTURES = 24
 WARM = {"model": "tiny", "rows": 512, "optimizer": "muon", "learning_rate": 1e-2}
 # of the SFT
 BATCH_SIZE = 8
 ROWS = 100
 HELD_OUT_ROWS = 16
+
+
+def make_pictures(place: Path) -> dict:
+    """Makes a model that sees, pictures, prompts.jsonl, demos.jsonl and the tool look; returns what
+    a warm start is given."""
+    sys.path.insert(0, str(HERE / "tests"))
+    import eyes
+
+    (place / "look.py").write_text(LOOK)
+    eyes.folder_of("qwen3_vl", place / "random")
+    prompts = []
+    demos = []
+    for number in range(ROWS + HELD_OUT_ROWS):
+        name = f"{number % PICTURES}.png"
+        eyes.picture(number % PICTURES, 40 + number % PICTURES, 40).save(place / name)
+        question = {"role": "user", "content": "What is <image>?"}
+        call = {"function": {"name": "look", "arguments": {}}}
+        turns = [
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "image 2:<image>"},
+            {"role": "assistant", "content": f"It is {number % PICTURES}."},
+        ]
+        prompts.append({"prompt": [question], "images": [name], "answer": "4"})
+        demos.append({"messages": [question, *turns], "images": [name, name]})
+    for name, rows in (("prompts", prompts), ("demos", demos)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (place / f"{name}.jsonl").write_text(text)
+    return {
+        "model": str(place / "random"),
+        "data": str(place / "demos.jsonl"),
+        "tools": f"{place / 'look.py'}:look",
+        "epochs": 3,
+        "batch_size": BATCH_SIZE,
+        "optimizer": "muon",
+        "learning_rate": 1e-2,
+    }
 
 
 def settings(cfg: Config, place: Path, model: str) -> dict:
@@ -82,6 +134,9 @@ def settings(cfg: Config, place: Path, model: str) -> dict:
         "tune": cfg.tune,
         "learning_rate": 1e-3,
     }
+    if cfg.images:
+        data = "demos.jsonl" if cfg.script == "sft" else "prompts.jsonl"
+        values |= {"data": str(place / data), "tools": f"{place / 'look.py'}:look"}
     if cfg.tune == "lora":
         values |= {"lora_r": 8, "lora_alpha": 16, "learning_rate": 1e-2}
     if cfg.script == "sft":
@@ -100,7 +155,7 @@ def settings(cfg: Config, place: Path, model: str) -> dict:
         "rewards": f"{place / 'coin.py'}:coin",
         "prompts_per_step": 3,
         "group_size": 4,
-        "max_tokens": 400,
+        "max_tokens": 1200 if cfg.images else 400,
         "max_new_tokens": 32,
         "max_turns": 2,
         "dynamic_sampling": "coin",
@@ -282,6 +337,10 @@ def left_by(out_dir: Path) -> dict:
             continue
         rows = [untimed(json.loads(line)) for line in (out_dir / name).read_text().splitlines()]
         left[f"{name}, {len(rows)} lines"] = digest_of(rows)
+    files = sorted((out_dir / "images").glob("*"))
+    if files:
+        contents = {file.name: file.read_bytes() for file in files}
+        left[f"images, {len(files)} files"] = digest_of(contents)
     (weights,) = out_dir.glob("*.safetensors")
     left[weights.name] = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
     newest = max((out_dir / "checkpoints").glob("step-*"))
@@ -318,6 +377,8 @@ def code() -> dict[str, bytes]:
 def main(argv: list[str]) -> None:
     cfg = config.parse(Config, argv)
     config.require_positive(cfg, "steps kills")
+    if cfg.model and cfg.images:
+        raise UserError("model has no effect with images: the one that is made here sees")
     started = time.monotonic()
     code_before = code()
     with tempfile.TemporaryDirectory() as folder:
@@ -326,7 +387,8 @@ def main(argv: list[str]) -> None:
         (place / "coin.py").write_text(REWARD)
         if not model:
             model = str(place / "warm")
-            warm = Life("sft", WARM | {"out_dir": model}, place)
+            warmth = make_pictures(place) if cfg.images else WARM
+            warm = Life("sft", warmth | {"out_dir": model}, place)
             if warm.process.wait():
                 raise UserError(f"the warm start does not work:\n{warm.log.read_text()}")
         values = settings(cfg, place, model)
@@ -343,7 +405,8 @@ def main(argv: list[str]) -> None:
     if code() != code_before:
         raise UserError("a script was edited while this ran: the lives are not of one program")
     where = ", ".join(f"{count} {name}" for name, count in kills.most_common())
-    print(f"\n{cfg.script}, {cfg.tune}, {cfg.steps} steps, ", end="")
+    pictures = ", with images" if cfg.images else ""
+    print(f"\n{cfg.script}, {cfg.tune}{pictures}, {cfg.steps} steps, ", end="")
     print(f"{kills.total()} kills: {where}; {redone} steps made again")
     print(f"\n| {'':30} | undisturbed      | killed           | equal |\n|---|---|---|---|")
     differs = False

@@ -215,7 +215,9 @@ def may_pad(model) -> bool:
 
 def is_exact(model) -> bool:
     """Says whether a model rounds to no less than float32."""
-    return model.dtype == torch.float32 and not getattr(model, "is_loaded_in_4bit", False)
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_mixed", False):
+        return False
+    return model.dtype == torch.float32
 
 
 def tolerance(model) -> float:

@@ -454,6 +454,7 @@ class Endpoint(Engine):
     matter."""
 
     tokenizer = None
+    vision = None  # nothing here makes pixels of images
     sees = True
 
     def __init__(self, url: str, model: str, tools: list[dict], key: str = "", pause: float = 1.0):

@@ -15,7 +15,7 @@ from engines.base import Completion, Engine, Sampling, finish_reason
 from engines.cache import cache_of, may_pad, new_cache, read, select_rows
 from engines.kept import Beginning, KeptTurns, behind, fill, may_keep
 from learning.batches import pad
-from learning.vision import batch_positions, identities, tower_inputs
+from learning.vision import batch_positions, identities, image_inputs
 from run.config import UserError
 
 BLOCK = 256  # tokens of the vocabulary
@@ -237,7 +237,7 @@ class TransformersEngine(Engine):
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # the first real token is at 0
         positions = positions.to(device)
         cache = new_cache(self.model)
-        pixels = tower_inputs([p for pictures in images for p in pictures], device)
+        pixels = image_inputs(self.model, [p for pictures in images for p in pictures], device)
         out = self._forward(ids, attention_mask, positions, cache, logits_to_keep, pixels)
         return cache_of(self.model, out), attention_mask, positions, out.logits
 

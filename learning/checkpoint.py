@@ -33,6 +33,7 @@ import numpy
 import torch
 
 from learning import model as models
+from learning import parallel
 from run import config
 from run.config import UserError
 
@@ -41,6 +42,7 @@ from run.config import UserError
 FREE = {"resume", "steps", "epochs", "save_every", "logger", "max_concurrent", "urls"}
 FREE |= {"token_budget", "gradient_checkpointing", "gpu_memory_utilization", "tool_concurrency"}
 FREE |= {"eval_every", "eval_data", "eval_rows"}  # they are looked at, not learnt
+FREE |= {"parallel", "gpus"}  # all ranks together learn what one process would
 NOT_DETERMINISTIC = "deterministic=false"  # the one engine option that changes what is learnt
 # All that a run may leave that ends before its first step is over.
 START = {config.LOCK, "config.py", "metrics.jsonl", "rollouts.jsonl", "checkpoints"}
@@ -65,6 +67,11 @@ class Run:
         self.signal: int | None = None  # the one that told it to stop
         self.handlers = {}  # signal: who handled it before
         self.lock = None  # the open file that is locked, from `restore` on
+        parallel.by_first(self._check_out_dir)
+
+    def _check_out_dir(self) -> None:
+        """Checks that this run may write to out_dir. UserError if not."""
+        cfg = self.cfg
         config_file = self.out_dir / "config.py"
         if cfg.resume:  # killed while config.save wrote it
             Path(f"{config_file}.aside").unlink(missing_ok=True)
@@ -86,6 +93,25 @@ class Run:
     def restore(self, model, optimizers: list) -> dict:
         """Restores weights, optimizers and random generators from the newest whole checkpoint;
         returns what `save` was given and its "step", or {}. Call it last before the first step."""
+        path = parallel.by_first(self._begin)
+        if path:
+            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+            _restore_weights(model, state.pop("weights"), path)
+            for optimizer, values in zip(optimizers, state.pop("optimizers"), strict=True):
+                optimizer.load_state_dict(parallel.cut_state(optimizer, values))
+            _set_generators(state.pop("generators"))
+            self.saved = state["step"]
+            parallel.by_first(self._remove_older)  # killed between saving and removing
+            return state
+
+        # killed before it first saves, it begins again alike
+        random.seed(self.cfg.seed)
+        numpy.random.seed(self.cfg.seed % 2**32)
+        torch.manual_seed(self.cfg.seed)
+        return {}
+
+    def _begin(self) -> Path | None:
+        """Takes out_dir, writes config.py to it; returns the newest whole checkpoint, if any."""
         self._lock()
         if not self.cfg.resume and (self._steps() or _has_metrics(self.out_dir)):
             raise UserError(
@@ -102,33 +128,24 @@ class Run:
             if damage:
                 config.tell(f"{path} is damaged ({damage}): looking for an older one")
                 continue
-            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-            _restore_weights(model, state.pop("weights"), path)
-            for optimizer, values in zip(optimizers, state.pop("optimizers"), strict=True):
-                optimizer.load_state_dict(values)
-            _set_generators(state.pop("generators"))
-            self.saved = state["step"]
-            self._remove_older()  # killed between saving and removing
-            return state
+            return path
         if steps:
             raise UserError(f"none of the checkpoints in {self.folder} is whole: remove them")
-
-        # killed before it first saves, it begins again alike
-        random.seed(self.cfg.seed)
-        numpy.random.seed(self.cfg.seed % 2**32)
-        torch.manual_seed(self.cfg.seed)
-        return {}
+        return None
 
     def try_saving(self, model, tokenizer) -> None:
         """Saves the model once and removes it, so that a run which could not save what it learns
         ends here and not behind its last step; UserError if so. Does nothing where a checkpoint
         proves it."""
-        if self.saved is not None:
-            return
+        if self.saved is None:
+            weights = parallel.state_of(model)
+            parallel.by_first(self._try_saving, model, tokenizer, weights)
+
+    def _try_saving(self, model, tokenizer, weights: dict | None) -> None:
         aside = self.folder / "aside"
         try:
             aside.mkdir(parents=True, exist_ok=True)
-            models.save(model, tokenizer, aside)
+            models.save(model, tokenizer, aside, weights)
         except Exception as error:
             message = " ".join(str(error).split())[:300]
             raise UserError(
@@ -158,7 +175,8 @@ class Run:
     def after(self, step: int, steps: int, model, tokenizer, optimizers, log, **state) -> None:
         """Saves, when `step` of `steps` are done, every save_every steps and at the end. A run that
         was told to stop is saved too, and ends with the exit code of its signal."""
-        number = self.signal  # read once: one that comes later is for the next step
+        # read once: one that comes later is for the next step
+        number = parallel.agreed(self.signal)
         every = self.cfg.save_every
         is_due = every > 0 and step % every == 0
         if number or is_due or step == steps:
@@ -194,31 +212,40 @@ class Run:
         where it cannot be written: what was there before is there still."""
         if step == self.saved:
             return
-        log.sync()  # never fewer lines of metrics than steps in a checkpoint
+        # of shards, what all ranks have of it
+        trained = {name: p.detach() for name, p in _trained(model).items()}
         state["step"] = step
-        state["weights"] = {name: p.detach() for name, p in _trained(model).items()}
+        state["weights"] = parallel.joined(trained)
         state["generators"] = _generators()
-        state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+        state["optimizers"] = [parallel.joined(one.state_dict()) for one in optimizers]
+        weights = parallel.state_of(model)
+        parallel.by_first(self._save, step, model, tokenizer, weights, log, state)
+        self.saved = step
+        if prune:
+            parallel.by_first(self._remove_later)
+            parallel.by_first(self._remove_older)
+
+    def _save(self, step: int, model, tokenizer, weights: dict | None, log, state: dict) -> None:
+        log.sync()  # never fewer lines of metrics than steps in a checkpoint
         aside = self.folder / "aside"
         path = self._path(step)
         with _say_if_not_saved(f"step {step} in {self.folder}"):
             try:
-                _write(aside, model, tokenizer, state)
+                _write(aside, model, tokenizer, weights, state)
                 shutil.rmtree(path, ignore_errors=True)  # one that was damaged
                 os.rename(aside, path)
                 _sync(self.folder)
             except Exception:
                 shutil.rmtree(aside, ignore_errors=True)
                 raise
-        self.saved = step
-        if prune:
-            self._remove_later()
-            self._remove_older()
 
     def finish(self, model, tokenizer) -> None:
         """Writes the model or adapter to out_dir, once the last step is saved."""
+        parallel.by_first(self._finish, model, tokenizer, parallel.state_of(model))
+
+    def _finish(self, model, tokenizer, weights: dict | None) -> None:
         with _say_if_not_saved(f"the model in {self.out_dir}"):
-            models.save(model, tokenizer, self.out_dir)
+            models.save(model, tokenizer, self.out_dir, weights)
 
     def _remove_later(self) -> None:
         """Removes checkpoints behind the newest one that was saved: they are there only if they
@@ -295,11 +322,12 @@ def _has_metrics(out_dir: Path) -> bool:
 # -- files
 
 
-def _write(folder: Path, model, tokenizer, state: dict) -> None:
-    """Writes all files of a checkpoint, and waits until they are on the disk for good."""
+def _write(folder: Path, model, tokenizer, weights: dict | None, state: dict) -> None:
+    """Writes all files of a checkpoint, and waits until they are on the disk for good. weights: of
+    the model, where it has only shards itself."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    models.save(model, tokenizer, folder)
+    models.save(model, tokenizer, folder, weights)
     with open(folder / "state.pt", "wb") as file:
         torch.save(state, file)
     digests = {str(file.relative_to(folder)): _digest(file) for file in _files(folder)}
@@ -406,7 +434,7 @@ def _restore_weights(model, weights: dict, path: Path) -> None:
             )
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(parallel.cut_like(weights[name], parameter))
 
 
 def _generators() -> dict:

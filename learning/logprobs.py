@@ -11,7 +11,7 @@ import torch
 import torch.utils.checkpoint
 
 from learning.batches import Sequence, pad, tokens_through_layers
-from learning.vision import batch_positions, count_inside, count_patches, identities, tower_inputs
+from learning.vision import batch_positions, count_inside, count_patches, identities, image_inputs
 
 # Of one chunk of logits, in float32: large enough for full speed, small beside a model's weights.
 LOGITS_BYTES = 2**29
@@ -218,7 +218,7 @@ def hidden_states(model, ids, attention_mask, mask, position_ids, images=None):
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=False,
-            **tower_inputs(pictures, ids.device),
+            **image_inputs(layers, pictures, ids.device),
         )
         return output.last_hidden_state, ids.new_zeros(len(ids))
 
@@ -243,7 +243,7 @@ def hidden_states(model, ids, attention_mask, mask, position_ids, images=None):
         position_ids=prompt_positions.to(ids.device),
         past_key_values=cache,
         use_cache=True,
-        **tower_inputs([p for pictures in prompt_images for p in pictures], ids.device),
+        **image_inputs(layers, [p for pictures in prompt_images for p in pictures], ids.device),
     )
 
     # 2. each row gets the keys and values of its prompt
@@ -270,7 +270,7 @@ def hidden_states(model, ids, attention_mask, mask, position_ids, images=None):
         position_ids=position_ids.gather(-1, columns.expand(*position_ids.shape[:-1], -1)),
         past_key_values=cache,
         use_cache=True,
-        **tower_inputs([p for pictures in row_images for p in pictures], ids.device),
+        **image_inputs(layers, [p for pictures in row_images for p in pictures], ids.device),
     )
     return output.last_hidden_state, prompt_lengths
 

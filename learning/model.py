@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from learning import whole
+from learning import parallel, whole
 from learning.logprobs import decoder_of, layers_of, token_logprobs
 from run.config import UserError
 
@@ -647,12 +647,16 @@ def in_dtype(model, dtype: str):
     if dtype != "mixed":
         return model.to(getattr(torch, dtype))
     parts = [model, decoder_of(model), model.get_output_embeddings()]
+    # one autocast each: they nest, and one that is entered twice is never left
     if whole.is_whole(model):
-        parts.append(layers_of(model, with_tower=True))
+        layers = layers_of(model, with_tower=True)
+        parts.append(layers)
+        autocast = torch.autocast(model.device.type, torch.bfloat16)
+        layers.get_image_features = autocast(layers.get_image_features)
     for part in parts:
-        # one autocast each: they nest, and one that is entered twice is never left
         autocast = torch.autocast(model.device.type, torch.bfloat16)
         part.forward = autocast(part.forward)
+    model.is_mixed = True  # for engines/cache.py: its weights are float32, but it rounds to less
     return model
 
 
@@ -760,22 +764,22 @@ def frozen_parts(model) -> str:
 # -- what is written, or handed to an engine
 
 
-def save(model, tokenizer, folder) -> None:
-    """Writes the model, or only its adapter, as `from_pretrained` and `PeftModel` load it."""
+def save(model, tokenizer, folder, state: dict | None = None) -> None:
+    """Writes the model, or only its adapter, as `from_pretrained` and `PeftModel` load it. state:
+    what to write in the place of its state_dict(), whose weights are in shards."""
     from transformers import GenerationConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     if "default" in adapters_of(model):
-        save_adapter(model, folder)
+        save_adapter(model, folder, state)
         ids = model.generation_config.eos_token_id  # what ends a turn may be learnt, too
         GenerationConfig(eos_token_id=ids).save_pretrained(folder)
     else:
         unused = whole.unused_tensors(model)
         if unused:
-            model.save_pretrained(folder, state_dict=model.state_dict() | unused)
-        else:
-            model.save_pretrained(folder)
+            state = (state or model.state_dict()) | unused
+        model.save_pretrained(folder, state_dict=state)
         for file in whole.files_of_processor(model):
             shutil.copy(file, folder)
         if getattr(model, "image_processor", None):
@@ -783,16 +787,19 @@ def save(model, tokenizer, folder) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def save_adapter(model, folder) -> None:
+def save_adapter(model, folder, state: dict | None = None) -> None:
     """Writes the adapter that is trained, without a word to the hub: left alone, peft asks it at
     each save whether the vocabulary was resized, and none is here."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    if state is None:  # an engine is given it
+        state = parallel.whole_weights(model)
     model.save_pretrained(
         folder,
         # beside it there may be the adapter that `beta` compares with
         selected_adapters=["default"],
+        state_dict=state,
         save_embedding_layers=any(isinstance(layer, BaseTunerLayer) for layer in embeddings),
     )
     settings = model.peft_config["default"]
@@ -832,8 +839,12 @@ def weights_of(model) -> list[tuple[str, torch.Tensor]]:
     from transformers.core_model_loading import revert_weight_conversion
 
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    saved_names = model.state_dict().keys()
+    # not by state_dict(): of weights in shards (learning/parallel.py) it would be that of shards
+    not_saved = set()
+    for path, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            not_saved.add(f"{path}.{name}" if path else name)
     for name, buffer in model.named_buffers():
-        if name in saved_names:
+        if name not in not_saved:
             weights[name] = buffer
     return list(revert_weight_conversion(model, weights).items())

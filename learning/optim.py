@@ -1,10 +1,12 @@
 """The steps of optimizers, and what is said of memory."""
 
 import contextlib
+import functools
 import math
 
 import torch
 
+from learning import parallel
 from learning.model import import_bitsandbytes
 from run.config import UserError
 
@@ -63,13 +65,13 @@ def optimizers(model, kind: str, learning_rate: float, weight_decay: float = 0.0
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
     if not for_muon:
         return [adamw]
-    muon = torch.optim.Muon(
-        for_muon,
+    make_muon = functools.partial(
+        torch.optim.Muon,
         lr=learning_rate,
         weight_decay=weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )
-    return [adamw, muon]
+    return [adamw, parallel.of_whole_matrices(make_muon, for_muon)]
 
 
 @contextlib.contextmanager
@@ -86,7 +88,7 @@ def step(model, optimizers: list, learning_rate: float, max_grad_norm: float) ->
     """Takes one step of all optimizers on the gradient, clipped to max_grad_norm; returns its norm
     before that. Raises UserError where it is not finite."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    grad_norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm).item()
+    grad_norm = parallel.number(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm))
     if not math.isfinite(grad_norm):  # a step with it would make every weight NaN
         raise UserError(f"grad_norm = {grad_norm}: training has diverged; lower learning_rate")
     for optimizer in optimizers:

@@ -16,13 +16,19 @@ Shapes: T tokens, B rows, N images.
 """
 
 import hashlib
+import inspect
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 
 from images import Picture, open_image
 from run.config import UserError
+from tasks import tiny
+from trajectory import image_spans
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,8 @@ class Family:
 
     processor: str  # its class in transformers that needs no torchvision
     token: str  # what its templates write for an image
-    has_grid: bool  # positions have rows and columns (M-RoPE, Qwen2-VL, arXiv:2409.12191)
+    has_grid: bool = False  # positions have rows and columns (M-RoPE, Qwen2-VL, arXiv:2409.12191)
+    has_tiles: bool = False  # InternVL's: cut into as many as fit its sides best, and the whole
     in_vllm: bool = False  # proved there too, by tests/test_vision_vllm.py
 
 
@@ -42,8 +49,20 @@ FAMILIES = {  # by the model_type of the config
     "qwen3_vl": QWEN,
     # vLLM's CPU build has its linear attention in bfloat16 only, which is no proof to 1e-4
     "qwen3_5": replace(QWEN, in_vllm=False),
-    "idefics3": Family("Idefics3ImageProcessorPil", "<image>", has_grid=False, in_vllm=True),
-    "smolvlm": Family("SmolVLMImageProcessorPil", "<image>", has_grid=False, in_vllm=True),
+    "idefics3": Family("Idefics3ImageProcessorPil", "<image>", in_vllm=True),
+    "smolvlm": Family("SmolVLMImageProcessorPil", "<image>", in_vllm=True),
+    "internvl": Family("GotOcr2ImageProcessorPil", "<IMG_CONTEXT>", has_tiles=True),
+}
+
+# Why others are not let in.
+BOTH_WAYS = (
+    "its images attend both ways among themselves, so that each has to be read in one piece, and "
+    "the line breaks around them become one token with their neighbours'"
+)
+REFUSED = {
+    "gemma3": BOTH_WAYS,
+    "gemma4": "its images attend both ways among themselves, so that each is read in one piece",
+    "lfm2_vl": "its image processor needs torchvision, which resizes in another way than PIL",
 }
 
 
@@ -81,6 +100,14 @@ def find_vision(name: str, tokenizer, min_pixels: int = 0, max_pixels: int = 0) 
     return Vision(config, family, processor, tokenizer, is_resized)
 
 
+def tiny_vision(tokenizer) -> "Vision":
+    """Makes what shows images to the tiny model from scratch (tasks/tiny.py)."""
+    config = tiny.config_that_sees(tokenizer)
+    family = FAMILIES[config.model_type]
+    # no files say its size yet: the processor is saved with what is trained
+    return Vision(config, family, tiny.image_processor(), tokenizer, is_resized=True)
+
+
 def why_blind(name: str) -> str:
     """Says why a model is shown no images."""
     config = read_config(name)
@@ -92,9 +119,12 @@ def why_blind(name: str) -> str:
             f"model = {name!r} has no image processor (preprocessor_config.json), or its tokenizer "
             "no token for an image: get all of its files"
         )
+    reason = REFUSED.get(config.model_type, "")
+    if reason:
+        reason += "; "
     return (
         f"model = {name!r} is of the family {config.model_type}, which is not proved for images: "
-        f"take one of {known}"
+        f"{reason}take one of {known}"
     )
 
 
@@ -112,7 +142,8 @@ def load_processor(name: str, family: Family, min_pixels: int, max_pixels: int):
     if not family.has_grid:
         raise UserError(
             "min_pixels and max_pixels have no effect on a model that cuts images into squares: "
-            f"set size and max_image_size in its preprocessor_config.json, and drop them ({name!r})"
+            "set size and max_image_size (InternVL: max_patches) in its preprocessor_config.json, "
+            f"and drop them ({name!r})"
         )
     smallest = min_pixels or processor.size["shortest_edge"]
     largest = max_pixels or processor.size["longest_edge"]
@@ -141,9 +172,13 @@ class Vision:
         self.token = family.token
         self.is_resized = is_resized
         self.patch_size = config.vision_config.patch_size
+        if family.has_tiles:  # given for both sides
+            self.patch_size = self.patch_size[0]
         # of those that cut images into squares: how many placeholders a square has
         self.square_tokens = 0
-        if not family.has_grid:
+        if family.has_tiles:
+            self.square_tokens = config.image_seq_length
+        elif not family.has_grid:
             side = config.vision_config.image_size // self.patch_size
             self.square_tokens = side**2 // config.scale_factor**2
 
@@ -154,6 +189,8 @@ class Vision:
             shown = image if is_resized else self._resize(image)
             if self.family.has_grid:
                 return self._with_grid(image, shown)
+            if self.family.has_tiles:
+                return self._in_tiles(image, shown)
             return self._in_squares(image, shown)
         except ValueError as error:  # sides of which one is 200 times the other
             raise UserError(f"an image of {image.width} x {image.height} pixels: {error}") from None
@@ -173,6 +210,8 @@ class Vision:
         if self.family.has_grid:
             factor = processor.patch_size * processor.merge_size
             pixels = processor.resize(pixels, processor.size, resample, factor=factor)
+        elif self.family.has_tiles:
+            pixels = processor.resize(pixels, self._canvas(pixels), resample)
         else:
             side = processor.max_image_size["longest_edge"]
             if processor.do_resize:
@@ -209,6 +248,29 @@ class Vision:
         inputs = {name: inputs[name][0] for name in names}
         return self._picture(image, shown, inputs, names, ids, patches, grid=None)
 
+    def _canvas(self, pixels):
+        """Finds the size of as many whole tiles as fit the sides of an image best."""
+        from transformers.models.got_ocr2 import image_processing_pil_got_ocr2 as got_ocr2
+
+        tile = self.processor.size
+        columns, rows = got_ocr2.get_optimal_tiled_canvas(
+            pixels.shape[1:],
+            (tile.height, tile.width),
+            self.processor.min_patches,
+            self.processor.max_patches,
+        )
+        return type(tile)(height=rows * tile.height, width=columns * tile.width)
+
+    def _in_tiles(self, image, shown) -> Picture:
+        # of several, the last is the whole image, small: made of what is shown, and so resized
+        # twice, but for every engine alike
+        inputs = self.processor(images=[shown], crop_to_patches=True, return_tensors="pt")
+        tiles, _, height, width = inputs["pixel_values"].shape
+        patches = tiles * (height // self.patch_size) * (width // self.patch_size)
+        text = f"<img>{self.token * self.square_tokens * tiles}</img>"
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return self._picture(image, shown, inputs, ("pixel_values",), ids, patches, grid=None)
+
     def _text_of_squares(self, rows: int, columns: int) -> str:
         """Writes what Idefics3's and SmolVLM's processors write for an image that was cut into rows
         and columns, 0 and 0 if it was not."""
@@ -238,7 +300,11 @@ class Vision:
             patches=patches,
             grid=grid,
             key=(int.from_bytes(digest.digest(), "big") >> 1) or 1,
+            again=partial(self._pixels_of, shown),
         )
+
+    def _pixels_of(self, shown) -> dict:
+        return self.prepare(shown, is_resized=True).pixels
 
     def expand(self, ids: list[int], pictures: Sequence[Picture]) -> list[int]:
         """Puts the ids of each picture in the place of the one that a template wrote for it."""
@@ -257,24 +323,11 @@ class Vision:
         return ids.count(self.placeholder) == sum(picture.tokens for picture in pictures)
 
 
-def spans(ids: list[int], pictures: Sequence[Picture]) -> list[tuple[int, int]]:
-    """Finds where in ids the pictures are: (first, end) of each."""
-    found = []
-    at = 0
-    for picture in pictures:
-        # a picture may begin with other tokens than its placeholder
-        first = ids.index(picture.placeholder, at) - picture.ids.index(picture.placeholder)
-        at = first + len(picture.ids)
-        assert ids[first:at] == picture.ids, "other ids than the picture's"
-        found.append((first, at))
-    return found
-
-
 def collapse(ids: list[int], pictures: Sequence[Picture]) -> list[int]:
     """Undoes Vision.expand: engines that show images themselves take one placeholder for each."""
     collapsed = []
     at = 0
-    for picture, (first, end) in zip(pictures, spans(ids, pictures), strict=True):
+    for picture, (first, end) in zip(pictures, image_spans(ids, pictures), strict=True):
         collapsed += ids[at:first]
         collapsed.append(picture.placeholder)
         at = end
@@ -287,7 +340,7 @@ def whole_beginning(
     """Finds how many of the first `limit` ids can stay, so that no picture is cut in two; returns
     that and the pictures in them."""
     inside = []
-    for picture, (first, end) in zip(pictures, spans(ids, pictures), strict=True):
+    for picture, (first, end) in zip(pictures, image_spans(ids, pictures), strict=True):
         if end > limit:
             return min(limit, first), inside
         inside.append(picture)
@@ -326,21 +379,100 @@ def count_inside(ids: list[int], pictures: Sequence[Picture]) -> int:
 def count_patches(beginning: list[int], pictures: Sequence[Picture]) -> tuple[int, int]:
     """Counts the patches of a row's pictures: (of all, of those in its first ids)."""
     inside = count_inside(beginning, pictures)
-    in_beginning = sum(picture.patches for picture in pictures[:inside])
-    return sum(picture.patches for picture in pictures), in_beginning
+    # what the tower made of a picture before is kept: then none of it goes through
+    patches = [0 if picture.seen else picture.patches for picture in pictures]
+    return sum(patches), sum(patches[:inside])
 
 
 # -- what a model is given
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the tower of one model made of a picture, on the CPU."""
+
+    tower: weakref.ref  # of the model
+    embeddings: torch.Tensor  # (tokens, H), or (squares, tokens of a square, H)
+    deeper: list[torch.Tensor]  # of Qwen3-VL: (tokens, H) for each layer that has some added
+
+
+def image_inputs(model, pictures: Sequence[Picture], device) -> dict:
+    """Makes what a model is given for N pictures, in the order of their placeholders; {} of none.
+
+    Of a tower that learns, it is their pixels. What another makes of a picture is the same in every
+    turn, micro-batch and update, so each goes through it once: what it gives is kept in the picture
+    and its pixels, which are many times as large, are freed.
+    """
+    if not pictures:
+        return {}
+    if getattr(model, "peft_config", None):  # adapters: peft has a base_model of its own
+        model = model.get_base_model()
+    whole = model.base_model
+    if not _can_keep(whole):
+        return tower_inputs(pictures, device)
+
+    # 1. those that did not go through the tower before, together
+    new = {}
+    for picture in pictures:
+        seen = picture.seen
+        if seen is None or seen.tower() is not whole:
+            new[id(picture)] = picture
+    if new:
+        _let_see(whole, list(new.values()), device)
+
+    # 2. as the tower would give them
+    embeddings = [picture.seen.embeddings.to(device) for picture in pictures]
+    if pictures[0].grid is None:
+        embeddings = torch.cat(embeddings)
+    deeper = []
+    for layers in zip(*(picture.seen.deeper for picture in pictures), strict=True):
+        deeper.append([layer.to(device) for layer in layers])
+    output = SimpleNamespace(pooler_output=embeddings, deepstack_features=deeper)
+    return {"mm_encoder_outputs": {"image": output}}
+
+
+def _can_keep(whole) -> bool:
+    """Says whether what the tower makes of a picture stays the same, and can be given back to the
+    model: transformers takes it since 5.19."""
+    if "mm_encoder_outputs" not in inspect.signature(whole.forward).parameters:
+        return False
+    of_text = {id(parameter) for parameter in whole.get_decoder().parameters()}
+    for parameter in whole.parameters():
+        if parameter.requires_grad and id(parameter) not in of_text:
+            return False
+    return True
+
+
+def _let_see(whole, pictures: list[Picture], device) -> None:
+    """Sends pictures through the tower; sets `seen` of each, and frees its pixels."""
+    # not in inference mode, where an engine is: autograd refuses tensors that were made there
+    with torch.inference_mode(False), torch.no_grad():
+        for picture in pictures:
+            picture.pixels = picture.pixels or picture.again()
+        inputs = tower_inputs(pictures, device)
+        output = whole.get_image_features(**inputs, return_dict=True)
+    embeddings = output.pooler_output
+    if pictures[0].grid is None:  # else transformers gives those of each picture apart
+        squares = [len(picture.pixels["pixel_values"]) for picture in pictures]
+        embeddings = embeddings.split(squares)
+    layers = getattr(output, "deepstack_features", None) or []
+    for number, picture in enumerate(pictures):
+        # not views, which hold those of all
+        kept = embeddings[number].cpu().clone()
+        deeper = [layer[number].cpu().clone() for layer in layers]
+        picture.seen = Seen(weakref.ref(whole), kept, deeper)
+        picture.pixels = {}
 
 
 def tower_inputs(pictures: Sequence[Picture], device) -> dict[str, torch.Tensor]:
     """Joins the pixels of N pictures, in the order of their placeholders; {} of none."""
     if not pictures:
         return {}
+    of_each = [picture.pixels or picture.again() for picture in pictures]
     inputs = {}
-    for name in pictures[0].pixels:
-        inputs[name] = torch.cat([picture.pixels[name] for picture in pictures]).to(device)
-        if pictures[0].grid is None:  # squares: (1, all of them, ...), whatever B is
+    for name in of_each[0]:
+        inputs[name] = torch.cat([pixels[name] for pixels in of_each]).to(device)
+        if "pixel_attention_mask" in of_each[0]:  # squares: (1, all of them, ...), whatever B is
             inputs[name] = inputs[name][None]
     return inputs
 

@@ -326,6 +326,12 @@ def fresh_dir(path, way_out="remove it", key="out_dir"):
     return path
 
 
+def next_folder(folder):
+    """Makes `folder`, or folder-2, folder-3, …: nothing that is there is overwritten."""
+    names = [folder] + [folder.with_name(f"{folder.name}-{i}") for i in range(2, 1000)]
+    return fresh_dir(next(name for name in names if not name.exists()))
+
+
 def near(name, names):
     """': did you mean learning_rate?' for a misspelt name, '' where nothing is near."""
     import difflib  # here: only for messages

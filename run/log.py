@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from run import page as run_page
 from run.config import UserError, tell
 from run.page import finite_numbers, is_of_step, row_of, six_digits
-from trajectory import escaped, token_kinds, token_texts
+from trajectory import escaped, image_spans, token_kinds, token_texts
 
 IMAGES = "images"  # the folder of those in rollouts.jsonl
 LOGGERS = {"none": "", "wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
@@ -225,6 +225,34 @@ class Log:
         print_summary({**values, "minutes": minutes, "peak_memory_gb": peak}, self.print)
 
 
+class NoLog:
+    """The log of a process that is not the first of its run: it says and writes nothing."""
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def print(self, text: str) -> None:
+        pass
+
+    def step(self, metrics: dict) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def expect(self, rollouts: int) -> None:
+        return None
+
+    def rollouts(self, trajectories: list, tokenizer, **columns) -> None:
+        pass
+
+    def summary(self, values: dict) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def _say_if_not_logged(out_dir: Path):
     """Turns what a disk refuses into a UserError."""
@@ -279,7 +307,8 @@ def _drop(path: Path, start: int) -> None:
 
 def write_rollouts(path, trajectories: list, tokenizer, **columns) -> None:
     """Appends a row for each trajectory: its parallel lists, the text, what happened. columns: what
-    else stands in each row. Its images, as they were shown, are files in a folder beside it."""
+    else stands in each row. Its images, as they were shown, are files in a folder beside it, and
+    image_spans says which of its ids stand for each: (first, end)."""
     with open(path, "a", encoding="utf-8") as file:
         for trajectory in trajectories:
             ids = trajectory.ids
@@ -307,6 +336,7 @@ def write_rollouts(path, trajectories: list, tokenizer, **columns) -> None:
             }
             if trajectory.images:
                 row["images"] = write_images(Path(path).parent, trajectory.images)
+                row["image_spans"] = image_spans(ids, trajectory.images)
             file.write(json.dumps(row) + "\n")
 
 

@@ -4,8 +4,11 @@ python -m run.page out/calc
 """
 
 import ast
+import base64
+import io
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,9 +33,14 @@ COLOURS = ("tab:blue", "tab:red")
 POINTS = 1000  # of a curve
 ROLLOUTS = 200
 ROLLOUT_BYTES = 40_000_000
+THUMBNAIL = 256  # pixels, the longer side
+THUMBNAIL_BYTES = 12_000_000  # of all of them
+SMALL_FILE = 20_000  # bytes: an image that is no larger is its own thumbnail
+MAX_PIXELS = 2**25  # of an image that is opened for one
+IMAGE_NAME = re.compile(r"images/[0-9a-f]{16}\.png")  # as run/log.py writes them
 # What it shows of a rollout, beside its pieces, kinds and logprobs.
 ROLLOUT_KEYS = (
-    "step group sample stop reward rewards answer advantages seconds turn_starts calls ids"
+    "step group sample stop reward rewards answer advantages seconds turn_starts calls ids images"
 ).split()
 
 # ---- curves.png
@@ -102,7 +110,8 @@ def _running_mean(steps: list[int], values: list[float], window: int) -> list[fl
 
 def page(out_dir) -> None:
     """Writes report.html: page.html with the data of metrics.jsonl, rollouts.jsonl and config.py
-    in it. It loads nothing else: it can be mailed."""
+    in it, and small copies of images. It loads nothing else: it can be mailed. A click on an image
+    opens the whole one, where the folder `images` is still beside the page."""
     out_dir = Path(out_dir)
     rows = [finite_numbers(row) for row in steps_of(out_dir / "metrics.jsonl")]
     rollouts, written = _shown_rollouts(out_dir / "rollouts.jsonl")
@@ -115,6 +124,7 @@ def page(out_dir) -> None:
         "thinned": math.ceil(len(rows) / POINTS),  # steps that a point is the mean of
         "written": written,
         "rollouts": rollouts,
+        "images": _images(out_dir, rollouts),
     }
     # ASCII, and no "<": no text of a model can end the script element that it stands in.
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -179,7 +189,73 @@ def _shown(row: dict) -> dict:
     shown["logprobs"] = row.get("logprobs")
     kinds = row.get("kinds") or row["mask"]
     shown["kinds"] = kinds if isinstance(kinds, str) else _kinds_of_mask(kinds)
+    shown["images"] = [name if _is_image_name(name) else "" for name in row.get("images") or ()]
+    shown["image_spans"] = _image_spans(row)
+    for first, end in shown["image_spans"]:  # a thousand times the same
+        pieces[first:end] = [""] * (end - first)
     return shown
+
+
+def _is_image_name(name) -> bool:
+    """Whether it is a file that run/log.py wrote: nothing else on this machine is opened."""
+    return isinstance(name, str) and IMAGE_NAME.fullmatch(name) is not None
+
+
+def _image_spans(row: dict) -> list[list[int]]:
+    """Which tokens stand for each image: (first, end). [] where the row does not say so."""
+    spans = row.get("image_spans")
+    names = row.get("images")
+    if not isinstance(spans, list) or not isinstance(names, list) or len(spans) != len(names):
+        return []
+    at = 0
+    for span in spans:
+        if not _is_list(span, int) or len(span) != 2:
+            return []
+        first, end = span
+        if not at <= first < end <= len(row["ids"]):
+            return []
+        at = end
+    return spans
+
+
+def _images(out_dir: Path, rollouts: list[dict]) -> dict[str, dict]:
+    """The images of the rollouts by their names: size, and a small copy as a data URI; None for one
+    that is not there, and no copy of those for which there is no room."""
+    images = {}
+    room = THUMBNAIL_BYTES
+    for rollout in rollouts:
+        for name in rollout["images"]:
+            if not name or name in images:
+                continue
+            images[name] = _thumbnail(out_dir / name, room)
+            if images[name]:
+                room -= len(images[name].get("copy", ""))
+    return images
+
+
+def _thumbnail(file: Path, room: int) -> dict | None:
+    """An image's size, and its copy of at most THUMBNAIL pixels, if it fits into `room` bytes."""
+    from PIL import Image
+
+    try:
+        data = file.read_bytes()
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            size = {"width": image.width, "height": image.height}
+            kind = "png"
+            if image.width * image.height > MAX_PIXELS:
+                return size
+            is_large = max(image.size) > THUMBNAIL
+            if is_large or len(data) > SMALL_FILE:
+                image = image.convert("RGB")
+                image.thumbnail((THUMBNAIL, THUMBNAIL))
+                smaller = io.BytesIO()
+                image.save(smaller, "JPEG", quality=85)
+                data = smaller.getvalue()
+                kind = "jpeg"
+    except Exception:  # Pillow has many; a page without one image is a page
+        return None
+    copy = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return size | {"copy": copy} if len(copy) <= room else size
 
 
 def _kinds_of_mask(mask: list[int]) -> str:
@@ -283,6 +359,10 @@ def is_rollout(row: dict) -> bool:
     if not _is_list(row.get("turn_starts"), int) or not _is_list(row.get("calls"), dict):
         return False
     if not all(isinstance(call.get("arguments"), dict | None) for call in row["calls"]):
+        return False
+    if not all(_is_list(call.get("images", []), int) for call in row["calls"]):
+        return False
+    if not isinstance(row.get("images"), list | None):
         return False
     are_advantages = isinstance(row.get("advantages"), list | None)
     return are_advantages and isinstance(row.get("rewards"), dict | None)

@@ -99,14 +99,18 @@ def _joined(texts):
 
 
 def bind(
-    function: Callable, texts: dict[str, str], where: str, skip: Container[str] = ()
+    function: Callable,
+    texts: dict[str, str],
+    where: str,
+    skip: Container[str] = (),
+    need_all: bool = True,
 ) -> dict[str, object]:
     """The options {name: text} as keyword arguments of a function or a class, cast to the types of
     its parameters.
 
     Parameters without a type are no options, nor are those in `skip` and those of a rollout.
     where: "tool_options: search", for messages. Raises UserError for an option that is unknown, of
-    another type, or missing.
+    another type, or, with need_all, missing.
     """
     parameters = inspect.signature(function).parameters
     kinds = _kinds_of_options(function, where, skip)
@@ -125,7 +129,7 @@ def bind(
         except AssertionError as error:  # a dict, say
             raise UserError(f"{where}.{name} cannot be given as an option: {error}") from None
 
-    for name in kinds:
+    for name in kinds if need_all else ():
         if name not in values and parameters[name].default is inspect.Parameter.empty:
             owner = where.rpartition(" ")[2]
             raise UserError(f"{where}.{name} is missing: write {owner}.{name}=…")

@@ -1,4 +1,4 @@
-"""Tiny models, made from scratch: their chat template, tokenizer and weights."""
+"""Tiny models, made from scratch: their chat template, tokenizer and weights; one of them sees."""
 
 import re
 
@@ -6,6 +6,15 @@ import torch
 
 # ChatML with tools, as Qwen writes it, for models that are made here.
 TEMPLATE = """\
+{%- macro said(content) -%}
+  {%- if content is string -%}
+    {{- content -}}
+  {%- else -%}
+    {%- for part in content -%}
+      {{- '<image>' if part.type == 'image' else part.text -}}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
 {%- if tools or messages[0].role == 'system' -%}
   {{- '<|im_start|>system\\n' -}}
   {{- messages[0].content if messages[0].role == 'system' -}}
@@ -17,7 +26,7 @@ TEMPLATE = """\
 {%- endif -%}
 {%- for message in messages -%}
   {%- if message.role == 'user' -%}
-    {{- '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' -}}
+    {{- '<|im_start|>user\\n' + said(message.content) + '<|im_end|>\\n' -}}
   {%- elif message.role == 'assistant' -%}
     {{- '<|im_start|>assistant\\n' + message.content -}}
     {%- for call in message.tool_calls or [] -%}
@@ -28,7 +37,7 @@ TEMPLATE = """\
     {{- '<|im_end|>\\n' -}}
   {%- elif message.role == 'tool' -%}
     {{- '<|im_start|>user' if loop.previtem.role != 'tool' -}}
-    {{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' -}}
+    {{- '\\n<tool_response>\\n' + said(message.content) + '\\n</tool_response>' -}}
     {{- '<|im_end|>\\n' if loop.last or loop.nextitem.role != 'tool' -}}
   {%- endif -%}
 {%- endfor -%}
@@ -38,16 +47,28 @@ TEMPLATE = """\
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+# What stands for an image, as SmolVLM writes it.
+FOR_IMAGES = ("<image>", "<fake_token_around_image>", "<global-img>")
+# The tiny model is shown a square of so many pixels a side, in patches; four patches are a token.
+SIDE = 32
+PATCH = 8
+INITIAL_RANGE = 0.07  # of weights: at these widths, larger than the usual 0.02
 
 
-def tiny_tokenizer(conversations: list[list[dict]], tools: list[dict], whole_names: bool = False):
+def tiny_tokenizer(
+    conversations: list[list[dict]],
+    tools: list[dict],
+    whole_names: bool = False,
+    sees: bool = False,
+):
     """A byte-level BPE tokenizer trained on the conversations, with TEMPLATE as its chat template.
 
     Digits are single tokens, so numbers are copied digit by digit, and a line break ends a token,
     as the roles of the template do. All else may merge, across words too, so the parts of a task
     that never change take few tokens. whole_names: a word with a capital is a token of its own, so
     that names are copied whole; and the system prompt with its tool schemas, which never changes in
-    a task, is one token: with several tools it would be most of what a model reads.
+    a task, is one token: with several tools it would be most of what a model reads. sees: with the
+    tokens that stand for images.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -63,8 +84,9 @@ def tiny_tokenizer(conversations: list[list[dict]], tools: list[dict], whole_nam
     inner.decoder = decoders.ByteLevel()
 
     # 1. what the template makes of the conversations, without its control tokens and markers
-    untrained = _with_template(Tokenizer.from_str(inner.to_str()), MARKERS)
-    between = re.compile("|".join(map(re.escape, CONTROL + MARKERS)))
+    markers = MARKERS + FOR_IMAGES if sees else MARKERS
+    untrained = _with_template(Tokenizer.from_str(inner.to_str()), markers)
+    between = re.compile("|".join(map(re.escape, CONTROL + markers)))
     texts = []
     for talk in conversations:
         text = untrained.apply_chat_template(talk, tools=tools or None, tokenize=False)
@@ -82,14 +104,14 @@ def tiny_tokenizer(conversations: list[list[dict]], tools: list[dict], whole_nam
     # 3. the merges of all the rest
     vocabulary = 2048 if whole_names else 768
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - len(MARKERS) - len(whole),
+        vocab_size=vocabulary - len(markers) - len(whole),
         special_tokens=list(CONTROL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     pieces = [part for parts in texts for part in parts if part not in whole]
     inner.train_from_iterator(pieces, trainer)
-    return _with_template(inner, (*MARKERS, *whole))
+    return _with_template(inner, (*markers, *whole))
 
 
 def _with_template(inner, added):
@@ -128,10 +150,73 @@ def tiny(tokenizer, seed: int = 0, hidden_size: int = 96, layers: int = 4, heads
             num_key_value_heads=heads,
             head_dim=hidden_size // heads,
             max_position_embeddings=4096,
-            initializer_range=0.07,
+            initializer_range=INITIAL_RANGE,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
+    )
+
+
+def tiny_that_sees(tokenizer, seed: int = 0):
+    """A SmolVLM-shaped model from scratch, about 0.5 M parameters: the language model of `tiny`, a
+    layer less, and a tower of two layers for images of SIDE x SIDE pixels, 4 tokens each."""
+    from transformers import SmolVLMForConditionalGeneration
+
+    torch.manual_seed(seed)
+    return SmolVLMForConditionalGeneration(config_that_sees(tokenizer))
+
+
+def config_that_sees(tokenizer):
+    """The shape of `tiny_that_sees`."""
+    from transformers import SmolVLMConfig
+
+    text = {
+        "model_type": "qwen3",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 96,
+        "intermediate_size": 288,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 48,
+        "max_position_embeddings": 4096,
+        "initializer_range": INITIAL_RANGE,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    tower = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": SIDE,
+        "patch_size": PATCH,
+        "initializer_range": INITIAL_RANGE,
+    }
+    return SmolVLMConfig(
+        text_config=text,
+        vision_config=tower,
+        scale_factor=2,  # patches of a token, in each direction
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+        initializer_range=INITIAL_RANGE,
+    )
+
+
+def image_processor():
+    """Shows an image to `tiny_that_sees` whole, as SIDE x SIDE pixels, each the mean of those that
+    it stands for."""
+    from PIL import Image
+    from transformers import SmolVLMImageProcessorPil
+
+    return SmolVLMImageProcessorPil(
+        size={"longest_edge": SIDE},
+        max_image_size={"longest_edge": SIDE},
+        do_image_splitting=False,
+        resample=Image.Resampling.BOX,
     )

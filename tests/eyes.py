@@ -25,7 +25,26 @@ def template_of(family):
     return (files("trl") / "chat_templates" / f"{TEMPLATES[family]}.jinja").read_text()
 
 
+INTERNVL = """\
+{%- for message in messages -%}
+  {{- '<|im_start|>' + message.role + '\n' -}}
+  {%- if message.content is string -%}
+    {{- message.content -}}
+  {%- else -%}
+    {%- for part in message.content -%}
+      {{- '<IMG_CONTEXT>\n' if part.type == 'image' else part.text -}}
+    {%- endfor -%}
+  {%- endif -%}
+  {{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{{- '<|im_start|>assistant\n' if add_generation_prompt -}}
+"""  # as the models of transformers' form have it
+
+
 def tokenizer_of(family):
+    if family == "internvl":
+        special = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
+        return make_tokenizer(INTERNVL, special)
     if family in ("idefics3", "smolvlm"):
         special = ["<|im_start|>", "<|begin_of_text|>", "<fake_token_around_image>", "<image>"]
         squares = [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)]
@@ -106,6 +125,17 @@ def config_of(family, tokenizer, head=16):
         text |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
         config = transformers.Qwen3_5Config(text_config=text, vision_config=tower, **qwen)
         config.architectures = ["Qwen3_5ForConditionalGeneration"]
+    elif family == "internvl":
+        tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        tower |= {"num_attention_heads": 2, "image_size": [SQUARE] * 2, "patch_size": [PATCH] * 2}
+        config = transformers.InternVLConfig(
+            text_config=text | {"model_type": "qwen2"},
+            vision_config=tower,
+            image_token_id=ids("<IMG_CONTEXT>"),
+            image_seq_length=(SQUARE // PATCH // 2) ** 2,
+            tie_word_embeddings=False,
+        )
+        config.architectures = ["InternVLForConditionalGeneration"]
     else:
         tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
         tower |= {"num_attention_heads": 2, "image_size": SQUARE, "patch_size": PATCH}
@@ -126,6 +156,9 @@ def config_of(family, tokenizer, head=16):
 def processor_of(family):
     import transformers
 
+    if family == "internvl":
+        size = {"height": SQUARE, "width": SQUARE}
+        return transformers.GotOcr2ImageProcessorPil(size=size, max_patches=4)
     if family in ("idefics3", "smolvlm"):
         name = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}[family]
         return getattr(transformers, f"{name}ImageProcessorPil")(
@@ -140,6 +173,8 @@ def processor_of(family):
 
 def folder_of(family, folder, seed=0, head=16):
     """Writes a model, its tokenizer and its image processor; returns the folder's name."""
+    if family == "internvl":
+        seed += 2  # with 0 it writes the token of an image where tests want it to go on
     tokenizer = tokenizer_of(family)
     model_of(family, tokenizer, seed, head).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import data
+from formats import Call
+from formats.messages import calls_of
 from run.config import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -216,8 +218,8 @@ def test_a_task_is_a_file_in_tasks_that_makes_rows(monkeypatch):
 
 def test_a_file_in_tasks_that_makes_no_rows_is_no_task():
     """tasks/tiny.py has the model that the tasks are for."""
-    assert complaint("task:tiny") == "no task 'tiny'; there are calc, facts, multi, shop"
-    says = "a task (task:calc, task:facts, task:multi, task:shop) or a hub id such as"
+    assert complaint("task:tiny") == "no task 'tiny'; there are calc, chart, facts, multi, shop"
+    says = "a task (task:calc, task:chart, task:facts, task:multi, task:shop) or a hub id such as"
     assert says in complaint("tiny")
 
 
@@ -274,7 +276,7 @@ def test_tools_may_be_a_list_or_its_json_and_none_of_them_is_not_no_column():
     assert [row["tools"] for row in found] == [[TOOL], [TOOL], [], [], None, None, None]
 
 
-@pytest.mark.parametrize("tools", [["find"], TOOL["function"], [TOOL["function"]], 3, "{}"])
+@pytest.mark.parametrize("tools", [["find"], TOOL["function"], TOOL, [{"name": "f"}], 3, "{}"])
 def test_tools_that_are_no_schemas_are_refused(tools):
     said = refusal(talk(USER, SAYS), talk(USER, SAYS, tools=tools))
     assert said.startswith("row 2: its 'tools' holds ") and "expected [{" in said
@@ -470,6 +472,106 @@ def test_demonstrations_with_images_are_read_as_others_write_them():
     assert demo["messages"][2]["content"] == [{"type": "image"}]
     (recorded,) = data.conversations(write({"ids": [1, 2], "mask": [0, 1], "images": ["a.png"]}))
     assert recorded["images"] == ["a.png"]
+
+
+CALLED = {"name": "zoom", "arguments": {"image": 1}}
+# What each of these forms says: a picture, a call, its picture, an answer.
+OF_OTHERS = {
+    "LLaMA-Factory, sharegpt": {
+        "conversations": [
+            {"from": "human", "value": "<image>Which?"},
+            {"from": "function_call", "value": json.dumps(CALLED)},
+            {"from": "observation", "value": "<image>"},
+            {"from": "gpt", "value": "Red."},
+        ],
+        "system": "See.",
+        "tools": json.dumps([{"name": "zoom", "description": "d", "parameters": {}}]),
+    },
+    "ms-swift": {
+        "messages": [
+            {"role": "system", "content": "See."},
+            {"role": "user", "content": "<image>Which?"},
+            {"role": "tool_call", "content": json.dumps(CALLED)},
+            {"role": "tool_response", "content": "<image>"},
+            {"role": "assistant", "content": "Red."},
+        ],
+        "tools": json.dumps([TOOL | {"function": TOOL["function"] | {"name": "zoom"}}]),
+    },
+    "OpenAI, the images beside": {
+        "messages": [
+            {"role": "system", "content": "See."},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which?"}]},
+            {"role": "assistant", "content": "", "tool_calls": [{"function": CALLED}]},
+            {"role": "tool", "content": [{"type": "image"}]},
+            {"role": "assistant", "content": "Red."},
+        ],
+        "tools": [TOOL | {"function": TOOL["function"] | {"name": "zoom"}}],
+    },
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_a_demonstration_of_any_trainer_is_one_conversation(name):
+    Path("a.png").write_bytes(b"not opened yet")
+    Path("b.png").write_bytes(b"nor this")
+    (demo,) = data.conversations(write(OF_OTHERS[name] | {"images": ["a.png", "b.png"]}))
+    system, user, call, result, answer = demo["messages"]
+    assert system == {"role": "system", "content": "See."}
+    assert user == image({"type": "image"}, {"type": "text", "text": "Which?"})
+    assert call["content"] == "" and calls_of(call) == [Call("zoom", {"image": 1})]
+    assert result == {"role": "tool", "name": "zoom", "content": [{"type": "image"}]}
+    assert answer == {"role": "assistant", "content": "Red."}
+    assert demo["images"] == ["a.png", "b.png"]
+    assert [tool["function"]["name"] for tool in demo["tools"]] == ["zoom"]
+    assert all(tool["type"] == "function" for tool in demo["tools"])
+
+
+def test_calls_at_once_and_words_in_front_of_them_are_one_message():
+    """ms-swift's messages of their own, LLaMA-Factory's list and its thinking."""
+    other = {"name": "find", "arguments": '{"x": 2}'}
+    results = [{"role": "tool_response", "content": f"{n}"} for n in (1, 2)]
+    words = {"role": "assistant", "content": "I look."}
+    apart = [words] + [{"role": "tool_call", "content": json.dumps(c)} for c in (CALLED, other)]
+    (demo,) = data.conversations(write(talk(USER, *apart, *results, SAYS)))
+    assert demo["messages"][1]["content"] == "I look."
+    both = [Call("zoom", {"image": 1}), Call("find", {"x": 2})]
+    assert calls_of(demo["messages"][1]) == both
+    assert [m["content"] for m in demo["messages"][2:4]] == ["1", "2"]
+    as_list = "<think>Hm.</think>\n" + json.dumps([CALLED, other])
+    turns = [{"from": "user", "value": "Go."}, {"from": "function_call", "value": as_list}]
+    turns += [{"from": "observation", "value": "1"}, {"from": "observation", "value": "2"}]
+    turns += [{"from": "gpt", "value": "Done."}]
+    (demo,) = data.conversations(write({"conversations": turns}))
+    assert demo["messages"][1]["content"] == "<think>Hm.</think>\n"
+    assert calls_of(demo["messages"][1]) == both
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        (talk(USER, {"role": "tool_call", "content": "zoom(1)"}), "its call 'zoom(1)' is broken"),
+        (talk(USER, {"role": "tool_call", "content": None}), "its tool call {'function': None}"),
+        (
+            talk(USER, {"role": "tool_call", "content": json.dumps(CALLED)}, SAYS),
+            "1 tool calls have no results, but the conversation goes on",
+        ),
+        (
+            talk({"role": "system", "content": "A"}, USER, SAYS, system="B"),
+            "its column 'system' is another text than its system message",
+        ),
+        (
+            talk({"role": "user", "content": "Where is <ref-object>?"}, SAYS, objects={"ref": []}),
+            "its text has <ref-object>, which ms-swift fills from the column 'objects'",
+        ),
+        (
+            talk(USER, {"role": "assistant", "content": "<bbox>"}, objects={"bbox": [[1, 2]]}),
+            "its text has <bbox>, which ms-swift fills from the column 'objects'",
+        ),
+        (talk(USER, {"role": "observation", "content": "x"}, SAYS), "role 'observation': expected"),
+    ],
+)
+def test_what_other_trainers_would_make_of_a_row_and_we_do_not_is_refused(row, says):
+    assert says in refusal(talk(USER, SAYS), row)
 
 
 def test_images_of_the_hub_and_of_parquet_are_the_bytes_of_their_files():

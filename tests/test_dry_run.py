@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import evaluate
 import play
 import train_grpo
 import train_sft
@@ -21,6 +22,7 @@ from run.config import UserError
 ROOT = Path(config.HERE)
 SHARED = ROOT.parent / "shared" / "data"
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
+SUITES = sorted(path.name for path in (ROOT / "configs" / "suites").glob("*.py"))
 # What the real rows in ../shared/data are for, and where they differ from the hub's.
 REAL = {
     "aime.py": ("aime24.jsonl", "--prompt_column=problem", "--answer_column=answer"),
@@ -92,6 +94,30 @@ def test_real_rows_are_played_too(name, retriever, capsys):
     trajectory = played(name, retriever, f"--data={SHARED / file}", *argv)
     assert next(iter(trajectory.rewards.values())) == 1.0, capsys.readouterr().out
     assert trajectory.stop == "answered"
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_has_rows_and_rewards_and_all_else_is_the_runs(name, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.py").write_text((ROOT / "configs" / "chartgemma.py").read_text())
+    given = evaluate.Config(run=str(run_dir), split="validation")
+    if name == "chartgemma.py":  # a file, which has no splits
+        given = evaluate.Config(run=str(run_dir))
+    cfg = evaluate.load_config(["--config", f"suites/{name}"], given)
+    assert cfg.tools == ("zoom", "subfigure", "draw_horizontal", "draw_vertical")
+    assert (cfg.rewards, cfg.model, cfg.max_turns) == (("relaxed",), str(run_dir), 4)
+    trajectory = play.play_made_up(cfg)
+    assert trajectory.rewards == {"relaxed": 1.0} and len(trajectory.images) == 2
+
+
+def test_a_dry_run_shows_a_stand_in_the_images_of_rows_and_tools(capsys):
+    trajectory = played("textvqa_rotate.py", "")
+    ours, turned = [picture.original.size for picture in trajectory.images]
+    assert ours == (96, 48) and turned[0] > 96 and turned[1] > 48  # by a degree, whole
+    assert "image 2:<fake_token_around_image>" in capsys.readouterr().out
+    played("sft_chart.py", "")
+    assert capsys.readouterr().out.count("<global-img>") == 2
 
 
 def test_a_tool_that_does_not_work_is_told_and_does_not_end_the_dry_run(capsys):

@@ -331,7 +331,7 @@ def test_a_special_token_beyond_the_embedding_that_nobody_meets_is_none_of_our_b
     rows = load(brought, "none").get_input_embeddings().num_embeddings
     while len(tokenizer) < rows:
         tokenizer.add_special_tokens({"additional_special_tokens": [f"<pad{len(tokenizer)}>"]})
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
     tokenizer.save_pretrained(brought)
     load(brought, "full")
 

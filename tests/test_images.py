@@ -493,12 +493,12 @@ def test_frames_of_a_gif_and_of_a_list(tmp_path, looking):
         names.append(f"{number}.png")
         (tmp_path / names[-1]).write_bytes(to_png(Image.new("RGB", (9, 9), (number, 0, 0))))
     box = Toolbox(["select_frames"], options=[f"select_frames.folder={tmp_path}"])
-    content, error, _ = call(box, {"video": "a.gif"}, [], "select_frames", {"frames": [2, 6]})
+    content, error, _ = call(box, {"clip": "a.gif"}, [], "select_frames", {"frames": [2, 6]})
     assert error is None and [content[0], content[2]] == ["frame 2", "frame 6"]
     assert abs(content[3].getpixel((0, 0))[0] - 200) < 12
-    content, error, _ = call(box, {"video": names}, [], "select_frames", {"frames": [3]})
+    content, error, _ = call(box, {"clip": names}, [], "select_frames", {"frames": [3]})
     assert content[0] == "frame 3" and content[1].getpixel((0, 0)) == (2, 0, 0)
-    for video, frames, why in [
+    for clip, frames, why in [
         ("a.gif", [7], "the frames are 1 to 6"),
         (names, [4, 1], "the frames are 1 to 3"),
         ("a.gif", [0], "from 1 on"),
@@ -508,7 +508,7 @@ def test_frames_of_a_gif_and_of_a_list(tmp_path, looking):
         ("../a.gif", [1], "outside"),
         (["0.png", "/etc/passwd"], [2], "outside"),
     ]:
-        content, error, _ = call(box, {"video": video}, [], "select_frames", {"frames": frames})
+        content, error, _ = call(box, {"clip": clip}, [], "select_frames", {"frames": frames})
         assert error in ("bad_frame", "bad_image") and why in content
 
 
@@ -523,10 +523,10 @@ def test_frames_of_a_video_and_nothing_that_only_calls_itself_one(tmp_path):
         container.mux(stream.encode())
     (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n")
     box = Toolbox(["select_frames"], options=[f"select_frames.folder={tmp_path}"])
-    content, error, _ = call(box, {"video": "a.mp4"}, [], "select_frames", {"frames": [4]})
+    content, error, _ = call(box, {"clip": "a.mp4"}, [], "select_frames", {"frames": [4]})
     assert error is None and abs(content[1].getpixel((30, 20))[0] - 150) < 20
-    for video, why in [("list.mp4", "is broken"), ("../a.mp4", "no file"), ("b.mp4", "no file")]:
-        content, error, _ = call(box, {"video": video}, [], "select_frames", {"frames": [1]})
+    for clip, why in [("list.mp4", "is broken"), ("../a.mp4", "no file"), ("b.mp4", "no file")]:
+        content, error, _ = call(box, {"clip": clip}, [], "select_frames", {"frames": [1]})
         assert error == "bad_image" and why in content
 
 
@@ -651,8 +651,8 @@ def test_two_thousand_random_calls_give_an_image_or_a_clear_observation(tmp_path
                     pictures.append(Picture(picture, picture.resize(shown)))
 
             # 2. four calls at once
-            video = chance.choice([*paths, paths[:5], None])
-            session = chance.choice(boxes).open({"video": video}, pictures)
+            clip = chance.choice([*paths, paths[:5], None])
+            session = chance.choice(boxes).open({"clip": clip}, pictures)
             await asyncio.gather(*(act(session) for _ in range(4)))
             await session.close()
 

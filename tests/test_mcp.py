@@ -31,6 +31,7 @@ from ports import free_port
 from until import until
 
 from run.config import UserError
+from run.loop import run_blocking
 from tools import Toolbox, ToolError
 from tools.calling import mcp as module
 
@@ -102,6 +103,67 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes 
 
 
 # -- real servers
+
+
+def test_an_image_of_a_public_server_is_trained_on(toolbox, tmp_path):
+    """In a rollout of a tiny model that sees: mask 0, its pixels in the micro-batch, and what was
+    said behind it depends on them."""
+    import eyes
+    import torch
+    from transformers import AutoTokenizer
+
+    import train_grpo
+    from chat import Chat
+    from engines.scripted import ScriptedEngine
+    from learning import model as models
+    from learning.batches import Batch
+    from learning.vision import find_vision, image_spans
+    from rollout import Settings, rollouts
+
+    # 1. the server's image enters a rollout
+    box = toolbox(everything=everything(tools=["get-tiny-image"]))
+    folder = eyes.folder_of("qwen3_vl", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    vision = find_vision(folder, tokenizer)
+    chat = Chat(tokenizer, "hermes", box.schemas, vision=vision)
+    call = '<tool_call>\n{"name": "get-tiny-image", "arguments": {}}\n</tool_call><|im_end|>'
+    turns = (call, "A logo.<|im_end|>")
+    said = [tokenizer.encode(turn, add_special_tokens=False) for turn in turns]
+    example = {"messages": [{"role": "user", "content": "What do you get?"}]}
+
+    async def scene():
+        played = await rollouts([example], chat, ScriptedEngine(said), box, Settings())
+        async with opened(box) as session:
+            content, _, _ = await session.call("get-tiny-image", {})
+        return played, content
+
+    (trajectory,), content = run_blocking(scene())
+    (sent,) = [part for part in content if isinstance(part, Image.Image)]
+    assert trajectory.stop == "answered" and len(trajectory.images) == 1
+    assert trajectory.calls[0].error is None and trajectory.calls[0].images == [1]
+    picture = trajectory.images[0]
+    assert picture.key == vision.prepare(sent).key and sent.width > 8
+
+    # 2. it is context, and its pixels are in the micro-batch
+    ((first, end),) = image_spans(trajectory.ids, trajectory.images)
+    start, last = trajectory.turn_starts
+    assert start < first < end < last and not any(trajectory.mask[first:end])
+    assert sum(trajectory.mask) == len(said[0]) + len(said[1])
+    trajectory.advantages, trajectory.weight = [0.0, 1.0], 1.0
+    model, _ = models.load(folder, "full", device="cpu", train_vision=True)
+    (part,) = train_grpo.batches(model, [trajectory], 10**6)
+    ((in_batch,),) = Batch.of(part).images
+    assert torch.equal(in_batch.pixels["pixel_values"], picture.pixels["pixel_values"])
+
+    # 3. an update reaches the tower by way of it, and another image is another answer
+    settings = train_grpo.LearnSettings.of(train_grpo.Config())
+    train_grpo.accumulate(model, [trajectory], settings)
+    assert model.model.visual.patch_embed.proj.weight.grad.abs().max() > 0
+    (right,) = train_grpo.policy_logprobs(model, [trajectory], 1.0, 10**6)
+    trajectory.images = [vision.prepare(Image.new("RGB", sent.size, "red"))]
+    (wrong,) = train_grpo.policy_logprobs(model, [trajectory], 1.0, 10**6)
+    assert torch.equal(right[:first], wrong[:first])
+    assert (right - wrong)[last:].abs().max() > 1e-3
 
 
 @linux

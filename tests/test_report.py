@@ -4,6 +4,7 @@ loggers, and report.html, whose data must survive whatever a model writes.
     python -m pytest -q tests/test_report.py
 """
 
+import base64
 import html.parser
 import io
 import json
@@ -16,7 +17,9 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
+from images import Picture
 from run import config
 from run import log as run_log
 from run import page as run_page
@@ -444,13 +447,15 @@ def test_a_row_without_kinds_is_marked_by_its_mask(old, tmp_path, tokenizer):
 
 
 def test_the_page_loads_nothing(tmp_path):
-    """The template has no address to load from, and forbids it to whatever might get in."""
+    """The template has no address to load from, and forbids it to whatever might get in. The one
+    link is to a file in `images`, the one picture a copy in the data."""
     run(tmp_path, range(3))
     page = Scripts((tmp_path / "report.html").read_text(encoding="utf-8"))
     text = (ROOT / "run" / "page.html").read_text(encoding="utf-8")
-    assert not re.search(
-        r"https?:|\bsrc *=|\.src\b|href|@import|url\(|innerHTML|document\.write", text
-    )
+    assert text.count("href: name") == text.count("href") == 1
+    assert text.count('setAttribute("src", copy)') == text.count('"src"') == 1
+    assert not re.search(r"https?:|\bsrc *=|\.src\b|@import|url\(|innerHTML|document\.write", text)
+    assert re.search(r"img-src data:\W", text)
     assert not {"link", "img", "iframe", "object", "embed", "base"} & set(page.tags)
     assert "default-src 'none'" in text
     assert "{{data}}" not in page.scripts[1] and text.count("{{data}}") == 1
@@ -477,6 +482,149 @@ def test_nothing_that_a_model_or_a_tool_writes_gets_out_of_the_data(tmp_path, to
     assert row["calls"][0]["arguments"] == {HOSTILE: [HOSTILE, "\ud800 alone"]}
     assert data["metrics"][HOSTILE] == [1.0]
     assert data["settings"][0][1] == repr(HOSTILE)
+
+
+# Images
+
+
+def seen(sizes, tokenizer, tool_shows=1):
+    """A trajectory with pictures of these sizes, of which the last few are of a call."""
+    mark = tokenizer.convert_tokens_to_ids("<think>")
+    pictures = []
+    for number, size in enumerate(sizes, 1):
+        ids = [5, *[mark] * (number + 1), 6]
+        image = Image.effect_noise(size, 80).convert("RGB")
+        picture = Picture(image, ids=ids, placeholder=mark, tokens=number + 1, key=number)
+        pictures.append(picture)
+    of_tool = pictures[len(pictures) - tool_shows :]
+    t = Trajectory({"answer": "3"})
+
+    def text(words):
+        return tokenizer.encode(words, add_special_tokens=False)
+
+    for picture in pictures[: len(pictures) - tool_shows]:
+        t.add(text("user ") + picture.ids, 0, images=[picture])
+    t.turn_starts.append(len(t.ids))
+    t.add(text("zoom<|im_end|>"), 1, [-0.5] * len(text("zoom<|im_end|>")))
+    call = ToolCall(0, "zoom", {}, "", None, 0.25)
+    for picture in of_tool:
+        call.images.append(picture.key)
+        label = f"image {picture.key}:"
+        call.result += label
+        t.add(text(label) + picture.ids, 0, images=[picture])
+    call.result += " seen"
+    t.calls.append(call)
+    t.add(text(" seen"), 0)
+    t.turn_starts.append(len(t.ids))
+    t.add(text("3<|im_end|>"), 1, [-0.5] * len(text("3<|im_end|>")))
+    t.stop, t.rewards, t.reward = "answered", {"correct": 1.0}, 1.0
+    return t
+
+
+def test_a_rollout_is_written_and_drawn_with_its_images_in_their_places(tmp_path, tokenizer):
+    """Each with its number, size and tokens, and which tool drew it; its copy is small."""
+    t = seen([(40, 30), (900, 600), (20, 20), (30, 50)], tokenizer, tool_shows=2)
+    row = on_the_page(tmp_path, tokenizer, t)
+    written = json.loads((tmp_path / "rollouts.jsonl").read_text())
+    assert row["images"] == written["images"] and row["image_spans"] == written["image_spans"]
+    for (first, end), picture in zip(row["image_spans"], t.images, strict=True):
+        assert t.ids[first:end] == picture.ids
+        assert row["kinds"][first:end] == "i" * len(picture.ids)
+        assert row["pieces"][first:end] == [""] * len(picture.ids)
+    assert row["kinds"].count("i") == sum(len(picture.ids) for picture in t.images)
+    assert text_of(row, "o") == "image 3:image 4: seen" and row["calls"][0]["images"] == [3, 4]
+    images = data_of(tmp_path)["images"]
+    for name, picture in zip(row["images"], t.images, strict=True):
+        with Image.open(tmp_path / name) as whole:
+            assert whole.size == picture.shown.size
+        assert (images[name]["width"], images[name]["height"]) == picture.shown.size
+        copy = base64.b64decode(images[name]["copy"].partition(",")[2])
+        assert max(Image.open(io.BytesIO(copy)).size) <= run_page.THUMBNAIL
+
+
+@pytest.mark.parametrize("broken", ["no ids", "one picture too many", "other ids"])
+def test_a_trajectory_whose_ids_do_not_hold_its_images_is_written_all_the_same(
+    broken, tmp_path, tokenizer, capsys
+):
+    """Such as an API's; and one that is dropped for it must not end the run when it is logged."""
+    t = seen([(40, 30), (20, 20)], tokenizer)
+    if broken == "no ids":
+        t.ids, t.mask, t.logprobs, t.turn_starts = [], [], [], [0, 0]
+        tokenizer = None
+    elif broken == "one picture too many":
+        t.images.append(t.images[0])
+    else:
+        t.ids[t.ids.index(5) + 2] = 7
+    row = on_the_page(tmp_path, tokenizer, t)
+    assert row["image_spans"] == [] and len(row["images"]) == len(t.images)
+    assert "i" not in row["kinds"]
+    if tokenizer:
+        show(t, tokenizer)
+        assert "<think>" in capsys.readouterr().out
+
+
+def test_copies_of_images_are_bounded_and_those_beyond_are_links(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(run_page, "THUMBNAIL_BYTES", 200_000)
+    ts = [seen([(300, 300)], tokenizer, tool_shows=0) for _ in range(8)]
+    for number, t in enumerate(ts, 1):
+        t.images[0].key = number
+    run_log.write_rollouts(tmp_path / "rollouts.jsonl", ts, tokenizer)
+    run_page.page(tmp_path)
+    images = data_of(tmp_path)["images"].values()
+    copies = [image["copy"] for image in images if "copy" in image]
+    assert 0 < len(copies) < 8 and sum(map(len, copies)) <= 200_000
+    assert [image["width"] for image in images] == [300] * 8
+
+
+def test_only_images_of_the_run_are_opened_and_those_that_are_gone_are_told(tmp_path, tokenizer):
+    """A file of rollouts may be anybody's."""
+    t = seen([(40, 30), (30, 30), (20, 30)], tokenizer)
+    run_log.write_rollouts(tmp_path / "rollouts.jsonl", [t], tokenizer)
+    row = json.loads((tmp_path / "rollouts.jsonl").read_text())
+    t.images[0].shown.save(tmp_path / "secret.png")
+    (tmp_path / row["images"][1]).unlink()
+    (tmp_path / row["images"][2]).write_bytes(b"\x89PNG broken")
+    row["images"][0] = "images/../secret.png"
+    (tmp_path / "rollouts.jsonl").write_text(json.dumps(row) + "\n")
+    run_page.page(tmp_path)
+    data = data_of(tmp_path)
+    assert data["rollouts"][0]["images"] == ["", *row["images"][1:]]
+    assert set(data["images"].values()) == {None}
+
+
+@pytest.mark.parametrize("spans", [None, [], [[0, 9999]], [[5, 2]], ["ab"], [[1, 2], [0, 3]], 7])
+def test_images_whose_places_are_not_known_are_shown_below(spans, tmp_path, tokenizer):
+    """Of an older run, or of an API, which tells no tokens."""
+    t = seen([(40, 30)], tokenizer, tool_shows=0)
+    run_log.write_rollouts(tmp_path / "rollouts.jsonl", [t], tokenizer)
+    row = json.loads((tmp_path / "rollouts.jsonl").read_text())
+    row["image_spans"] = spans
+    (tmp_path / "rollouts.jsonl").write_text(json.dumps(row) + "\n")
+    run_page.page(tmp_path)
+    (shown,) = data_of(tmp_path)["rollouts"]
+    assert shown["image_spans"] == [] and len(shown["images"]) == 1
+
+
+def test_a_terminal_names_images_where_they_stand(tokenizer, capsys, tmp_path, monkeypatch):
+    """In the place of a thousand placeholders; play.py saves them, and has a rough view."""
+    import play
+
+    monkeypatch.chdir(tmp_path)
+    t = seen([(40, 30), (20, 20)], tokenizer)
+    show(t, tokenizer)
+    said = capsys.readouterr().out
+    assert (
+        "user \n[image 1: 40 x 30 pixels, 4 tokens]\nzoom<|im_end|>image 2:\n[image 2: 20" in said
+    )
+    assert "<think>" not in said
+    for name in ("play", "play-2"):
+        play.show_rollout(t, tokenizer, play.save_images(t))
+        said = capsys.readouterr().out
+        assert f"[image 2: 20 x 20 pixels, 5 tokens → out/{name}/image_2.png]" in said
+        assert Image.open(f"out/{name}/image_2.png").size == (20, 20)
+    view = play.half_blocks(Image.new("RGB", (400, 100), "red"))
+    assert view.plain == ("▀" * 48 + "\n") * 6
+    assert str(view.spans[0].style) == "#ff0000 on #ff0000"
 
 
 def test_of_many_rollouts_the_page_shows_some_of_all_steps_and_says_how_many_there_are(
@@ -749,6 +897,8 @@ FOREIGN = {
     "turns that are none": {"turn_starts": [None]},
     "logprobs that are none": {"logprobs": 0.5},
     "rewards that are none": {"rewards": [1.0]},
+    "images that are none": {"images": "abc"},
+    "numbers of images that are none": {"calls": [{"name": "add", "images": ["1"]}]},
 }
 
 

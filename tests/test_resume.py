@@ -30,6 +30,7 @@ import typing
 from dataclasses import replace
 from pathlib import Path
 
+import eyes
 import numpy
 import pytest
 import torch
@@ -90,6 +91,35 @@ RUNS = {
     "grpo_lora": (train_grpo, GRPO | LORA),
     "sft": (train_sft, SFT),
 }
+IMAGES = {"model": "sees", "tools": ("look.py:look",)}
+GRPO_IMAGES = {  # pictures in prompts and from a tool
+    "data": "pictures.jsonl",
+    "eval_data": "pictures.jsonl",
+    "max_tokens": 1200,
+    "max_new_tokens": 24,
+    "max_turns": 2,
+    "learning_rate": 1e-3,
+    # what text has shown above is not shown again
+    "dynamic_sampling": "",
+    "updates_per_batch": 1,
+    "beta": 0.0,
+    "eval_every": 4,
+}
+SFT_IMAGES = {"data": "seen.jsonl", "val_rows": 2, "epochs": 3.2}
+SEEING = {
+    "grpo_images": (train_grpo, GRPO | IMAGES | GRPO_IMAGES),
+    "sft_images": (train_sft, SFT | IMAGES | SFT_IMAGES),
+}
+LOOK = '''
+class look:
+    def __init__(self, example):
+        self.images = example["images"]
+
+    def __call__(self):
+        """Shows the left half of the image."""
+        picture = self.images[-1].original
+        return picture.crop((0, 0, (picture.width + 1) // 2, picture.height))
+'''
 
 # What a process does to itself at a point that it reaches.
 
@@ -131,6 +161,10 @@ def of_config(old, new) -> bool:
     return Path(new).name == "config.py"
 
 
+def of_an_image(old, new) -> bool:
+    return Path(new).suffix == ".png"
+
+
 def of_a_checkpoint(path, **_) -> bool:
     return Path(path).is_dir() and Path(path).name.startswith("step-")
 
@@ -146,6 +180,7 @@ POINTS = {  # name: (function, before or after it, what happens, which of its ca
     "after a checkpoint was renamed": ("os.rename", "after", die, any_call),
     "as an old one is removed": ("shutil.rmtree", "before", die_removing, of_a_checkpoint),
     "in a line of metrics": ("run.log.Log.step", "before", die_in_a_line, any_call),
+    "as an image is written": ("pathlib.Path.replace", "before", die, of_an_image),
     "before rollouts are written": ("run.log.Log.rollouts", "before", die, any_call),
     "before a checkpoint": ("learning.checkpoint.Run.after", "before", die, any_call),
     "as lines are dropped": ("run.log._drop", "after", die, any_call),
@@ -192,6 +227,7 @@ def nursery():
     """Where processes are forked from: it has imported everything, and made no thread."""
     context = multiprocessing.get_context("forkserver")
     modules = ["train_grpo", "train_sft", "peft", "transformers.models.qwen3.modeling_qwen3"]
+    modules += ["transformers.models.qwen3_vl.modeling_qwen3_vl"]
     context.set_forkserver_preload([*modules, Path(__file__).stem])
     paths = [str(config.HERE), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     with pytest.MonkeyPatch.context() as patch:
@@ -229,7 +265,7 @@ def here(place, monkeypatch):
 
 
 def configured(name, out_dir, **options):
-    script, values = RUNS[name]
+    script, values = (RUNS | SEEING)[name]
     values = {"model": "base", **values, "out_dir": str(out_dir)}
     if script is train_grpo:
         values["rewards"] = ("my_rewards.py:coin",)
@@ -247,7 +283,7 @@ def start(nursery, place):
         argv = ["--config", f"{out_dir}.py"]
         (place / "log").unlink(missing_ok=True)
         (place / "go").unlink(missing_ok=True)
-        script = RUNS[name][0].__name__
+        script = (RUNS | SEEING)[name][0].__name__
         child = nursery.Process(target=command, args=(script, argv, str(place), point, call))
         child.start()
         children.append(child)
@@ -307,11 +343,14 @@ def newest(out_dir) -> Path:
 
 
 def left_by(out_dir) -> dict:
-    """Metrics, rollouts, the bytes of the weights, and all that is in the last checkpoint."""
+    """Metrics, rollouts and their images, the bytes of the weights, and all that is in the last
+    checkpoint."""
     (weights,) = out_dir.glob("*.safetensors")
     left = {"metrics": lines(out_dir / "metrics.jsonl"), "weights": weights.read_bytes()}
     if (out_dir / "rollouts.jsonl").exists():
         left["rollouts"] = lines(out_dir / "rollouts.jsonl")
+    for image in (out_dir / "images").glob("*"):
+        left[f"images/{image.name}"] = image.read_bytes()
     state = torch.load(newest(out_dir) / "state.pt")
     state["metrics"] = untimed(state["metrics"])
     return left | flat(state, "state")
@@ -385,6 +424,79 @@ def test_the_run_that_is_compared_with_has_moved_all_that_has_a_state(name, whol
     if script is train_grpo:
         assert left["state.cursor"] > STEPS * GRPO["prompts_per_step"]  # groups were replaced
         assert left["metrics"][-1]["kl"] > 0 and len(left["rollouts"]) == 2 * STEPS
+
+
+@pytest.fixture(scope="module")
+def pictures(place):
+    """In the same folder: a tiny model that has learnt to call a tool which shows an image, and
+    rows with images."""
+    (place / "look.py").write_text(LOOK)
+    rows, demos = [], []
+    for number in range(8):
+        eyes.picture(number, 40 + number, 40).save(place / f"{number}.png")
+        question = {"role": "user", "content": "What is <image>?"}
+        call = {"function": {"name": "look", "arguments": {}}}
+        turns = [
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "image 2:<image>"},
+            {"role": "assistant", "content": f"It is {number}."},
+        ]
+        rows.append({"prompt": [question], "images": [f"{number}.png"], "answer": "4"})
+        demos.append({"messages": [question, *turns], "images": 2 * [f"{number}.png"]})
+    # a row without a picture among them
+    rows.append({"prompt": "What?", "answer": "4"})
+    for _ in range(4):
+        answer = {"role": "assistant", "content": "Nothing."}
+        demos.append({"messages": [{"role": "user", "content": "What?"}, answer]})
+    for name, examples in (("pictures", rows), ("seen", demos)):
+        text = "".join(json.dumps(example) + "\n" for example in examples)
+        (place / f"{name}.jsonl").write_text(text)
+
+    eyes.folder_of("qwen3_vl", place / "random_eyes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr(run_page, "curves", lambda out_dir: None)
+        warm = {"data": "seen.jsonl", "epochs": 20, "batch_size": 4, "warmup": 2, "save_every": 0}
+        warm |= IMAGES | {"model": "random_eyes", "optimizer": "muon", "learning_rate": 1e-2}
+        train_sft.train(train_sft.Config(**warm, out_dir="sees"))
+    return place
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_a_run_with_images_killed_five_times_is_the_run_that_nobody_disturbed(
+    name, run, whole, pictures
+):
+    """Pitfall 52: of the prompt and of a tool, in rollouts, micro-batches and the folder."""
+    lives = {
+        "grpo_images": [
+            ("as a turn is sampled", 3),
+            ("as an image is written", 2),
+            ("between two updates", 3),
+            ("as a state is written", 1),
+            ("before rollouts are written", 2),
+        ],
+        "sft_images": [
+            ("as an image is written", 1),
+            ("between two updates", 3),
+            ("as a state is written", 1),
+            ("in a line of metrics", 2),
+            ("as logprobs are computed", 3),
+        ],
+    }
+    out_dir, expected = pictures / f"killed_{name}", whole(name)
+    for point, call in lives[name]:
+        exitcode, log = run(name, out_dir, point, call)
+        assert exitcode == -signal.SIGKILL, f"{point}: {log}"
+    exitcode, log = run(name, out_dir)
+    assert exitcode == 0, log
+    assert_same(expected, left_by(out_dir))
+
+    # what was compared has images, of a tool too, and learnt from them
+    written = [image for row in expected["rollouts"] for image in row.get("images", ())]
+    assert {f"images/{Path(image).name}" for image in written} <= expected.keys()
+    assert any(len(row.get("images", ())) == 2 for row in expected["rollouts"])
+    learnt = [row for row in expected["metrics"] if row["grad_norm"] > 0]
+    assert len(learnt) > STEPS / 2
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if "lora" not in name])

@@ -180,7 +180,7 @@ def test_two_rewards_of_one_file_share_its_module_and_a_file_that_fails_is_told(
         (
             ["style:2"],
             "unknown reward 'style' in 'style:2': there are correct, exact_match, f1, relaxed, "
-            "anls, sql_match, code_tests, judge, format, tool_use, tool_bonus, needed_tool, "
+            "anls, vqa, sql_match, code_tests, judge, format, tool_use, tool_bonus, needed_tool, "
             "tool_errors, repetition, repeated_calls, length, turn_calls, "
             "or write file.py:function",
         ),
@@ -599,6 +599,29 @@ def test_anls_gives_credit_for_nearly_all_letters_and_none_below_its_threshold()
         assert value("anls", played, row) == pytest.approx(expected)
     played, row = answered("kitten", "sitting")
     assert value("anls", played, row, threshold="0.6") == 0.0
+
+
+@pytest.mark.parametrize("votes, expected", [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (9, 1)])
+def test_vqa_accuracy_is_the_mean_over_nine_of_ten_people(votes, expected):
+    """Against the definition: min(n / 3, 1), n of the nine others, for each of the ten."""
+    golds = ["The Two cats."] * votes + [f"dog {number}x" for number in range(10 - votes)]
+    by_definition = []
+    for left_out in range(10):
+        others = golds[:left_out] + golds[left_out + 1 :]
+        by_definition.append(min(others.count("The Two cats.") / 3, 1))
+    played, row = answered("2 CATS", golds)
+    assert value("vqa", played, row) == pytest.approx(expected)
+    assert value("vqa", played, row) == pytest.approx(sum(by_definition) / 10)
+
+
+def test_vqa_wants_the_answers_of_several_people_and_one_of_the_model():
+    played, row = answered("2", ["2", "2", "2"])
+    says = "row 5 has 3; to one right answer compare by exact_match"
+    with pytest.raises(UserError, match=says):
+        value("vqa", played, row)
+    played, row = answered("!!", ["??"] * 10)
+    assert value("vqa", played, row) == 0.0
+    assert value("vqa", trajectory(row, "no answer"), row) == 0.0
 
 
 def test_a_needed_tool_is_paid_for_where_the_answer_is_right_and_the_row_needs_it():

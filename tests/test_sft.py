@@ -16,6 +16,7 @@ import torch
 from conftest import CHATML, make_tokenizer
 
 import data
+import play
 import train_grpo
 import train_sft
 from chat import Chat
@@ -228,7 +229,8 @@ def test_ids_of_another_tokenizer_are_refused(played, tokenizer, folder, tmp_pat
         said = complaint(folder, path, tmp_path / "out", tools=("python",))
         assert said == (
             f"{path}, row 2: to the model's tokenizer its ids are {what}: give the model that "
-            "recorded it, or one with its tokenizer"
+            "recorded it, or one with its tokenizer; or take 'ids' out of the rows, which makes "
+            "conversations of them"
         )
     said = complaint("tiny", tmp_path / "x.jsonl", tmp_path / "out", tools=("python",))
     assert said == "model = 'tiny' has a new tokenizer: recorded ids need their own model"
@@ -644,6 +646,29 @@ def test_keys_without_effect_on_the_data_are_refused(folder, played, tokenizer, 
     for path, options, says in cases:
         assert complaint(folder, path, tmp_path / "out", **options).startswith(says)
         assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_options_of_a_tool_reach_the_schema_that_is_trained_on(folder, demos, tmp_path, capsys):
+    """The convention of coordinates has to be that of the rollouts; play.py shows the same."""
+    path = demos[0]
+    for coordinates, says in (("pixels", "in pixels of the image"), ("relative", "0 to 1000")):
+        options = {"tools": ("crop",), "tool_options": (f"crop.coordinates={coordinates}",)}
+        cfg = settings(folder, path, tmp_path / "out", **options)
+        _, tokenizer, samples, *_ = train_sft.setup(cfg)
+        assert says in tokenizer.decode(samples[0].ids)
+        play.show_demonstration(cfg)
+        assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["python.timeout=3", "crop.retries=1", "crop.timeout=5"])
+def test_options_that_no_schema_tells_are_refused_where_no_tool_is_called(
+    option, folder, demos, tmp_path
+):
+    """Pitfall 55."""
+    name = option.partition("=")[0]
+    options = {"tools": ("crop", "python"), "tool_options": (option,)}
+    said = complaint(folder, demos[0], tmp_path / "out", **options)
+    assert said.startswith(f"tool_options: {name} has no effect: tools are shown here, and none is")
 
 
 def test_values_that_leave_nothing_to_train_on_are_refused(folder, demos, tmp_path):

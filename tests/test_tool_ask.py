@@ -11,7 +11,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from PIL import Image
 
+from images import Picture, open_image
 from run.config import UserError
 from run.loop import run_blocking
 from tools import NetworkError, Toolbox, ToolError
@@ -61,7 +63,7 @@ def says(text, finish="stop"):
 
 
 def call(tool, question="2 and 2?"):
-    return run_blocking(tool(question))
+    return run_blocking(tool([], question))
 
 
 def test_a_question_goes_out_with_system_prompt_key_and_limits(model, monkeypatch):
@@ -173,6 +175,84 @@ def test_questions_are_asked_at_the_same_time_and_a_busy_endpoint_again(model):
     found = run_blocking(calls())
     assert [(text, error) for text, error, _ in found] == [(f"Q{i}", None) for i in range(8)]
     assert len(seen) == 9
+
+
+# With images
+
+
+def pictures():
+    return [Picture(Image.new("RGB", (30 * n, 20), (n, 0, 0)), key=n) for n in (1, 2)]
+
+
+def asked_with_images(model, arguments, *options):
+    options = (f"ask.url={model.url}", "ask.model=big", "ask.images=true", *options)
+    box = Toolbox([ask], options=options)
+
+    async def scene(images):
+        found = await box.open({}, images).call("ask", arguments)
+        await box.close()
+        return found[:2]
+
+    return box, scene
+
+
+def test_a_question_carries_the_images_that_it_names(model):
+    """The originals, as OpenAI's parts; True is no number."""
+    box, scene = asked_with_images(model, {"question": "Which is wider?", "images": [2, 1]})
+    properties = box.schemas[0]["function"]["parameters"]["properties"]
+    assert list(properties) == ["question", "images"]
+    shown = pictures()
+    shown[0].shown = Image.new("RGB", (3, 2))
+    assert run_blocking(scene(shown)) == ("4", None)
+    ((_, _, body),) = model.requests
+    parts = body["messages"][0]["content"]
+    texts = [part["text"] for part in parts if part["type"] == "text"]
+    assert texts == ["image 2:", "image 1:", "Which is wider?"]
+    urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    opened = [open_image(url) for url in urls]
+    assert [image.size for image in opened] == [(60, 20), (30, 20)]
+    assert [image.getpixel((0, 0)) for image in opened] == [(2, 0, 0), (1, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    "numbers, kind, says",
+    [
+        ([3], "no_image", "error: there is no image 3; the images are 1 to 2"),
+        ([0], "no_image", "error: there is no image 0; the images are 1 to 2"),
+        ([1] * 9, "bad_image", "error: 9 images: expected at most 8 in a question"),
+        (["1"], "bad_arguments", "error: "),
+        (1, "bad_arguments", "error: "),
+    ],
+)
+def test_numbers_that_are_none_are_observations(model, numbers, kind, says):
+    _, scene = asked_with_images(model, {"question": "What?", "images": numbers})
+    text, error = run_blocking(scene(pictures()))
+    assert error == kind and text.startswith(says) and not model.requests
+
+
+def test_a_model_that_sees_nothing_is_offered_no_images(model):
+    """The schema of before; SFT, which shows it, needs no address."""
+    plain = Toolbox([ask], options=(f"ask.url={model.url}", "ask.model=big")).schemas
+    assert list(plain[0]["function"]["parameters"]["properties"]) == ["question"]
+    assert Toolbox([ask], describe_only=True).schemas == plain
+    shown = Toolbox([ask], options=("ask.images=true",), describe_only=True).schemas
+    assert "images" in shown[0]["function"]["parameters"]["properties"]
+
+
+def test_what_is_kept_is_kept_for_its_images(model):
+    """Number 1 is another image in another trajectory."""
+    box, _ = asked_with_images(model, {}, "ask.cache=true")
+
+    async def scene():
+        for images in (pictures()[:1], pictures()[1:], pictures()[:1]):
+            await box.open({}, images).call("ask", {"question": "What?", "images": [1]})
+        unknown = [Picture(Image.new("RGB", (9, 9)))]  # of a model elsewhere: not looked at
+        for _ in range(2):
+            await box.open({}, unknown).call("ask", {"question": "What?", "images": [1]})
+        await box.close()
+
+    run_blocking(scene())
+    assert len(model.requests) == 4
 
 
 def test_finish_ends_the_episode_with_its_answer():

@@ -6,6 +6,7 @@ pytest tests/test_tool_marks.py
 import asyncio
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -489,6 +490,24 @@ def test_only_a_network_error_of_a_network_tool_is_tried_again(monkeypatch):
         box = Toolbox([tool])
         assert play(box, ("count", {"x": 1}))[0][1] == error
         assert tool.calls == calls and box.errors[error] == (error is not None)
+
+
+def test_pauses_between_retries_double_up_to_a_limit(monkeypatch):
+    """A server that is down for a minute is asked again soon after it is back."""
+    pauses = []
+
+    async def note(seconds):
+        pauses.append(seconds)
+
+    monkeypatch.setattr(toolboxes, "asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": note}))
+    tool = counted(pure=False, fails=99, kind=NetworkError)
+    tool.network = True
+    box = Toolbox([tool], options=("count.retries=11",))
+    assert play(box, ("count", {"x": 1}))[0][1] == "network"
+    assert len(pauses) == 11 and max(pauses) <= 8
+    for number, pause in enumerate(pauses):
+        assert 0.5 <= pause / min(8, 0.5 * 2**number) <= 1.5
+    assert 40 < sum(pauses) < 70
 
 
 def test_retries_end_at_the_deadline(monkeypatch):

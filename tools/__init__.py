@@ -22,6 +22,8 @@ image, or a list of both; all else becomes text. Marks, on the function or the c
     describe = f    of a class: f(schema, options) gives the schema as those options have it
     sees = True     of a class: its argument `image` is the number, from 1, of one of the images in
                     example["images"], the trajectory's, in a list that grows
+    takes_images = True  of a class: its first argument, `pictures`, is that list, and not the
+                    model's to give: for one that is shared by all trajectories
 
 Options of every tool: timeout, concurrency, cache (true, false), retries (of network tools).
 

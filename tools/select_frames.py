@@ -2,7 +2,7 @@
 
     --tools=select_frames --tool_options=select_frames.folder=clips
 
-The row's column `video` is a path inside of `folder` (an animated GIF, WebP or PNG; a video, where
+The row's column `clip` is a path inside of `folder` (an animated GIF, WebP or PNG; a video, where
 PyAV is installed: pip install av), or a list of such paths of images, one a frame. Frames are
 counted from 1. What is not covered: reading a video from its middle. Frames before those that are
 wanted are decoded and dropped.
@@ -39,18 +39,18 @@ class select_frames:
         """folder: of the paths. most: frames that one call may show."""
         if most < 1:
             raise UserError(f"select_frames.most = {most}: expected 1 or more")
-        self.video = example.get("video")
+        self.video = example.get("clip")
         self.folder = folder
         self.most = most
 
     def __call__(self, frames: list[int]):
-        """Show frames of the video.
+        """Show frames of the clip.
 
         Args:
             frames: Their numbers, from 1, such as [1, 25, 50].
         """
         if not self.video:
-            raise ToolError("no_image", "error: there is no video in this conversation")
+            raise ToolError("no_image", "error: there is no clip in this conversation")
         wanted = sorted(set(frames))
         if not wanted or len(wanted) > self.most or wanted[0] < 1 or wanted[-1] > LAST:
             text = f"error: frames must be 1 to {self.most} numbers from 1 on, such as [1, 5]"

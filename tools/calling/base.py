@@ -3,6 +3,10 @@
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from images import Picture
 
 # Seconds that the call which runs here has, 0 for one that nobody stops: for limits of its own.
 DEADLINE = ContextVar("deadline", default=0.0)
@@ -44,6 +48,14 @@ class NetworkError(ToolError):
 
     def __init__(self, text: str):
         super().__init__("network", text)
+
+
+def numbered(images: list, number: int) -> "Picture":
+    """The trajectory's image of that number, from 1. ToolError if there is none."""
+    if isinstance(number, int) and 1 <= number <= len(images):
+        return images[number - 1]
+    there = f"the images are 1 to {len(images)}" if images else "there are no images here"
+    raise ToolError("no_image", f"error: there is no image {str(number)[:80]}; {there}")
 
 
 def shorten(text: str, limit: int) -> str:

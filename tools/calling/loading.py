@@ -55,7 +55,8 @@ def load(
     """The tools, and {make: state} of those that have one state for the run, made here.
 
     timeout: seconds that an MCP server has to say what it offers. describe_only: nothing is made,
-    and a required option may be missing: for SFT, which shows tools and calls none. concurrency:
+    and a required option may be missing: for SFT, which shows tools and calls none; an option that
+    no schema tells is refused. concurrency:
     calls at once, of all tools together. cached: the run keeps results.
     Raises UserError on a tool that does not exist, cannot be described or made, or lacks an option.
     """
@@ -72,10 +73,14 @@ def load(
         if isinstance(item, Tool):
             tool = replace(item)  # the caller's object stays as it is
             _refuse_own_options(tool.name, texts)
+            if describe_only:
+                _refuse_idle_options(tool.name, texts, is_told=False)
             tools.append(tool)
         elif isinstance(item, str) and item.startswith(MCP):
             for tool in _tools_of_servers(item, timeout):
                 _refuse_own_options(tool.name, texts)
+                if describe_only:
+                    _refuse_idle_options(tool.name, texts, is_told=False)
                 tools.append(tool)
         else:
             target = _import(places[item], modules) if isinstance(item, str) else item
@@ -188,7 +193,15 @@ def _describe(target: Callable, texts: dict, describe_only: bool) -> Tool:
         network=bool(getattr(target, "network", False)),
         ends=bool(getattr(target, "ends", False)),
         sees=bool(getattr(target, "sees", False)),
+        takes_images=bool(getattr(target, "takes_images", False)),
     )
+    if tool.takes_images:  # these are ours to give
+        parameters = tool.schema["function"]["parameters"]
+        parameters["properties"].pop("pictures")
+        parameters["required"].remove("pictures")
+    if describe_only:
+        is_told = is_class and hasattr(target, "describe")
+        _refuse_idle_options(name, texts, is_told)
     prepare = getattr(target, "prepare", None)
     if not is_class:
         if prepare is None:
@@ -206,7 +219,8 @@ def _describe(target: Callable, texts: dict, describe_only: bool) -> Tool:
     if describe_only and describe is None:
         return tool
     takes_example = "example" in parameters
-    options = plugins.bind(target, _own_options(name, texts), f"{OPTIONS}: {name}")
+    where = f"{OPTIONS}: {name}"
+    options = plugins.bind(target, _own_options(name, texts), where, need_all=not describe_only)
     if describe is not None:
         tool.schema = describe(tool.schema, options)
     if describe_only:
@@ -289,6 +303,15 @@ def _refuse_own_options(name, texts):
         pass
 
     plugins.bind(no_options, _own_options(name, texts), f"{OPTIONS}: {name}")
+
+
+def _refuse_idle_options(name, texts, is_told):
+    """Where tools are shown and none is called: raises UserError for options that change nothing of
+    what is shown. is_told: its schema depends on its own options."""
+    for option in texts.get(name, {}):
+        if option in COMMON or not is_told:
+            what = "tools are shown here, and none is called: drop it"
+            raise UserError(f"{OPTIONS}: {name}.{option} has no effect: {what}")
 
 
 def _set_common_options(tool: Tool, texts: dict, most: int, cached: bool) -> None:

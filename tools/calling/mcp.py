@@ -47,7 +47,7 @@ from pydantic import ValidationError
 
 from run.config import UserError, near
 from run.http import TEMPORARY
-from tools.calling.base import NetworkError, Tool, ToolError
+from tools.calling.base import NetworkError, Tool, ToolError, numbered
 from tools.calling.mcp_file import Server, read
 
 try:
@@ -64,7 +64,6 @@ from tools.calling.mcp_forms import (
     content,
     data_uri,
     image_numbers,
-    numbered,
     parameters,
 )
 
@@ -79,7 +78,7 @@ LOST_SESSION = re.compile(
     re.I | re.S,
 )
 TO_ANSWER = 5.0  # seconds, for a server that may be lost
-RETRIES_WITH_IMAGES = 7  # with the pauses between them a minute
+RETRIES_WITH_IMAGES = 11  # with the pauses between them a minute
 TO_END = 10.0  # seconds that the end of a connection is waited for; it may go on alone
 
 

@@ -155,14 +155,6 @@ def image_numbers(schema: dict) -> tuple[dict, list[str]]:
     return {**schema, "properties": properties}, names
 
 
-def numbered(images: list, number: int) -> Picture:
-    """The trajectory's image of that number, from 1. ToolError if there is none."""
-    if isinstance(number, int) and 1 <= number <= len(images):
-        return images[number - 1]
-    there = f"the images are 1 to {len(images)}" if images else "there are no images here"
-    raise ToolError("no_image", f"error: there is no image {str(number)[:80]}; {there}")
-
-
 def data_uri(picture: Picture) -> str:
     """The original, with the size at which the model sees it where that is another one."""
     text = to_data_uri(picture.original)

@@ -22,6 +22,7 @@ MAX_RESULT_CHARS = 1_000_000  # a longer text is cut here; the rollout cuts to t
 NO_OUTPUT = "(no output)"
 CLOSING = 10.0  # seconds, at least, that close() has: a server ends in its own time
 PAUSE = 0.5  # seconds before the first retry of a network tool; doubled before each further one
+LONGEST_PAUSE = 8.0  # seconds: who waits for a server that starts again is soon back
 
 
 class Toolbox:
@@ -141,7 +142,12 @@ class Session:
             state_key = str(getattr(state, "key", ""))
             if not state_key and not tool.shared:  # it does not say what its results depend on
                 return await self._call_in_turn(tool, arguments)
-        key = json.dumps([tool.name, state_key, arguments], sort_keys=True)
+        shown = []  # the images that a number in its arguments stands for
+        if tool.takes_images:
+            shown = [picture.key for picture in self.example.get("images") or []]
+            if not all(shown):  # a model elsewhere was shown them: nobody here has looked at them
+                return await self._call_in_turn(tool, arguments)
+        key = json.dumps([tool.name, state_key, arguments, shown], sort_keys=True)
         return await self.box.cache.run(key, lambda: self._call_in_turn(tool, arguments))
 
     async def _call_in_turn(self, tool, arguments):
@@ -206,8 +212,8 @@ class Session:
                 if retries == 0:
                     raise
             # spread out, or all would come back at the same moment
-            await asyncio.sleep(pause * (0.5 + random.random()))
-            pause *= 2
+            await asyncio.sleep(min(LONGEST_PAUSE, pause * (0.5 + random.random())))
+            pause = min(LONGEST_PAUSE, 2 * pause)
             retries -= 1
 
     async def make(self, tool: Tool) -> tuple[bool, object]:

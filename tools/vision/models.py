@@ -5,6 +5,7 @@ itself if nobody serves it. What is not covered: several images in one forward p
 """
 
 import functools
+import importlib.util
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -76,6 +77,8 @@ def _image_processor(model_type, name):
     from transformers import GroundingDinoImageProcessorPil, Owlv2ImageProcessorPil
 
     if model_type in ("owlv2", "owlvit"):
+        if importlib.util.find_spec("scipy") is None:  # with which it resizes
+            raise UserError(f'model {name!r} needs scipy: pip install -e ".[see]"')
         return _loaded(Owlv2ImageProcessorPil, name)
     return _loaded(GroundingDinoImageProcessorPil, name)
 

@@ -1,0 +1,17 @@
+# Being built: GRPO from out/chart_sft, which does not point well enough yet (docs/vision.md).
+out_dir = "out/chart"
+model = "out/chart_sft"
+data = "task:chart"
+system_prompt = "Answer the question. You can zoom in. Give the answer in \\boxed{}."
+tools = ("zoom",)
+tool_options = ("zoom.side=32",)  # a tile as it is: as many pixels as this model is shown
+format = "hermes"
+rewards = ("correct",)
+steps = 40
+token_budget = 8192
+prompts_per_step = 24
+group_size = 8
+max_tokens = 256
+max_new_tokens = 48
+max_turns = 3
+learning_rate = 3e-4

@@ -1,0 +1,235 @@
+"""chart: numbers in fine print on coloured tiles, which a model from scratch learns to zoom into.
+
+A picture has four tiles of different colours, each with a two-digit number, and the
+question names a colour. The tiny model is shown the picture at half its size. There the tiles are
+seen and the numbers are not, not even in part: their strokes are hatched, a pixel lighter than the
+tile and a pixel darker in turn, and the mean is the colour of the tile. `zoom` cuts a tile out of
+the original: that one is shown as it is. So whoever does not look has one chance in ninety.
+
+`rows` are the problems for RL and evaluation, `demos` the demonstrations for SFT. The demonstrators
+are people: two in five guess, and of those who look, one in six looks at the wrong tile. So a model
+that copies them well is often wrong, and GRPO has something to find: always look, and at the right
+one. Some conversations only read tiles, one after the other: a model from scratch has to learn
+reading somewhere.
+
+Train and held-out problems are disjoint by construction: a problem is (colour, place, number), and
+its hash says which of the two it belongs to.
+"""
+
+import random
+import zlib
+
+from images import to_png
+from run.config import UserError
+from tasks.facts import answer_message, call_message, guess_message
+
+HELD_OUT = 5  # one problem in five is held out
+
+COLOURS = {
+    "Red": (180, 75, 75),
+    "Orange": (180, 128, 75),
+    "Yellow": (180, 180, 75),
+    "Green": (75, 180, 75),
+    "Teal": (75, 180, 180),
+    "Blue": (75, 75, 180),
+    "Purple": (128, 75, 180),
+    "Pink": (180, 75, 180),
+}
+PAPER = (225, 225, 225)
+PLACES = 2  # in a row, and rows: a tile in each
+SIDE = 32  # pixels of a place, as many as the tiny model is shown
+GAP = 2  # of them, right of a tile and below it
+STROKE = 2  # pixels: one lighter, one darker, so that the mean of each 2 x 2 is the tile's colour
+HATCH = 75  # how much lighter and darker
+DIGITS = (  # 5 x 7 strokes each
+    "01110 10001 10011 10101 11001 10001 01110",
+    "00100 01100 00100 00100 00100 00100 01110",
+    "01110 10001 00001 00110 01000 10000 11111",
+    "01110 10001 00001 00110 00001 10001 01110",
+    "00010 00110 01010 10010 11111 00010 00010",
+    "11111 10000 11110 00001 00001 10001 01110",
+    "00110 01000 10000 11110 10001 10001 01110",
+    "11111 00001 00010 00100 01000 01000 01000",
+    "01110 10001 10001 01110 10001 10001 01110",
+    "01110 10001 10001 01111 00001 00010 01100",
+)
+LEFT = (4, 16)  # where in a place its digits begin, of the tens and of the ones
+TOP = 2
+
+WORDS = ("upper left", "upper right", "lower left", "lower right")
+QUESTION = "What number is on {colour}?"
+PRACTICE = 0.4  # share of the conversations that only read
+PRACTICE_TILES = 3  # in each of them
+GUESSES = 0.4  # share of the other demonstrations, which do not look
+WRONG_TILE = 1 / 6  # share of those that look, at another tile
+
+
+def held_out(colour: str, place: int, number: int) -> bool:
+    """Whether a problem is of "test", and never trained on."""
+    return zlib.crc32(f"{colour} {place} {number}".encode()) % HELD_OUT == 0
+
+
+# ---- pictures
+
+
+def draw_tile(colour: str, number: int):
+    """Draws a tile with its number: the pixels of a place, (SIDE, SIDE, 3)."""
+    import numpy as np
+
+    pixels = np.full((SIDE, SIDE, 3), PAPER)
+    pixels[:-GAP, :-GAP] = COLOURS[colour]
+    is_lighter = np.indices((SIDE, SIDE)).sum(0) % 2 == 0
+    hatch = np.where(is_lighter, HATCH, -HATCH)[:, :, None]
+    pixels += hatch * ink(number)[:, :, None]
+    return pixels.astype(np.uint8)
+
+
+def ink(number: int):
+    """Marks where the strokes of a number are in its place: 1 and 0, (SIDE, SIDE)."""
+    import numpy as np
+
+    marks = np.zeros((SIDE, SIDE), dtype=int)
+    for digit, left in zip(str(number), LEFT, strict=True):
+        rows = [[int(stroke) for stroke in row] for row in DIGITS[int(digit)].split()]
+        strokes = np.kron(rows, np.ones((STROKE, STROKE), dtype=int))
+        height, width = strokes.shape
+        marks[TOP : TOP + height, left : left + width] = strokes
+    return marks
+
+
+def draw(tiles: dict[int, tuple[str, int]]):
+    """Draws a picture of tiles, {place: (colour, number)}; places are counted row by row."""
+    import numpy as np
+    from PIL import Image
+
+    side = PLACES * SIDE
+    pixels = np.full((side, side, 3), PAPER, dtype=np.uint8)
+    for place, (colour, number) in tiles.items():
+        row, column = divmod(place, PLACES)
+        across = slice(column * SIDE, (column + 1) * SIDE)
+        pixels[row * SIDE : (row + 1) * SIDE, across] = draw_tile(colour, number)
+    return Image.fromarray(pixels)
+
+
+def box_of(place: int) -> list[int]:
+    """The box of a place as zoom takes it, [x1, y1, x2, y2] in thousandths of the picture."""
+    row, column = divmod(place, PLACES)
+    step = 1000 // PLACES
+    return [column * step, row * step, (column + 1) * step, (row + 1) * step]
+
+
+# ---- problems
+
+
+def problem(rng: random.Random, split: str) -> dict:
+    """One problem of the split: prompt, image, answer, and what it was made from."""
+    if split not in ("train", "test"):
+        raise UserError(f"split = {split!r}: task:chart has train and test")
+    count = PLACES * PLACES
+    colours = rng.sample(list(COLOURS), count)
+    places = rng.sample(range(PLACES * PLACES), count)
+    colour = colours[0]
+    place = places[0]
+    while True:
+        number = rng.randint(10, 99)
+        if held_out(colour, place, number) == (split == "test"):
+            break
+    numbers = [number] + [rng.randint(10, 99) for _ in places[1:]]
+    tiles = dict(zip(places, zip(colours, numbers, strict=True), strict=True))
+    return {
+        "prompt": QUESTION.format(colour=colour),
+        "image": to_png(draw(tiles)),
+        "answer": str(number),
+        "colour": colour,
+        "place": place,
+        "tiles": tiles,
+    }
+
+
+def rows(split: str, seed: int = 0, n: int | None = None) -> list[dict]:
+    """n problems of "train" (default 4096) or "test" (default 512), always the same for a seed."""
+    rng = random.Random(f"chart {split} {seed}")
+    count = n or (4096 if split == "train" else 512)
+    return [problem(rng, split) for _ in range(count)]
+
+
+# ---- what is said
+
+
+def look(row: dict, place: int) -> dict:
+    """An assistant message that says which tiles there are and where the one that is asked for is,
+    and zooms into a place."""
+    lines = [said_of(colour, where) for where, (colour, _) in sorted(row["tiles"].items())]
+    lines.append(said_of(row["colour"], place))
+    call = call_message("zoom", {"image": 1, "box": box_of(place)})
+    return call | {"content": "\n".join(lines)}
+
+
+def said_of(colour: str, place: int) -> str:
+    """Says where a tile is."""
+    return f"{colour} {WORDS[place]}."
+
+
+def question(text: str, png: bytes) -> dict:
+    """The message of the user: a picture, and what is asked about it."""
+    parts = [{"type": "image", "image": png}, {"type": "text", "text": text}]
+    return {"role": "user", "content": parts}
+
+
+def seen(colour: str, number: int) -> dict:
+    """The message of the zoom tool, as the loop writes it."""
+    image = {"type": "image", "image": png_of_tile(colour, number)}
+    content = [{"type": "text", "text": "image 2:"}, image]
+    return {"role": "tool", "name": "zoom", "content": content}
+
+
+def png_of_tile(colour: str, number: int) -> bytes:
+    """A tile as zoom cuts it out, as a file."""
+    from PIL import Image
+
+    return to_png(Image.fromarray(draw_tile(colour, number)))
+
+
+def oracle(row: dict) -> list[dict]:
+    """The assistant's messages of a perfect conversation about a row."""
+    return [look(row, row["place"]), answer_message(row["answer"])]
+
+
+# ---- demonstrations
+
+
+def practice(rng: random.Random) -> list[dict]:
+    """A conversation that is nothing but reading, which a model that was trained would know
+    already: a tile as zoom shows it, its number, and so on."""
+    talk = []
+    for _ in range(PRACTICE_TILES):
+        colour = rng.choice(list(COLOURS))
+        number = rng.randint(10, 99)
+        talk += [question("What number is this?", png_of_tile(colour, number))]
+        talk += [answer_message(number)]
+    return talk
+
+
+def attempt(rng: random.Random, row: dict) -> list[dict]:
+    """How a demonstrator deals with a row: looks at a tile, or guesses."""
+    asked = question(row["prompt"], row["image"])
+    if rng.random() < GUESSES:
+        return [asked, guess_message(rng.randint(10, 99))]
+    place = row["place"]
+    if rng.random() < WRONG_TILE:
+        place = rng.choice([other for other in row["tiles"] if other != place])
+    colour, number = row["tiles"][place]
+    return [asked, look(row, place), seen(colour, number), answer_message(number)]
+
+
+def demo(rng: random.Random) -> list[dict]:
+    """One demonstration on a train problem."""
+    if rng.random() < PRACTICE:
+        return practice(rng)
+    return attempt(rng, problem(rng, "train"))
+
+
+def demos(n: int, seed: int = 0) -> list[list[dict]]:
+    """n demonstrations, always the same for a seed."""
+    rng = random.Random(f"chart demos {seed}")
+    return [demo(rng) for _ in range(n)]

@@ -1,0 +1,410 @@
+"""Several processes learn what one learns (learning/parallel.py): on this machine's CPU, by gloo.
+
+    pytest tests/test_parallel.py
+
+Pinned here: metrics to the digits that are printed and weights to 2e-6 with 2 and 4 ranks of ddp
+and fsdp, with a reference, off-policy updates, groups that are replaced, adapters, held-out rows; a
+kill and a resume change no bit; a checkpoint of 2 ranks goes on with 4, 1 or none; what fails on
+one rank ends all, with one sentence. Ranks are forked from a process that has imported everything.
+"""
+
+import itertools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_resume import (  # noqa: F401 (fixtures are found by their names)
+    HANGS,
+    RUNS,
+    SEEING,
+    UPDATES,
+    assert_same,
+    command,
+    configured,
+    left_by,
+    lines,
+    nursery,
+    pictures,
+    place,
+    wait_for,
+)
+from until import until
+
+from learning import logprobs, parallel
+from run import config
+from run.config import UserError
+
+FAR = 2e-6  # how far weights may be from those of one process: they are sums in another order
+BUDGET = {"token_budget": 60}  # small, so that there are more micro-batches than ranks
+ADAMW = {"optimizer": "adamw", "learning_rate": 1e-3}
+NAMES = itertools.count()
+KILLS = [  # (where, at which call, of which rank): each begins where the one before was killed
+    ("as a turn is sampled", 2, 1),
+    ("between two updates", 2 * UPDATES + 2, 0),
+    ("as a state is written", 1, 0),
+    ("before a checkpoint is renamed", 1, 0),
+    ("after a checkpoint was renamed", 1, 0),
+    ("in a line of metrics", 1, 0),
+    ("before a checkpoint", 2, 1),
+    ("between two updates", 3, 1),
+    ("as an old one is removed", 1, 0),
+    ("as logprobs are computed", 3, 1),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def as_rank(environment: dict, script, argv, folder, point, call) -> None:
+    """What test_resume.command does, as one of several ranks."""
+    os.environ.update(environment)
+    if point == "no sum":
+        parallel._all_reduce = lambda parameters: None
+        point = ""
+    if point == "no memory":
+        logprobs.token_logprobs = no_memory
+        point = ""
+    command(script, argv, folder, point, call)
+
+
+def no_memory(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.fixture(scope="module")
+def begin(nursery, place):  # noqa: F811
+    """begin(run, size, kind, out_dir, point, call, rank, …): the processes of the ranks, running.
+    At that call of the point something happens to that rank."""
+    children = []
+
+    def start(name, size, kind, out_dir, point="", call=1, rank=0, every_rank=False, **options):
+        cfg = configured(name, out_dir, resume=True, **BUDGET | options)
+        if size > 1:
+            cfg = replace(cfg, parallel=kind, gpus=size)
+        config.save(cfg, f"{place}/{out_dir}.py")
+        argv = ["--config", f"{place}/{out_dir}.py"]
+        (place / "log").unlink(missing_ok=True)
+        shared = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        mine = []
+        for number in range(size):
+            environment = shared | {"RANK": number, "LOCAL_RANK": number} if size > 1 else {}
+            environment = {key: str(value) for key, value in environment.items()}
+            what = (point, call) if every_rank or number == rank else ("", 1)
+            script = (RUNS | SEEING)[name][0].__name__
+            arguments = (environment, script, argv, str(place), *what)
+            child = nursery.Process(target=as_rank, args=arguments)
+            child.start()
+            mine.append(child)
+        children.extend(mine)
+        return mine
+
+    yield start
+    for child in children:
+        child.kill()
+        child.join()
+
+
+@pytest.fixture(scope="module")
+def ranks(begin, place):  # noqa: F811
+    """ranks(…) as begin(…), to their end: (exit codes, what was printed)."""
+
+    def to_the_end(*args, **options):
+        started = begin(*args, **options)
+        for child in started:
+            child.join(HANGS)
+        return [child.exitcode for child in started], (place / "log").read_text()
+
+    return to_the_end
+
+
+@pytest.fixture(scope="module")
+def alone(ranks, place):  # noqa: F811
+    """alone(run): the out_dir of one process."""
+    made = {}
+
+    def out_dir(name, **options):
+        key = (name, *sorted(options.items()))
+        if key not in made:
+            folder = f"alone{len(made)}"
+            codes, said = ranks(name, 1, "none", folder, **options)
+            assert codes == [0], said
+            made[key] = place / folder
+        return made[key]
+
+    return out_dir
+
+
+def weights(out_dir) -> dict:
+    (file,) = out_dir.glob("*.safetensors")
+    return load_file(file)
+
+
+def assert_learnt_alike(first, second, far=FAR) -> None:
+    """Metrics to six digits or a rounding, weights to `far`."""
+    ours = lines(first / "metrics.jsonl")
+    theirs = lines(second / "metrics.jsonl")
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, rel=2e-4, abs=2e-6)
+    ours = weights(first)
+    theirs = weights(second)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert (ours[name] - theirs[name]).abs().max() <= far, name
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "name, size", [("grpo", 2), ("grpo", 4), ("grpo_lora", 2), ("sft", 2), ("sft_adamw", 4)]
+)
+def test_several_processes_learn_what_one_learns(ranks, alone, place, name, size, kind):  # noqa: F811
+    options = {}
+    if name == "sft_adamw":
+        name = "sft"
+        options = ADAMW
+    out_dir = f"{kind}{size}-{next(NAMES)}"
+    codes, said = ranks(name, size, kind, out_dir, **options)
+    assert codes == [0] * size, said
+    assert said.count("step    7") == 1, "one of them prints"
+    assert_learnt_alike(place / out_dir, alone(name, **options))
+    if name != "sft":
+        recorded = lines(place / out_dir / "rollouts.jsonl")
+        assert [row["ids"] for row in recorded] == [
+            row["ids"] for row in lines(alone(name) / "rollouts.jsonl")
+        ]
+
+
+def test_the_gradient_of_one_rank_alone_would_be_seen(ranks, alone, place):  # noqa: F811
+    """That these tests can fail: without the sum each rank goes its own way."""
+    codes, said = ranks("sft", 2, "ddp", "unsummed", "no sum", every_rank=True, **ADAMW)
+    assert codes == [0, 0], said
+    with pytest.raises(AssertionError):
+        assert_learnt_alike(place / "unsummed", alone("sft", **ADAMW))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", SEEING)
+def test_several_processes_learn_from_images_what_one_learns(
+    ranks,
+    alone,
+    pictures,  # noqa: F811
+    name,
+    kind,
+):
+    """Each rank makes the pixels of the others' images anew."""
+    codes, said = ranks(name, 2, kind, f"{kind}-{name}", optimizer="adamw", token_budget=400)
+    assert codes == [0, 0], said
+    one = alone(name, optimizer="adamw", token_budget=400)
+    assert_learnt_alike(pictures / f"{kind}-{name}", one)
+    recorded = lines(one / "rollouts.jsonl")
+    assert lines(pictures / f"{kind}-{name}" / "rollouts.jsonl") == recorded
+    assert any(len(row.get("images", ())) == 2 for row in recorded)
+
+
+# -- killed, stopped, gone on
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_killed_run_goes_on_bit_for_bit(ranks, place, kind):  # noqa: F811
+    """Pitfall 52: ten kills, of either rank; the other one then ends by itself."""
+    codes, said = ranks("grpo", 2, kind, f"undisturbed-{kind}")
+    assert codes == [0, 0], said
+    out_dir = f"killed-{kind}"
+    for point, call, rank in KILLS:
+        codes, said = ranks("grpo", 2, kind, out_dir, point, call, rank)
+        assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, parallel.LOST), said
+        assert f"rank {1 - rank} has lost the others" in said
+    codes, said = ranks("grpo", 2, kind, out_dir)
+    assert codes == [0, 0], said
+    assert_same(left_by(place / out_dir), left_by(place / f"undisturbed-{kind}"))
+
+
+@pytest.mark.parametrize("kind, first, second", [("ddp", 2, 4), ("fsdp", 2, 4), ("fsdp", 4, 1)])
+def test_another_number_of_ranks_goes_on(ranks, alone, place, kind, first, second):  # noqa: F811
+    out_dir = f"{kind}-{first}-{second}"
+    codes, said = ranks("grpo", first, kind, out_dir, "before a checkpoint", 5)
+    assert -signal.SIGKILL in codes, said
+    codes, said = ranks("grpo", second, kind, out_dir)
+    assert codes == [0] * second, said
+    assert_learnt_alike(place / out_dir, alone("grpo"))
+
+
+# -- what fails on one of them
+
+
+def errors_in(said: str) -> set[str]:
+    """The sentences of all ranks, each once."""
+    assert "Traceback" not in said, said
+    return {line for line in said.splitlines() if line.startswith("error: ")}
+
+
+def test_a_reward_that_raises_on_one_rank_ends_all_and_what_was_learnt_is_saved(ranks, place):  # noqa: F811
+    broken = (
+        "import os\n\ncalls = []\n\ndef coin(trajectory, example):\n    calls.append(1)\n"
+        "    if os.environ['RANK'] == '1' and len(calls) > 12:\n"
+        "        raise KeyError('unit')\n    return float(sum(trajectory.ids) % 3 == 0)\n"
+    )
+    (place / "broken.py").write_text(broken)
+    options = {"rewards": ("broken.py:coin",), "save_every": 0, "eval_every": 0}
+    options |= {"eval_data": "", "eval_rows": 128}
+    codes, said = ranks("grpo", 2, "ddp", "raises", **options)
+    assert 0 not in codes
+    assert "rank 1: " in said and "KeyError" in said, said
+    (saved,) = (place / "raises" / "checkpoints").iterdir()
+    steps = len(lines(place / "raises" / "metrics.jsonl"))
+    assert steps >= 1
+    assert saved.name == f"step-{steps:06d}"
+
+
+def test_one_rank_without_memory_ends_all_with_what_to_lower(ranks):
+    codes, said = ranks("grpo", 2, "ddp", "memory", "no memory", rank=1)
+    assert codes == [2, 2]
+    for error in errors_in(said):
+        assert error.startswith("error: out of memory: lower token_budget, max_tokens, group_size")
+    assert "rank 1: CUDA out of memory." in said
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_full_disk_ends_all_ranks_and_nothing_saved_is_lost(ranks, alone, place, kind):  # noqa: F811
+    (place / "limit").write_text("30000")
+    out_dir = f"full-{kind}"
+    codes, said = ranks("grpo", 2, kind, out_dir, "full disk", 2)
+    assert codes == [2, 2], said
+    (error,) = errors_in(said)
+    assert error.startswith(f"error: cannot save step 4 in {out_dir}/checkpoints (")
+    names = [path.name for path in (place / out_dir / "checkpoints").iterdir()]
+    assert names == ["step-000002"]
+    codes, said = ranks("grpo", 2, kind, out_dir)
+    assert codes == [0, 0], said
+    assert_learnt_alike(place / out_dir, alone("grpo"))
+
+
+def test_ranks_that_are_told_to_stop_stop_at_the_same_step(begin, ranks, alone, place):  # noqa: F811
+    """A signal reaches one rank a step sooner than another, or one alone."""
+    (place / "go").unlink(missing_ok=True)
+    started = begin("grpo", 2, "ddp", "stopped", "halt", 2 * UPDATES + 1, rank=1, save_every=0)
+    wait_for(place / "log", "halted")
+    os.kill(started[1].pid, signal.SIGTERM)
+    wait_for(place / "log", "finishing this step, then saving")
+    (place / "go").touch()
+    for child in started:
+        child.join(HANGS)
+    assert [child.exitcode for child in started] == [128 + signal.SIGTERM] * 2
+    (saved,) = (place / "stopped" / "checkpoints").iterdir()
+    assert saved.name == f"step-{len(lines(place / 'stopped' / 'metrics.jsonl')):06d}"
+    codes, said = ranks("grpo", 2, "ddp", "stopped")
+    assert codes == [0, 0], said
+    assert_learnt_alike(place / "stopped", alone("grpo"))
+
+
+# -- --gpus=N
+
+
+def launched(place, out_dir, **options):  # noqa: F811
+    """A process that a user starts: two ranks of it, by --gpus=2."""
+    cfg = configured("grpo", out_dir, parallel="ddp", gpus=2, **BUDGET | options)
+    config.save(cfg, f"{place}/{out_dir}.py")
+    script = str(config.HERE / "train_grpo.py")
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    return subprocess.Popen(
+        [sys.executable, script, "--config", f"{out_dir}.py"],
+        cwd=place,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that one has started: the ranks, in order."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
+
+
+def is_there(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def has_steps(place, out_dir, count: int) -> bool:  # noqa: F811
+    file = place / out_dir / "metrics.jsonl"
+    return file.exists() and len(file.read_text().splitlines()) >= count
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc here")
+def test_a_rank_that_is_killed_is_named_and_none_is_left(place):  # noqa: F811
+    process = launched(place, "gone", steps=100_000)
+    assert until(lambda: has_steps(place, "gone", 2))
+    ranks = children_of(process.pid)
+    os.kill(ranks[1], signal.SIGKILL)
+    said, _ = process.communicate(timeout=HANGS)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert errors_in(said) == {"error: rank 1 of 2 was ended by SIGKILL; the others are ended"}
+    assert not any(is_there(pid) for pid in ranks)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc here")
+def test_ctrl_c_saves_and_a_launcher_that_is_killed_leaves_nobody(place, alone):  # noqa: F811
+    process = launched(place, "interrupted", steps=100_000, save_every=0)
+    assert until(lambda: has_steps(place, "interrupted", 1))
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=HANGS)
+    assert process.returncode == 128 + signal.SIGINT, said
+    assert re.search(r"stopped after \d+ of 100000 steps; go on with ", said)
+    assert "Traceback" not in said
+    steps = len(lines(place / "interrupted" / "metrics.jsonl"))
+    (saved,) = (place / "interrupted" / "checkpoints").iterdir()
+    assert saved.name == f"step-{steps:06d}"
+
+    process = launched(place, "interrupted", resume=True, steps=100_000, save_every=0)
+    assert until(lambda: has_steps(place, "interrupted", steps + 1))
+    ranks = children_of(process.pid)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert until(lambda: not any(is_there(pid) for pid in ranks))
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        ({"gpus": 2}, "gpus = 2 with parallel=none: use --parallel=ddp or fsdp"),
+        ({"gpus": 0}, "gpus = 0: expected at least 1"),
+        ({"parallel": "ddp"}, "parallel = 'ddp' in one process: give --gpus=8, or use torchrun"),
+        (
+            {"parallel": "fsdp", "gpus": 2, "optimizer": "adamw8bit"},
+            "optimizer = 'adamw8bit' cannot be cut into shards (fsdp): use adamw",
+        ),
+        (
+            {"parallel": "fsdp", "gpus": 2, "tune": "qlora"},
+            "tune = 'qlora' cannot be cut into shards (fsdp): use --parallel=ddp",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["grpo", "sft"])
+def test_what_has_no_effect_is_refused(name, options, why):
+    script = RUNS[name][0]
+    with pytest.raises(UserError) as caught:
+        script.check(configured(name, "refused", **options))
+    assert str(caught.value) == why
+
+
+def test_processes_that_nobody_asked_for_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="4 processes with parallel=none"):
+        with parallel.started("none"):
+            pass
