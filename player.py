@@ -86,7 +86,13 @@ class Player:
     def __enter__(self) -> "Player":
         try:
             if self.engine is None:
-                starting = start_engine(self.cfg, self.model, self.chat.tokenizer)
+                has_images = any(example.get("images") for example in self.examples)
+                # tools may return some; without them, and none in the rows, there will be none
+                may_come = has_images or self.cfg.tools or self.cfg.train_vision
+                vision = self.chat.vision if may_come else None
+                starting = start_engine(
+                    self.cfg, self.model, self.chat.tokenizer, vision, has_images
+                )
                 self.engine = run_blocking(starting)
         except BaseException:
             run_blocking(self.toolbox.close())
@@ -142,6 +148,8 @@ class Player:
     def _prepare_images(self, trajectories: list[Trajectory]) -> None:
         """Prepares the images of trajectories that other ranks have played: they come without what
         the model is given. Those that the samples of a group share stay one."""
+        if self.chat.vision is None:  # or behind an API, which is shown them as they are
+            return
         prepared = {}
         for trajectory in trajectories:
             for number, picture in enumerate(trajectory.images):
@@ -197,16 +205,26 @@ def load_vision(cfg, tokenizer, examples: list[dict]) -> Vision | None:
     """Loads what shows images to the model of a config; None where it or its engine shows none.
     UserError if there are images then, or keys that have no effect."""
     base = models.base_of(cfg.model)
+    options = read_options(cfg.engine, cfg.engine_options)
     vision = None
-    if cfg.engine == "transformers":
+    reason = ""
+    if cfg.engine == "vllm" and not options.images:
+        reason = "engine_options has images=false, drop it"
+    else:
         vision = find_vision(base, tokenizer, cfg.min_pixels, cfg.max_pixels)
         reason = "" if vision else why_blind(base)
-    else:
-        reason = f"engine = {cfg.engine!r} shows none yet, use engine=transformers"
-        if cfg.min_pixels or cfg.max_pixels:
-            raise UserError(f"min_pixels and max_pixels have no effect: {reason}")
+    if vision and cfg.engine != "transformers" and not vision.family.in_vllm:
+        vision = None
+        reason = f"model = {base!r} is not proved for images in vLLM, use engine=transformers"
+    if vision is None and (cfg.min_pixels or cfg.max_pixels):
+        raise UserError(f"min_pixels and max_pixels have no effect: {reason}")
     if vision is None and cfg.train_vision:
         raise UserError(f"train_vision has no effect: {reason}")
+    if cfg.train_vision and cfg.engine == "server":
+        raise UserError(
+            "train_vision = true: a server may leave the tower's adapters out without a word, so "
+            "use engine=vllm"
+        )
     for example in examples:
         if vision is None and example.get("images"):
             raise UserError(f"row {example['id'] + 1} has images: {reason}")
@@ -233,16 +251,19 @@ def check_prompts(chat: Chat, examples: list[dict], max_tokens: int) -> None:
         seen.add(roles)
 
 
-async def start_engine(cfg, model, tokenizer) -> Engine:
+async def start_engine(
+    cfg, model, tokenizer, vision: Vision | None = None, has_images: bool = False
+) -> Engine:
     """Starts the engine that a config names, before its first sync. model: the policy; only the
-    transformers engine and a rounded base (qlora) need it, else it may be None."""
+    transformers engine and a rounded base (qlora) need it, else it may be None. vision: None where
+    no image will come. has_images: some will, by the rows."""
     options = read_options(cfg.engine, cfg.engine_options)
     if cfg.engine == "transformers":
         return TransformersEngine(model, tokenizer, options.deterministic)
 
     if cfg.engine == "server":
         return await servers.start(
-            cfg.urls, cfg.model, tokenizer, options.timeout, max_tokens=cfg.max_tokens
+            cfg.urls, cfg.model, tokenizer, options.timeout, cfg.max_tokens, vision, has_images
         )
 
     is_trained = model is not None and any(p.requires_grad for p in model.parameters())
@@ -256,6 +277,8 @@ async def start_engine(cfg, model, tokenizer) -> Engine:
         sleeps=options.sleep and is_trained,
         tensor_parallel_size=options.tensor_parallel_size,
         kv_cache_gib=options.kv_cache_gib,
+        vision=vision,
+        trains_tower=cfg.train_vision,
         max_model_len=cfg.max_tokens,
         max_num_seqs=cfg.max_concurrent,
         gpu_memory_utilization=cfg.gpu_memory_utilization,

@@ -318,7 +318,7 @@ async def run_calls(
     # the turn's observation has one budget, shared by the texts of its results
     limit = settings.max_observation_tokens // len(calls)
     note = LAST_CALL if settings.final_turn and turns == settings.max_turns else ""
-    sees = chat is not None and chat.vision is not None
+    sees = chat is not None and chat.sees
     results = []
     pictures = []
     for call, (tool_call, parts) in zip(calls, done, strict=True):

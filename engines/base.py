@@ -90,12 +90,6 @@ def check_engine(name: str, urls: tuple[str, ...], tune: str) -> None:
             raise UserError(f"urls = {url!r}: expected http://host:port")
 
 
-def refuse_images(images: list) -> None:
-    """UserError if there are any, for engines that cannot show them to a model yet."""
-    if images:
-        raise UserError("this engine shows no images to a model: use engine=transformers")
-
-
 def finish_reason(new: list[int], sampling: Sampling, tokenizer) -> str:
     """Says why a turn ends after the tokens `new`; "" if it goes on."""
     if new and new[-1] in sampling.stop_ids:

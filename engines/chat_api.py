@@ -8,15 +8,18 @@ says. All calls come from one event loop (run/loop.py).
 """
 
 import asyncio
+import hashlib
 import json
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import httpx2 as httpx
 
 from engines.base import Engine, Sampling
 from formats import too_deep
+from images import Picture, open_image, to_data_uri
 from run.config import UserError, tell
 from run.http import (
     HttpClient,
@@ -418,6 +421,23 @@ def sendable_call(tool_call: dict, is_readable: bool) -> dict:
     return tool_call | {"function": {"name": name, "arguments": arguments}}
 
 
+def with_images(messages: list[dict], pictures: Sequence[Picture]) -> list[dict]:
+    """Writes messages as APIs take images: as data URIs, in the place of `{"type": "image"}`."""
+    waiting = iter(pictures)
+    written = []
+    for message in messages:
+        if isinstance(message.get("content"), list):
+            parts = []
+            for part in message["content"]:
+                if part["type"] == "image":
+                    url = to_data_uri(next(waiting).shown)
+                    part = {"type": "image_url", "image_url": {"url": url}}
+                parts.append(part)
+            message = message | {"content": parts}
+        written.append(message)
+    return written
+
+
 def api_of_options(owner: str, url: str, model: str, key_env: str, **attempts) -> ChatApi:
     """Makes the API of the options url, model and key_env, which the judge and the ask tool have.
     owner: which of them, for messages. UserError if the address is none or the key is missing."""
@@ -430,9 +450,12 @@ def api_of_options(owner: str, url: str, model: str, key_env: str, **attempts) -
 
 class Endpoint(Engine):
     """A chat API to be evaluated: it stands where rollouts() takes a chat and an engine. There are
-    no token ids, so a prompt has none."""
+    no token ids, so a prompt has none. It is sent images whole: what it makes of them is its own
+    matter."""
 
     tokenizer = None
+    vision = None  # nothing here makes pixels of images
+    sees = True
 
     def __init__(self, url: str, model: str, tools: list[dict], key: str = "", pause: float = 1.0):
         """tools: schemas. UserError if the address is none."""
@@ -446,15 +469,31 @@ class Endpoint(Engine):
     def prompt(self, messages: list[dict], pictures: list = ()) -> list[int]:
         return []
 
-    def pictures(self, example: dict) -> list:
-        if example.get("images"):
-            raise UserError("a chat API is sent no images: leave out the rows that have some")
-        return []
+    def pictures(self, example: dict) -> list[Picture]:
+        """Opens the images of a data row's messages."""
+        folder = example.get("image_folder")
+        return [self.picture(source, folder) for source in example.get("images") or ()]
 
-    async def ask(self, messages: list[dict], sampling: Sampling, with_tools: bool) -> Reply | str:
+    def picture(self, source, folder: str | None = None) -> Picture:
+        """Opens an image of a row, or takes one of PIL that a tool returned."""
+        image = open_image(source, folder)
+        digest = hashlib.blake2b(repr(image.size).encode(), digest_size=8)
+        digest.update(image.tobytes())
+        return Picture(image, key=int.from_bytes(digest.digest(), "big"))
+
+    async def ask(
+        self,
+        messages: list[dict],
+        sampling: Sampling,
+        with_tools: bool,
+        pictures: Sequence[Picture] = (),
+    ) -> Reply | str:
         """The next message, or why there is none: "length" if the conversation is longer than the
         model's context, "error" if the API refuses this conversation and answers others. UserError
-        if it refuses all, or does not answer after several attempts."""
+        if it refuses all, or does not answer after several attempts. pictures: of the images in
+        messages, in order."""
+        if pictures:
+            messages = await asyncio.to_thread(with_images, messages, pictures)
         question = {
             "temperature": sampling.temperature,
             "max_new_tokens": sampling.max_new_tokens,

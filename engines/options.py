@@ -22,6 +22,7 @@ class VllmOptions:
     kv_cache_gib: float = 0.0  # of its cache; 0: what gpu_memory_utilization leaves, on a CPU 1
     enforce_eager: bool = False  # does not compile: starts sooner and samples slower
     sleep: bool = True  # leaves the GPU's memory to the trainer while it learns
+    images: bool = True  # false: vLLM leaves out a model's tower, for tools that return text alone
     canary: bool = True
 
 

@@ -24,6 +24,34 @@ def only_choice(answer, prompt: list[int]) -> dict:
     return choices[0]
 
 
+def with_images(answer) -> dict:
+    """What /inference/v1/generate answers, in the form of a completion: the other readers read
+    both."""
+    if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
+        raise ValueError(f"an answer without choices: {_start(answer)}")
+    choices = []
+    for choice in answer["choices"]:
+        if not isinstance(choice, dict):
+            raise ValueError(f"a choice {_start(choice)}")
+        beside = {key: answer.get(key) for key in ("prompt_token_ids", "prompt_logprobs")}
+        choices.append(choice | beside | {"logprobs": _of_tokens(choice)})
+    return {"choices": choices}
+
+
+def _of_tokens(choice: dict) -> dict | None:
+    """The logprobs of a choice of /inference/v1/generate, which must be of its very tokens; None
+    where there are none, as nobody asked for them."""
+    logprobs = choice.get("logprobs")
+    if logprobs is None:
+        return None
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        raise ValueError(f"as logprobs {_start(logprobs)}")
+    if [entry.get("token_id") for entry in content] != choice.get("token_ids"):
+        raise ValueError("logprobs of other tokens than it sampled")
+    return {"token_logprobs": [entry.get("logprob") for entry in content]}
+
+
 def completion(choice: dict, sampling: Sampling, vocabulary: int) -> Completion:
     """The turn in a choice. vocabulary: ids are below it."""
     # 1. the tokens
@@ -114,6 +142,14 @@ def tokens(answer) -> list[int]:
     ids = answer.get("tokens") if isinstance(answer, dict) else None
     if not isinstance(ids, list) or not all(type(token) is int for token in ids):
         raise ValueError(f"/tokenize says {_start(answer)}")
+    return ids
+
+
+def prompt_ids(answer) -> list[int]:
+    """The ids that stand for a prompt with images, from /inference/v1/generate."""
+    ids = answer.get("prompt_token_ids") if isinstance(answer, dict) else None
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise ValueError(f"prompt_token_ids = {_start(ids)}: no list of ids")
     return ids
 
 

@@ -11,9 +11,11 @@ by all of them under a new name, and the one before it is dropped.
 
 A turn whose server dies is sampled again by another, from the same ids and with the same seed: what
 a trajectory has is whole turns only, so nothing is lost or counted twice. A server that comes back
-is given the adapter in use before it is asked again. All that they say is checked
-(engines/server_answers.py): one that says what cannot be true, or answers no completions, is lost
-too, and given up if that happens again and again.
+is given the adapter in use before it is asked again. Prompts with images go to vLLM's
+/inference/v1/generate, which --enable-scale-out opens: completions are shown none.
+
+All that servers say is checked (engines/server_answers.py): one that says what cannot be true, or
+answers no completions, is lost too, and given up if that happens again and again.
 """
 
 import asyncio
@@ -29,8 +31,11 @@ from pathlib import Path
 import httpx2 as httpx
 
 from engines import server_answers
-from engines.base import Completion, Engine, Sampling, refuse_images
+from engines.base import Completion, Engine, Sampling
+from images import Picture, to_data_uri
 from learning import model as models
+from learning import whole
+from learning.vision import Vision, collapse
 from run.config import UserError, tell
 from run.http import TEMPORARY, UNLIMITED, Answer, HttpError, one_line, read_answer
 
@@ -50,6 +55,10 @@ OFF = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
+COMPLETIONS = "/v1/completions"
+WITH_IMAGES = "/inference/v1/generate"
+# How a server is started that shows images; docs/engines.md has the whole command.
+SHOWING = "start it with --enable-scale-out (vLLM 0.32 or newer)"
 TOKENIZER_PROBE = "What is 17 * 23?\n\tdef f(x): return 'ä' # <tool_call>"
 
 
@@ -75,6 +84,7 @@ class Server:
         self.adapter = ""  # the name of the adapter it has; "" for none
         self.room = None  # its max_model_len, if it says so
         self.proved = False  # that its logprobs are those at the temperature of the sampling
+        self.shows = False  # that images become with it what they are to the trainer
         self.gone = asyncio.Event()  # set when it is lost: whoever waits for an answer asks another
 
     @property
@@ -101,12 +111,25 @@ class ServerEngine(Engine):
         self.tokenizer = None  # the trainer's; of `begin`, as the next two
         self.max_tokens = 0
         self.vocabulary = 0  # ids are below it
+        self.probe = None  # a Picture, by which it is proved that a server shows images
+        self.has_images = False  # some will come: proved when a server is admitted, not later
         # an answer may take as long as a turn; that nobody is there is known soon
         patience = httpx.Timeout(None, connect=5.0)
         self.http = httpx.AsyncClient(timeout=patience, limits=UNLIMITED, trust_env=False)
 
-    async def begin(self, tokenizer, max_tokens: int, vocabulary: int) -> None:
-        """Waits for a server. UserError if one that is there will not do."""
+    async def begin(
+        self,
+        tokenizer,
+        max_tokens: int,
+        vocabulary: int,
+        vision: Vision | None = None,
+        has_images: bool = False,
+    ) -> None:
+        """Waits for a server. vision: of a model that may be shown images; has_images: will be.
+        UserError if a server that is there will not do."""
+        if vision is not None:
+            self.probe = probe_of(vision)
+        self.has_images = has_images
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.vocabulary = vocabulary
@@ -115,7 +138,6 @@ class ServerEngine(Engine):
         await self._living()
 
     async def generate(self, ids: list[int], images: list, sampling: Sampling) -> Completion:
-        refuse_images(images)
         options = {
             "temperature": sampling.temperature,
             "seed": sampling.seed,
@@ -128,22 +150,25 @@ class ServerEngine(Engine):
         read = functools.partial(
             server_answers.completion, sampling=sampling, vocabulary=self.vocabulary
         )
-        return await self._ask(ids, options, sampling.session, read)
+        return await self._ask(ids, images, options, sampling.session, read)
 
     async def prompt_logprobs(self, ids: list[int], images: list = ()) -> list[list[float]]:
-        refuse_images(images)
         options = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
         read = functools.partial(server_answers.prompt_logprobs, prompt=ids)
         scores = []
         while not scores:  # _living ends it when no server comes back in time
             for server in await self._living():
                 try:
-                    scores.append(await self._complete(server, ids, options, self.version, read))
+                    scores.append(
+                        await self._complete(server, ids, images, options, self.version, read)
+                    )
                 except _Lost:
                     continue
         return scores
 
-    async def _ask(self, ids: list[int], options: dict, session: int, read: Callable) -> Completion:
+    async def _ask(
+        self, ids: list[int], images: list, options: dict, session: int, read: Callable
+    ) -> Completion:
         """A completion; if a server is lost meanwhile, another one's. UserError if this turn has
         had several answers that cannot be used."""
         await self.ready.wait()
@@ -151,7 +176,7 @@ class ServerEngine(Engine):
         self.flying[version] += 1
         try:
             for _ in range(TRIES):
-                server, outcome = await self._ask_one(ids, options, session, version, read)
+                server, outcome = await self._ask_one(ids, images, options, session, version, read)
                 if isinstance(outcome, Completion):
                     return outcome
         finally:
@@ -162,14 +187,20 @@ class ServerEngine(Engine):
         )
 
     async def _ask_one(
-        self, ids: list[int], options: dict, session: int, version: int, read: Callable
+        self,
+        ids: list[int],
+        images: list,
+        options: dict,
+        session: int,
+        version: int,
+        read: Callable,
     ) -> tuple[Server, Completion | _Useless]:
         """(who was asked, what came of it). Where a server is lost by other turns than this one,
         the next is asked."""
         while True:
             server = await self._pick(session)
             try:
-                return server, await self._complete(server, ids, options, version, read)
+                return server, await self._complete(server, ids, images, options, version, read)
             except _Useless as error:
                 return server, error
             except _Lost:
@@ -179,6 +210,7 @@ class ServerEngine(Engine):
         self,
         server: Server,
         ids: list[int],
+        images: list,
         options: dict,
         version: int,
         read: Callable,
@@ -186,24 +218,37 @@ class ServerEngine(Engine):
     ):
         """What `read` makes of the one choice of a completion. _Lost if there is none, or if it
         says ValueError to it. within: seconds, None for as long as it takes."""
+        if images and not server.shows:
+            await self._prove_images(server)
+        path = COMPLETIONS
         body = {
             "model": server.adapter or server.base,
-            "prompt": ids,
             "return_token_ids": True,
-            **OFF,
-            **options,
-            "skip_special_tokens": False,
             # salted: whatever another version has left in the prefix cache is never used
             "cache_salt": f"version {version}",
         }
+        sampling = {**OFF, **options, "skip_special_tokens": False}
+        if images:
+            path = WITH_IMAGES
+            body["token_ids"] = collapse(ids, images)
+            body["content_parts"] = await asyncio.to_thread(content_parts, images)
+            body["sampling_params"] = sampling
+        else:
+            body["prompt"] = ids
+            body |= sampling
         if not server.busy:
             server.heard = time.monotonic()
         server.busy += 1
         try:
-            answer = await self._post(server, "/v1/completions", body, within)
+            answer = await self._post(server, path, body, within)
         finally:
             server.busy -= 1
-        value = self._read(server, answer, lambda said: read(server_answers.only_choice(said, ids)))
+
+        def read_choice(said):
+            said = server_answers.with_images(said) if images else said
+            return read(server_answers.only_choice(said, ids))
+
+        value = self._read(server, answer, read_choice)
         server.heard = time.monotonic()
         server.strikes = 0
         return value
@@ -268,8 +313,9 @@ class ServerEngine(Engine):
             post.cancel()
             gone.cancel()
         status = answer.status
-        # 404: started anew, it has not the adapter yet
-        is_away = status == 404 and path == "/v1/completions"
+        # 404: started anew, it has not the adapter yet, unless it never had the path
+        has_path = path == COMPLETIONS or (path == WITH_IMAGES and server.shows)
+        is_away = status == 404 and has_path
         if status in TEMPORARY or status >= 500 or is_away or 200 != status < 400:
             raise self._lose(server, f"HTTP {status}: {one_line(answer.text, 200)}")
         if status >= 400:
@@ -285,6 +331,7 @@ class ServerEngine(Engine):
             server.alive = False
             server.adapter = ""
             server.proved = False
+            server.shows = False
             server.gone.set()
             self._tell(f"{server.url} was lost ({why}): its turns are sampled again by the others")
             self._strike(server, why)
@@ -339,7 +386,7 @@ class ServerEngine(Engine):
             server_answers.completion, sampling=sampling, vocabulary=self.vocabulary
         )
         try:
-            await self._complete(server, [1, 2, 3], ONE_TOKEN, self.version, read, PATIENCE)
+            await self._complete(server, [1, 2, 3], [], ONE_TOKEN, self.version, read, PATIENCE)
         except (_Lost, UserError):
             return
 
@@ -377,7 +424,7 @@ class ServerEngine(Engine):
         strikes = server.strikes
         if strikes:  # does it sample at all?
             await self._complete(
-                server, [1, 2, 3], ONE_TOKEN, self.version, lambda choice: None, PATIENCE
+                server, [1, 2, 3], [], ONE_TOKEN, self.version, lambda choice: None, PATIENCE
             )
             server.strikes = strikes  # only a turn shows that it samples well
         if self.trains and not server.proved:
@@ -407,6 +454,32 @@ class ServerEngine(Engine):
                 f"{server.url} has max_model_len = {server.room}, less than max_tokens = "
                 f"{self.max_tokens}: start it with --max-model-len={self.max_tokens}"
             )
+        if self.has_images:
+            await self._prove_images(server)
+
+    async def _prove_images(self, server: Server) -> None:
+        """UserError if the server shows no images, or has other tokens for one than the trainer."""
+        picture = self.probe
+        if picture is None:
+            raise UserError("engine = 'server' was started without the model's images")
+        body = {
+            "model": server.base,
+            "token_ids": [picture.placeholder],
+            "content_parts": content_parts([picture]),
+            "sampling_params": ONE_TOKEN,
+            "return_token_ids": True,
+        }
+        try:
+            answer = await self._post(server, WITH_IMAGES, body, PATIENCE)
+        except UserError as error:
+            raise UserError(f"{error}. To show images, {SHOWING}") from None
+        ids = self._read(server, answer, server_answers.prompt_ids)
+        if ids != picture.ids:
+            raise UserError(
+                f"{server.url} has {len(ids)} tokens for an image that the trainer has "
+                f"{len(picture.ids)} for: {SHOWING}, with the files of the same model"
+            )
+        server.shows = True
 
     async def _prove(self, server: Server) -> None:
         """UserError if its logprobs are not of the distribution that it samples from: at half the
@@ -424,7 +497,7 @@ class ServerEngine(Engine):
         """The difference of the two best logprobs behind a fixed prompt."""
         options = {"temperature": temperature, "max_tokens": 1, "logprobs": 2, "seed": 0}
         return await self._complete(
-            server, [1, 2, 3], options, self.version, server_answers.gap_of_best, PATIENCE
+            server, [1, 2, 3], [], options, self.version, server_answers.gap_of_best, PATIENCE
         )
 
     # Their adapters
@@ -504,21 +577,55 @@ class ServerEngine(Engine):
 
 
 async def start(
-    urls: tuple[str, ...], name: str, tokenizer, timeout: float = 60.0, max_tokens: int = 0
+    urls: tuple[str, ...],
+    name: str,
+    tokenizer,
+    timeout: float = 60.0,
+    max_tokens: int = 0,
+    vision: Vision | None = None,
+    has_images: bool = False,
 ) -> ServerEngine:
     """Makes an engine over the servers at `urls`, which serve the model `name`, or the base of that
-    adapter. UserError if none of them answers, or one has another tokenizer or less room."""
+    adapter. vision: of a model that may be shown images; has_images: will be. UserError if none of
+    them answers, or one has another tokenizer or less room, or shows no images where some will
+    come."""
     engine = ServerEngine(urls, timeout)
     try:
         if models.is_adapter(name):
             models.check_usable_alone(name)
+            if vision is not None and whole.is_of_tower(models.find(name)):
+                raise UserError(
+                    f"model = {name!r} has adapters in its tower, which a server may leave out "
+                    "without a word: use engine=vllm, or merge it (python -m learning.merge)"
+                )
             engine.name = engine.memory.name
             engine.folder = models.find(name)
-        await engine.begin(tokenizer, max_tokens, vocabulary_of(name, tokenizer))
+        vocabulary = vocabulary_of(name, tokenizer)
+        await engine.begin(tokenizer, max_tokens, vocabulary, vision, has_images)
     except BaseException:
         await engine.close()
         raise
     return engine
+
+
+def content_parts(pictures: list[Picture]) -> list[dict]:
+    """Makes of pictures what a server takes, as they were shown: PNG loses nothing."""
+    return [{"type": "image_url", "url": to_data_uri(picture.shown)} for picture in pictures]
+
+
+def probe_of(vision: Vision) -> Picture:
+    """Makes a picture that is larger than one square, and no square. UserError if a server would
+    resize what is shown once more: it cannot be told not to at each request."""
+    from PIL import Image
+
+    # grey levels that are not alike, so that resizing would be seen
+    picture = vision.prepare(Image.radial_gradient("L").convert("RGB").resize((512, 384)))
+    if vision.prepare(picture.shown).key != picture.key:
+        raise UserError(
+            "engine = 'server': a server would resize images once more than the trainer does, as "
+            "preprocessor_config.json says (do_image_splitting = false): use engine=vllm"
+        )
+    return picture
 
 
 def vocabulary_of(name: str, tokenizer) -> int:

@@ -10,6 +10,10 @@ cache. What an update changed goes over before the next step:
   The base of qlora is its rounded weights, written out: what the trainer multiplies with;
 - full weights on a GPU by CUDA IPC, vLLM's own weight transfer, and elsewhere as a file in memory.
 
+Images go as they were shown, so that vLLM has only to normalise them, with one placeholder for each
+in the ids. vLLM writes the ids that stand for them by itself: they are compared with the trainer's
+at every request.
+
 vLLM runs in a process of its own that ends with this one, however this one ends.
 """
 
@@ -27,9 +31,10 @@ from pathlib import Path
 
 import torch
 
-from engines.base import Completion, Engine, Sampling, refuse_images, turn_end
+from engines.base import Completion, Engine, Sampling, turn_end
 from learning import model as models
 from learning import optim, whole
+from learning.vision import Vision, collapse
 from run.config import UserError
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of adapters, that vLLM has room for
@@ -88,6 +93,8 @@ async def start(
     sleeps: bool = True,
     tensor_parallel_size: int = 1,
     kv_cache_gib: float = 0.0,
+    vision: Vision | None = None,
+    trains_tower: bool = False,
     **vllm_options,
 ) -> "VllmEngine":
     """Starts vLLM on the model `name`, or on an adapter and its base; takes half a minute.
@@ -95,8 +102,9 @@ async def start(
     policy: the model that is trained, or None; needed where its base is rounded (qlora). full:
     whole weights will be synced; lora_r: adapters of this rank will be. sleeps: gives its GPU
     memory away between rollouts. kv_cache_gib: 0 is what gpu_memory_utilization leaves on a GPU,
-    and 1 on a CPU. vllm_options: of vLLM's own, max_model_len among them. To be awaited on the
-    event loop on which the engine will be used. UserError if it does not start.
+    and 1 on a CPU. vision: None where no image will come: a tower is left out then. trains_tower:
+    adapters will have layers of it. vllm_options: of vLLM's own, max_model_len among them. To be
+    awaited on the event loop on which the engine will be used. UserError if it does not start.
     """
     vllm = _package()
     has_gpu = torch.cuda.is_available()
@@ -119,7 +127,11 @@ async def start(
         **_fixed_options(has_gpu, kv_cache_gib, vllm_options["max_model_len"]),
         **_adapter_options(rank),
     }
-    if whole.has_tower(models.base_of(name)):
+    if vision is not None:
+        options |= _vision_options(vision, vllm_options["max_model_len"])
+        if rank and (trains_tower or (is_adapter and whole.is_of_tower(models.find(name)))):
+            options["enable_tower_connector_lora"] = True
+    elif whole.has_tower(models.base_of(name)):
         options["language_model_only"] = True  # its tower would take memory, and no image comes
     if by_ipc:  # its handles are pickled, between processes of one user on one machine
         os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
@@ -132,7 +144,7 @@ async def start(
             llm = _started(options | {"model": folder})
     else:
         llm = _started(options | {"model": models.base_of(name)})
-    engine = VllmEngine(llm, compute_dtype, full, sleeps, by_ipc)
+    engine = VllmEngine(llm, compute_dtype, full, sleeps, by_ipc, sees=vision is not None)
     try:
         await engine.begin(models.find(name) if is_adapter else "")
     except BaseException:
@@ -180,6 +192,24 @@ def _adapter_options(rank: int) -> dict:
     }
 
 
+def _vision_options(vision: Vision, max_model_len: int) -> dict:
+    """Options for models that are shown images."""
+    # as many images as there is room for, each of a token at least: max_tokens is the limit
+    options = {"limit_mm_per_prompt": {"image": max_model_len, "video": 0}}
+    if vision.family.has_grid:
+        # what is set aside for an image is for one of the size that is shown, and that fits
+        side = vision.processor.patch_size * vision.processor.merge_size
+        smallest = vision.processor.size["shortest_edge"]
+        largest = min(vision.processor.size["longest_edge"], max_model_len * side**2)
+        size = {"shortest_edge": min(smallest, largest), "longest_edge": largest}
+        options["mm_processor_kwargs"] = {"size": size}
+    else:
+        # PIL's: torchvision's makes another small image of the whole, 7e-4 to 2e-3 in logprobs.
+        # (`backend="pil"`, its newer name, ends SmolVLM's processor: its videos have no such one.)
+        options["mm_processor_kwargs"] = {"use_fast": False}
+    return options
+
+
 def _started(options: dict):
     """vLLM's AsyncLLM; UserError if it does not start."""
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -205,12 +235,15 @@ def _started(options: dict):
 class VllmEngine(Engine):
     """vLLM's AsyncLLM as an engine, made by `start`."""
 
-    def __init__(self, llm, dtype: torch.dtype, full: bool, sleeps: bool, by_ipc: bool):
+    def __init__(
+        self, llm, dtype: torch.dtype, full: bool, sleeps: bool, by_ipc: bool, sees: bool = False
+    ):
         self.llm = llm
         self.dtype = dtype  # of its weights
         self.full = full
         self.sleeps = sleeps
         self.by_ipc = by_ipc
+        self.sees = sees  # it has a tower, and may be asked with images
         self.asleep = False
         self.requests = 0  # so far: each has a number
         self.adapters = 0  # so far: each has a number
@@ -235,7 +268,6 @@ class VllmEngine(Engine):
     async def generate(self, ids: list[int], images: list, sampling: Sampling) -> Completion:
         from vllm import SamplingParams
 
-        refuse_images(images)
         params = SamplingParams(
             temperature=sampling.temperature,
             top_p=1.0,
@@ -249,7 +281,7 @@ class VllmEngine(Engine):
             logprobs=0,  # of the sampled token alone
             output_kind=_final_only(),
         )
-        out = (await self._ask(ids, params)).outputs[0]
+        out = (await self._ask(ids, images, params)).outputs[0]
         finish = turn_end(out.finish_reason, out.stop_reason)
         new = list(out.token_ids)
         pairs = zip(new, out.logprobs, strict=True)
@@ -257,17 +289,16 @@ class VllmEngine(Engine):
         return Completion(new, logprobs, finish)
 
     async def prompt_logprobs(self, ids: list[int], images: list = ()) -> list[list[float]]:
-        refuse_images(images)
         from vllm import SamplingParams
 
         params = SamplingParams(
             temperature=0.0, max_tokens=1, prompt_logprobs=0, output_kind=_final_only()
         )
-        out = await self._ask(ids, params)
+        out = await self._ask(ids, images, params)
         pairs = zip(ids[1:], out.prompt_logprobs[1:], strict=True)
         return [[by_token[token].logprob for token, by_token in pairs]]
 
-    async def _ask(self, ids: list[int], params):
+    async def _ask(self, ids: list[int], images: list, params):
         """vLLM's last word on one request."""
         await self.ready.wait()
         version = self.version
@@ -275,6 +306,10 @@ class VllmEngine(Engine):
         self.requests += 1
         # salted: whatever another version has left in the prefix cache is never used
         prompt = {"prompt_token_ids": ids, "cache_salt": f"version {version}"}
+        if images:
+            prompt["prompt_token_ids"] = collapse(ids, images)
+            prompt["multi_modal_data"] = {"image": [picture.shown for picture in images]}
+            prompt["mm_processor_kwargs"] = {"do_resize": False}  # each has its size already
         answers = self.llm.generate(prompt, params, str(self.requests), lora_request=adapter)
         self.flying[version] += 1
         try:
@@ -282,10 +317,15 @@ class VllmEngine(Engine):
                 out = answer  # there is only one, when all is sampled
         except _package().v1.engine.exceptions.EngineDeadError:
             raise _dead() from None
+        except ValueError as error:
+            if not images:
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"vLLM refuses a prompt with {len(images)} images: {reason}") from error
         finally:
             self.flying[version] -= 1
         if out.prompt_token_ids != ids:
-            raise RuntimeError("vLLM was given other token ids than it confirms")
+            raise UserError(_other_ids(ids, out.prompt_token_ids, images))
         return out
 
     async def _alive(self, call):
@@ -324,6 +364,8 @@ class VllmEngine(Engine):
                     await self._hand_over(model)
                 else:
                     await self._write(model)
+                if self.sees:  # what the old tower made of an image; a known one would end vLLM
+                    await self._alive(self.llm.reset_encoder_cache())
                 self.version = version
             finally:
                 self.ready.set()
@@ -409,6 +451,18 @@ def _final_only():
     from vllm.sampling_params import RequestOutputKind
 
     return RequestOutputKind.FINAL_ONLY
+
+
+def _other_ids(ours: list[int], theirs: list[int], images: list) -> str:
+    """Says that vLLM sampled behind another prompt than the trainer's."""
+    told = f"vLLM confirms a prompt of {len(theirs)} other token ids than the {len(ours)} it is for"
+    if not images:
+        return told
+    return (
+        f"{told}, with {len(images)} images in it: its image processor is set otherwise than that "
+        "of the trainer, so get all files of the model (processor_config.json), or use "
+        "engine=transformers"
+    )
 
 
 def _dead() -> UserError:

@@ -753,7 +753,12 @@ def frozen_parts(model) -> str:
     base = model.get_base_model() if adapters_of(model) else model
     if not whole.is_whole(base):
         return ""
-    return ", ".join(whole.other_parts(base))
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    frozen = []
+    for part in whole.other_parts(base):
+        if not any(f"{part}." in name for name in trained):  # train_vision trains them
+            frozen.append(part)
+    return ", ".join(frozen)
 
 
 # -- what is written, or handed to an engine

@@ -19,7 +19,7 @@ import hashlib
 import inspect
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -39,16 +39,18 @@ class Family:
     token: str  # what its templates write for an image
     has_grid: bool  # positions have rows and columns (M-RoPE, Qwen2-VL, arXiv:2409.12191)
     has_tiles: bool = False  # InternVL's: cut into as many as fit its sides best, and the whole
+    in_vllm: bool = False  # proved there too, by tests/test_vision_vllm.py
 
 
-QWEN = Family("Qwen2VLImageProcessorPil", "<|image_pad|>", has_grid=True)
+QWEN = Family("Qwen2VLImageProcessorPil", "<|image_pad|>", has_grid=True, in_vllm=True)
 FAMILIES = {  # by the model_type of the config
     "qwen2_vl": QWEN,
     "qwen2_5_vl": QWEN,
     "qwen3_vl": QWEN,
-    "qwen3_5": QWEN,
-    "idefics3": Family("Idefics3ImageProcessorPil", "<image>", has_grid=False),
-    "smolvlm": Family("SmolVLMImageProcessorPil", "<image>", has_grid=False),
+    # vLLM's CPU build has its linear attention in bfloat16 only, which is no proof to 1e-4
+    "qwen3_5": replace(QWEN, in_vllm=False),
+    "idefics3": Family("Idefics3ImageProcessorPil", "<image>", has_grid=False, in_vllm=True),
+    "smolvlm": Family("SmolVLMImageProcessorPil", "<image>", has_grid=False, in_vllm=True),
     "internvl": Family("GotOcr2ImageProcessorPil", "<IMG_CONTEXT>", has_grid=False, has_tiles=True),
 }
 

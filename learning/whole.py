@@ -197,6 +197,16 @@ def adapter_names(folder: str) -> list[str]:
     return []
 
 
+def is_of_tower(folder: str) -> bool:
+    """Says whether an adapter has layers of the tower, by the names of its tensors."""
+    from peft import PeftConfig
+
+    base = skeleton(PeftConfig.from_pretrained(folder).base_model_name_or_path)
+    parts = (language_model_path(base), head_path(base))
+    begins = tuple(f"{PEFT_PREFIX}{part}." for part in parts)
+    return any(not name.startswith(begins) for name in adapter_names(folder))
+
+
 def lacks_part(names: list[str], language_model: str) -> bool:
     """Says whether an adapter, by the names of its tensors, was trained on the language model as a
     model of its own: "model.layers" and not "model.language_model.layers".

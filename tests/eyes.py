@@ -1,5 +1,8 @@
 """Tiny models that see, one of each proved family, with random weights and their real templates."""
 
+import json
+from pathlib import Path
+
 import torch
 from conftest import make_tokenizer
 
@@ -52,11 +55,12 @@ def tokenizer_of(family):
     return make_tokenizer(template_of(family), special, [*MARKERS, "</think>"])
 
 
-def model_of(family, tokenizer, seed=0):
-    """Two layers each of text and tower; random weights that are large enough to matter."""
+def model_of(family, tokenizer, seed=0, head=16):
+    """Two layers each of text and tower; random weights that are large enough to matter. head:
+    numbers of an attention head, of which vLLM's CPU build wants 32."""
     import transformers
 
-    config = config_of(family, tokenizer)
+    config = config_of(family, tokenizer, head)
     torch.manual_seed(seed)
     model = getattr(transformers, config.architectures[0])(config)
     with torch.no_grad():
@@ -68,13 +72,13 @@ def model_of(family, tokenizer, seed=0):
     return model.eval()
 
 
-def config_of(family, tokenizer):
+def config_of(family, tokenizer, head=16):
     import transformers
 
     ids = tokenizer.convert_tokens_to_ids
     text = {
         "vocab_size": len(tokenizer),
-        "hidden_size": 32,
+        "hidden_size": 2 * head,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
@@ -84,7 +88,8 @@ def config_of(family, tokenizer):
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    sections = [head // 8, head * 3 // 16, head * 3 // 16]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
     qwen = {
         "image_token_id": ids("<|image_pad|>"),
         "video_token_id": ids("<|video_pad|>"),
@@ -94,27 +99,27 @@ def config_of(family, tokenizer):
     }
     tower = {"depth": 2, "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": 2}
     if family == "qwen2_vl":
-        tower |= {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
+        tower |= {"embed_dim": 32, "hidden_size": 2 * head, "mlp_ratio": 2}
         text |= {"rope_parameters": rope}
         config = transformers.Qwen2VLConfig(text_config=text, vision_config=tower, **qwen)
         config.architectures = ["Qwen2VLForConditionalGeneration"]
     elif family == "qwen2_5_vl":
-        tower |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32}
+        tower |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 2 * head}
         tower |= {"window_size": 32, "fullatt_block_indexes": [1]}
         text |= {"rope_parameters": rope}
         config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=tower, **qwen)
         config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
     elif family == "qwen3_vl":
-        tower |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32}
+        tower |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 2 * head}
         tower |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
-        text |= {"head_dim": 16, "rope_parameters": rope | {"mrope_interleaved": True}}
+        text |= {"head_dim": head, "rope_parameters": rope | {"mrope_interleaved": True}}
         config = transformers.Qwen3VLConfig(text_config=text, vision_config=tower, **qwen)
         config.architectures = ["Qwen3VLForConditionalGeneration"]
     elif family == "qwen3_5":
-        tower |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32}
+        tower |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 2 * head}
         tower |= {"num_position_embeddings": 64}
         rope |= {"mrope_interleaved": True, "partial_rotary_factor": 1.0}
-        text |= {"head_dim": 16, "rope_parameters": rope}
+        text |= {"head_dim": head, "rope_parameters": rope}
         text |= {"layer_types": ["linear_attention", "full_attention"]}
         text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
         text |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
@@ -166,14 +171,19 @@ def processor_of(family):
     )
 
 
-def folder_of(family, folder, seed=0):
+def folder_of(family, folder, seed=0, head=16):
     """Writes a model, its tokenizer and its image processor; returns the folder's name."""
     if family == "internvl":
         seed += 2  # with 0 it writes the token of an image where tests want it to go on
     tokenizer = tokenizer_of(family)
-    model_of(family, tokenizer, seed).save_pretrained(folder)
+    model_of(family, tokenizer, seed, head).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     processor_of(family).save_pretrained(folder)
+    if family in ("idefics3", "smolvlm"):  # vLLM asks the processor how many tokens a square has
+        name = {"idefics3": "Idefics3Processor", "smolvlm": "SmolVLMProcessor"}[family]
+        tokens = (SQUARE // PATCH // 2) ** 2
+        settings = {"processor_class": name, "image_seq_len": tokens}
+        (Path(folder) / "processor_config.json").write_text(json.dumps(settings))
     return str(folder)
 
 

@@ -11,13 +11,17 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from PIL import Image
 
+import data
 import evaluate
 import rewards
 from engines import chat_api
 from engines.base import Sampling
 from engines.chat_api import ChatApi, Endpoint
 from evaluate import play_api_turn
+from formats.messages import count_images
+from images import open_image
 from rollout import Settings, rollouts
 from run import http
 from run import log as run_log
@@ -622,3 +626,91 @@ def test_a_run_is_evaluated_with_another_engine_than_it_was_trained_with(tmp_pat
     with pytest.raises(UserError, match="transformers has no option 'kv_cache_gib'"):
         argv = ["--engine=transformers", "--engine_options=kv_cache_gib=1"]
         evaluate.load_config(argv, given)
+
+
+# Images
+
+
+class look:
+    """Shows what the trajectory has."""
+
+    def __init__(self, example):
+        self.images = example["images"]
+
+    def __call__(self, image: int):
+        """Crops an image.
+
+        Args:
+            image: its number, from 1
+        """
+        return ["Here:", self.images[image - 1].original.crop((0, 0, 10, 8))]
+
+
+def sizes_of(message):
+    """Of the images in a message that was sent; its texts stay."""
+    shown = []
+    for part in message["content"]:
+        if part["type"] == "text":
+            shown.append(part["text"])
+        else:
+            shown.append(open_image(part["image_url"]["url"]).size)
+    return shown
+
+
+def seen(api, script, tmp_path):
+    """A trajectory of a row with a picture of 50 x 40, and the tool `look`."""
+    image = Image.new("RGB", (50, 40), "red")
+    image.save(tmp_path / "a.png")
+    row = {"prompt": "What is <image>?", "images": ["a.png"], "answer": "5"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    examples = data.load(str(tmp_path / "rows.jsonl"), "train")
+    api.script = script
+    box = Toolbox([look])
+    endpoint = Endpoint(api.url, "gpt", box.schemas, pause=0.001)
+    selected = rewards.select(("correct",))
+    try:
+        playing = rollouts(
+            examples, endpoint, endpoint, box, Settings(), 0, 1, selected, turn=play_api_turn
+        )
+        (trajectory,) = run_blocking(playing)
+    finally:
+        run_blocking(endpoint.close())
+    return trajectory, endpoint
+
+
+def test_images_are_sent_as_data_uris_and_those_of_results_behind_them(api, tmp_path):
+    """Two calls in one message: both results stand together, and then the images of both."""
+    calls = ("look", '{"image": 1}'), ("look", '{"image": 9}'), ("look", '{"image": 1}')
+    script = [say("", *calls), say("The answer is \\boxed{5}.")]
+    trajectory, _ = seen(api, script, tmp_path)
+    assert trajectory.stop == "answered" and trajectory.reward == 1.0
+    assert [picture.shown.size for picture in trajectory.images] == [(50, 40), (10, 8), (10, 8)]
+    first, second = (request["messages"] for request in api.requests)
+    assert sizes_of(first[0]) == ["What is ", (50, 40), "?"] and second[0] == first[0]
+    assert [message["role"] for message in second[1:]] == ["assistant", *["tool"] * 3, "user"]
+    results = [message["content"] for message in second[2:5]]
+    assert results[0] == "Here:\nimage 2:" and results[2] == "Here:\nimage 3:"
+    assert "IndexError" in results[1] or "error" in results[1]
+    assert sizes_of(second[5]) == ["image 2:", (10, 8), "image 3:", (10, 8)]
+
+
+def test_what_a_teacher_saw_is_a_demonstration_with_its_images(api, tmp_path):
+    script = [say("", ("look", '{"image": 1}')), say("The answer is \\boxed{5}.")]
+    trajectory, _ = seen(api, script, tmp_path)
+    run_log.write_rollouts(tmp_path / "rollouts.jsonl", [trajectory], None)
+    (row,) = data.conversations(str(tmp_path / "rollouts.jsonl"))
+    assert row["image_folder"] == str(tmp_path)
+    sizes = [open_image(source, tmp_path).size for source in row["images"]]
+    assert sizes == [(50, 40), (10, 8)]
+    assert count_images(row["messages"]) == 2
+
+
+def test_an_api_that_takes_no_images_says_so_in_the_numbers(api, tmp_path):
+    def script(asked):
+        if any(isinstance(message["content"], list) for message in asked["messages"]):
+            return 400, {"error": {"message": "this model takes text alone"}}
+        return say("Hello.")
+
+    trajectory, endpoint = seen(api, script, tmp_path)
+    assert trajectory.stop == "error"
+    assert "takes text alone" in endpoint.report()["refused_first"]

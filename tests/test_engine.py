@@ -16,7 +16,7 @@ from collections import Counter
 import pytest
 import torch
 
-from engines.base import Completion, Engine, Sampling, refuse_images
+from engines.base import Completion, Engine, Sampling
 from engines.canary import Canary, sync_and_check
 from engines.local import TransformersEngine, _Request
 from engines.scripted import ScriptedEngine
@@ -524,12 +524,6 @@ def test_a_batch_that_had_not_begun_when_the_engine_was_closed_is_told(engine):
         blocked.set()
 
     run_blocking(main())
-
-
-def test_engines_that_show_no_images_refuse_them_in_a_sentence():
-    with pytest.raises(UserError, match="shows no images to a model: use engine=transformers"):
-        refuse_images(["an image"])
-    refuse_images([])
 
 
 def test_sync_samples_from_the_new_weights_and_in_eval_mode(engine, tokenizer):

@@ -17,6 +17,7 @@ import types
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import eyes
 import pytest
 import transformers
 from until import PATIENCE, until
@@ -24,6 +25,8 @@ from until import PATIENCE, until
 from chat import Chat
 from engines import servers as server_engine
 from engines.base import Sampling
+from images import open_image
+from learning.vision import FAMILIES, Vision
 from rollout import Settings, rollouts
 from run import http
 from run.config import UserError
@@ -44,6 +47,7 @@ class Fake:
         self.tokenizer, self.processed, self.room, self.delay = tokenizer, processed, room, delay
         self.seen, self.adapters, self.models, self.bodies = Counter(), [], [], []
         self.broken, self.deaf, self.runtime = 0, threading.Event(), True
+        self.vision = None  # of a server that shows images
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -106,7 +110,28 @@ class Fake:
             return 200, "Success"
         if path == "/v1/completions":
             return self.completion(body)
+        if path == "/inference/v1/generate":
+            return self.with_images(body)
         return 200, {}
+
+    def with_images(self, body):
+        """As vLLM does it: its own tokens in the place of each placeholder, and other names for the
+        rest."""
+        if self.vision is None:
+            return 403, {"message": "Scale-out endpoints are disabled."}
+        self.pictures = [
+            self.vision.prepare(open_image(part["url"])) for part in body["content_parts"]
+        ]
+        prompt = self.vision.expand(body["token_ids"], self.pictures)
+        asked = body["sampling_params"] | {"prompt": prompt, "model": body["model"]}
+        code, said = self.completion(asked)
+        (choice,) = said["choices"]
+        beside = {key: choice.pop(key, None) for key in ("prompt_token_ids", "prompt_logprobs")}
+        pairs = zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True)
+        choice["logprobs"] = {"content": [{"token_id": t, "logprob": p} for t, p in pairs]}
+        if "logprobs" not in body["sampling_params"]:
+            choice["logprobs"] = None
+        return code, {"choices": [choice], **beside}
 
     def completion(self, body):
         if body["model"] not in ("base", *self.adapters):
@@ -615,3 +640,99 @@ def test_nobody_samples_before_all_servers_have_the_adapter(fakes, tokenizer):
         run_blocking(both())
         assert one.adapters == two.adapters == [engine.name]
         assert set(one.models) == set(two.models) == {engine.name}
+
+
+# Images
+
+
+@pytest.fixture(params=["qwen3_vl", "smolvlm"])
+def vision(request):
+    tokenizer = eyes.tokenizer_of(request.param)
+    config = eyes.config_of(request.param, tokenizer)
+    family = FAMILIES[request.param]
+    return Vision(config, family, eyes.processor_of(request.param), tokenizer)
+
+
+@contextlib.contextmanager
+def seeing(servers, vision, has_images=True):
+    urls = tuple(server.url for server in servers)
+    starting = server_engine.start(
+        urls, "nowhere", vision.tokenizer, PATIENCE, 512, vision, has_images
+    )
+    engine = run_blocking(starting)
+    try:
+        yield engine
+    finally:
+        run_blocking(engine.close())
+
+
+def shown_two(vision):
+    """The ids of a prompt with two pictures, and these."""
+    pictures = [vision.prepare(eyes.picture(1)), vision.prepare(eyes.picture(2, 70, 90))]
+    text = vision.tokenizer.encode("look: ")
+    one = [vision.placeholder]
+    return vision.expand(text + one + text + one + text, pictures), pictures
+
+
+def test_images_are_sent_as_they_were_shown_and_their_ids_confirmed(vision):
+    """Pitfall 44: one placeholder each goes out, the trainer's own ids come back."""
+    (server,) = [Fake(vision.tokenizer)]
+    server.vision = vision
+    ids, pictures = shown_two(vision)
+    with seeing([server], vision) as engine:
+        how = Sampling(temperature=0.7, max_new_tokens=3, seed=5, stop_ids=(2,))
+        out = run_blocking(engine.generate(ids, pictures, how))
+        assert len(out.ids) == 3 and out.logprobs == [-0.5] * 3 and out.finish == "length"
+        assert [p.key for p in server.pictures] == [p.key for p in pictures]
+        body = server.bodies[-1]
+        assert body["temperature"] == 0.7 and body["top_k"] == 0 and body["stop_token_ids"] == [2]
+        (scores,) = run_blocking(engine.prompt_logprobs(ids, pictures))
+        assert scores == [-float(token) for token in ids[1:]]
+        text = run_blocking(engine.generate([1, 2, 3], [], how))
+        assert text.ids and server.seen["/v1/completions"] == 1
+    server.die()
+
+
+def test_servers_that_show_no_images_are_refused(vision):
+    """At the start where rows have some, else when the first one comes; text goes on."""
+    server = Fake(vision.tokenizer)
+    ids, pictures = shown_two(vision)
+    with pytest.raises(UserError, match="disabled.*start it with --enable-scale-out"):
+        with seeing([server], vision):
+            pass
+    with seeing([server], vision, has_images=False) as engine:
+        assert run_blocking(engine.generate([1, 2, 3], [], Sampling(max_new_tokens=2))).ids
+        with pytest.raises(UserError, match="start it with --enable-scale-out"):
+            run_blocking(engine.generate(ids, pictures, Sampling(max_new_tokens=2)))
+    server.die()
+
+
+def test_a_server_with_other_tokens_for_an_image_is_refused(vision):
+    """Its processor is set otherwise: known at the start, and at each request."""
+    server = Fake(vision.tokenizer)
+    honest = vision
+    server.vision = types.SimpleNamespace(
+        prepare=honest.prepare, expand=lambda ids, pictures: honest.expand(ids, pictures)[1:]
+    )
+    with pytest.raises(UserError, match="tokens for an image that the trainer has"):
+        with seeing([server], vision):
+            pass
+    server.vision = honest
+    ids, pictures = shown_two(vision)
+    with seeing([server], vision) as engine:
+        server.vision = types.SimpleNamespace(
+            prepare=honest.prepare, expand=lambda ids, pictures: ids
+        )
+        with pytest.raises(UserError, match="confirms other token ids"):
+            run_blocking(engine.generate(ids, pictures, Sampling(max_new_tokens=2)))
+    server.die()
+
+
+def test_what_servers_would_resize_once_more_is_refused():
+    tokenizer = eyes.tokenizer_of("smolvlm")
+    processor = eyes.processor_of("smolvlm")
+    processor.do_image_splitting = False
+    config = eyes.config_of("smolvlm", tokenizer)
+    vision = Vision(config, FAMILIES["smolvlm"], processor, tokenizer)
+    with pytest.raises(UserError, match="resize images once more.*use engine=vllm"):
+        server_engine.probe_of(vision)

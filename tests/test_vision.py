@@ -22,15 +22,18 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
+import player
 import train_grpo
 import train_sft
 from chat import Chat
+from engines import servers
 from engines.base import Completion, Engine
 from engines.canary import Canary, sync_and_check
 from engines.local import TransformersEngine
 from engines.scripted import ScriptedEngine
 from learning import model as models
 from learning import vision as seeing
+from learning import whole
 from learning.batches import Batch, micro_batches
 from learning.logprobs import token_logprobs
 from learning.vision import FAMILIES, Vision, collapse, find_vision, tower_inputs, whole_beginning
@@ -1108,3 +1111,41 @@ def test_images_are_refused_where_they_would_not_be_seen(qwen, workplace, tokeni
     Path("rows.jsonl").write_text(json.dumps({"prompt": "What?", "answer": "7"}))
     with pytest.raises(UserError, match="train_vision has no effect.*sees no images"):
         grpo(blind, "blind", train_vision="true")
+
+
+def test_which_engine_shows_images_is_said_before_anything_slow(tmp_path_factory):
+    """vLLM is for the families that are proved there; its tower can be left out."""
+    examples = [{"id": 0, "images": ["a.png"]}]
+    for name, engine, options, says in (
+        ("qwen3_5", "vllm", (), "row 1 has images: .* is not proved for images in vLLM"),
+        ("qwen3_5", "server", (), "is not proved for images in vLLM, use engine=transformers"),
+        ("smolvlm", "vllm", ("images=false",), "row 1 has images: engine_options has images=false"),
+        ("smolvlm", "vllm", (), ""),
+        ("smolvlm", "server", (), ""),
+        ("qwen3_5", "transformers", (), ""),
+    ):
+        family = made(name, tmp_path_factory)
+        cfg = train_grpo.Config(model=family.folder, engine=engine, engine_options=options)
+        if says:
+            with pytest.raises(UserError, match=says):
+                player.load_vision(cfg, family.tokenizer, examples)
+            assert player.load_vision(cfg, family.tokenizer, [{"id": 0}]) is None
+        else:
+            vision = player.load_vision(cfg, family.tokenizer, examples)
+            assert vision.placeholder == family.vision.placeholder
+    smol = made("smolvlm", tmp_path_factory)
+    cfg = train_grpo.Config(model=smol.folder, engine="server", train_vision=True)
+    with pytest.raises(UserError, match="a server may leave .*, so use engine=vllm"):
+        player.load_vision(cfg, smol.tokenizer, [])
+
+
+def test_an_adapter_says_whether_it_has_layers_of_the_tower(smol, tmp_path):
+    for train_vision in (False, True):
+        model, _ = models.load(smol.folder, "lora", device="cpu", train_vision=train_vision)
+        folder = tmp_path / f"{train_vision}"
+        models.save_adapter(model, folder)
+        assert whole.is_of_tower(str(folder)) is train_vision
+        assert ("model.vision_model" in models.frozen_parts(model)) is not train_vision
+    urls = ("http://127.0.0.1:9",)
+    with pytest.raises(UserError, match="has adapters in its tower.*use engine=vllm"):
+        run_blocking(servers.start(urls, str(folder), smol.tokenizer, vision=smol.vision))

@@ -1,6 +1,6 @@
 """vLLM for real, on a CPU, with models that also have a tower for images.
 
-    make test-vllm      # those whose class vLLM can import there; most want torchvision
+    make test-vllm      # which has torchvision on its path: most of vLLM's classes want it
 
 Pinned here: vLLM has the trainer's weights under the names of the whole model, as adapters and in
 full; an adapter that lacks "language_model" in its names stops at the canary. And, for each family,
