@@ -936,6 +936,31 @@ def test_sft_and_grpo_run_on_images_and_leave_a_model_that_sees(name, workplace,
 RECORDED = {"format": "hermes", "tools": "python", "batch_size": 2}
 
 
+def test_runs_with_images_go_on_bit_for_bit(smol, workplace, monkeypatch):
+    """Pitfall 52."""
+    taught = SimpleNamespace(name="smolvlm", folder=smol.folder)
+    grpo(taught, "whole")
+    grpo(taught, "half", steps=2)
+    text = Path("half/config.py").read_text().replace("steps = 2", "steps = 3")
+    Path("half/config.py").write_text(text)
+    grpo(taught, "half", resume="true")
+    assert same_weights("whole", "half")
+
+
+def test_a_row_is_cut_in_front_of_an_image_that_would_be_half(smol, workplace):
+    import data
+
+    rows = data.conversations("demos.jsonl")[:1]
+    box = Toolbox(["mine.py:zoom"], describe_only=True)
+    render = (rows, smol.tokenizer, "json_actions", box.schemas, "x")
+    (sample,) = train_sft.render(*render, vision=smol.vision)
+    assert len(sample.images) == 2 and not sample.images[0].pixels
+    (_, first), (start, end) = seeing.image_spans(sample.ids, sample.images)
+    (kept,), cut, _ = train_sft.fit([sample], end - 1)
+    assert len(kept.ids) == start and len(kept.images) == cut == 1
+    assert [picture.key for picture in kept.pictures()] == [sample.images[0].key]
+
+
 def test_play_shows_a_picture_and_a_question_of_your_own(qwen, workplace, capsys):
     import play
 
@@ -1069,31 +1094,6 @@ def test_no_image_of_a_step_is_held_while_the_next_one_is_sampled(smol, workplac
     monkeypatch.setattr(train_grpo, "sample_groups", counted)
     grpo(taught, "freed")
     assert alive == [0, 0, 0]
-
-
-def test_runs_with_images_go_on_bit_for_bit(smol, workplace, monkeypatch):
-    """Pitfall 52."""
-    taught = SimpleNamespace(name="smolvlm", folder=smol.folder)
-    grpo(taught, "whole")
-    grpo(taught, "half", steps=2)
-    text = Path("half/config.py").read_text().replace("steps = 2", "steps = 3")
-    Path("half/config.py").write_text(text)
-    grpo(taught, "half", resume="true")
-    assert same_weights("whole", "half")
-
-
-def test_a_row_is_cut_in_front_of_an_image_that_would_be_half(smol, workplace):
-    import data
-
-    rows = data.conversations("demos.jsonl")[:1]
-    box = Toolbox(["mine.py:zoom"], describe_only=True)
-    render = (rows, smol.tokenizer, "json_actions", box.schemas, "x")
-    (sample,) = train_sft.render(*render, vision=smol.vision)
-    assert len(sample.images) == 2 and not sample.images[0].pixels
-    (_, first), (start, end) = seeing.image_spans(sample.ids, sample.images)
-    (kept,), cut, _ = train_sft.fit([sample], end - 1)
-    assert len(kept.ids) == start and len(kept.images) == cut == 1
-    assert [picture.key for picture in kept.pictures()] == [sample.images[0].key]
 
 
 def test_images_are_refused_where_they_would_not_be_seen(qwen, workplace, tokenizer, tmp_path):
