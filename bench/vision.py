@@ -423,7 +423,8 @@ def main(cfg: Config) -> None:
         ratio = results["medians"]["ours"]["step"] / results["medians"]["trl"]["step"]
         print(f"seconds per step, image in the prompt: ours / TRL = {ratio:.2f}")
     if cfg.save_to:
-        save(cfg.save_to, {"bench": "vision", "config": dataclasses.asdict(cfg)} | results)
+        about = {"bench": "vision", "config": dataclasses.asdict(cfg)}
+        save(cfg.save_to, about | {"results": results})  # which has TRL's version under "trl"
 
 
 if __name__ == "__main__":
