@@ -37,7 +37,7 @@ class Family:
 
     processor: str  # its class in transformers that needs no torchvision
     token: str  # what its templates write for an image
-    has_grid: bool = False  # positions have rows and columns (M-RoPE, Qwen2-VL, arXiv:2409.12191)
+    has_grid: bool  # positions have rows and columns (M-RoPE, Qwen2-VL, arXiv:2409.12191)
     has_tiles: bool = False  # InternVL's: cut into as many as fit its sides best, and the whole
     in_vllm: bool = False  # proved there too, by tests/test_vision_vllm.py
 
@@ -49,9 +49,9 @@ FAMILIES = {  # by the model_type of the config
     "qwen3_vl": QWEN,
     # vLLM's CPU build has its linear attention in bfloat16 only, which is no proof to 1e-4
     "qwen3_5": replace(QWEN, in_vllm=False),
-    "idefics3": Family("Idefics3ImageProcessorPil", "<image>", in_vllm=True),
-    "smolvlm": Family("SmolVLMImageProcessorPil", "<image>", in_vllm=True),
-    "internvl": Family("GotOcr2ImageProcessorPil", "<IMG_CONTEXT>", has_tiles=True),
+    "idefics3": Family("Idefics3ImageProcessorPil", "<image>", has_grid=False, in_vllm=True),
+    "smolvlm": Family("SmolVLMImageProcessorPil", "<image>", has_grid=False, in_vllm=True),
+    "internvl": Family("GotOcr2ImageProcessorPil", "<IMG_CONTEXT>", has_grid=False, has_tiles=True),
 }
 
 # Why others are not let in.

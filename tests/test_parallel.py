@@ -44,6 +44,9 @@ from run.config import UserError
 FAR = 2e-6  # how far weights may be from those of one process: they are sums in another order
 BUDGET = {"token_budget": 60}  # small, so that there are more micro-batches than ranks
 ADAMW = {"optimizer": "adamw", "learning_rate": 1e-3}
+# of roundings alone: rows are sampled and learnt from beside other ones
+NOISE = {"sampler_logprob_diff", "sampler_logprob_diff_p95", "sampler_logprob_diff_max"}
+NOISE |= {"mismatch_kl", "canary"}
 NAMES = itertools.count()
 KILLS = [  # (where, at which call, of which rank): each begins where the one before was killed
     ("as a turn is sampled", 2, 1),
@@ -155,6 +158,8 @@ def assert_learnt_alike(first, second, far=FAR) -> None:
     theirs = lines(second / "metrics.jsonl")
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
     for mine, other in zip(ours, theirs, strict=True):
+        for name in NOISE & mine.keys():
+            assert max(mine.pop(name), other.pop(name)) < 5e-5, name
         assert mine == pytest.approx(other, rel=2e-4, abs=2e-6)
     ours = weights(first)
     theirs = weights(second)
@@ -207,7 +212,10 @@ def test_several_processes_learn_from_images_what_one_learns(
     one = alone(name, optimizer="adamw", token_budget=400)
     assert_learnt_alike(pictures / f"{kind}-{name}", one)
     recorded = lines(one / "rollouts.jsonl")
-    assert lines(pictures / f"{kind}-{name}" / "rollouts.jsonl") == recorded
+    others = lines(pictures / f"{kind}-{name}" / "rollouts.jsonl")
+    for mine, other in zip(recorded, others, strict=True):
+        assert mine["ids"] == other["ids"]
+        assert mine.get("images") == other.get("images")
     assert any(len(row.get("images", ())) == 2 for row in recorded)
 
 
