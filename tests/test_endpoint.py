@@ -220,7 +220,7 @@ def test_evaluation_the_judge_and_the_ask_tool_agree_on_what_is_worth_asking_aga
     assert run_blocking(asked.ask([], 0.0, 9)).text == "hello"
     api.script = [(status, {})]
     with pytest.raises(NetworkError, match=f"is busy .HTTP {status}"):
-        run_blocking(ask(api.url, "gpt")("2 and 2?"))
+        run_blocking(ask(api.url, "gpt")([], "2 and 2?"))
     run_blocking(asked.close())
 
 
@@ -714,3 +714,21 @@ def test_an_api_that_takes_no_images_says_so_in_the_numbers(api, tmp_path):
     trajectory, endpoint = seen(api, script, tmp_path)
     assert trajectory.stop == "error"
     assert "takes text alone" in endpoint.report()["refused_first"]
+
+
+def test_an_evaluation_behind_an_api_shows_rows_and_tools_images(api, tmp_path):
+    """With the tool crop, as a user types it; max_pixels is another's matter."""
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "a.png")
+    row = {"prompt": "What is <image>?", "images": ["a.png"], "answer": "5"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    call = ("crop", '{"image": 1, "box": [0, 0, 500, 500]}')
+    api.script = [say("", call), say("\\boxed{5}")]
+    argv = [f"--endpoint={api.url}", "--model=gpt", f"--data={tmp_path / 'rows.jsonl'}"]
+    with pytest.raises(UserError, match="max_pixels has no effect with --endpoint"):
+        evaluate.main([*argv, "--max_pixels=100000"])
+    evaluate.main([*argv, "--tools=crop", f"--save_to={tmp_path / 'out'}"])
+    numbers = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert numbers["avg@1"] == 1.0 and numbers["images"] == 2
+    assert sizes_of(api.requests[1]["messages"][-1]) == ["image 2:", (25, 20)]
+    (saved,) = map(json.loads, (tmp_path / "out" / "rollouts.jsonl").read_text().splitlines())
+    assert len(saved["images"]) == 2

@@ -116,8 +116,19 @@ def compare(engine, model, tokenizer, temperature, tolerance):
         assert (ours - torch.tensor(out.logprobs)).abs().max() < tolerance
         if temperature == 0:
             reference.join()
-            assert run_blocking(reference.generate(ids, [], how)).ids == out.ids
+            greedy = run_blocking(reference.generate(ids, [], how))
             reference.leave()
+            check_same_choice(greedy.ids, out.ids, len(tokenizer))
+
+
+def check_same_choice(ids, other_ids, known):
+    """Equal tokens, up to one that no tokenizer knows: Gemma 4's stand for images and sounds, in
+    whose place its whole class reads padding, and trainer and vLLM read themselves."""
+    for end, token in enumerate(ids, 1):
+        if token >= known:
+            assert ids[:end] == other_ids[:end]
+            return
+    assert ids == other_ids
 
 
 def three_versions(engine, model, tokenizer, tolerance):
