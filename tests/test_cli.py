@@ -407,7 +407,7 @@ def test_the_demo_draws_held_out_points_and_says_what_is_sampled(
     measured = {"problems": 2, "accuracy": 0.5, "tool_call_rate": 1.0}
     monkeypatch.setattr(demo.train_sft, "train", trained.append)
     monkeypatch.setattr(demo.train_grpo, "train", trained.append)
-    monkeypatch.setattr(demo, "evaluate_greedily", lambda cfg, model: measured)
+    monkeypatch.setattr(demo, "evaluate_at", lambda temperature, cfg, model: measured)
     monkeypatch.setattr(demo.play, "main", trained.append)
     argv = [f"--task={task}", f"--out_dir={tmp_path}/out"]
     demo.main(argv)
