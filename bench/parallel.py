@@ -1,6 +1,6 @@
 """Compares several processes with one: the same steps of a config, from the same start.
 
-    python bench/parallel.py                            # calc_sft, calc, multi, calc_lora
+    python bench/parallel.py                            # SFT, full weights, LoRA, three tools
     python bench/parallel.py --cases=calc --sizes=2     # less of it
 
 Each run is one of a user's, `python train_grpo.py … --parallel=fsdp --gpus=2`. Printed and written
@@ -31,6 +31,12 @@ SMALL = ["--token_budget=1024"]
 # name: (script, config, the case whose model it goes on from, what else is given)
 CASES = {
     "calc_sft": ("train_sft.py", "calc_sft.py", "", ["--rows=160"]),
+    "calc_sft_adamw": (
+        "train_sft.py",
+        "calc_sft.py",
+        "",
+        ["--rows=160", "--optimizer=adamw", "--learning_rate=3e-3"],
+    ),
     "multi_sft": ("train_sft.py", "multi_sft.py", "", ["--rows=160"]),
     "calc": ("train_grpo.py", "calc.py", "calc_sft", [f"--steps={STEPS}"]),
     "calc_lora": ("train_grpo.py", "calc_lora.py", "calc_sft", [f"--steps={STEPS}"]),
@@ -86,7 +92,7 @@ def compare(script: str, one: Path, several: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", default="calc_sft,calc,calc_lora,multi")
+    parser.add_argument("--cases", default="calc_sft,calc_sft_adamw,calc,calc_lora,multi")
     parser.add_argument("--kinds", default="ddp,fsdp")
     parser.add_argument("--sizes", default="2,4")
     parser.add_argument("--save_to", default=str(ROOT / "evidence/bench/parallel.json"))
@@ -112,7 +118,7 @@ def main() -> None:
                     out_dir = Path(folder) / f"{name}-{kind}{size}"
                     flags = [f"--parallel={kind}", f"--gpus={size}", f"--out_dir={out_dir}"]
                     run(script, [*common, *flags])
-                    result = {"config": file, "parallel": kind, "processes": size}
+                    result = {"case": name, "parallel": kind, "processes": size}
                     result |= compare(script, one, out_dir)
                     print(json.dumps(result), flush=True)
                     results.append(result)
