@@ -7,6 +7,7 @@ oracle is right, and that a model from scratch can be trained on it.
 import asyncio
 import io
 import json
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,7 +85,8 @@ def test_no_held_out_problem_is_trained_on():
         problems[split] = {(row["colour"], row["place"], row["answer"]) for row in made}
     assert problems["train"].isdisjoint(problems["test"])
     # the demonstrations that are right are on problems of train, too
-    asked = [talk for talk in chart.demos(200) if len(talk) == 4]
+    asked = [talk for talk in chart.demos(400) if len(talk) == 4]
+    assert len(asked) > 20
     for talk in asked:
         picture = np.asarray(opened(talk[0]["content"][0]["image"]))
         colour = talk[0]["content"][1]["text"].removesuffix("?").split()[-1]
@@ -200,15 +202,32 @@ def rendered(rows, tokenizer):
     return train_sft.render(made, tokenizer, "hermes", schemas, "chart", vision=vision)
 
 
-def test_demonstrations_are_imperfect():
-    # without the conversations that only read tiles, whose question names no colour
-    talks = chart.demos(500)
-    demos = [talk for talk in talks if " on " in talk[0]["content"][1]["text"]]
-    assert 200 < len(demos) < 400
-    looked = sum(len(talk) == 4 for talk in demos)
-    right = sum(is_right(talk) for talk in demos)
-    assert 0.5 < looked / len(demos) < 0.7
-    assert 0.4 < right / len(demos) < 0.6
+def test_episodes_are_imperfect():
+    rng = random.Random(0)
+    episodes = [chart.episode(rng) for _ in range(300)]
+    looked = sum(len(talk) == 4 for talk in episodes)
+    right = sum(is_right(talk) for talk in episodes)
+    assert 0.55 < looked / 300 < 0.75
+    assert 0.45 < right / 300 < 0.65
+
+
+def test_lessons_are_right_and_come_first():
+    talks = chart.demos(400)
+    asked = [talk[0]["content"][1]["text"] for talk in talks]
+    assert set(asked[:160]) == {"Where is what?"}
+    assert any(talk[-1]["content"].startswith("I think") for talk in talks[320:])
+    assert not any(talk[-1]["content"].startswith("I think") for talk in talks[:320])
+    counts = set()
+    for talk in talks[:160]:
+        picture = np.asarray(opened(talk[0]["content"][0]["image"]))
+        lines = talk[1]["content"].splitlines()
+        counts.add(len(lines))
+        for line in lines:
+            colour, where = line.removesuffix(".").split(" ", 1)
+            down, across = divmod(chart.WORDS.index(where), chart.PLACES)
+            below = picture[down * chart.SIDE + 20, across * chart.SIDE + 20]  # its digits
+            assert tuple(below.tolist()) == chart.COLOURS[colour]
+    assert counts == {1, 2, 3, 4}
 
 
 def is_right(talk):
@@ -235,7 +254,7 @@ def is_right(talk):
 @pytest.fixture(scope="module")
 def sft_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chart") / "sft"
-    argv = ["--config", "chart_sft.py", f"--out_dir={folder}", "--rows=16", "--batch_size=8"]
+    argv = ["--config", "chart_sft.py", f"--out_dir={folder}", "--rows=40", "--batch_size=8"]
     argv += ["--epochs=1", "--warmup=0"]
     cfg = config.parse(train_sft.Config, argv, train_sft.check)
     return folder, cfg, train_sft.train(cfg)
