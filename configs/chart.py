@@ -7,11 +7,12 @@ tools = ("zoom",)
 tool_options = ("zoom.side=32",)  # a tile as it is: as many pixels as this model is shown
 format = "hermes"
 rewards = ("correct",)
-steps = 40
+steps = 32
 token_budget = 8192
-prompts_per_step = 24
+prompts_per_step = 16
 group_size = 8
 max_tokens = 256
 max_new_tokens = 48
 max_turns = 3
-learning_rate = 3e-4
+learning_rate = 5e-4
+schedule = "linear"

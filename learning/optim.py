@@ -31,14 +31,20 @@ def gpu_gib(phase: str) -> dict[str, float]:
     return {f"gpu_gib_{phase}": (total - free + given_back) / 2**30}
 
 
-def optimizers(model, kind: str, learning_rate: float, weight_decay: float = 0.0) -> list:
+def optimizers(
+    model,
+    kind: str,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    adamw_share: float = 1.0,
+) -> list:
     """Makes what is stepped after each backward pass: AdamW over all that is trained, "adamw8bit",
     whose two moments take a byte each instead of four (Dettmers et al. 2021, arXiv:2110.02861), or
     "muon".
 
     Muon (Jordan et al. 2024) takes the matrices inside the layers, AdamW the rest; its update is
-    scaled to the size of AdamW's, so both take the same learning rate. Norms and biases do not
-    decay.
+    scaled to the size of AdamW's, so both take the same learning rate; or else AdamW takes
+    adamw_share of it. Norms and biases do not decay.
     """
     for_muon = []
     matrices = []
@@ -63,6 +69,8 @@ def optimizers(model, kind: str, learning_rate: float, weight_decay: float = 0.0
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
     if not for_muon:
         return [adamw]
+    for group in adamw.param_groups:
+        group["share"] = adamw_share
     muon = torch.optim.Muon(
         for_muon,
         lr=learning_rate,
@@ -91,7 +99,7 @@ def step(model, optimizers: list, learning_rate: float, max_grad_norm: float) ->
         raise UserError(f"grad_norm = {grad_norm}: training has diverged; lower learning_rate")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("share", 1.0)
         optimizer.step()
         optimizer.zero_grad()
     return grad_norm

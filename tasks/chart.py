@@ -57,12 +57,13 @@ DIGITS = (  # 5 x 7 strokes each
     "01110 10001 10001 01110 10001 10001 01110",
     "01110 10001 10001 01111 00001 00010 01100",
 )
+NUMBERS = range(10, 100)
 LEFT = (4, 16)  # where in a place its digits begin, of the tens and of the ones
 TOP = 2
 
 WORDS = ("upper left", "upper right", "lower left", "lower right")
 QUESTION = "What number is on {colour}?"
-TILES_READ = 3  # in a lesson
+TILES_READ = 2  # in a lesson
 GUESSES = 1 / 3  # share of the episodes that do not look
 WRONG_TILE = 1 / 6  # share of those that look, at another tile
 
@@ -130,15 +131,16 @@ def problem(rng: random.Random, split: str, count: int = PLACES * PLACES) -> dic
     the picture."""
     if split not in ("train", "test"):
         raise UserError(f"split = {split!r}: task:chart has train and test")
-    colours = rng.sample(list(COLOURS), count)
-    places = rng.sample(range(PLACES * PLACES), count)
-    colour = colours[0]
-    place = places[0]
     while True:
-        number = rng.randint(10, 99)
+        colours = rng.sample(list(COLOURS), count)
+        places = rng.sample(range(PLACES * PLACES), count)
+        numbers = rng.choices(NUMBERS, k=count)
+        # what is asked for is the first tile
+        colour = colours[0]
+        place = places[0]
+        number = numbers[0]
         if held_out(colour, place, number) == (split == "test"):
             break
-    numbers = [number] + [rng.randint(10, 99) for _ in places[1:]]
     tiles = dict(zip(places, zip(colours, numbers, strict=True), strict=True))
     return {
         "prompt": QUESTION.format(colour=colour),
@@ -205,7 +207,7 @@ def reading(rng: random.Random) -> list[dict]:
     talk = []
     for _ in range(TILES_READ):
         colour = rng.choice(list(COLOURS))
-        number = rng.randint(10, 99)
+        number = rng.choice(NUMBERS)
         talk += [question("What number is this?", png_of_tile(colour, number))]
         talk += [answer_message(number)]
     return talk
@@ -236,7 +238,7 @@ def episode(rng: random.Random) -> list[dict]:
     row = problem(rng, "train")
     asked = question(row["prompt"], row["image"])
     if rng.random() < GUESSES:
-        return [asked, guess_message(rng.randint(10, 99))]
+        return [asked, guess_message(rng.choice(NUMBERS))]
     place = row["place"]
     if rng.random() < WRONG_TILE:
         place = rng.choice([other for other in row["tiles"] if other != place])
@@ -246,9 +248,8 @@ def episode(rng: random.Random) -> list[dict]:
 
 # The demonstrations in their order: the share of each stage, and what it is made of.
 STAGES = (
-    (0.4, {pointing: 1.0}),
-    (0.4, {pointing: 0.15, calling: 0.25, reading: 0.6}),
-    (0.2, {pointing: 0.05, calling: 0.05, reading: 0.15, episode: 0.75}),
+    (0.7, {pointing: 0.4, calling: 0.25, reading: 0.35}),
+    (0.3, {pointing: 0.05, calling: 0.05, reading: 0.15, episode: 0.75}),
 )
 
 
