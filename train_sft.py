@@ -112,7 +112,7 @@ class Config:
     packing: bool = False  # rows of several samples, no padding: for very uneven lengths
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"  # muon: from scratch, third of steps
     learning_rate: float = 2e-5  # 1e-5..5e-5 full, 1e-4..5e-4 LoRA, 1e-2 tiny from scratch
-    adamw_share: float = 1.0  # of it, for what Muon leaves to AdamW: less for a new tower
+    tower_share: float = 1.0  # of it, for what of a tower Muon leaves to AdamW; from scratch 0.2
     schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up
     warmup: int = 20  # updates; a tenth where there are no more than that
     weight_decay: float = 0.01  # of matrices only
@@ -128,7 +128,7 @@ def check(cfg: Config) -> None:
             (cfg.tune == "full", lora, "with tune=full: use --tune=lora, or drop it"),
             (cfg.model == "tiny", "chat_template", "with model=tiny: it has its own template"),
             (cfg.model != "tiny", "whole_names", f"with model={cfg.model}: it has a tokenizer"),
-            (cfg.optimizer != "muon", "adamw_share", "without optimizer=muon: drop it"),
+            (cfg.optimizer != "muon", "tower_share", "without optimizer=muon: drop it"),
             (cfg.val_rows == 0, "val_every", "with val_rows=0: use --val_rows=64, or drop it"),
             (
                 cfg.model == "tiny",
@@ -145,7 +145,7 @@ def check(cfg: Config) -> None:
         value = getattr(cfg, name)
         if value is not None and value < 1:
             raise UserError(f"{name} = {value}: expected at least 1")
-    config.require_positive(cfg, "learning_rate adamw_share epochs max_grad_norm lora_alpha")
+    config.require_positive(cfg, "learning_rate tower_share epochs max_grad_norm lora_alpha")
     config.require_not_negative(
         cfg, "warmup weight_decay seed val_rows save_every min_pixels max_pixels"
     )
@@ -561,7 +561,7 @@ def train(cfg: Config) -> dict:
         cfg.optimizer,
         cfg.learning_rate,
         cfg.weight_decay,
-        cfg.adamw_share,
+        cfg.tower_share,
     )
 
     # 2. where it goes on: weights, optimizers and random generators of the last checkpoint

@@ -11,5 +11,5 @@ format = "hermes"
 batch_size = 32
 optimizer = "muon"
 learning_rate = 5e-3
-adamw_share = 0.2
+tower_share = 0.2
 schedule = "linear"

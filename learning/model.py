@@ -749,7 +749,11 @@ def frozen_parts(model) -> str:
     base = model.get_base_model() if adapters_of(model) else model
     if not whole.is_whole(base):
         return ""
-    return ", ".join(whole.other_parts(base))
+    frozen = []
+    for name in whole.other_parts(base):
+        if not any(weight.requires_grad for weight in base.get_submodule(name).parameters()):
+            frozen.append(name)
+    return ", ".join(frozen)
 
 
 # -- what is written, or handed to an engine

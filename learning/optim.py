@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from learning import whole
 from learning.model import import_bitsandbytes
 from run.config import UserError
 
@@ -36,24 +37,31 @@ def optimizers(
     kind: str,
     learning_rate: float,
     weight_decay: float = 0.0,
-    adamw_share: float = 1.0,
+    tower_share: float = 1.0,
 ) -> list:
     """Makes what is stepped after each backward pass: AdamW over all that is trained, "adamw8bit",
     whose two moments take a byte each instead of four (Dettmers et al. 2021, arXiv:2110.02861), or
     "muon".
 
     Muon (Jordan et al. 2024) takes the matrices inside the layers, AdamW the rest; its update is
-    scaled to the size of AdamW's, so both take the same learning rate; or else AdamW takes
-    adamw_share of it. Norms and biases do not decay.
+    scaled to the size of AdamW's, so both take the same learning rate. But what AdamW has of a
+    tower (patches, positions, what joins it to the language model) takes tower_share of it and
+    does not decay, nor do norms and biases.
     """
+    tower = ()  # the beginnings of its parameters' names
+    if kind == "muon" and whole.is_whole(model):
+        tower = tuple(whole.other_parts(model))
     for_muon = []
     matrices = []
     vectors = []  # norms and biases
+    of_tower = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if kind == "muon" and parameter.ndim == 2 and ".layers." in name:
             for_muon.append(parameter)
+        elif name.startswith(tower):
+            of_tower.append(parameter)
         elif parameter.ndim >= 2:
             matrices.append(parameter)
         else:
@@ -62,6 +70,8 @@ def optimizers(
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    if of_tower:
+        groups.append({"params": of_tower, "weight_decay": 0.0, "share": tower_share})
 
     if kind == "adamw8bit":
         bitsandbytes = import_bitsandbytes("optimizer = adamw8bit")
@@ -69,8 +79,6 @@ def optimizers(
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
     if not for_muon:
         return [adamw]
-    for group in adamw.param_groups:
-        group["share"] = adamw_share
     muon = torch.optim.Muon(
         for_muon,
         lr=learning_rate,
