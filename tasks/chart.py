@@ -31,12 +31,10 @@ HELD_OUT = 5  # one problem in five is held out
 
 COLOURS = {
     "Red": (180, 75, 75),
-    "Orange": (180, 128, 75),
     "Yellow": (180, 180, 75),
     "Green": (75, 180, 75),
     "Teal": (75, 180, 180),
     "Blue": (75, 75, 180),
-    "Purple": (128, 75, 180),
     "Pink": (180, 75, 180),
 }
 PAPER = (225, 225, 225)
