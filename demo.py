@@ -3,7 +3,7 @@
     make demo                                   # or: python demo.py; it learns to call python
     python demo.py --seed=1 --out_dir=out/seed1
     python demo.py --task=facts                 # to search;  shop: SQL;  multi: which of the three
-    python demo.py --task=chart                 # to zoom into a picture; being built
+    python demo.py --task=chart                 # to zoom into a picture
 
 SFT on imperfect demonstrations (train_sft.py), evaluation, GRPO (train_grpo.py), evaluation again,
 both on the same 512 held-out problems, greedy and sampled at temperature 1. The runs are

@@ -52,6 +52,7 @@ from tools import Toolbox
 from trajectory import Trajectory
 
 SHOWN = 3  # samples that stand in report.html
+KEPT_BYTES = 2**30  # of images, which are opened once; those of further rows in every pass
 VALIDATION = ("val_loss", "val_token_accuracy")
 COLUMNS = {"loss": "7.4f", "entropy": "6.4f", "grad_norm": "6.2f", "seconds": "5.2f"}
 
@@ -109,11 +110,13 @@ class Config:
     max_tokens: int = 2048  # a longer conversation is cut on the right
     # optimisation
     epochs: float = 1.0  # passes over the rows
+    shuffle: bool = True  # false: the rows in their order, for data that begin with what is easy
     batch_size: int = 32  # conversations per update
     token_budget: int = 8192  # tokens per forward pass, padding counted; halve it if out of memory
     packing: bool = False  # rows of several samples, no padding: for very uneven lengths
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"  # muon: from scratch, third of steps
     learning_rate: float = 2e-5  # 1e-5..5e-5 full, 1e-4..5e-4 LoRA, 1e-2 tiny from scratch
+    tower_share: float = 1.0  # of it, for what of a tower Muon leaves to AdamW; from scratch 0.2
     schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up
     warmup: int = 20  # updates; a tenth where there are no more than that
     weight_decay: float = 0.01  # of matrices only
@@ -129,6 +132,7 @@ def check(cfg: Config) -> None:
             (cfg.tune == "full", lora, "with tune=full: use --tune=lora, or drop it"),
             (cfg.model == "tiny", "chat_template", "with model=tiny: it has its own template"),
             (cfg.model != "tiny", "whole_names", f"with model={cfg.model}: it has a tokenizer"),
+            (cfg.optimizer != "muon", "tower_share", "without optimizer=muon: drop it"),
             (cfg.val_rows == 0, "val_every", "with val_rows=0: use --val_rows=64, or drop it"),
             (
                 cfg.model == "tiny",
@@ -145,7 +149,7 @@ def check(cfg: Config) -> None:
         value = getattr(cfg, name)
         if value is not None and value < 1:
             raise UserError(f"{name} = {value}: expected at least 1")
-    config.require_positive(cfg, "learning_rate epochs max_grad_norm lora_alpha")
+    config.require_positive(cfg, "learning_rate tower_share epochs max_grad_norm lora_alpha")
     config.require_not_negative(
         cfg, "warmup weight_decay seed val_rows save_every min_pixels max_pixels"
     )
@@ -164,13 +168,15 @@ class Sample:
 
     ids: list[int]
     mask: list[int]  # 1 = trained
-    # Of its Pictures all but the pixels, which are many: a forward pass opens them again.
     images: list[Picture] = field(default_factory=list)
+    # Where these are without their pixels: what opens them again, for a forward pass.
     reopen: Callable[[], list[Picture]] | None = None
 
     def pictures(self) -> list[Picture]:
-        """Opens its images."""
-        return self.reopen()[: len(self.images)] if self.images else []
+        """Gives its images with their pixels."""
+        if self.reopen is None:
+            return self.images
+        return self.reopen()[: len(self.images)]
 
 
 def sft_loss(
@@ -222,6 +228,7 @@ def render(
     if any("messages" in row and row["tools"] is None for row in rows):
         chats[json.dumps(tools)] = Chat(tokenizer, format, tools, options, vision=vision)
     samples = []
+    kept = 0  # bytes
     for row in rows:
         try:
             if "ids" in row:
@@ -240,10 +247,11 @@ def render(
             reopen = partial(chats[key].pictures, row)
             pictures = reopen()
             ids, mask = chats[key].render(row["messages"], pictures)
-            if pictures:
-                samples.append(Sample(ids, mask, without_pixels(pictures), reopen))
+            kept += sum(bytes_of(picture) for picture in pictures)
+            if kept <= KEPT_BYTES:
+                samples.append(Sample(ids, mask, pictures))
             else:
-                samples.append(Sample(ids, mask))
+                samples.append(Sample(ids, mask, without_pixels(pictures), reopen))
         except UserError as error:
             raise UserError(f"{name}, row {row['row']}: {error}") from None
     return samples
@@ -264,6 +272,14 @@ def recorded_sample(row: dict, vision: Vision | None) -> Sample:
             "'ids' out of the rows, which makes conversations of them"
         )
     return Sample(row["ids"], row["mask"], without_pixels(pictures), reopen)
+
+
+def bytes_of(picture: Picture) -> int:
+    """Counts the memory of an image: as it was, as it is shown, and for the tower."""
+    count = sum(tensor.nbytes for tensor in picture.pixels.values())
+    for image in (picture.original, picture.shown):
+        count += 3 * image.width * image.height
+    return count
 
 
 def without_pixels(pictures: list[Picture]) -> list[Picture]:
@@ -457,7 +473,9 @@ def setup(cfg: Config):
 
     # 2. the tokenizer, and samples: rendered, and so proved, before any weights are loaded
     if cfg.model == "tiny":
-        conversations = [row["messages"] for row in chosen[:4096]]
+        # in their order, the last rows may say what the first do not
+        learnt_from = chosen[:4096] if cfg.shuffle else chosen
+        conversations = [row["messages"] for row in learnt_from]
         sees = any(row.get("images") for row in chosen)
         tokenizer = tiny.tiny_tokenizer(conversations, toolbox.schemas, cfg.whole_names, sees)
     else:
@@ -536,12 +554,12 @@ def warmup_steps(cfg: Config, steps: int, samples: int) -> int:
     return steps // 10
 
 
-def row_order(samples: int, needed: int, seed: int) -> list[int]:
-    """Orders the rows of a run: every one once, in a new order, then all again."""
+def row_order(samples: int, needed: int, seed: int, shuffle: bool = True) -> list[int]:
+    """Orders the rows of a run: every one once, then all again, shuffled each time."""
     order: list[int] = []
     rng = random.Random(seed)
     while len(order) < needed:
-        order += rng.sample(range(samples), samples)
+        order += rng.sample(range(samples), samples) if shuffle else range(samples)
     return order
 
 
@@ -568,6 +586,7 @@ def train_here(cfg: Config) -> dict:
         cfg.optimizer,
         cfg.learning_rate,
         cfg.weight_decay,
+        cfg.tower_share,
     )
 
     # 2. where it goes on: weights, optimizers and random generators of the last checkpoint
@@ -575,7 +594,7 @@ def train_here(cfg: Config) -> dict:
     run.try_saving(model, tokenizer)
     first_step = state["step"]
     metrics = state["metrics"]
-    order = row_order(len(samples), steps * cfg.batch_size, cfg.seed)
+    order = row_order(len(samples), steps * cfg.batch_size, cfg.seed, cfg.shuffle)
 
     if parallel.is_first():
         log = Log(run.out_dir, steps, COLUMNS, first_step, cfg.logger, asdict(cfg))

@@ -753,11 +753,10 @@ def frozen_parts(model) -> str:
     base = model.get_base_model() if adapters_of(model) else model
     if not whole.is_whole(base):
         return ""
-    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
     frozen = []
-    for part in whole.other_parts(base):
-        if not any(f"{part}." in name for name in trained):  # train_vision trains them
-            frozen.append(part)
+    for name in whole.other_parts(base):
+        if not any(weight.requires_grad for weight in base.get_submodule(name).parameters()):
+            frozen.append(name)
     return ", ".join(frozen)
 
 

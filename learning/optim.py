@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from learning import parallel
+from learning import parallel, whole
 from learning.model import import_bitsandbytes
 from run.config import UserError
 
@@ -33,23 +33,36 @@ def gpu_gib(phase: str) -> dict[str, float]:
     return {f"gpu_gib_{phase}": (total - free + given_back) / 2**30}
 
 
-def optimizers(model, kind: str, learning_rate: float, weight_decay: float = 0.0) -> list:
+def optimizers(
+    model,
+    kind: str,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    tower_share: float = 1.0,
+) -> list:
     """Makes what is stepped after each backward pass: AdamW over all that is trained, "adamw8bit",
     whose two moments take a byte each instead of four (Dettmers et al. 2021, arXiv:2110.02861), or
     "muon".
 
     Muon (Jordan et al. 2024) takes the matrices inside the layers, AdamW the rest; its update is
-    scaled to the size of AdamW's, so both take the same learning rate. Norms and biases do not
-    decay.
+    scaled to the size of AdamW's, so both take the same learning rate. But what AdamW has of a
+    tower (patches, positions, what joins it to the language model) takes tower_share of it and
+    does not decay, nor do norms and biases.
     """
+    tower = ()  # the beginnings of its parameters' names
+    if kind == "muon" and whole.is_whole(model):
+        tower = tuple(whole.other_parts(model))
     for_muon = []
     matrices = []
     vectors = []  # norms and biases
+    of_tower = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if kind == "muon" and parameter.ndim == 2 and ".layers." in name:
             for_muon.append(parameter)
+        elif name.startswith(tower):
+            of_tower.append(parameter)
         elif parameter.ndim >= 2:
             matrices.append(parameter)
         else:
@@ -58,6 +71,8 @@ def optimizers(model, kind: str, learning_rate: float, weight_decay: float = 0.0
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    if of_tower:
+        groups.append({"params": of_tower, "weight_decay": 0.0, "share": tower_share})
 
     if kind == "adamw8bit":
         bitsandbytes = import_bitsandbytes("optimizer = adamw8bit")
@@ -93,7 +108,7 @@ def step(model, optimizers: list, learning_rate: float, max_grad_norm: float) ->
         raise UserError(f"grad_norm = {grad_norm}: training has diverged; lower learning_rate")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("share", 1.0)
         optimizer.step()
         optimizer.zero_grad()
     return grad_norm

@@ -6,16 +6,20 @@ seen and the numbers are not, not even in part: their strokes are hatched, a pix
 tile and a pixel darker in turn, and the mean is the colour of the tile. `zoom` cuts a tile out of
 the original: that one is shown as it is. So whoever does not look has one chance in ninety.
 
-`rows` are the problems for RL and evaluation, `demos` the demonstrations for SFT. The demonstrators
-are people: two in five guess, and of those who look, one in six looks at the wrong tile. So a model
+`rows` are the problems for RL and evaluation, `demos` the demonstrations for SFT, in an order to
+keep: first lessons, which a model that was trained would not need, then whole episodes. Lessons
+read tiles, or say where the tiles of a picture are; there the place follows right behind the
+colour, and some pictures have a tile or two only: with four in four places, what a place is would
+have to be learnt together with what a colour is, and neither is. The demonstrators of the episodes
+are people: a third guesses, and of those who look, one in six looks at the wrong tile. So a model
 that copies them well is often wrong, and GRPO has something to find: always look, and at the right
-one. Some conversations only read tiles, one after the other: a model from scratch has to learn
-reading somewhere.
+one.
 
 Train and held-out problems are disjoint by construction: a problem is (colour, place, number), and
 its hash says which of the two it belongs to.
 """
 
+import functools
 import random
 import zlib
 
@@ -27,12 +31,10 @@ HELD_OUT = 5  # one problem in five is held out
 
 COLOURS = {
     "Red": (180, 75, 75),
-    "Orange": (180, 128, 75),
     "Yellow": (180, 180, 75),
     "Green": (75, 180, 75),
     "Teal": (75, 180, 180),
     "Blue": (75, 75, 180),
-    "Purple": (128, 75, 180),
     "Pink": (180, 75, 180),
 }
 PAPER = (225, 225, 225)
@@ -53,14 +55,14 @@ DIGITS = (  # 5 x 7 strokes each
     "01110 10001 10001 01110 10001 10001 01110",
     "01110 10001 10001 01111 00001 00010 01100",
 )
+NUMBERS = range(10, 100)
 LEFT = (4, 16)  # where in a place its digits begin, of the tens and of the ones
 TOP = 2
 
 WORDS = ("upper left", "upper right", "lower left", "lower right")
 QUESTION = "What number is on {colour}?"
-PRACTICE = 0.4  # share of the conversations that only read
-PRACTICE_TILES = 3  # in each of them
-GUESSES = 0.4  # share of the other demonstrations, which do not look
+TILES_READ = 2  # in a lesson
+GUESSES = 1 / 3  # share of the episodes that do not look
 WRONG_TILE = 1 / 6  # share of those that look, at another tile
 
 
@@ -72,6 +74,7 @@ def held_out(colour: str, place: int, number: int) -> bool:
 # ---- pictures
 
 
+@functools.cache
 def draw_tile(colour: str, number: int):
     """Draws a tile with its number: the pixels of a place, (SIDE, SIDE, 3)."""
     import numpy as np
@@ -121,20 +124,21 @@ def box_of(place: int) -> list[int]:
 # ---- problems
 
 
-def problem(rng: random.Random, split: str) -> dict:
-    """One problem of the split: prompt, image, answer, and what it was made from."""
+def problem(rng: random.Random, split: str, count: int = PLACES * PLACES) -> dict:
+    """One problem of the split: prompt, image, answer, and what it was made from. count: tiles in
+    the picture."""
     if split not in ("train", "test"):
         raise UserError(f"split = {split!r}: task:chart has train and test")
-    count = PLACES * PLACES
-    colours = rng.sample(list(COLOURS), count)
-    places = rng.sample(range(PLACES * PLACES), count)
-    colour = colours[0]
-    place = places[0]
     while True:
-        number = rng.randint(10, 99)
+        colours = rng.sample(list(COLOURS), count)
+        places = rng.sample(range(PLACES * PLACES), count)
+        numbers = rng.choices(NUMBERS, k=count)
+        # what is asked for is the first tile
+        colour = colours[0]
+        place = places[0]
+        number = numbers[0]
         if held_out(colour, place, number) == (split == "test"):
             break
-    numbers = [number] + [rng.randint(10, 99) for _ in places[1:]]
     tiles = dict(zip(places, zip(colours, numbers, strict=True), strict=True))
     return {
         "prompt": QUESTION.format(colour=colour),
@@ -157,12 +161,9 @@ def rows(split: str, seed: int = 0, n: int | None = None) -> list[dict]:
 
 
 def look(row: dict, place: int) -> dict:
-    """An assistant message that says which tiles there are and where the one that is asked for is,
-    and zooms into a place."""
-    lines = [said_of(colour, where) for where, (colour, _) in sorted(row["tiles"].items())]
-    lines.append(said_of(row["colour"], place))
+    """An assistant message that says where the tile is that is asked for, and zooms into it."""
     call = call_message("zoom", {"image": 1, "box": box_of(place)})
-    return call | {"content": "\n".join(lines)}
+    return call | {"content": said_of(row["colour"], place)}
 
 
 def said_of(colour: str, place: int) -> str:
@@ -183,6 +184,7 @@ def seen(colour: str, number: int) -> dict:
     return {"role": "tool", "name": "zoom", "content": content}
 
 
+@functools.cache
 def png_of_tile(colour: str, number: int) -> bytes:
     """A tile as zoom cuts it out, as a file."""
     from PIL import Image
@@ -198,23 +200,43 @@ def oracle(row: dict) -> list[dict]:
 # ---- demonstrations
 
 
-def practice(rng: random.Random) -> list[dict]:
-    """A conversation that is nothing but reading, which a model that was trained would know
-    already: a tile as zoom shows it, its number, and so on."""
+def reading(rng: random.Random) -> list[dict]:
+    """A lesson: a tile as zoom shows it, its number, and so on."""
     talk = []
-    for _ in range(PRACTICE_TILES):
+    for _ in range(TILES_READ):
         colour = rng.choice(list(COLOURS))
-        number = rng.randint(10, 99)
+        number = rng.choice(NUMBERS)
         talk += [question("What number is this?", png_of_tile(colour, number))]
         talk += [answer_message(number)]
     return talk
 
 
-def attempt(rng: random.Random, row: dict) -> list[dict]:
-    """How a demonstrator deals with a row: looks at a tile, or guesses."""
+def some_tiles(rng: random.Random) -> dict:
+    """A train problem in whose picture there are as many tiles as it happens."""
+    return problem(rng, "train", rng.randint(1, PLACES * PLACES))
+
+
+def pointing(rng: random.Random) -> list[dict]:
+    """A lesson: where each tile of a picture is, in the order of COLOURS."""
+    row = some_tiles(rng)
+    places = {colour: place for place, (colour, _) in row["tiles"].items()}
+    lines = [said_of(colour, places[colour]) + "\n" for colour in COLOURS if colour in places]
+    said = {"role": "assistant", "content": "".join(lines)}
+    return [question("Where is what?", row["image"]), said]
+
+
+def calling(rng: random.Random) -> list[dict]:
+    """A lesson: the right look at a picture."""
+    row = some_tiles(rng)
+    return [question(row["prompt"], row["image"]), look(row, row["place"])]
+
+
+def episode(rng: random.Random) -> list[dict]:
+    """How a demonstrator deals with a train problem: looks at a tile, or guesses."""
+    row = problem(rng, "train")
     asked = question(row["prompt"], row["image"])
     if rng.random() < GUESSES:
-        return [asked, guess_message(rng.randint(10, 99))]
+        return [asked, guess_message(rng.choice(NUMBERS))]
     place = row["place"]
     if rng.random() < WRONG_TILE:
         place = rng.choice([other for other in row["tiles"] if other != place])
@@ -222,14 +244,21 @@ def attempt(rng: random.Random, row: dict) -> list[dict]:
     return [asked, look(row, place), seen(colour, number), answer_message(number)]
 
 
-def demo(rng: random.Random) -> list[dict]:
-    """One demonstration on a train problem."""
-    if rng.random() < PRACTICE:
-        return practice(rng)
-    return attempt(rng, problem(rng, "train"))
+# The demonstrations in their order: the share of each stage, and what it is made of.
+STAGES = (
+    (0.7, {pointing: 0.4, calling: 0.25, reading: 0.35}),
+    (0.3, {pointing: 0.05, calling: 0.05, reading: 0.15, episode: 0.75}),
+)
 
 
 def demos(n: int, seed: int = 0) -> list[list[dict]]:
-    """n demonstrations, always the same for a seed."""
+    """n demonstrations in the order to learn them in, always the same for a seed."""
     rng = random.Random(f"chart demos {seed}")
-    return [demo(rng) for _ in range(n)]
+    talks = []
+    end = 0.0
+    for share, kinds in STAGES:
+        end += share * n
+        while len(talks) < round(end):
+            (make,) = rng.choices(list(kinds), list(kinds.values()))
+            talks.append(make(rng))
+    return talks

@@ -7,10 +7,12 @@ oracle is right, and that a model from scratch can be trained on it.
 import asyncio
 import io
 import json
+import random
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import evaluate
@@ -19,6 +21,7 @@ import rewards
 import train_grpo
 import train_sft
 from images import Picture
+from learning import optim
 from learning.vision import tiny_vision
 from run import config
 from run.config import UserError
@@ -84,7 +87,8 @@ def test_no_held_out_problem_is_trained_on():
         problems[split] = {(row["colour"], row["place"], row["answer"]) for row in made}
     assert problems["train"].isdisjoint(problems["test"])
     # the demonstrations that are right are on problems of train, too
-    asked = [talk for talk in chart.demos(200) if len(talk) == 4]
+    asked = [talk for talk in chart.demos(400) if any(said["role"] == "tool" for said in talk)]
+    assert len(asked) > 20
     for talk in asked:
         picture = np.asarray(opened(talk[0]["content"][0]["image"]))
         colour = talk[0]["content"][1]["text"].removesuffix("?").split()[-1]
@@ -200,15 +204,33 @@ def rendered(rows, tokenizer):
     return train_sft.render(made, tokenizer, "hermes", schemas, "chart", vision=vision)
 
 
-def test_demonstrations_are_imperfect():
-    # without the conversations that only read tiles, whose question names no colour
-    talks = chart.demos(500)
-    demos = [talk for talk in talks if " on " in talk[0]["content"][1]["text"]]
-    assert 200 < len(demos) < 400
-    looked = sum(len(talk) == 4 for talk in demos)
-    right = sum(is_right(talk) for talk in demos)
-    assert 0.5 < looked / len(demos) < 0.7
-    assert 0.4 < right / len(demos) < 0.6
+def test_episodes_are_imperfect():
+    rng = random.Random(0)
+    episodes = [chart.episode(rng) for _ in range(300)]
+    looked = sum(len(talk) == 4 for talk in episodes)
+    right = sum(is_right(talk) for talk in episodes)
+    assert 0.55 < looked / 300 < 0.75
+    assert 0.45 < right / 300 < 0.65
+
+
+def test_lessons_are_right_and_come_first():
+    talks = chart.demos(400)
+    asked = [talk[0]["content"][1]["text"] for talk in talks]
+    assert any(talk[-1]["content"].startswith("I think") for talk in talks[280:])
+    assert not any(talk[-1]["content"].startswith("I think") for talk in talks[:280])
+    counts = set()
+    for talk, text in zip(talks, asked, strict=True):
+        if text != "Where is what?":
+            continue
+        picture = np.asarray(opened(talk[0]["content"][0]["image"]))
+        lines = talk[1]["content"].splitlines()
+        counts.add(len(lines))
+        for line in lines:
+            colour, where = line.removesuffix(".").split(" ", 1)
+            down, across = divmod(chart.WORDS.index(where), chart.PLACES)
+            below = picture[down * chart.SIDE + 20, across * chart.SIDE + 20]  # its digits
+            assert tuple(below.tolist()) == chart.COLOURS[colour]
+    assert counts == {1, 2, 3, 4}
 
 
 def is_right(talk):
@@ -229,13 +251,29 @@ def is_right(talk):
     raise AssertionError(f"no {colour} tile in the picture")
 
 
+def test_images_are_kept_or_opened_again_with_the_same_pixels(monkeypatch):
+    talks = chart.demos(8)
+    rows = [{"row": number, "messages": talk, "tools": None} for number, talk in enumerate(talks)]
+    tokenizer = tiny.tiny_tokenizer(talks, Toolbox(("zoom",)).schemas, sees=True)
+    kept = rendered(rows, tokenizer)
+    monkeypatch.setattr(train_sft, "KEPT_BYTES", 80_000)  # of two or three of them
+    partly = rendered(rows, tokenizer)
+    assert partly[0].reopen is None and partly[-1].reopen is not None
+    assert partly[-1].images[0].pixels == {}
+    for first, second in zip(kept, partly, strict=True):
+        assert first.ids == second.ids and first.pictures()
+        for one, other in zip(first.pictures(), second.pictures(), strict=True):
+            assert one.key == other.key
+            assert torch.equal(one.pixels["pixel_values"], other.pixels["pixel_values"])
+
+
 # ---- the model
 
 
 @pytest.fixture(scope="module")
 def sft_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chart") / "sft"
-    argv = ["--config", "chart_sft.py", f"--out_dir={folder}", "--rows=16", "--batch_size=8"]
+    argv = ["--config", "chart_sft.py", f"--out_dir={folder}", "--rows=40", "--batch_size=8"]
     argv += ["--epochs=1", "--warmup=0"]
     cfg = config.parse(train_sft.Config, argv, train_sft.check)
     return folder, cfg, train_sft.train(cfg)
@@ -255,6 +293,26 @@ def test_sft_makes_a_model_that_sees_and_saves_its_processor(sft_run):
     moved = [name for name, weight in trained_weights if weight.ne(untrained[name]).any()]
     assert any("vision_model" in name for name in moved)
     assert any("text_model" in name for name in moved)
+    assert train_sft.models.frozen_parts(trained) == ""
+
+
+def test_what_adamw_has_of_the_tower_takes_its_share_of_the_learning_rate(vision):
+    model = tiny.tiny_that_sees(vision.tokenizer)
+    adamw, muon = optimizers = optim.optimizers(model, "muon", 0.1, tower_share=0.5)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    optim.step(model, optimizers, 0.01, max_grad_norm=1.0)
+    assert [group["lr"] for group in adamw.param_groups] == [0.01, 0.01, 0.005]
+    assert [group["lr"] for group in muon.param_groups] == [0.01]
+    # the first step of Adam is as long as its learning rate
+    steps = {"model.connector.modality_projection.proj.weight": 0.005}
+    steps["model.vision_model.embeddings.patch_embedding.weight"] = 0.005
+    steps["model.text_model.embed_tokens.weight"] = 0.01
+    weights = dict(model.named_parameters())
+    for name, step in steps.items():
+        moved = before[name] - weights[name].detach()
+        assert torch.allclose(moved, torch.full_like(moved, step), rtol=0.01), name
 
 
 def test_a_step_of_grpo_and_an_evaluation_run(sft_run, tmp_path):
