@@ -5,8 +5,8 @@
 
 For each seed: `python demo.py --task=chart`; the model after GRPO evaluated once more, sampled,
 with bench/blank.py's zoom; and a picture of what it saw in four held-out problems. Written to
-save_to: seedN-summary.txt, seedN-grpo.jsonl, seedN-sft-every-10th.jsonl, seedN-rollouts.png. Exit
-code 1 if a seed misses a bound.
+save_to: seedN-summary.txt, seedN-grpo.jsonl, seedN-sft-every-10th.jsonl, seedN-curves.png,
+seedN-rollouts.png. Exit code 1 if a seed misses a bound.
 """
 
 import json
@@ -59,6 +59,7 @@ def run_seed(seed: int, out_dir: Path, save_to: Path) -> dict:
     lines = [f"{name}: {value}" for name, value in results.items()]
     (save_to / f"seed{seed}-summary.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     shutil.copy(grpo_dir / "metrics.jsonl", save_to / f"seed{seed}-grpo.jsonl")
+    shutil.copy(grpo_dir / "curves.png", save_to / f"seed{seed}-curves.png")
     updates = page.read(out_dir / "chart_sft" / "metrics.jsonl")
     kept = [json.dumps(update) for update in updates[::10]]
     name = f"seed{seed}-sft-every-10th.jsonl"

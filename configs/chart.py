@@ -1,4 +1,4 @@
-# 2-core CPU, minutes. GRPO from out/chart_sft: it zooms into the right tile, always.
+# 2-core CPU, 2 minutes. GRPO from out/chart_sft: held-out accuracy, sampled, 0.4 -> 0.92 - 0.97.
 out_dir = "out/chart"
 model = "out/chart_sft"
 data = "task:chart"

@@ -1,4 +1,4 @@
-# 2-core CPU, minutes. A tiny model from scratch learns to see, to point, to read; then the form.
+# 2-core CPU, about 1 minute. A tiny model from scratch learns to point, to read; then the form.
 out_dir = "out/chart_sft"
 model = "tiny"
 whole_names = True
