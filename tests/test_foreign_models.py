@@ -137,7 +137,7 @@ def test_a_run_saves_once_before_its_first_step(brought, tmp_path, monkeypatch):
     cfg = config.parse(Config, [*argv, "--max_new_tokens=4"], train_grpo.check)
     saved = []
 
-    def fails(model, tokenizer, folder):
+    def fails(model, tokenizer, folder, state=None):
         saved.append(folder)
         raise ValueError("a writer's\nown words")
 

@@ -947,14 +947,19 @@ def test_runs_with_images_go_on_bit_for_bit(smol, workplace, monkeypatch):
     assert same_weights("whole", "half")
 
 
-def test_a_row_is_cut_in_front_of_an_image_that_would_be_half(smol, workplace):
+@pytest.mark.parametrize("kept_bytes", [0, 2**30])
+def test_a_row_is_cut_in_front_of_an_image_that_would_be_half(
+    smol, workplace, monkeypatch, kept_bytes
+):
+    """Whether its images are kept, or opened again."""
     import data
 
+    monkeypatch.setattr(train_sft, "KEPT_BYTES", kept_bytes)
     rows = data.conversations("demos.jsonl")[:1]
     box = Toolbox(["mine.py:zoom"], describe_only=True)
     render = (rows, smol.tokenizer, "json_actions", box.schemas, "x")
     (sample,) = train_sft.render(*render, vision=smol.vision)
-    assert len(sample.images) == 2 and not sample.images[0].pixels
+    assert len(sample.images) == 2 and bool(sample.images[0].pixels) == (kept_bytes > 0)
     (_, first), (start, end) = seeing.image_spans(sample.ids, sample.images)
     (kept,), cut, _ = train_sft.fit([sample], end - 1)
     assert len(kept.ids) == start and len(kept.images) == cut == 1
