@@ -25,9 +25,9 @@ NOT_CODE = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tok
 NOT_CODE |= {tokenize.COMMENT, tokenize.ENCODING}
 # file: the functions that a reader of the story meets first
 LOOPS = {
-    "train_grpo.py": ("train", "learn", "accumulate"),
+    "train_grpo.py": ("train_here", "learn", "accumulate"),
     "rollout.py": ("rollouts", "play", "play_turn"),
-    "train_sft.py": ("train", "accumulate"),
+    "train_sft.py": ("train_here", "accumulate"),
     "chat.py": ("observation",),
 }
 

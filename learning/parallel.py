@@ -82,6 +82,10 @@ def started(kind: str):
             raise UserError(f"{size} processes with parallel=none: use --parallel=ddp or fsdp")
         yield
         return
+    if "RANK" not in os.environ:  # a notebook, say
+        raise UserError(
+            f"parallel = {kind!r} in one process: the scripts start several (--gpus=8), or torchrun"
+        )
     _end_with_the_launcher()
     _see_one_gpu(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -256,10 +260,10 @@ def gathered(items: list) -> list:
     if HERE.size == 1:
         return items
     parts = _from_all(items)
-    together = []
+    in_order = []
     for at in range(max(map(len, parts))):
-        together += [part[at] for part in parts if at < len(part)]
-    return together
+        in_order += [part[at] for part in parts if at < len(part)]
+    return in_order
 
 
 def total(sums: dict) -> dict:

@@ -419,6 +419,13 @@ def test_what_has_no_effect_is_refused(name, options, why):
     assert str(caught.value) == why
 
 
+def test_a_notebook_is_told_who_starts_the_processes(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match="'ddp' in one process: the scripts start several"):
+        with parallel.started("ddp"):
+            pass
+
+
 def test_processes_that_nobody_asked_for_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match="4 processes with parallel=none"):
