@@ -368,7 +368,7 @@ def keys_in(text):
 def test_every_key_with_a_value_is_a_key(page):
     """Also in the text, where it stands beside no command."""
     scripts = [*ROOT.glob("*.py"), ROOT / "serve/mcp_server.py", *ROOT.glob("learning/*.py")]
-    scripts += [ROOT / "dev/pictures.py", *ROOT.glob("bench/*.py")]
+    scripts += [ROOT / "tasks/worked.py", ROOT / "dev/pictures.py", *ROOT.glob("bench/*.py")]
     keys = {"dry_run"}.union(*(keys_of(script) for script in scripts))
     assert keys_in(PAGES[page]) - keys == set()
 
