@@ -259,11 +259,7 @@ def check(cfg: Config) -> None:
         raise UserError(f"temperature = {cfg.temperature}: vLLM has 0, or 0.01 and more")
     if cfg.gpu_memory_utilization > 1:
         raise UserError(f"gpu_memory_utilization = {cfg.gpu_memory_utilization}: at most 1")
-    parallel.check(cfg.parallel, cfg.gpus)
-    if cfg.parallel == "fsdp" and cfg.optimizer == "adamw8bit":
-        raise UserError("optimizer = 'adamw8bit' cannot be cut into shards (fsdp): use adamw")
-    if cfg.parallel == "fsdp" and cfg.tune == "qlora":
-        raise UserError("tune = 'qlora' cannot be cut into shards (fsdp): use --parallel=ddp")
+    parallel.check(cfg.parallel, cfg.gpus, cfg.optimizer, cfg.tune)
     if cfg.seed >= 2**63:
         raise UserError(f"seed = {cfg.seed}: expected less than 2**63")
     if cfg.group_size < 2:

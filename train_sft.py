@@ -153,11 +153,7 @@ def check(cfg: Config) -> None:
     config.require_not_negative(
         cfg, "warmup weight_decay seed val_rows save_every min_pixels max_pixels"
     )
-    parallel.check(cfg.parallel, cfg.gpus)
-    if cfg.parallel == "fsdp" and cfg.optimizer == "adamw8bit":
-        raise UserError("optimizer = 'adamw8bit' cannot be cut into shards (fsdp): use adamw")
-    if cfg.parallel == "fsdp" and cfg.tune == "qlora":
-        raise UserError("tune = 'qlora' cannot be cut into shards (fsdp): use --parallel=ddp")
+    parallel.check(cfg.parallel, cfg.gpus, cfg.optimizer, cfg.tune)
     if cfg.seed >= 2**63:
         raise UserError(f"seed = {cfg.seed}: expected less than 2**63")
 

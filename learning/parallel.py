@@ -63,14 +63,19 @@ HERE = World()
 # -- starting and ending
 
 
-def check(kind: str, gpus: int) -> None:
-    """Checks what --parallel and --gpus say together. UserError where one has no effect."""
+def check(kind: str, gpus: int, optimizer: str, tune: str) -> None:
+    """Checks what --parallel says beside --gpus, --optimizer and --tune. UserError where one has no
+    effect, or cannot be cut into shards."""
     if gpus < 1:
         raise UserError(f"gpus = {gpus}: expected at least 1")
     if kind == "none" and gpus > 1:
         raise UserError(f"gpus = {gpus} with parallel=none: use --parallel=ddp or fsdp")
     if kind != "none" and gpus == 1 and "RANK" not in os.environ:
         raise UserError(f"parallel = {kind!r} in one process: give --gpus=8, or use torchrun")
+    if kind == "fsdp" and optimizer == "adamw8bit":
+        raise UserError("optimizer = 'adamw8bit' cannot be cut into shards (fsdp): use adamw")
+    if kind == "fsdp" and tune == "qlora":
+        raise UserError("tune = 'qlora' cannot be cut into shards (fsdp): use --parallel=ddp")
 
 
 @contextlib.contextmanager
@@ -487,12 +492,13 @@ def state_of(model) -> dict | None:
     if HERE.kind != "fsdp":
         return None
     state = {}
-    at = {}  # tied weights are one tensor, and are saved as one
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    done = {}  # by id(): tied weights are one parameter, and are saved as one tensor
     for name, value in model.state_dict().items():
-        place = value.to_local().data_ptr() if _is_cut(value) else None
-        if place is None or place not in at:
-            at[place] = joined(value)
-        state[name] = at[place]
+        owner = id(parameters.get(name, value))  # not its memory: empty shards have none
+        if owner not in done:
+            done[owner] = joined(value)
+        state[name] = done[owner]
     return state
 
 
