@@ -136,6 +136,7 @@ class Chat:
         self.stop_ids = self.facts.stop_ids
         self.stop_strings = self.format.stop_strings
         self.differences = tuple(self.facts.differences)
+        self._for_rows: dict[tuple, Chat] = {}  # names of tools -> the chat with these
 
     def with_tools(self, tools: list[dict]) -> "Chat":
         """Makes this chat with other tools, for rows that bring their own. The proof is the
@@ -146,12 +147,25 @@ class Chat:
             )
         other = copy(self)
         other.tools = list(tools)
+        other._for_rows = {}
         other.format = FORMATS[self.format_name](other.tools)
         other.format.style = self.format.style
         other.stop_strings = other.format.stop_strings
         if not other.format.inline:
             check_tools(other)
         return other
+
+    def for_row(self, example: dict) -> "Chat":
+        """Makes the chat with the tools that a row names, once for each choice of them; this one
+        where it names none."""
+        names = example.get("tools")
+        if names is None:
+            return self
+        shown = [tool for tool in self.tools if tool["function"]["name"] in names]
+        key = tuple(tool["function"]["name"] for tool in shown)
+        if key not in self._for_rows:
+            self._for_rows[key] = self if shown == self.tools else self.with_tools(shown)
+        return self._for_rows[key]
 
     # What the loop uses.
 

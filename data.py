@@ -14,6 +14,7 @@ import importlib
 import itertools
 import json
 import re
+from collections.abc import Container
 from pathlib import Path
 
 from formats.base import THINK
@@ -36,6 +37,7 @@ SPEAKERS = {
 CALL_ROLES = ("function_call", "tool_call")
 RESULT_ROLES = ("observation", "tool_response")
 FILLED_TAGS = ("<ref-object>", "<bbox>")  # of ms-swift, from a column `objects`
+NAME = re.compile(r"\w+")  # of a tool
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell it, UTF-8 cannot
 
 # ---- examples: what prompts and rewards are made of
@@ -55,7 +57,8 @@ def load(
     database="",
 ):
     """Reads a list of examples: {"id": index, "messages": [...], "answer": str or list[str]} and
-    the row's other columns; those called id, messages or answer give way to these.
+    the row's other columns; those called id, messages or answer give way to these. A row may name
+    its `tools` and its `reward`: then these, as lists, are the only ones of the run that it has.
 
     The prompt column holds text, which becomes one user message by prompt_template, or a list of
     chat messages, read by formats/messages.py. system_prompt goes in front unless the messages have
@@ -79,7 +82,7 @@ def load(
     for index, row in enumerate(rows):
         try:
             _refuse_unseen(row)
-            _refuse_tools(row)
+            row = row | _names_in_row(row)
             if database:
                 row = row | _database(row, database, prompt_template)
             if filled_in and isinstance(row.get(prompt_column), list):
@@ -216,7 +219,8 @@ def conversations(data, rows=None, seed=0, system_prompt="") -> list[dict]:
     rows of a file or hub data set, each in one of two forms. "row" is its number, from 1.
 
     {"row", "messages", "tools"}: a conversation in OpenAI chat form. Contents are text, arguments
-    objects, results in the order of their calls; tools is a list of JSON schemas, or None.
+    objects, results in the order of their calls; tools is a list of JSON schemas, or of names of
+    tools of the run, or None.
     {"row", "ids", "mask"}: a trajectory as in rollouts.jsonl, to be used as it is: its messages
     are left out. Both keep the columns `reward` and `text`, and have `images` and `image_folder` if
     there are images, as in `load`; those of a trajectory are as they were shown.
@@ -468,7 +472,8 @@ def _refuse_filled_tags(messages):
 
 
 def _schemas(tools):
-    """A row's tools: a list of JSON schemas, or its JSON text; None where it has none."""
+    """A row's tools: a list of JSON schemas, or of names of tools of the run, or its JSON text;
+    None where it has none."""
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None
@@ -478,6 +483,9 @@ def _schemas(tools):
         return None
     schemas = []
     for tool in tools if isinstance(tools, list) else [None]:
+        if isinstance(tool, str) and NAME.fullmatch(tool):
+            schemas.append(tool)
+            continue
         function = tool.get("function") if isinstance(tool, dict) else None
         if function is None and isinstance(tool, dict) and "parameters" in tool:
             function = tool  # LLaMA-Factory's have no wrapping
@@ -595,14 +603,52 @@ def _refuse_surrogates(value, column):
                 _refuse_surrogates(item, column)
 
 
-def _refuse_tools(row):
-    """Refuses tools of a row's own: a rollout has those of the run."""
-    tools = row.get("tools")
-    if tools and tools not in ("[]", "null"):
-        raise UserError(
-            f"its 'tools' would not be seen: rollouts have those of --tools=…, got {tools!r:.80}; "
-            "drop the column"
-        )
+def _names_in_row(row):
+    """The columns by which a row says its tools and its rewards, as lists of names: `tools`, and
+    `reward` where it holds text. None, as where there is no such column: those of the run."""
+    names = {}
+    for column in ("tools", "reward"):
+        value = row.get(column)
+        if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise UserError(f"its {column!r} is broken JSON: {error}") from None
+        if column == "reward" and isinstance(value, int | float):  # of a recorded rollout
+            continue
+        if isinstance(value, str):
+            value = value.split(",") if value.strip() not in ("", "null") else None
+        if value is None:
+            if column in row:
+                names[column] = None
+            continue
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            expected = "the names of some of --tools=…" if column == "tools" else "those of rewards"
+            raise UserError(f"its {column!r} holds {value!r:.80}: expected {expected}, as a list")
+        names[column] = [name.strip() for name in value]
+    return names
+
+
+def check_names(examples: list[dict], tools: Container[str], rewards: Container[str]) -> None:
+    """Checks that rows which name their tools, or their rewards, name some of the run's. UserError,
+    with the row's number."""
+    for example in examples:
+        where = f"row {example['id'] + 1}"
+        for name in example.get("tools") or []:
+            if name not in tools:
+                hint = near(name, tools) or f" (there are {', '.join(tools) or 'none'})"
+                raise UserError(f"{where}: its 'tools' names {name!r}, no tool of the run{hint}")
+        if not isinstance(example.get("reward"), list):
+            continue
+        if not example["reward"]:
+            raise UserError(f"{where}: its 'reward' is empty: name one of {', '.join(rewards)}")
+        for name in example["reward"]:
+            if name not in rewards:
+                hint = near(name, rewards) or f" (there are {', '.join(rewards)})"
+                raise UserError(
+                    f"{where}: its 'reward' names {name!r}, none of --rewards=…{hint}; rename the "
+                    "column if it means something else"
+                )
 
 
 # ---- the rows of a file, a task, a folder or the hub

@@ -139,7 +139,7 @@ def summarize(
     n = len(next(iter(by_problem.values())))
     graded = {}
     for problem, samples in by_problem.items():
-        graded[problem] = [t.rewards[outcome] for t in samples if t.rewards[outcome] is not None]
+        graded[problem] = [t.outcome for t in samples if t.outcome is not None]
     not_graded = len(trajectories) - sum(len(values) for values in graded.values())
 
     # 2. the average, one value for each problem
@@ -165,14 +165,14 @@ def summarize(
                 passed.append(pass_at_k(len(values), right, min(k, len(values))))
         numbers[f"pass@{k}"] = mean_or_none(passed)
         if k > 1:
-            votes = [vote_of(samples[:k], outcome) for samples in by_problem.values()]
+            votes = [vote_of(samples[:k]) for samples in by_problem.values()]
             numbers[f"maj@{k}"] = mean_or_none([vote for vote in votes if vote is not None])
 
     # 4. what training logs too
     of_training = ("rollouts", "equal_groups", "tool_seconds")
-    metrics = stats(trajectories, outcome)
-    for name in trajectories[0].rewards:
-        if all(t.rewards[name] is None for t in trajectories):
+    metrics = stats(trajectories)
+    for name in dict.fromkeys(name for t in trajectories for name in t.rewards):
+        if all(t.rewards.get(name) is None for t in trajectories):
             metrics[f"reward_{name}"] = None
     if metrics.get("reward_none") == len(trajectories):
         metrics["reward"] = None
@@ -183,14 +183,14 @@ def summarize(
     return numbers | {name: metrics[name] for name in metrics if name not in of_training}
 
 
-def vote_of(samples: list[Trajectory], outcome: str) -> float | None:
+def vote_of(samples: list[Trajectory]) -> float | None:
     """Finds the score of the answer that most of the graded samples of a problem give; None if
     none of them is graded."""
-    graded = [t for t in samples if t.rewards[outcome] is not None]
+    graded = [t for t in samples if t.outcome is not None]
     if not graded:
         return None
     answers = [reward_functions.answer(t, t.example) for t in graded]
-    return majority(answers, [t.rewards[outcome] for t in graded])
+    return majority(answers, [t.outcome for t in graded])
 
 
 def mean_or_none(values: list[float]) -> float | None:

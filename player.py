@@ -171,6 +171,7 @@ def prepare_task(cfg, limit: int | None = None) -> tuple[Toolbox, dict, list[dic
         raise UserError(f"dynamic_sampling = {cfg.dynamic_sampling!r}: expected one of {names}")
     toolbox = Toolbox(cfg.tools, cfg.tool_concurrency, cfg.tool_timeout, cfg.tool_options)
     examples = load_examples(cfg, cfg.data, cfg.split, limit or cfg.limit, cfg.seed)
+    data.check_names(examples, list(toolbox.tools), list(rewards))
     return toolbox, rewards, examples
 
 

@@ -591,6 +591,14 @@ def _with_options(name: str, function: Callable, texts: dict, timeout: float) ->
 # ---- scores
 
 
+def for_row(selected: dict, example: dict) -> dict:
+    """Those of the selected rewards that a row has: what its `reward` names, or all."""
+    names = example.get("reward")
+    if not isinstance(names, list):
+        return selected
+    return {name: selected[name] for name in names}
+
+
 async def score(trajectory, example, selected) -> dict:
     """{name: value} of all selected rewards but those that see the group, unweighted; None where
     one is None, NaN or infinite. A value is a number, or a list of numbers, one for each turn of

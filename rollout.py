@@ -92,9 +92,9 @@ async def rollouts(
     async def work() -> None:
         # one worker plays one trajectory after the other; the next begins before this is scored
         try:
-            for trajectory, prompt, pictures in waiting:
+            for trajectory, prompt, pictures, chat_of_row in waiting:
                 await play(
-                    trajectory, prompt, chat, engine, toolbox, settings, step, turn, pictures
+                    trajectory, prompt, chat_of_row, engine, toolbox, settings, step, turn, pictures
                 )
                 tasks.create_task(finish(trajectory))
         finally:
@@ -137,19 +137,22 @@ async def rollouts(
 
 def unplayed(
     examples: list[dict], groups: Sequence[int], chat: Chat, samples: int
-) -> Iterator[tuple[Trajectory, list[int], list[Picture]]]:
-    """Yields (trajectory, prompt ids, their Pictures) for each sample of each example. A prompt is
-    rendered once for its group, and its images opened, when its first trajectory is about to be
-    played."""
+) -> Iterator[tuple[Trajectory, list[int], list[Picture], Chat]]:
+    """Yields (trajectory, prompt ids, their Pictures, the chat with the row's tools) for each
+    sample of each example. A prompt is rendered once for its group, and its images opened, when its
+    first trajectory is about to be played."""
     for group, example in zip(groups, examples, strict=True):
-        pictures = chat.pictures(example)
-        prompt = chat.prompt(example["messages"], pictures)
+        chat_of_row = chat.for_row(example)
+        pictures = chat_of_row.pictures(example)
+        prompt = chat_of_row.prompt(example["messages"], pictures)
         for sample in range(samples):
-            yield Trajectory(example, group, sample), prompt, pictures
+            yield Trajectory(example, group, sample), prompt, pictures, chat_of_row
 
 
 async def score(trajectory: Trajectory, rewards: dict) -> None:
-    """Asks the rewards that look at one trajectory alone, and sets what it earned by them."""
+    """Asks the rewards that look at one trajectory alone, and sets what it earned by them. A row
+    may name those that it has."""
+    rewards = reward_functions.for_row(rewards, trajectory.example)
     trajectory.scores = await reward_functions.score(trajectory, trajectory.example, rewards)
     set_reward(trajectory, rewards)
 
@@ -157,6 +160,7 @@ async def score(trajectory: Trajectory, rewards: dict) -> None:
 async def score_group(group: list[Trajectory], rewards: dict) -> None:
     """Asks the rewards that see a group, all samples of one prompt, when each has its own scores;
     sets what each earned by all rewards together."""
+    rewards = reward_functions.for_row(rewards, group[0].example)
     scores_of_all = await reward_functions.score_group(group, rewards)
     for trajectory, scores in zip(group, scores_of_all, strict=True):
         trajectory.scores |= scores
@@ -292,7 +296,8 @@ def stop_before_calls(
     """Says why the turn that was just added is the last one, so that its calls are not run; "" if
     they are. A call that gives the answer is run also behind the limits."""
     turns = len(trajectory.turn_starts)
-    plain_calls = [call for call in calls if not gives_answer(call, toolbox)]
+    names = trajectory.example.get("tools")  # those that the row has; None: all
+    plain_calls = [call for call in calls if not gives_answer(call, toolbox, names)]
     has_answer = len(plain_calls) < len(calls)
     if was_cut:
         return "length"  # the call may be half of one: never executed
@@ -305,10 +310,12 @@ def stop_before_calls(
     return ""
 
 
-def gives_answer(call, toolbox: Toolbox) -> bool:
-    """Says whether the call is of a tool that ends the episode (tools/finish.py)."""
+def gives_answer(call, toolbox: Toolbox, names: list[str] | None = None) -> bool:
+    """Says whether the call is of a tool that ends the episode (tools/finish.py). names: the tools
+    of the row, where it does not have all."""
     tool = toolbox.tools.get(call.name)
-    return tool is not None and tool.ends and not call.error
+    is_there = tool is not None and (names is None or call.name in names)
+    return is_there and tool.ends and not call.error
 
 
 async def run_calls(

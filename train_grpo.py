@@ -530,7 +530,8 @@ def sample_groups(
         played += new
         for first in range(0, len(new), group_size):
             group = new[first : first + group_size]
-            outcomes = {t.rewards.get(dynamic_sampling) for t in group} - {None}
+            # a row that has other rewards is compared by its outcome
+            outcomes = {t.rewards.get(dynamic_sampling, t.outcome) for t in group} - {None}
             agrees = dynamic_sampling and len(outcomes) < 2
             if agrees:
                 equal.append(group)
@@ -546,7 +547,7 @@ def sample_groups(
 def validate(player: Player, examples: list[dict], log: Log) -> dict:
     """Plays held-out examples greedily, once each; prints and returns the metrics."""
     started = time.monotonic()
-    measured = stats(player.play(examples, temperature=0.0), player.outcome)
+    measured = stats(player.play(examples, temperature=0.0))
     metrics = {f"val_{name}": measured[name] for name in ("accuracy", "reward", "tool_call_rate")}
     log.print("           " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     metrics["val_seconds"] = time.monotonic() - started
@@ -569,6 +570,7 @@ def train_here(cfg: Config) -> dict:
     run = Run(cfg)
     held_out = validation_examples(cfg)
     player = Player.of(cfg, cfg.tune)
+    data.check_names(held_out, list(player.toolbox.tools), list(player.rewards))
     model = player.model
     tokenizer = player.chat.tokenizer
     reference = None
@@ -643,7 +645,7 @@ def train_here(cfg: Config) -> dict:
                 metrics |= optim.gpu_gib("rollout")
                 with parallel.together():
                     run_blocking(player.engine.sleep())
-            metrics |= stats(played, player.outcome)
+            metrics |= stats(played)
             metrics["tools_leaked"] = player.toolbox.leaked
 
             # 4. compare each with its group, one masked update (or several)

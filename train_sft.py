@@ -191,7 +191,11 @@ def sft_loss(
 def check_rows(cfg: Config, rows: list[dict]) -> None:
     """Checks that every key has an effect on these rows (of data.conversations)."""
     recorded = ["ids" in row for row in rows]
-    have_tools = ["ids" in row or row["tools"] is not None for row in rows]
+    have_tools = []  # and look at none of the run's
+    for row in rows:
+        tools = row.get("tools")
+        is_named = tools is not None and any(isinstance(tool, str) for tool in tools)
+        have_tools.append("ids" in row or (tools is not None and not is_named))
     on = f"on {cfg.data}, whose rows"
     config.refuse_unused_keys(
         cfg,
@@ -232,7 +236,7 @@ def render(
                 samples.append(recorded_sample(row, vision))
                 continue
             data.check_answers(row["messages"])
-            shown = tools if row["tools"] is None else row["tools"]
+            shown = shown_tools(row, tools)
             data.check_calls(row["messages"], [tool["function"]["name"] for tool in shown])
             key = json.dumps(shown)
             if key not in chats and chats:
@@ -251,6 +255,23 @@ def render(
         except UserError as error:
             raise UserError(f"{name}, row {row['row']}: {error}") from None
     return samples
+
+
+def shown_tools(row: dict, tools: list[dict]) -> list[dict]:
+    """The schemas that a row's prompt shows: its own, those of `tools` that it names, or all of
+    these. UserError for a name that is not among them."""
+    if row["tools"] is None:
+        return tools
+    by_name = {tool["function"]["name"]: tool for tool in tools}
+    shown = []
+    for tool in row["tools"]:
+        if isinstance(tool, str) and tool not in by_name:
+            there = ", ".join(by_name) or "none"
+            raise UserError(
+                f"its 'tools' names {tool!r}, the run has {there}: name it in --tools=…"
+            )
+        shown.append(by_name[tool] if isinstance(tool, str) else tool)
+    return shown
 
 
 def recorded_sample(row: dict, vision: Vision | None) -> Sample:
@@ -292,7 +313,7 @@ def chat_of(
     model; None where all rows are recorded. eos_ids: of the model's generation_config."""
     for row in rows:
         if "messages" in row:
-            shown = tools if row["tools"] is None else row["tools"]
+            shown = shown_tools(row, tools)
             return Chat(tokenizer, cfg.format, shown, cfg.template_options, eos_ids)
     return None
 

@@ -116,6 +116,11 @@ class Trajectory:
         return trajectory
 
     @property
+    def outcome(self) -> float | None:
+        """What says right or wrong: the first of its rewards; None where that graded nothing."""
+        return next(iter(self.rewards.values()), None)
+
+    @property
     def new_tokens(self) -> int:
         """How many tokens the policy sampled."""
         return sum(self.mask) + self.unseen_tokens
@@ -305,9 +310,9 @@ def show(trajectory: Trajectory, tokenizer, console=None, draw: Callable | None 
 # ---- the metrics of many
 
 
-def stats(trajectories: list[Trajectory], outcome: str) -> dict:
-    """Measures a set of trajectories; docs/log.md explains each key. accuracy is the mean of the
-    reward named `outcome`."""
+def stats(trajectories: list[Trajectory]) -> dict:
+    """Measures a set of trajectories; docs/log.md explains each key. accuracy is the mean outcome;
+    that of a reward is over the trajectories that have it."""
     count = len(trajectories)
     metrics = {"rollouts": count}
 
@@ -315,10 +320,10 @@ def stats(trajectories: list[Trajectory], outcome: str) -> dict:
     rewards = [t.reward for t in trajectories if t.reward is not None]
     metrics["reward"] = mean(rewards)
     metrics["reward_none"] = count - len(rewards)
-    for name in trajectories[0].rewards:
-        values = [t.rewards[name] for t in trajectories if t.rewards[name] is not None]
-        metrics[f"reward_{name}"] = mean(values)
-    metrics["accuracy"] = metrics[f"reward_{outcome}"]
+    for name in dict.fromkeys(name for t in trajectories for name in t.rewards):
+        values = [t.rewards.get(name) for t in trajectories]
+        metrics[f"reward_{name}"] = mean([value for value in values if value is not None])
+    metrics["accuracy"] = mean([t.outcome for t in trajectories if t.outcome is not None])
     late = sum(len(t.reward_timeouts) for t in trajectories)
     if late:
         metrics["reward_timeouts"] = late

@@ -13,6 +13,7 @@ import json
 import random
 import re
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 import httpx2 as httpx
@@ -468,6 +469,15 @@ class Endpoint(Engine):
 
     def prompt(self, messages: list[dict], pictures: list = ()) -> list[int]:
         return []
+
+    def for_row(self, example: dict) -> "Endpoint":
+        """The same API, told only of the tools that a row names; this one where it names none."""
+        names = example.get("tools")
+        if names is None:
+            return self
+        other = copy(self)
+        other.tools = [tool for tool in self.tools if tool["function"]["name"] in names]
+        return other
 
     def pictures(self, example: dict) -> list[Picture]:
         """Opens the images of a data row's messages."""

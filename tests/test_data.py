@@ -276,7 +276,7 @@ def test_tools_may_be_a_list_or_its_json_and_none_of_them_is_not_no_column():
     assert [row["tools"] for row in found] == [[TOOL], [TOOL], [], [], None, None, None]
 
 
-@pytest.mark.parametrize("tools", [["find"], TOOL["function"], TOOL, [{"name": "f"}], 3, "{}"])
+@pytest.mark.parametrize("tools", [["find it"], TOOL["function"], TOOL, [{"name": "f"}], 3, "{}"])
 def test_tools_that_are_no_schemas_are_refused(tools):
     said = refusal(talk(USER, SAYS), talk(USER, SAYS, tools=tools))
     assert said.startswith("row 2: its 'tools' holds ") and "expected [{" in said
@@ -406,11 +406,42 @@ def test_columns_that_no_rollout_would_see_are_refused():
             f"x.jsonl, row 2: its {column!r} would not be seen: leave the row out or make it text"
         )
         assert complaint(write(row(), row(**{column: ["a"]}))).startswith(says)
-    for tools in ([TOOL], json.dumps([TOOL]), ["find"], {"find": {}}):
-        says = "x.jsonl, row 2: its 'tools' would not be seen: rollouts have those of --tools=…"
-        assert complaint(write(row(), row(tools=tools))).startswith(says)
-    for tools in ([], None, "", "[]", "null"):
-        assert len(data.load(write(row(tools=tools, images=[])))) == 1
+
+
+@pytest.mark.parametrize("column", ["tools", "reward"])
+def test_a_row_may_name_its_tools_and_its_rewards(column):
+    forms = {"find": ["find"], '["a", "b"]': ["a", "b"], "a, b": ["a", "b"], "null": None, "": None}
+    for text, names in forms.items():
+        (example,) = data.load(write(row(**{column: text})))
+        assert example[column] == names
+    (example,) = data.load(write(row(**{column: ["find"]})))
+    assert example[column] == ["find"]
+    assert column not in data.load(write(row()))[0]
+    for value in ([TOOL], json.dumps([TOOL]), {"find": {}}, [1]):
+        says = f"x.jsonl, row 2: its {column!r} holds "
+        assert complaint(write(row(), row(**{column: value}))).startswith(says)
+
+
+def test_a_reward_that_is_a_number_is_that_of_a_recorded_rollout():
+    examples = data.load(write(row(reward=0.5)))
+    assert examples[0]["reward"] == 0.5
+    data.check_names(examples, ["find"], ["correct"])
+
+
+@pytest.mark.parametrize(
+    "columns, says",
+    [
+        ({"tools": ["fnid"]}, "row 2: its 'tools' names 'fnid', no tool of the run: did you mean"),
+        ({"tools": ["sql"]}, "row 2: its 'tools' names 'sql', no tool of the run (there are find)"),
+        ({"reward": "corect"}, "row 2: its 'reward' names 'corect', none of --rewards=…: did you"),
+        ({"reward": []}, "row 2: its 'reward' is empty: name one of correct, f1"),
+    ],
+)
+def test_names_of_a_row_that_the_run_does_not_have_are_told(columns, says):
+    examples = data.load(write(row(tools=["find"], reward="f1"), row(**columns)))
+    with pytest.raises(UserError) as caught:
+        data.check_names(examples, ["find"], ["correct", "f1"])
+    assert str(caught.value).startswith(says)
 
 
 def image(*parts):

@@ -495,7 +495,7 @@ def test_a_prompt_that_fills_the_context_gives_a_trajectory_without_sampled_toke
     args = [EXAMPLE], chat, engine, box, Settings(max_tokens=room)
     (t,) = asyncio.run(rollouts(*args, rewards=reward))
     assert (t.stop, t.new_tokens, t.turn_starts, engine.requests) == ("length", 0, [], [])
-    assert t.reward == 0.0 and stats([t], "correct")["new_tokens"] == 0
+    assert t.reward == 0.0 and stats([t])["new_tokens"] == 0
     assert [kind for kind, _ in spans(t, tokenizer)] == ["c"]
 
 
@@ -734,6 +734,56 @@ def test_a_reward_that_sees_its_group_is_asked_when_all_of_that_have_ended(token
     )  # each once, with its reward
 
 
+# Rows that name their tools and their rewards
+
+
+def test_a_row_has_only_the_tools_that_it_names(tokenizer):
+    """Not in its prompt, unknown when called; a group shares them."""
+
+    def script(ids, sampling):
+        return encode(tokenizer, "5" + STOP)
+
+    rows = [EXAMPLE | {"id": i, "tools": names} for i, names in enumerate([["add"], ["give"], []])]
+    chat, engine, box = stage(tokenizer, script, functions=(add, give))
+    played = asyncio.run(
+        rollouts([*rows, EXAMPLE], chat, engine, box, Settings(max_turns=1), samples=2)
+    )
+    prompts = [tokenizer.decode(t.ids[: t.turn_starts[0]]) for t in played]
+    shown = [["add" in prompt, "give" in prompt] for prompt in prompts[::2]]
+    assert shown == [[True, False], [False, True], [False, False], [True, True]]
+    assert prompts[::2] == prompts[1::2]
+
+
+def test_a_call_of_a_tool_that_the_row_does_not_have_is_unknown(tokenizer):
+    def script(ids, sampling):
+        said = len(engine.requests)
+        return encode(tokenizer, texts[min(said, 3) - 1])
+
+    texts = [call("add", '{"a": 2, "b": 3}') + STOP, GIVE, "ok" + STOP]
+    chat, engine, box = stage(tokenizer, script, functions=(add, give))
+    row = EXAMPLE | {"tools": ["add"]}
+    (t,) = asyncio.run(rollouts([row], chat, engine, box, Settings()))
+    assert [c.error for c in t.calls] == [None, "unknown_tool"]
+    assert t.calls[1].result.startswith("error: there is no tool 'give'; the tools are: add(")
+    assert "give(" not in t.calls[1].result
+    assert (t.stop, t.answer) == ("answered", None)  # the call that it does not have ended nothing
+
+
+def test_a_row_is_scored_by_the_rewards_that_it_names(tokenizer):
+    chat, engine, box = stage(tokenizer, lambda ids, sampling: encode(tokenizer, "x" + STOP))
+    rewards = {
+        "one": (lambda t, e: 1.0, 1.0),
+        "two": (lambda group, e: [2.0 for _ in group], 0.5),
+        "never": (lambda t, e: 1 / 0, 1.0),
+    }
+    rows = [EXAMPLE | {"reward": ["one"]}, EXAMPLE | {"reward": ["two", "one"]}]
+    played = asyncio.run(rollouts(rows, chat, engine, box, Settings(), rewards=rewards))
+    assert [t.rewards for t in played] == [{"one": 1.0}, {"two": 2.0, "one": 1.0}]
+    assert [t.reward for t in played] == [1.0, 2.0]
+    assert [t.outcome for t in played] == [1.0, 2.0]
+    assert stats(played)["accuracy"] == 1.5 and stats(played)["reward_two"] == 2.0
+
+
 # Crashes, cancellation
 
 
@@ -896,8 +946,7 @@ def test_stats_of_a_set_made_by_hand():
             made(0, 0.0, stop="length", new=6),
             made(1, 1.0, [silent, bad], turns=3),
             made(1, None, stop="timeout", new=0, turns=0),
-        ],
-        "correct",
+        ]
     )
     assert out == {
         "rollouts": 4,

@@ -239,6 +239,22 @@ def test_ids_of_another_tokenizer_are_refused(played, tokenizer, folder, tmp_pat
 # Conversations
 
 
+def test_a_row_that_names_tools_shows_these_of_the_config(tokenizer):
+    find, add = schema("find"), schema("add")
+    rows = [
+        {"row": i, "messages": conversation()["messages"], "tools": names}
+        for i, names in enumerate([["add"], None, ["find", "add"], []], 1)
+    ]
+    samples = train_sft.render(rows, tokenizer, "hermes", [find, add], "x")
+    texts = [tokenizer.decode(sample.ids) for sample in samples]
+    shown = [['"find"' in text, '"add"' in text] for text in texts]
+    assert shown == [[False, True], [True, True], [True, True], [False, False]]
+    with pytest.raises(
+        UserError, match="x, row 1: its 'tools' names 'add', the run has find: name"
+    ):
+        train_sft.render(rows, tokenizer, "hermes", [find], "x")
+
+
 def test_a_row_shows_its_own_tools_and_else_those_of_the_config(tokenizer, monkeypatch):
     """Pitfall 49: the template is proved once, and each distinct set of tools is looked at once."""
     made = []

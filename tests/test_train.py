@@ -542,7 +542,7 @@ def test_the_majority_is_of_equal_answers_and_a_tie_goes_to_the_earlier():
 
 def test_a_summary_of_a_set_made_by_hand(monkeypatch):
     """Pitfall 51: avg, pass and maj at k, per problem."""
-    monkeypatch.setattr(evaluate, "stats", lambda trajectories, outcome: {"turns": 1.0})
+    monkeypatch.setattr(evaluate, "stats", lambda trajectories: {"turns": 1.0})
     monkeypatch.setattr(evaluate.reward_functions, "answer", lambda t, example: t.said)
     table = {
         0: [("7", 0.0), ("8", 1.0), ("8", 1.0)],
@@ -550,7 +550,9 @@ def test_a_summary_of_a_set_made_by_hand(monkeypatch):
         2: [(None, 0.0), (None, None), ("3", 0.0)],
     }
     trajectories = [
-        SimpleNamespace(group=g, said=said, rewards={"correct": value}, example={}, ids=[1])
+        SimpleNamespace(
+            group=g, said=said, rewards={"correct": value}, outcome=value, example={}, ids=[1]
+        )
         for g, samples in table.items()
         for said, value in samples
     ]

@@ -709,7 +709,7 @@ def test_a_sampled_placeholder_ends_that_trajectory_alone(qwen):
     assert [t.reward for t in played] == [1.0, None, 1.0]
     for t in played:
         assert qwen.vision.fits(t.ids, t.images) and len(t.images) == 1
-    metrics = stats(played, "correct")
+    metrics = stats(played)
     assert metrics["stop_placeholder"] == 1 / 3 and metrics["accuracy"] == 2 / 3
     assert metrics["images"] == 1
 

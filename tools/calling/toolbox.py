@@ -97,6 +97,9 @@ class Session:
     def __init__(self, box: Toolbox, example: dict, images: list | None = None):
         self.box = box
         self.example = example if images is None else {**example, "images": images}
+        self.tools = box.tools  # name -> Tool: those of the row, if it names some
+        if example.get("tools") is not None:
+            self.tools = {name: t for name, t in box.tools.items() if name in example["tools"]}
         self._states = {}  # a tool's make -> what it made
         self._to_close = []  # all that was made, also what is used no more
         self._making = defaultdict(asyncio.Lock)  # a tool's make -> held while it runs
@@ -105,10 +108,10 @@ class Session:
     async def call(self, name: str, arguments: dict | None) -> tuple[str | list, str | None, float]:
         """-> content (text, or a list of texts and PIL images), error kind or None, seconds."""
         # 1. what calls no tool, or does not fit it, is told how to call it
-        tool = self.box.tools.get(name) if isinstance(name, str) else None
+        tool = self.tools.get(name) if isinstance(name, str) else None
         seconds = 0.0
         if tool is None:
-            known = ", ".join(map(_signature, self.box.tools.values()))
+            known = ", ".join(map(_signature, self.tools.values())) or "none"
             content = f"error: there is no tool {name!r}; the tools are: {known}"
             error = "unknown_tool"
         elif wrong := wrong_arguments(name, tool.schema["function"]["parameters"], arguments):
