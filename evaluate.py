@@ -21,7 +21,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from run import config
+from run import config, mix
 
 if __name__ == "__main__":
     # the keys of train_grpo.py that shape a rollout can be given here too
@@ -266,7 +266,7 @@ def origin_of_rows(cfg: train_grpo.Config) -> str:
     """Says what the rows of an evaluation were to the run that made its model; "" if that is not
     known, or if it has nothing to do with them."""
     trained = training_of(cfg.model)
-    if trained is None:
+    if trained is None or cfg.mix or trained.mix:
         return ""
     if data.is_file(cfg.data):
         place = Path(cfg.data).expanduser().resolve()
@@ -315,6 +315,11 @@ def open_player(cfg: train_grpo.Config, given: Config) -> Player:
     """Makes what plays: the config's model by its engine, or a model behind an API."""
     if not given.endpoint:
         return Player.of(cfg, limit=given.limit)
+    if cfg.mix:
+        raise UserError(
+            "endpoint has no effect on a mix: evaluate one source after the other, such as "
+            f"--config {cfg.mix[0].partition('.py:')[0].removesuffix('.py')}.py"
+        )
     toolbox, rewards, examples = prepare_task(cfg, given.limit)
     key = key_from(given.key_env)
     api = Endpoint(given.endpoint, cfg.model, toolbox.schemas, key)
@@ -413,7 +418,7 @@ def evaluate(cfg: train_grpo.Config, given: Config) -> dict:
         trajectories, problem = play_all(player, given.n, given.batch, folder)
     numbers = {
         "model": cfg.model,
-        "data": cfg.data,
+        "data": ", ".join(cfg.mix) or cfg.data,
         "split": cfg.split,
         "seed": given.seed,
         "temperature": given.temperature,
@@ -422,6 +427,12 @@ def evaluate(cfg: train_grpo.Config, given: Config) -> dict:
     if origin:
         numbers["rows"] = origin
     numbers |= summarize(trajectories, player.outcome, given.k, given.pass_at)
+    if cfg.mix:
+        numbers["sources"] = {}
+        for name, of_source in player.players.items():
+            played = [t for t in trajectories if t.example[mix.KEY] == name]
+            summary = summarize(played, of_source.outcome, given.k, given.pass_at)
+            numbers["sources"][name] = summary
     if given.endpoint:
         numbers |= player.engine.report()
     try:
@@ -510,6 +521,17 @@ def repeats_of_average(numbers: dict) -> set[str]:
     return {name for name in names if name in numbers and numbers[name] == average}
 
 
+def cell(value):
+    """Makes the text of a number, without markup: a model's name may look like it."""
+    from rich.text import Text
+
+    if value is None:
+        return Text("nothing graded")
+    if isinstance(value, float):
+        return Text(f"{value:.4f}")
+    return Text(escaped(str(value)))
+
+
 def table(numbers: dict) -> None:
     """Prints the numbers as a table."""
     from rich.console import Console
@@ -519,20 +541,19 @@ def table(numbers: dict) -> None:
     title = Text(escaped(f"{numbers['model']} on {numbers['data']}"))
     out = Table(title=title, title_justify="left")
     out.add_column("metric")
-    out.add_column("value", justify="right")
+    sources = numbers.get("sources", {})
+    for name in ("all" if sources else "value", *sources):
+        out.add_column(name, justify="right")
     repeated = repeats_of_average(numbers)
     for key, value in numbers.items():
-        if key in ("pass_at", "not_saved") or key in repeated:
+        if key in ("pass_at", "not_saved", "sources") or key in repeated:
             continue
-        if key.startswith("pass@"):
-            key = f"{key} (reward >= {numbers['pass_at']:g})"
-        if value is None:
-            shown = "nothing graded"
-        elif isinstance(value, float):
-            shown = f"{value:.4f}"
-        else:
-            shown = str(value)
-        out.add_row(key, Text(escaped(shown)))  # no markup: a model's name may look like it
+        name = f"{key} (reward >= {numbers['pass_at']:g})" if key.startswith("pass@") else key
+        cells = [cell(value)]
+        cells += [
+            cell(of_source[key]) if key in of_source else "" for of_source in sources.values()
+        ]
+        out.add_row(name, *cells)
     Console(highlight=False).print(out)
 
 

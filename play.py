@@ -26,7 +26,7 @@ import dataclasses
 import json
 import sqlite3
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from run import config
+from run import config, mix
 
 if __name__ == "__main__":
     config.answer_help(__file__, "train_grpo.py", keys=config.ROLLOUT_KEYS)
@@ -87,15 +87,18 @@ def check(cfg: Config) -> None:
 
 def play_model(cfg: train_grpo.Config, given: Config) -> Trajectory:
     """Plays and prints the first example of a config, or the question given, with its model."""
+    if cfg.mix and given.prompt:
+        cfg = mix.sources(cfg)[0].cfg  # asked as the first of them asks
     with tempfile.TemporaryDirectory() as folder:
         if given.prompt:
             cfg = with_own_row(cfg, given, Path(folder))
         with Player.of(cfg, limit=1) as player:
             if given.prompt:
                 player.rewards.clear()  # there is no right answer to compare with
-            (trajectory,) = player.play(player.examples)
-    show_rollout(trajectory, player.chat.tokenizer, save_images(trajectory))
-    return trajectory
+            trajectories = player.play(player.examples)  # of a mix, one of each source
+    for trajectory in trajectories:
+        show_rollout(trajectory, player.chat.tokenizer, save_images(trajectory))
+    return trajectories[0]
 
 
 def with_own_row(cfg: train_grpo.Config, given: Config, folder: Path) -> train_grpo.Config:
@@ -116,7 +119,10 @@ def with_own_row(cfg: train_grpo.Config, given: Config, folder: Path) -> train_g
 
 
 def play_made_up(cfg: train_grpo.Config) -> Trajectory:
-    """Plays and prints one rollout of an oracle; UserError for what the config gets wrong."""
+    """Plays and prints one rollout of an oracle, of a mix one of each source; UserError for what
+    the config gets wrong."""
+    if cfg.mix:
+        return of_each_source(cfg, play_made_up)
     notes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         # 1. rows that are here, and what an oracle says to the first
@@ -150,7 +156,10 @@ def play_made_up(cfg: train_grpo.Config) -> Trajectory:
 
 
 def show_demonstration(cfg: train_sft.Config) -> Trajectory:
-    """Renders and prints the first row of a config of train_sft.py, as it would be trained on."""
+    """Renders and prints the first row of a config of train_sft.py, as it would be trained on; of a
+    mix, the first of each source."""
+    if cfg.mix:
+        return of_each_source(cfg, show_demonstration)
     notes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         cfg = with_local_data(cfg, folder, notes)
@@ -182,6 +191,16 @@ def show_demonstration(cfg: train_sft.Config) -> Trajectory:
 
 
 # ---- a rollout on the terminal
+
+
+def of_each_source(cfg, show_one: Callable) -> Trajectory:
+    """Shows each source of a mix; returns the first one's trajectory."""
+    trajectories = []
+    for source in mix.sources(cfg):
+        print(f"\n{source.name}, weight {float(source.weight):g}\n")
+        with mix.told_by(source.name):
+            trajectories.append(show_one(source.cfg))
+    return trajectories[0]
 
 
 def save_images(trajectory: Trajectory) -> list[Path]:

@@ -6,6 +6,8 @@ with Player.of(cfg) as player:            # loads, proves the chat template, sta
 Player(chat, engine, toolbox, rewards, Settings()).play(examples)   # of parts made by hand
 """
 
+import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +22,7 @@ from learning import model as models
 from learning import parallel
 from learning.vision import Vision, find_vision, why_blind
 from rollout import Settings, rollouts
+from run import mix
 from run.config import UserError
 from run.loop import run_blocking
 from tools import Toolbox
@@ -53,6 +56,8 @@ class Player:
         # 1. what needs no model
         check_engine(cfg.engine, cfg.urls, tune)
         models.find(cfg.model)
+        if cfg.mix:
+            return Mixture.of_sources(cfg, tune, limit)
         toolbox, rewards, examples = prepare_task(cfg, limit)
 
         # 2. the chat template, proved before any weights are loaded
@@ -63,23 +68,7 @@ class Player:
         check_prompts(chat, examples, cfg.max_tokens)
 
         # 3. the weights, unless an engine elsewhere has them
-        if tune == "none" and cfg.tune == "qlora" and models.is_adapter(cfg.model):
-            tune = "none4bit"  # what was trained was an adapter on the rounded base
-        model = None
-        if cfg.engine == "transformers" or tune != "none":
-            model, _ = models.load(
-                cfg.model,
-                tune,
-                cfg.dtype,
-                lora_r=cfg.lora_r,
-                lora_alpha=cfg.lora_alpha,
-                lora_targets=cfg.lora_targets,
-                seed=cfg.seed,
-                train_vision=cfg.train_vision,
-            )
-            models.set_image_size(model, vision)
-            models.set_stop_ids(model, chat.stop_ids)
-            models.check_positions(model, cfg.model, cfg.max_tokens)
+        model = load_policy(cfg, tune, chat)
         settings = Settings.of(cfg)
         return cls(chat, None, toolbox, rewards, settings, None, model, examples, cfg)
 
@@ -88,14 +77,15 @@ class Player:
             if self.engine is None:
                 has_images = any(example.get("images") for example in self.examples)
                 # tools may return some; without them, and none in the rows, there will be none
-                may_come = has_images or self.cfg.tools or self.cfg.train_vision
+                has_tools = any(toolbox.tools for toolbox in self.toolboxes)
+                may_come = has_images or has_tools or self.cfg.train_vision
                 vision = self.chat.vision if may_come else None
                 starting = start_engine(
                     self.cfg, self.model, self.chat.tokenizer, vision, has_images
                 )
                 self.engine = run_blocking(starting)
         except BaseException:
-            run_blocking(self.toolbox.close())
+            self._close_tools()
             raise
         return self
 
@@ -103,12 +93,29 @@ class Player:
         try:
             run_blocking(self.engine.close())
         finally:
-            run_blocking(self.toolbox.close())
+            self._close_tools()
+
+    def _close_tools(self) -> None:
+        for toolbox in self.toolboxes:
+            run_blocking(toolbox.close())
+
+    @property
+    def toolboxes(self) -> list[Toolbox]:
+        """Those of all sources."""
+        return [self.toolbox]
 
     @property
     def outcome(self) -> str:
         """The name of the reward that says right or wrong: the first."""
         return next(iter(self.rewards))
+
+    def next_prompts(self, cursor: int, count: int, seed: int) -> list[dict]:
+        """Takes the next `count` examples after the `cursor` that were taken."""
+        return mix.next_rows(cursor, self.examples, count, seed)
+
+    def check_names(self, examples: list[dict]) -> None:
+        """Checks that rows which name their tools or rewards name some that are there."""
+        data.check_names(examples, list(self.toolbox.tools), list(self.rewards))
 
     def play(
         self,
@@ -121,29 +128,40 @@ class Player:
     ) -> list[Trajectory]:
         """Plays and scores `samples` trajectories of each example; see rollout.rollouts.
         temperature: instead of that of the settings. Works in notebooks too."""
-        settings = self.settings
-        if temperature is not None:
-            settings = replace(settings, temperature=temperature)
         # each rank plays its share; then all of them know all trajectories
         groups = parallel.share(list(range(len(examples))))
         with parallel.together():
-            playing = rollouts(
+            playing = self.rollouts(
                 [examples[group] for group in groups],
-                self.chat,
-                self.engine,
-                self.toolbox,
-                settings,
+                [first_group + group for group in groups],
+                temperature,
                 step=step,
                 samples=samples,
-                rewards=self.rewards,
                 on_done=on_done,
-                groups=[first_group + group for group in groups],
-                turn=self.turn,
             )
             played = run_blocking(playing)
         played = parallel.gathered(played)
         self._prepare_images(played)
         return sorted(played, key=lambda trajectory: (trajectory.group, trajectory.sample))
+
+    async def rollouts(
+        self, examples: list[dict], groups: list[int], temperature: float | None, **options
+    ) -> list[Trajectory]:
+        """Plays examples, whose numbers are `groups`, in this process; see rollout.rollouts."""
+        settings = self.settings
+        if temperature is not None:
+            settings = replace(settings, temperature=temperature)
+        return await rollouts(
+            examples,
+            self.chat,
+            self.engine,
+            self.toolbox,
+            settings,
+            rewards=self.rewards,
+            groups=groups,
+            turn=self.turn,
+            **options,
+        )
 
     def _prepare_images(self, trajectories: list[Trajectory]) -> None:
         """Prepares the images of trajectories that other ranks have played: they come without what
@@ -160,6 +178,131 @@ class Player:
                     made.original = picture.original
                     prepared[picture.key] = made
                 trajectory.images[number] = prepared[picture.key]
+
+
+@dataclass
+class Mixture(Player):
+    """Plays the examples of several sources (run/mix.py), each by a Player of its own. They share
+    the model and the engine. Its own chat, toolbox and rewards are those of the first source."""
+
+    players: dict[str, Player] = field(default_factory=dict)  # source -> what plays it
+    weights: dict = field(default_factory=dict)  # source -> Fraction
+
+    @classmethod
+    def of_sources(cls, cfg, tune: str, limit: int | None) -> "Mixture":
+        """Makes it of a config with a mix, as Player.of does."""
+        # 1. what needs no model
+        sources = mix.sources(cfg)
+        tasks = {}
+        every_example = []
+        for source in sources:
+            with mix.told_by(source.name):
+                tasks[source.name] = prepare_task(source.cfg, limit)
+            for example in tasks[source.name][2]:
+                example[mix.KEY] = source.name
+                every_example.append(example)
+
+        # 2. the chat template with the format and the tools of each
+        tokenizer = models.load_tokenizer(cfg.model, cfg.chat_template)
+        eos_ids = models.eos_ids(cfg.model)
+        vision = load_vision(cfg, tokenizer, every_example)
+        players = {}
+        for source in sources:
+            toolbox, rewards, examples = tasks[source.name]
+            options = cfg.template_options
+            with mix.told_by(source.name):
+                chat = Chat(tokenizer, source.cfg.format, toolbox.schemas, options, eos_ids, vision)
+                check_prompts(chat, examples, cfg.max_tokens)
+            settings = Settings.of(source.cfg)
+            # together they play no more at once than one would
+            at_once = math.ceil(settings.max_concurrent / len(sources))
+            settings = replace(settings, max_concurrent=at_once)
+            players[source.name] = Player(
+                chat, None, toolbox, rewards, settings, examples=examples, cfg=source.cfg
+            )
+
+        # 3. the weights
+        first = players[sources[0].name]
+        model = load_policy(cfg, tune, *(player.chat for player in players.values()))
+        return cls(
+            first.chat,
+            None,
+            first.toolbox,
+            first.rewards,
+            first.settings,
+            model=model,
+            examples=every_example,
+            cfg=cfg,
+            players=players,
+            weights={source.name: source.weight for source in sources},
+        )
+
+    @property
+    def toolboxes(self) -> list[Toolbox]:
+        return [player.toolbox for player in self.players.values()]
+
+    @property
+    def outcome(self) -> str:
+        """The name of the first reward, where all sources have the same."""
+        names = {player.outcome for player in self.players.values()}
+        return names.pop() if len(names) == 1 else "outcome"
+
+    def next_prompts(self, cursor: int, count: int, seed: int) -> list[dict]:
+        rows = {name: player.examples for name, player in self.players.items()}
+        return mix.next_of_sources(cursor, rows, self.weights, count, seed)
+
+    def check_names(self, examples: list[dict]) -> None:
+        for name, player in self.players.items():
+            with mix.told_by(name):
+                player.check_names([e for e in examples if e[mix.KEY] == name])
+
+    async def rollouts(
+        self, examples: list[dict], groups: list[int], temperature: float | None, **options
+    ) -> list[Trajectory]:
+        playing = []
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for name, player in self.players.items():
+                    player.engine = self.engine
+                    mine = [i for i, example in enumerate(examples) if example[mix.KEY] == name]
+                    if not mine:
+                        continue
+                    work = player.rollouts(
+                        [examples[i] for i in mine],
+                        [groups[i] for i in mine],
+                        temperature,
+                        **options,
+                    )
+                    playing.append(tasks.create_task(work))
+        except ExceptionGroup as group:
+            first = group.exceptions[0]
+            raise first from first.__cause__
+        played = [trajectory for part in playing for trajectory in part.result()]
+        return sorted(played, key=lambda trajectory: (trajectory.group, trajectory.sample))
+
+
+def load_policy(cfg, tune: str, *chats: Chat):
+    """Loads the weights that a config names, with the stop tokens of its chats; None where they are
+    in an engine elsewhere."""
+    if tune == "none" and cfg.tune == "qlora" and models.is_adapter(cfg.model):
+        tune = "none4bit"  # what was trained was an adapter on the rounded base
+    if cfg.engine != "transformers" and tune == "none":
+        return None
+    model, _ = models.load(
+        cfg.model,
+        tune,
+        cfg.dtype,
+        lora_r=cfg.lora_r,
+        lora_alpha=cfg.lora_alpha,
+        lora_targets=cfg.lora_targets,
+        seed=cfg.seed,
+        train_vision=cfg.train_vision,
+    )
+    models.set_image_size(model, chats[0].vision)
+    stop_ids = dict.fromkeys(stop_id for chat in chats for stop_id in chat.stop_ids)
+    models.set_stop_ids(model, tuple(stop_ids))
+    models.check_positions(model, cfg.model, cfg.max_tokens)
+    return model
 
 
 def prepare_task(cfg, limit: int | None = None) -> tuple[Toolbox, dict, list[dict]]:
@@ -195,6 +338,13 @@ def validation_examples(cfg) -> list[dict]:
     """Loads the rows that are held out for train_grpo's eval_every; [] without it."""
     if not cfg.eval_every:
         return []
+    if cfg.mix:
+        held_out = []
+        for source in mix.sources(cfg):
+            with mix.told_by(source.name):
+                for example in validation_examples(source.cfg):
+                    held_out.append(example | {mix.KEY: source.name})
+        return held_out
     if data.is_file(cfg.data) and not cfg.eval_data:
         why = f"data = {cfg.data!r} is a file and has no split of its own for eval_every"
         raise UserError(f"eval_data is missing: {why}")

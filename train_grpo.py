@@ -31,7 +31,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from run import config
+from run import config, mix
 
 if __name__ == "__main__":
     config.answer_help(__file__)  # before torch takes its second to load
@@ -61,7 +61,7 @@ from player import Player, validation_examples
 from run.config import UserError
 from run.log import Log, NoLog, check_logger
 from run.loop import run_blocking
-from trajectory import Trajectory, stats
+from trajectory import Trajectory, stats, stats_of_sources
 
 # what the line of a step shows, and how
 COLUMNS = {
@@ -107,6 +107,7 @@ class Config:
     parallel: Literal["none", "ddp", "fsdp"] = "none"  # ddp: all weights on each; fsdp: in shards
     gpus: int = 1  # processes to start on this machine, one a GPU, or as many on its CPU
     # data
+    mix: tuple[str, ...] = ()  # in the place of data: configs, each file.py[:weight]; run/mix.py
     data: str = "task:calc"  # task:name, .jsonl, .parquet, or a hub id such as openai/gsm8k:main
     split: str = "train"  # of a task or a hub data set; a file has none
     limit: int | None = None  # use the first n rows
@@ -213,6 +214,7 @@ class LearnSettings:
 
 def check(cfg: Config) -> None:
     """Checks the rules across keys. A key that would have no effect is an error, not a surprise."""
+    mix.check(cfg)
     on_policy = cfg.updates_per_batch == 1 and cfg.minibatches == 1
     options = read_options(cfg.engine, cfg.engine_options)
     has_cache_size = getattr(options, "kv_cache_gib", 0) > 0
@@ -482,19 +484,6 @@ def mean_metrics(metrics: list[dict]) -> dict:
 # ---- the run
 
 
-def next_prompts(cursor: int, examples: list[dict], count: int, seed: int) -> list[dict]:
-    """Takes the next `count` examples after the `cursor` that were taken: every one once in a
-    random order, then all again in another."""
-    picked = []
-    for i in range(cursor, cursor + count):
-        epoch, at = divmod(i, len(examples))
-        if not picked or at == 0:
-            everyone = range(len(examples))
-            order = random.Random(f"{seed} {epoch}").sample(everyone, len(examples))
-        picked.append(examples[order[at]])
-    return picked
-
-
 def sample_groups(
     player: Player,
     cursor: int,
@@ -521,7 +510,7 @@ def sample_groups(
     rounds = 1 + dynamic_attempts if dynamic_sampling else 1
     for _ in range(rounds):
         missing = prompts_per_step - len(kept)
-        prompts = next_prompts(cursor + started, player.examples, missing, seed)
+        prompts = player.next_prompts(cursor + started, missing, seed)
         # the bar is of this rank's share
         on_done = expect(len(parallel.share(prompts)) * group_size) if expect else None
         # the first group's number goes on, so that no two groups share a seed
@@ -547,8 +536,12 @@ def sample_groups(
 def validate(player: Player, examples: list[dict], log: Log) -> dict:
     """Plays held-out examples greedily, once each; prints and returns the metrics."""
     started = time.monotonic()
-    measured = stats(player.play(examples, temperature=0.0))
+    played = player.play(examples, temperature=0.0)
+    measured = stats(played)
     metrics = {f"val_{name}": measured[name] for name in ("accuracy", "reward", "tool_call_rate")}
+    for name, value in stats_of_sources(played).items():
+        if name.endswith("/accuracy"):
+            metrics[f"val_{name}"] = value
     log.print("           " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     metrics["val_seconds"] = time.monotonic() - started
     return metrics
@@ -570,7 +563,7 @@ def train_here(cfg: Config) -> dict:
     run = Run(cfg)
     held_out = validation_examples(cfg)
     player = Player.of(cfg, cfg.tune)
-    data.check_names(held_out, list(player.toolbox.tools), list(player.rewards))
+    player.check_names(held_out)
     model = player.model
     tokenizer = player.chat.tokenizer
     reference = None
@@ -646,7 +639,8 @@ def train_here(cfg: Config) -> dict:
                 with parallel.together():
                     run_blocking(player.engine.sleep())
             metrics |= stats(played)
-            metrics["tools_leaked"] = player.toolbox.leaked
+            metrics |= stats_of_sources(played)
+            metrics["tools_leaked"] = sum(toolbox.leaked for toolbox in player.toolboxes)
 
             # 4. compare each with its group, one masked update (or several)
             metrics |= learn(
@@ -671,7 +665,8 @@ def train_here(cfg: Config) -> dict:
             with parallel.whole(model):
                 run_blocking(sync_and_check(player.engine, model, cfg.steps, canary))
                 summary |= validate(player, held_out, log)
-        log.summary(summary | {"known_results": player.toolbox.cache.hits})
+        known = sum(toolbox.cache.hits for toolbox in player.toolboxes)
+        log.summary(summary | {"known_results": known})
     return metrics
 
 

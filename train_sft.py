@@ -27,7 +27,7 @@ from functools import partial
 from itertools import chain
 from typing import Literal
 
-from run import config
+from run import config, mix
 
 if __name__ == "__main__":
     config.answer_help(__file__)
@@ -81,6 +81,7 @@ class Config:
     parallel: Literal["none", "ddp", "fsdp"] = "none"  # ddp: all weights on each; fsdp: in shards
     gpus: int = 1  # processes to start on this machine, one a GPU, or as many on its CPU
     # data
+    mix: tuple[str, ...] = ()  # in the place of data: configs, each file.py[:weight]; run/mix.py
     data: str = "task:calc"  # demonstrations of a task, or rows of .jsonl, .parquet or a hub id
     rows: int | None = None  # use the first n; for a task: make n (default 8192)
     min_reward: float | None = None  # of these, only rows whose `reward` is at least this
@@ -125,6 +126,7 @@ class Config:
 
 def check(cfg: Config) -> None:
     """Checks the rules across keys. A key that would have no effect is an error, not a surprise."""
+    mix.check(cfg)
     lora = "lora_r lora_alpha lora_targets"
     config.refuse_unused_keys(
         cfg,
@@ -132,6 +134,7 @@ def check(cfg: Config) -> None:
             (cfg.tune == "full", lora, "with tune=full: use --tune=lora, or drop it"),
             (cfg.model == "tiny", "chat_template", "with model=tiny: it has its own template"),
             (cfg.model != "tiny", "whole_names", f"with model={cfg.model}: it has a tokenizer"),
+            (bool(cfg.mix), "shuffle", "with a mix: its rows are drawn by weight, so drop it"),
             (cfg.optimizer != "muon", "tower_share", "without optimizer=muon: drop it"),
             (cfg.val_rows == 0, "val_every", "with val_rows=0: use --val_rows=64, or drop it"),
             (
@@ -167,6 +170,7 @@ class Sample:
     images: list[Picture] = field(default_factory=list)
     # Where these are without their pixels: what opens them again, for a forward pass.
     reopen: Callable[[], list[Picture]] | None = None
+    source: str = ""  # of a mix, that it is of
 
     def pictures(self) -> list[Picture]:
         """Gives its images with their pixels."""
@@ -328,7 +332,7 @@ def fit(samples: list[Sample], max_tokens: int) -> tuple[list[Sample], int, int]
         end, images = whole_beginning(sample.ids, sample.images, max_tokens)
         if not any(sample.mask[:end]):
             continue
-        kept = Sample(sample.ids[:end], sample.mask[:end], images, sample.reopen)
+        kept = replace(sample, ids=sample.ids[:end], mask=sample.mask[:end], images=images)
         fitted.append(kept)
         if len(sample.ids) > max_tokens:
             cut += 1
@@ -474,39 +478,90 @@ def validate(model, samples: list[Sample], token_budget: int, packing: bool = Fa
     return {"val_loss": sums["val_loss"], "val_token_accuracy": sums["right"] / trained_tokens}
 
 
+def validate_sources(model, samples: list[Sample], cfg: Config) -> dict:
+    """Measures the held-out samples of each source of a mix by themselves: {"calc/val_loss": …}."""
+    metrics = {}
+    for source in sorted({sample.source for sample in samples}):
+        mine = [sample for sample in samples if sample.source == source]
+        measured = validate(model, mine, cfg.token_budget, cfg.packing)
+        metrics |= {f"{source}/{name}": value for name, value in measured.items()}
+    return metrics
+
+
 # ---- the run
 
 
-def setup(cfg: Config):
-    """Makes (model, tokenizer, samples, held-out samples, the chat that rendered them or None, a
-    word on the data), the cheap checks first."""
-    # 1. the rows
+@dataclass
+class Part:
+    """The rows of one source, or all of them where there is no mix."""
+
+    source: str
+    cfg: Config
+    schemas: list[dict]  # of its tools
+    rows: list[dict]
+    left_out: int  # below min_reward
+
+
+def read_part(source: str, cfg: Config) -> Part:
+    """Reads the rows of one source, and checks that every key has an effect on them."""
     toolbox = Toolbox(cfg.tools, options=cfg.tool_options, describe_only=True)
     if cfg.model != "tiny":
         models.find(cfg.model)
     rows = data.conversations(cfg.data, cfg.rows, cfg.seed, cfg.system_prompt)
     check_rows(cfg, rows)
     chosen = data.rewarded(rows, cfg.min_reward, cfg.data)
+    return Part(source, cfg, toolbox.schemas, chosen, len(rows) - len(chosen))
+
+
+def read_parts(cfg: Config) -> list[Part]:
+    """Reads the rows of a config, by source."""
+    if not cfg.mix:
+        return [read_part("", cfg)]
+    parts = []
+    for source in mix.sources(cfg):
+        with mix.told_by(source.name):
+            parts.append(read_part(source.name, source.cfg))
+    return parts
+
+
+def tiny_tokenizer(cfg: Config, parts: list[Part]):
+    """Makes the tokenizer of the tiny model from the rows that it learns."""
+    talks = []  # (conversations, tools) of each part
+    sees = False
+    for part in parts:
+        # in their order, the last rows may say what the first do not
+        learnt_from = part.rows[:4096] if cfg.shuffle else part.rows
+        talks.append(([row["messages"] for row in learnt_from], part.schemas))
+        sees = sees or any(row.get("images") for row in part.rows)
+    conversations, schemas = talks[0]
+    return tiny.tiny_tokenizer(conversations, schemas, cfg.whole_names, sees, more=talks[1:])
+
+
+def setup(cfg: Config):
+    """Makes (model, tokenizer, samples, held-out samples, the chat that rendered them or None, a
+    word on the data), the cheap checks first."""
+    # 1. the rows
+    parts = read_parts(cfg)
+    chosen = [row for part in parts for row in part.rows]
 
     # 2. the tokenizer, and samples: rendered, and so proved, before any weights are loaded
     if cfg.model == "tiny":
-        # in their order, the last rows may say what the first do not
-        learnt_from = chosen[:4096] if cfg.shuffle else chosen
-        conversations = [row["messages"] for row in learnt_from]
-        sees = any(row.get("images") for row in chosen)
-        tokenizer = tiny.tiny_tokenizer(conversations, toolbox.schemas, cfg.whole_names, sees)
+        tokenizer = tiny_tokenizer(cfg, parts)
     else:
         tokenizer = models.load_tokenizer(cfg.model, cfg.chat_template)
     vision = load_vision(cfg, tokenizer, chosen)
-    samples = render(
-        chosen,
-        tokenizer,
-        cfg.format,
-        toolbox.schemas,
-        cfg.data,
-        cfg.template_options,
-        vision,
-    )
+    samples = []
+    for part in parts:
+        rendered = render(
+            part.rows,
+            tokenizer,
+            part.cfg.format,
+            part.schemas,
+            part.cfg.data,
+            cfg.template_options,
+            vision,
+        )
+        samples += [replace(sample, source=part.source) for sample in rendered]
     samples, cut, empty = fit(samples, cfg.max_tokens)
     samples, held_out = hold_out(samples, cfg.val_rows, cfg.seed)
     if cfg.batch_size > len(samples):
@@ -530,7 +585,8 @@ def setup(cfg: Config):
         )
     models.set_image_size(model, vision)
     eos_ids = () if cfg.model == "tiny" else models.eos_ids(cfg.model)
-    chat = chat_of(cfg, chosen, tokenizer, toolbox.schemas, eos_ids)
+    first = parts[0]
+    chat = chat_of(first.cfg, first.rows, tokenizer, first.schemas, eos_ids)
     models.set_stop_ids(model, chat.stop_ids if chat else eos_ids)
     longest = max(len(sample.ids) for sample in (*samples, *held_out))
     models.check_positions(model, cfg.model, longest)
@@ -538,7 +594,8 @@ def setup(cfg: Config):
         check_packing(model, cfg.model)
     summary = (
         f"{len(samples)} rows to train on, {len(held_out)} held out, {cut} cut at max_tokens, "
-        f"{empty} left out with nothing to train, {len(rows) - len(chosen)} below min_reward"
+        f"{empty} left out with nothing to train, {sum(part.left_out for part in parts)} below "
+        "min_reward"
     )
     return model, tokenizer, samples, held_out, chat, summary
 
@@ -569,6 +626,20 @@ def warmup_steps(cfg: Config, steps: int, samples: int) -> int:
         few = f"{samples} rows are {steps} updates: lower it, or train for more epochs"
         raise UserError(f"warmup = {cfg.warmup}: expected less than {steps}, since {few}")
     return steps // 10
+
+
+def order_of(samples: list[Sample], needed: int, cfg: Config) -> list[int]:
+    """Orders the samples of a run, as their numbers: of a mix by weight, else as row_order does."""
+    if not cfg.mix:
+        return row_order(len(samples), needed, cfg.seed, cfg.shuffle)
+    numbers: dict[str, list[int]] = {}
+    for number, sample in enumerate(samples):
+        numbers.setdefault(sample.source, []).append(number)
+    weights = {source.name: source.weight for source in mix.sources(cfg)}
+    for name in weights:
+        if name not in numbers:
+            raise UserError(f"{name}: max_tokens and val_rows leave none of its rows to train on")
+    return mix.next_of_sources(0, numbers, weights, needed, cfg.seed)
 
 
 def row_order(samples: int, needed: int, seed: int, shuffle: bool = True) -> list[int]:
@@ -611,7 +682,7 @@ def train_here(cfg: Config) -> dict:
     run.try_saving(model, tokenizer)
     first_step = state["step"]
     metrics = state["metrics"]
-    order = row_order(len(samples), steps * cfg.batch_size, cfg.seed, cfg.shuffle)
+    order = order_of(samples, steps * cfg.batch_size, cfg)
 
     if parallel.is_first():
         log = Log(run.out_dir, steps, COLUMNS, first_step, cfg.logger, asdict(cfg))
@@ -661,6 +732,8 @@ def train_here(cfg: Config) -> dict:
             is_due = is_last or (step + 1) % cfg.val_every == 0
             if held_out and is_due:
                 metrics |= validate(model, held_out, cfg.token_budget, cfg.packing)
+                if cfg.mix:
+                    metrics |= validate_sources(model, held_out, cfg)
 
             # 5. log, save; a stop signal waits for this line
             log.step(metrics)

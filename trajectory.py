@@ -360,6 +360,18 @@ def stats(trajectories: list[Trajectory]) -> dict:
     return metrics
 
 
+def stats_of_sources(trajectories: list[Trajectory]) -> dict:
+    """Measures each source of a mix (run/mix.py) by itself: {"calc/accuracy": …}; {} without."""
+    by_source: dict[str, list[Trajectory]] = {}
+    for t in trajectories:
+        if "mix" in t.example:
+            by_source.setdefault(t.example["mix"], []).append(t)
+    metrics = {}
+    for source, played in sorted(by_source.items()):
+        metrics |= {f"{source}/{name}": value for name, value in stats(played).items()}
+    return metrics
+
+
 def stats_by_tool(calls: list[ToolCall]) -> dict:
     """Counts calls and errors of each tool, with percentiles of the seconds of those that were run.
     How many results were known is left out: a run that goes on begins without them, and its metrics

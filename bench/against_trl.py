@@ -36,7 +36,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from run import config
+from run import config, mix
 
 if __name__ == "__main__":
     config.answer_help(__file__)
@@ -132,7 +132,7 @@ def trls(cfg: Config, folder: str, batch: int) -> tuple[list[float], list[dict]]
     tokenizer = chat.tokenizer
     tokenizer.response_template = qwen3_template  # how calls are written; our template is like it
     count = run.prompts_per_step
-    prompts = train_grpo.next_prompts(0, examples, cfg.steps * count, run.seed)
+    prompts = mix.next_rows(0, examples, cfg.steps * count, run.seed)
     room = run.max_tokens - max(len(chat.prompt(row["messages"])) for row in prompts)
 
     def correct(prompts, completions, completion_ids, example, **_):

@@ -35,7 +35,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from run import config
+from run import config, mix
 
 if __name__ == "__main__":
     config.answer_help(__file__)
@@ -316,7 +316,7 @@ def trls(cfg: Config, folder: Path, batch: int) -> dict:
     )
     times = []
     lengths = []
-    picked = train_grpo.next_prompts(0, player.examples, cfg.steps * PROMPTS, run.seed)
+    picked = mix.next_rows(0, player.examples, cfg.steps * PROMPTS, run.seed)
     rows = []
     for example in picked:
         (picture,) = player.chat.pictures(example)

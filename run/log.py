@@ -334,6 +334,8 @@ def write_rollouts(path, trajectories: list, tokenizer, **columns) -> None:
                 "pieces": texts,
                 "text": tokenizer.decode(ids, skip_special_tokens=False) if ids else "",
             }
+            if "mix" in trajectory.example:  # run/mix.py
+                row["source"] = trajectory.example["mix"]
             if trajectory.images:
                 row["images"] = write_images(Path(path).parent, trajectory.images)
                 row["image_spans"] = image_spans(ids, trajectory.images)

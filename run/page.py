@@ -9,7 +9,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from run import config
@@ -27,7 +27,7 @@ CURVES = (  # title, what is drawn in it
     ("entropy", ("entropy",)),
 )
 LABELS = {"accuracy": "sampled", "val_accuracy": "held out, greedy", "val_loss": "held out"}
-COLOURS = ("tab:blue", "tab:red")
+COLOURS = ("tab:blue", "tab:red", "tab:green", "tab:orange", "tab:purple", "tab:cyan")
 
 # What the page holds at most: what a browser opens in a moment.
 POINTS = 1000  # of a curve
@@ -40,8 +40,20 @@ MAX_PIXELS = 2**25  # of an image that is opened for one
 IMAGE_NAME = re.compile(r"images/[0-9a-f]{16}\.png")  # as run/log.py writes them
 # What it shows of a rollout, beside its pieces, kinds and logprobs.
 ROLLOUT_KEYS = (
-    "step group sample stop reward rewards answer advantages seconds turn_starts calls ids images"
+    "step source group sample stop reward rewards answer advantages seconds turn_starts calls ids "
+    "images"
 ).split()
+
+
+def panels_of(keys: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """What is drawn of a run that logged these keys: CURVES, and of a mix (run/mix.py) the accuracy
+    of each source."""
+    of_sources = [key for key in keys if key.endswith("/accuracy") and not key.startswith("val_")]
+    panels = list(CURVES)
+    if of_sources:
+        panels.insert(2, ("accuracy by source", tuple(sorted(of_sources)[: len(COLOURS)])))
+    return panels
+
 
 # ---- curves.png
 
@@ -51,7 +63,7 @@ def curves(out_dir) -> None:
     mean, of what is held out a marker for each time that it was measured."""
     rows = [finite_numbers(row) for row in steps_of(Path(out_dir) / "metrics.jsonl")]
     panels = []
-    for title, keys in CURVES:
+    for title, keys in panels_of(dict.fromkeys(key for row in rows for key in row)):
         measured = [key for key in keys if any(key in row for row in rows)]
         if measured:
             panels.append((title, measured))
@@ -118,7 +130,7 @@ def page(out_dir) -> None:
     data = {
         "out_dir": str(out_dir),
         "settings": _settings(out_dir / "config.py"),
-        "panels": CURVES,
+        "panels": panels_of(dict.fromkeys(key for row in rows for key in row)),
         "steps": len(rows),
         "metrics": _points(rows),
         "thinned": math.ceil(len(rows) / POINTS),  # steps that a point is the mean of

@@ -1,6 +1,7 @@
 """Tiny models, made from scratch: their chat template, tokenizer and weights; one of them sees."""
 
 import re
+from collections.abc import Sequence
 
 import torch
 
@@ -60,6 +61,7 @@ def tiny_tokenizer(
     tools: list[dict],
     whole_names: bool = False,
     sees: bool = False,
+    more: Sequence[tuple[list[list[dict]], list[dict]]] = (),
 ):
     """A byte-level BPE tokenizer trained on the conversations, with TEMPLATE as its chat template.
 
@@ -68,7 +70,7 @@ def tiny_tokenizer(
     that never change take few tokens. whole_names: a word with a capital is a token of its own, so
     that names are copied whole; and the system prompt with its tool schemas, which never changes in
     a task, is one token: with several tools it would be most of what a model reads. sees: with the
-    tokens that stand for images.
+    tokens that stand for images. more: (conversations, their tools) of the other sources of a mix.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -88,18 +90,20 @@ def tiny_tokenizer(
     untrained = _with_template(Tokenizer.from_str(inner.to_str()), markers)
     between = re.compile("|".join(map(re.escape, CONTROL + markers)))
     texts = []
-    for talk in conversations:
-        text = untrained.apply_chat_template(talk, tools=tools or None, tokenize=False)
-        texts.append(between.split(text))
-
-    # 2. the system prompt as one token: what stands behind the first <|im_start|>, if it is the
-    # same in all of them
     whole = []
-    if whole_names:
-        first = texts[0][1]
-        is_the_same = all(parts[1] == first for parts in texts)
-        if first.startswith("system\n") and is_the_same:
-            whole = [first]
+    for talks, schemas in ((conversations, tools), *more):
+        split = []
+        for talk in talks:
+            text = untrained.apply_chat_template(talk, tools=schemas or None, tokenize=False)
+            split.append(between.split(text))
+        texts += split
+
+        # 2. the system prompt as one token: what stands behind the first <|im_start|>, if it is the
+        # same in all of them
+        first = split[0][1]
+        is_the_same = all(parts[1] == first for parts in split)
+        if whole_names and first.startswith("system\n") and is_the_same and first not in whole:
+            whole.append(first)
 
     # 3. the merges of all the rest
     vocabulary = 2048 if whole_names else 768

@@ -41,7 +41,7 @@ from engines import local
 from learning import checkpoint, optim
 from learning import model as models
 from learning.checkpoint import FREE, Run
-from run import config
+from run import config, mix
 from run import page as run_page
 from run.config import UserError
 from tasks import tiny as tiny_model
@@ -109,6 +109,29 @@ SFT_IMAGES = {"data": "seen.jsonl", "val_rows": 2, "epochs": 3.2}
 SEEING = {
     "grpo_images": (train_grpo, GRPO | IMAGES | GRPO_IMAGES),
     "sft_images": (train_sft, SFT | IMAGES | SFT_IMAGES),
+}
+# Two sources each, with limits, rewards and prompts of their own.
+OF_THE_SOURCES = ("data", "tools", "max_new_tokens", "eval_data")
+MIXED = {
+    "grpo_mix": (
+        train_grpo,
+        {key: value for key, value in GRPO.items() if key not in OF_THE_SOURCES}
+        | {"mix": ("one.py", "two.py:0.5")},
+    ),
+    "sft_mix": (
+        train_sft,
+        {key: value for key, value in SFT.items() if key not in OF_THE_SOURCES}
+        | {"mix": ("three.py:3", "four.py"), "epochs": 0.95},
+    ),
+}
+EVERY_RUN = RUNS | SEEING | MIXED
+SOURCES = {
+    "one": 'data = "rows.jsonl"\neval_data = "held.jsonl"\ntools = ()\nmax_new_tokens = 3\n'
+    'rewards = ("my_rewards.py:coin",)\n',
+    "two": 'data = "held.jsonl"\neval_data = "rows.jsonl"\ntools = ()\nmax_new_tokens = 2\n'
+    'rewards = ("my_rewards.py:coin:2", "format:0")\nsystem_prompt = "Hi"\n',
+    "three": 'data = "demos.jsonl"\ntools = ()\nrows = 12\n',
+    "four": 'data = "demos.jsonl"\ntools = ()\nsystem_prompt = "Hi"\n',
 }
 LOOK = '''
 class look:
@@ -253,6 +276,8 @@ def place(tmp_path_factory, tokenizer):
     for name, examples in (("rows", rows), ("demos", demos), ("held", held_out)):
         text = "".join(json.dumps(example) + "\n" for example in examples)
         (folder / f"{name}.jsonl").write_text(text)
+    for name, text in SOURCES.items():
+        (folder / f"{name}.py").write_text(text)
     return folder
 
 
@@ -265,9 +290,9 @@ def here(place, monkeypatch):
 
 
 def configured(name, out_dir, **options):
-    script, values = (RUNS | SEEING)[name]
+    script, values = EVERY_RUN[name]
     values = {"model": "base", **values, "out_dir": str(out_dir)}
-    if script is train_grpo:
+    if script is train_grpo and name not in MIXED:
         values["rewards"] = ("my_rewards.py:coin",)
     return script.Config(**values | options)
 
@@ -283,7 +308,7 @@ def start(nursery, place):
         argv = ["--config", f"{out_dir}.py"]
         (place / "log").unlink(missing_ok=True)
         (place / "go").unlink(missing_ok=True)
-        script = (RUNS | SEEING)[name][0].__name__
+        script = EVERY_RUN[name][0].__name__
         child = nursery.Process(target=command, args=(script, argv, str(place), point, call))
         child.start()
         children.append(child)
@@ -460,6 +485,34 @@ def pictures(place):
         warm |= IMAGES | {"model": "random_eyes", "optimizer": "muon", "learning_rate": 1e-2}
         train_sft.train(train_sft.Config(**warm, out_dir="sees"))
     return place
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_run_of_a_mix_killed_again_and_again_is_the_run_that_nobody_disturbed(
+    name, run, whole, place
+):
+    """Each source goes on where it was, by weight and in its own order."""
+    lives = [("between two updates", 3), ("as a state is written", 1), ("in a line of metrics", 2)]
+    if name == "grpo_mix":
+        lives = [("as a turn is sampled", 3), *lives, ("before rollouts are written", 2)]
+    out_dir, expected = place / f"killed_{name}", whole(name)
+    for point, call in lives:
+        exitcode, log = run(name, out_dir, point, call)
+        assert exitcode == -signal.SIGKILL, f"{point}: {log}"
+    exitcode, log = run(name, out_dir)
+    assert exitcode == 0, log
+    assert_same(expected, left_by(out_dir))
+
+    # what was compared is of both sources
+    last = expected["metrics"][-1]
+    if name == "grpo_mix":
+        assert {"one/accuracy", "two/accuracy", "two/reward_format"} <= last.keys()
+        assert "val_one/accuracy" in expected["metrics"][0]
+        assert all(
+            row["one/rollouts"] + row["two/rollouts"] == 6 for row in expected["metrics"][:1]
+        )
+    else:
+        assert {"three/val_loss", "four/val_loss"} <= last.keys()
 
 
 @pytest.mark.parametrize("name", SEEING)
@@ -1190,7 +1243,7 @@ def test_a_reward_that_raises_costs_nothing_and_repaired_the_run_is_the_same(her
     file = here / "broken_rewards.py"
     cfg = configured("grpo", here / "raised", resume=True, save_every=0)
     rewards = ("broken_rewards.py:coin",)
-    row = train_grpo.next_prompts(4, [{"id": i} for i in range(5)], 1, cfg.seed)[0]["id"]
+    row = mix.next_rows(4, [{"id": i} for i in range(5)], 1, cfg.seed)[0]["id"]
     prompt = lines(here / "rows.jsonl")[row]["prompt"]
     file.write_text(REWARD.replace("return", f"assert example['prompt'] != {prompt!r}\n    return"))
     with pytest.raises(UserError, match=f"^reward coin failed on row {row + 1}: AssertionError"):

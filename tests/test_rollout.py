@@ -25,9 +25,10 @@ from player import Player
 from rollout import Settings, play, rollouts, seed_of, shorten_tokens
 from run.config import UserError
 from run.loop import run_blocking
+from run.mix import next_rows
 from tools import Toolbox
 from tools.calling import toolbox as toolboxes
-from train_grpo import next_prompts, sample_groups
+from train_grpo import sample_groups
 from trajectory import ToolCall, Trajectory, spans, stats
 
 EXAMPLE = {"id": 0, "messages": [{"role": "user", "content": "What is 2+3?"}], "answer": "5"}
@@ -1087,7 +1088,7 @@ def test_groups_that_agree_on_the_named_reward_are_replaced(tokenizer, dynamic, 
     prompts are tried for so many rounds, then what is missing is filled up with the first equal
     groups. kept: by their place behind the cursor."""
     rows, cursor = numbered(8), 2
-    coming = [row["id"] for row in next_prompts(cursor, rows, 4, seed=3)]
+    coming = [row["id"] for row in next_rows(cursor, rows, 4, seed=3)]
     right = dict(zip(coming, ((1.0, 0.0), (1.0, None), (0.0, 0.0), (0.0, 1.0)), strict=True))
 
     def other(trajectory, example):

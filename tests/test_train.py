@@ -31,7 +31,7 @@ from engines.scripted import ScriptedEngine
 from learning import model as models
 from learning import optim
 from rollout import Settings, rollouts
-from run import config
+from run import config, mix
 from run import log as run_log
 from run import page as run_page
 from run.config import UserError
@@ -364,7 +364,7 @@ def test_every_row_is_a_prompt_once_an_epoch_in_an_order_of_the_seed():
     rows = [{"id": i} for i in range(7)]
 
     def ids(count, seed, steps):
-        made = [train_grpo.next_prompts(step * count, rows, count, seed) for step in range(steps)]
+        made = [mix.next_rows(step * count, rows, count, seed) for step in range(steps)]
         assert all(len(step) == count for step in made)
         return [row["id"] for step in made for row in step]
 
