@@ -4,6 +4,7 @@
     python train_grpo.py --config calc_lora.py           # only adapters are trained
     python train_grpo.py --config calc.py --resume=true  # goes on where it was stopped or killed
     python train_grpo.py --config gsm8k.py --dry_run=true  # one made-up rollout: no model needed
+    python train_grpo.py --config aime.py --fits=80      # does it fit a GPU of 80 GiB?
     python train_grpo.py --help                          # every knob: the Config below
 
 A step: take P prompts; play G rollouts of each, with tools (rollout.py); reward them (rewards.py);
@@ -43,8 +44,8 @@ import data
 from engines.canary import Canary, sync_and_check
 from engines.options import read_options
 from engines.serving import serve_command
+from learning import memory, optim, parallel
 from learning import model as models
-from learning import optim, parallel
 from learning.batches import Batch, micro_batches, told_apart
 from learning.checkpoint import Run
 from learning.logprobs import shared_prefixes, shares_prompts, token_logprobs
@@ -671,15 +672,20 @@ def train_here(cfg: Config) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    """Trains as the command line says; --dry_run=true only plays a made-up rollout (play.py)."""
+    """Trains as the command line says; --dry_run=true only plays a made-up rollout (play.py), and
+    --fits=80 only says what it would need of a GPU's memory (learning/memory.py)."""
     is_dry, argv = config.take_flag(argv, "dry_run")
+    gpu_gib, argv = memory.take_card(argv)
     if is_dry:
         config.run_script("play.py", ["--made_up=true", *argv])
-    else:
-        cfg = config.parse(Config, argv, check)
-        if parallel.must_launch(cfg.gpus):
-            parallel.launch(cfg.gpus)
-        train(cfg)
+        return
+    cfg = config.parse(Config, argv, check)
+    if gpu_gib:
+        memory.say(memory.Setup.of(cfg, read_options(cfg.engine, cfg.engine_options)), gpu_gib)
+        return
+    if parallel.must_launch(cfg.gpus):
+        parallel.launch(cfg.gpus)
+    train(cfg)
 
 
 if __name__ == "__main__":

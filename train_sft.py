@@ -39,8 +39,8 @@ import data
 from chat import Chat
 from engines.serving import serve_command
 from images import Picture
+from learning import memory, optim, parallel
 from learning import model as models
-from learning import optim, parallel
 from learning.batches import micro_batches, pad, position_ids
 from learning.checkpoint import Run
 from learning.logprobs import token_logprobs
@@ -761,15 +761,20 @@ def train_here(cfg: Config) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    """Trains as the command line says; --dry_run=true only shows the first row (play.py)."""
+    """Trains as the command line says; --dry_run=true only shows the first row (play.py), and
+    --fits=80 only says what it would need of a GPU's memory (learning/memory.py)."""
     is_dry, argv = config.take_flag(argv, "dry_run")
+    gpu_gib, argv = memory.take_card(argv)
     if is_dry:
         config.run_script("play.py", ["--demonstration=true", *argv])
-    else:
-        cfg = config.parse(Config, argv, check)
-        if parallel.must_launch(cfg.gpus):
-            parallel.launch(cfg.gpus)
-        train(cfg)
+        return
+    cfg = config.parse(Config, argv, check)
+    if gpu_gib:
+        memory.say(memory.Setup.of(cfg), gpu_gib)
+        return
+    if parallel.must_launch(cfg.gpus):
+        parallel.launch(cfg.gpus)
+    train(cfg)
 
 
 if __name__ == "__main__":

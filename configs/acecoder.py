@@ -23,3 +23,4 @@ max_turns = 4
 tune = "lora"
 learning_rate = 2e-5
 dtype = "bfloat16"
+gradient_checkpointing = True  # else a pass keeps 150 GiB

@@ -27,3 +27,4 @@ dynamic_sampling = "correct"
 tune = "lora"
 learning_rate = 2e-5
 dtype = "bfloat16"
+gradient_checkpointing = True  # else a pass keeps 150 GiB

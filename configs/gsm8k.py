@@ -21,3 +21,4 @@ max_turns = 4
 tune = "lora"
 learning_rate = 2e-5
 dtype = "bfloat16"
+token_budget = 8192  # 16384 take 37 GiB

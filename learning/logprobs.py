@@ -153,6 +153,38 @@ def logits_factor(model) -> float:
     return 1.0
 
 
+def has_plain_head(model) -> bool:
+    """Says whether the head is a linear layer and nothing more."""
+    head = model.get_output_embeddings()
+    # the very classes: adapters, 4 bits and sharding bring their own
+    return type(head) is torch.nn.Linear and type(head.weight) is torch.nn.Parameter
+
+
+def head_logprobs(
+    model,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    is_plain: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the log-probabilities of targets (N,) and the entropies, (N,) each, under the model's
+    head on the hidden states (N, H) before them; see token_logprobs. is_plain: what has_plain_head
+    says, if it is known."""
+    head = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    temperature = temperature / logits_factor(model)
+    if chunk is None:
+        chunk = max(1, LOGITS_BYTES // (4 * config.vocab_size))
+    if is_plain is None:
+        is_plain = has_plain_head(model)
+    is_autocast = torch.is_autocast_enabled(hidden.device.type)
+    if is_plain and not softcap and not is_autocast:
+        return _LinearHead.apply(hidden, head.weight, head.bias, head, targets, temperature, chunk)
+    return _any_head(hidden, head, softcap, targets, temperature, chunk)
+
+
 # -- from ids to hidden states: the layers
 
 
@@ -353,21 +385,7 @@ def token_logprobs(
     hidden = hidden[rows, columns - 1 - left_out[rows]]  # (N, H)
     targets = ids[rows, columns]  # (N,)
 
-    head = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    temperature = temperature / logits_factor(model)
-    if chunk is None:
-        chunk = max(1, LOGITS_BYTES // (4 * config.vocab_size))
-    # the very classes: adapters, 4 bits and sharding bring their own
-    is_linear = type(head) is torch.nn.Linear and type(head.weight) is torch.nn.Parameter
-    is_autocast = torch.is_autocast_enabled(hidden.device.type)
-    if is_linear and not softcap and not is_autocast:
-        logprobs, entropy = _LinearHead.apply(
-            hidden, head.weight, head.bias, head, targets, temperature, chunk
-        )
-    else:
-        logprobs, entropy = _any_head(hidden, head, softcap, targets, temperature, chunk)
+    logprobs, entropy = head_logprobs(model, hidden, targets, temperature, chunk)
 
     zeros = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
     logprobs = zeros.masked_scatter(wanted, logprobs)

@@ -257,7 +257,7 @@ def load(
 
     # 3. what of it is trained
     if trains_adapter and not settings:
-        model = _add_adapter(model, lora_r, lora_alpha, lora_targets, seed, train_vision)
+        model = add_adapter(model, lora_r, lora_alpha, lora_targets, seed, train_vision)
     if trains_adapter:
         # it is saved with this name, and found by it from other folders than this one
         model.peft_config["default"].base_model_name_or_path = lasting_name(base)
@@ -547,7 +547,7 @@ def _load_adapter(model, folder: str, is_trainable: bool):
     return adapted
 
 
-def _add_adapter(
+def add_adapter(
     model,
     lora_r: int,
     lora_alpha: int,

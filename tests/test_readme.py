@@ -25,7 +25,7 @@ import rewards as reward_functions
 import train_grpo
 import train_sft
 from engines import options as engine_options
-from learning import checkpoint
+from learning import checkpoint, memory
 from run import config
 from run import page as run_page
 from tasks.tiny import tiny, tiny_tokenizer
@@ -284,6 +284,7 @@ def parsed(script, arguments):
     if script in ("train_grpo.py", "train_sft.py"):
         module = train_grpo if script == "train_grpo.py" else train_sft
         _, arguments = config.take_flag(arguments, "dry_run")
+        _, arguments = memory.take_card(arguments)
         config.parse(module.Config, arguments, module.check)
     elif script == "evaluate.py":
         own, others = config.split(arguments, evaluate.Config.__dataclass_fields__)
@@ -369,7 +370,7 @@ def test_every_key_with_a_value_is_a_key(page):
     """Also in the text, where it stands beside no command."""
     scripts = [*ROOT.glob("*.py"), ROOT / "serve/mcp_server.py", *ROOT.glob("learning/*.py")]
     scripts += [ROOT / "tasks/worked.py", ROOT / "dev/pictures.py", *ROOT.glob("bench/*.py")]
-    keys = {"dry_run"}.union(*(keys_of(script) for script in scripts))
+    keys = {"dry_run", "fits"}.union(*(keys_of(script) for script in scripts))
     assert keys_in(PAGES[page]) - keys == set()
 
 
