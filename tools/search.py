@@ -23,6 +23,7 @@ import os
 from typing import Literal
 
 from run.config import UserError
+from run.http import bearer, key_from
 from tools import ToolError
 from tools.calling.http import ToolClient, not_understood, plain
 from tools.retrieval import bm25
@@ -49,13 +50,15 @@ class search:
         query_prefix: str = "",
         passage_prefix: str = "",
         url: str = "",
+        token_env: str = "",
         web: Literal["", "serper", "brave", "tavily"] = "",
         web_url: str = "",
         k: int = 3,
         chars: int = 1500,
     ):
         """corpus: a .jsonl file, or task:name. index, dense, rerank, query_prefix, passage_prefix:
-        as open_index() says. url: of a /retrieve server. web: which search API, its key in
+        as open_index() says. url: of a /retrieve server. token_env: the environment variable with
+        the token that this server wants, "" for none. web: which search API, its key in
         SERPER_API_KEY, BRAVE_API_KEY or TAVILY_API_KEY. web_url: in place of the API's own. k:
         passages in a result. chars: at most, of a passage. UserError, also if the corpus cannot be
         indexed."""
@@ -64,6 +67,8 @@ class search:
         if len(named) != 1:
             got = " and ".join(named) or "none"
             raise UserError(f"the search tool takes one of corpus, url and web, not {got}")
+        if token_env and not url:
+            raise UserError(f"search.token_env = {token_env!r} has no effect without search.url")
         if k < 1 or chars < 1:
             raise UserError(f"search.k = {k}, search.chars = {chars}: expected 1 or more")
         of_corpus = {
@@ -96,6 +101,12 @@ class search:
             if not self.secret:
                 raise UserError(f"search.web = {web!r} needs a key: export {key_name}=...")
         self.server = ToolClient("the search server", self.url)
+        self.headers = {}  # to a /retrieve server
+        if token_env:
+            token = key_from(token_env)
+            if not token:
+                raise UserError(f"search.token_env: {token_env} is not set: export {token_env}=...")
+            self.headers = bearer(token)
 
     async def __call__(self, query: str) -> str:
         """Search for passages about something.
@@ -114,7 +125,7 @@ class search:
             passages = _web_passages(self.web, await self._ask(method, request))
         else:
             body = {"queries": [query], "topk": self.k, "return_scores": True}
-            passages = _retrieved(await self._ask("POST", {"json": body}))
+            passages = _retrieved(await self._ask("POST", {"json": body, "headers": self.headers}))
         lines = []
         for number, passage in enumerate(passages[: self.k], 1):
             lines.append(_shown(number, passage, self.chars))
