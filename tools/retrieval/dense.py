@@ -17,6 +17,7 @@ numbers; tens of millions need a GPU with room for them, or a server with an ind
 import hashlib
 import json
 import threading
+from itertools import islice
 from pathlib import Path
 
 from run.config import UserError
@@ -25,7 +26,7 @@ from tools.retrieval.corpus import Passage
 
 VERSION = 1  # of the index's form: an older one is made anew
 AT_ONCE = 2048  # passages that are encoded together
-PROBE = "Which river flows through the oldest town of the island?"  # tells one model from another
+PROBES = 16  # first passages, by whose vectors one model is told from another
 POOL = 20  # passages that are looked at again, at least; more if more are wanted
 EXTRA = 'pip install -e ".[dense]"'
 
@@ -52,12 +53,11 @@ class Index:
         self.passage_prefix = passage_prefix
         self.model = load_model(model)
         self.lock = threading.Lock()  # the tokenizer of one model may not run in two threads
-        probe = self._encode_queries([PROBE])[0]
-        facts = {
-            "version": VERSION,
-            "model": [round(float(value), 3) for value in probe[:16]],
-            "passage_prefix": passage_prefix,
-        }
+        probes = [passage.contents for passage in islice(corpora.read(Path(corpus)), PROBES)]
+        facts = {"version": VERSION, "passage_prefix": passage_prefix, "model": []}
+        if probes:
+            mean = self._encode_passages(probes).mean(axis=0)
+            facts["model"] = [round(float(value), 3) for value in mean[:64]]
         name = hashlib.blake2b(model.encode(), digest_size=4).hexdigest()
 
         def fill(aside):
@@ -127,15 +127,17 @@ class Index:
             return 0
 
         # 2. their vectors, some at a time: all texts need not be in memory
-        width = self._encode_queries([PROBE]).shape[1]
-        vectors = np.lib.format.open_memmap(
-            aside / "vectors.npy", mode="w+", dtype=np.float32, shape=(count, width)
-        )
+        vectors = None
         with open(aside / "passages.jsonl", "rb") as file:
             for start in range(0, count, AT_ONCE):
                 end = min(count, start + AT_ONCE)
                 texts = [json.loads(file.readline())[1] for _ in range(start, end)]
-                vectors[start:end] = self._encode_passages(texts)
+                encoded = self._encode_passages(texts)  # (texts, D)
+                if vectors is None:
+                    shape = (count, encoded.shape[1])
+                    path = aside / "vectors.npy"
+                    vectors = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+                vectors[start:end] = encoded
         vectors.flush()
         return count
 
