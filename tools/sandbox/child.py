@@ -14,6 +14,7 @@ import linecache
 import os
 import random
 import resource
+import select
 import signal
 import socket
 import sys
@@ -55,7 +56,7 @@ def main():
     elif what == "heavy":
         fork_server.serve(what, parent, folders, _prepare_heavy, _run, _run_session)
     elif what == "shell":
-        fork_server.serve(what, parent, folders, _prepare_nothing, _run_shell, _run_session)
+        fork_server.serve(what, parent, folders, _prepare_nothing, _run_shell, _run_shell_session)
     elif what == "layers":
         os.write(1, json.dumps(confine.confine_portably("/")).encode())
     elif what == "session":
@@ -139,7 +140,8 @@ def _run_session(requests):
 
         # 2. run it
         confine.renew_cpu_limit(cpu)
-        status = _run_cell(fork_server.read_code(ctl), f"<call {number}>", main_module)
+        code, _ = fork_server.read_code(ctl)
+        status = _run_cell(code, f"<call {number}>", main_module)
         if os.getpid() != pid:  # a fork that the code made came back here: it is no session
             os._exit(status)
 
@@ -174,13 +176,145 @@ def _silence():
 
 def _run_shell(command):
     """bash, or sh where there is none. Does not return."""
+    shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
+    _exec_shell([shell, "-c", command])
+
+
+def _exec_shell(argv):
+    """Becomes the shell. Does not return."""
     path = ":".join(name for name in fork_server.PROGRAMS if name.endswith("/bin"))
     environment = {"HOME": os.getcwd(), "PATH": path, "TMPDIR": os.getcwd(), "LC_ALL": "C.UTF-8"}
     environment |= fork_server.ONE_THREAD | {"PYTHONPATH": "/packages"}
-    shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # python ignores them, and exec would keep that
         signal.signal(number, signal.SIG_DFL)
-    os.execve(shell, [shell, "-c", command], environment)
+    os.execve(argv[0], argv, environment)
+
+
+def _run_shell_session(requests):
+    """A session's calls, all in one bash, until its caller closes `requests`. Does not return.
+
+    Here too: what the commands break, this process or that bash, harms their session alone.
+    """
+    shell = _Shell()
+    while True:
+        # 1. wait for a call: its two sockets
+        shell.listen_until(requests)
+        _, fds, _, _ = socket.recv_fds(requests, 1, 2)
+        if not fds:
+            os._exit(0)
+        ctl = socket.socket(fileno=fds[0])
+
+        # 2. run it, and reply; without the shell there is no session
+        command, _ = fork_server.read_code(ctl)
+        status = shell.run(command, fds[1])
+        if shell.has_ended:
+            os._exit(status)
+        ctl.send(json.dumps({"exit": status}).encode())
+        ctl.close()
+        os.close(fds[1])
+
+
+class _Shell:
+    """A bash that reads its commands from a pipe, and goes on until one of them ends it.
+
+    What it and its children write comes over one pipe for its life, as on a terminal: what runs in
+    the background is heard when it speaks, in the next call if there is none at that moment.
+    """
+
+    OUT = 58  # descriptors of the shell, which commands do not get; below confine.OPEN_FILES
+    STATUS = 59
+    # The command stands behind this line and ends with a null byte. `eval` in the place of a
+    # function or a loop: `declare`, `return` and `break` mean what they mean on a terminal.
+    LINE = (
+        f"IFS= read -r -d '' __command; "
+        f'eval "$__command" </dev/null >&{OUT} 2>&1 {OUT}>&- {STATUS}>&-; '
+        f"builtin printf '%d\\n' $? >&{STATUS}\n"
+    ).encode()
+    KEPT = 1 << 16  # bytes that are written between calls; of more the last are kept
+
+    def __init__(self):
+        script, self.script = os.pipe()
+        self.out, out = os.pipe()
+        self.status, status = os.pipe()
+        self.has_ended = False
+        self.exit_status = 0
+        self.unheard = bytearray()  # what was written between calls
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                _silence()
+                os.dup2(script, 0)
+                os.dup2(out, self.OUT)
+                os.dup2(status, self.STATUS)
+                os.closerange(3, self.OUT)
+                _exec_shell(["/bin/bash", "--norc", "--noprofile"])
+            finally:
+                os._exit(fork_server.RAISED)
+        for fd in (script, out, status):
+            os.close(fd)
+        os.set_blocking(self.out, False)
+
+    def listen_until(self, requests):
+        """Keeps what is written until a request comes."""
+        while True:
+            ready = self._wait(requests.fileno(), self.out, seconds=None)
+            if self.out in ready:
+                self.unheard += self._read()
+                del self.unheard[: -self.KEPT]
+            if requests.fileno() in ready:
+                return
+
+    def run(self, command, out):
+        """Runs a command, writes its output to `out`, and returns its exit status."""
+        _write_all(out, self.unheard)
+        self.unheard.clear()
+        try:
+            _write_all(self.script, self.LINE + command + b"\0")
+        except BrokenPipeError:
+            pass  # the shell has gone: seen below
+        status = b""
+        while not status:
+            ready = self._wait(self.status, self.out, seconds=0.1)
+            if self.out in ready:
+                _write_all(out, self._read())
+            self._reap()
+            if self.status in ready:
+                status = os.read(self.status, 100)
+            if self.has_ended:
+                break
+        while heard := self._read():  # all that was written before
+            _write_all(out, heard)
+        if self.has_ended:
+            return self.exit_status
+        return int(status)
+
+    def _wait(self, *fds, seconds):
+        ready, _, _ = select.select(fds, [], [], seconds)
+        return ready
+
+    def _read(self):
+        try:
+            return os.read(self.out, 1 << 16)
+        except BlockingIOError:
+            return b""
+
+    def _reap(self):
+        """Takes the ends of all that has no other parent: they would count as processes."""
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    return
+                if pid == self.pid:
+                    self.has_ended = True
+                    code = os.waitstatus_to_exitcode(status)
+                    self.exit_status = code if code >= 0 else 128 - code  # as shells say it
+
+
+def _write_all(fd, data):
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
 
 
 def _fresh_main():
