@@ -90,6 +90,8 @@ def test_directory_variables_functions_and_files_stay():
         ("", "(no output)"),
         ("exec > log; echo hidden", "(no output)"),
         ("exec 0<&- 1>&- 2>&-", "(no output)"),
+        ("exec 10>a 11>b 12>c 13>d; echo x >&10; cat a", "x"),
+        ('for fd in $(seq 3 63); do eval "echo 0 >&$fd"; done 2> /dev/null; echo end', "end"),
         ("for i in 1 2; do\n  echo $i\ndone", "1\n2"),
         ("echo 'Grüße' \\\\ '$x' \"\\\"\"", 'Grüße \\ $x "'),
         ("yes | head -n 2", "y\ny"),

@@ -661,7 +661,7 @@ SHELL_SESSIONS = {
     ),
     "a shell that asks the network": Program(
         ("exec 3<>/dev/tcp/127.0.0.1/PORT", "(echo x > /dev/tcp/127.0.0.1/PORT) 2>&1"), None,
-        "|Operation not permitted|Permission denied|unreachable|refused|not permitted",
+        "ermission denied|unreachable|refused|not permitted",
         layers=NS, tool="bash_session",
     ),
     "a shell that leaves files": Program(
@@ -877,7 +877,7 @@ def test_there_are_at_least_sixty_kinds():
 
 
 def test_honest_calls_beside_them_are_unharmed(world):
-    assert len(world.honest) >= 30 * len(world.results) // BATCH
+    assert len(world.honest) >= 28 * len(world.results) // BATCH
     wrong = [(expected, got) for expected, got in world.honest if got[0] != (expected, None)]
     assert not wrong
 

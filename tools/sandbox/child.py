@@ -13,6 +13,7 @@ import json
 import linecache
 import os
 import random
+import re
 import resource
 import select
 import signal
@@ -215,27 +216,33 @@ def _run_shell_session(requests):
 
 
 class _Shell:
-    """A bash that reads its commands from a pipe, and goes on until one of them ends it.
+    """A bash that goes on from command to command, until one of them ends it.
 
     What it and its children write comes over one pipe for its life, as on a terminal: what runs in
     the background is heard when it speaks, in the next call if there is none at that moment.
     """
 
-    OUT = 58  # descriptors of the shell, which commands do not get; below confine.OPEN_FILES
+    COMMANDS = 57  # descriptors of the shell, below confine.OPEN_FILES
+    OUT = 58
     STATUS = 59
-    # The command stands behind this line and ends with a null byte. `eval` in the place of a
-    # function or a loop: `declare`, `return` and `break` mean what they mean on a terminal.
+    # What it does for each command, which comes over another pipe and ends with a null byte.
+    # `eval` in no function and no loop: `declare`, `return` and `break` mean what they mean on a
+    # terminal. `exec` in the place of redirections of `eval`: these would take descriptors that
+    # commands take. The token: what a command writes to all descriptors it finds is no status.
     LINE = (
-        f"IFS= read -r -d '' __command; "
-        f'eval "$__command" </dev/null >&{OUT} 2>&1 {OUT}>&- {STATUS}>&-; '
-        f"builtin printf '%d\\n' $? >&{STATUS}\n"
-    ).encode()
+        f"IFS= read -r -d '' -u {COMMANDS} __command; eval \"$__command\"; __status=$?; "
+        f"exec </dev/null >&{OUT} 2>&1; builtin printf '%d TOKEN\\n' $__status >&{STATUS}\n"
+    )
     KEPT = 1 << 16  # bytes that are written between calls; of more the last are kept
 
     def __init__(self):
-        script, self.script = os.pipe()
+        # not its stdin: from there it would read its lines after every `exec`
+        os.mkfifo("bash")  # its name in messages
+        self.script = os.open("bash", os.O_RDWR)
+        commands, self.commands = os.pipe()
         self.out, out = os.pipe()
         self.status, status = os.pipe()
+        os.set_blocking(self.out, False)
         self.has_ended = False
         self.exit_status = 0
         self.unheard = bytearray()  # what was written between calls
@@ -243,16 +250,19 @@ class _Shell:
         if self.pid == 0:
             try:
                 _silence()
-                os.dup2(script, 0)
+                os.dup2(commands, self.COMMANDS)
                 os.dup2(out, self.OUT)
                 os.dup2(status, self.STATUS)
-                os.closerange(3, self.OUT)
-                _exec_shell(["/bin/bash", "--norc", "--noprofile"])
+                os.dup2(out, 1)
+                os.dup2(out, 2)
+                os.closerange(3, self.COMMANDS)
+                _exec_shell(["/bin/bash", "--norc", "bash"])
             finally:
                 os._exit(fork_server.RAISED)
-        for fd in (script, out, status):
+        for fd in (commands, out, status):
             os.close(fd)
-        os.set_blocking(self.out, False)
+        self.run(b"", None)  # it has opened its script now
+        os.unlink("bash")
 
     def listen_until(self, requests):
         """Keeps what is written until a request comes."""
@@ -266,27 +276,31 @@ class _Shell:
 
     def run(self, command, out):
         """Runs a command, writes its output to `out`, and returns its exit status."""
-        _write_all(out, self.unheard)
-        self.unheard.clear()
-        try:
-            _write_all(self.script, self.LINE + command + b"\0")
-        except BrokenPipeError:
-            pass  # the shell has gone: seen below
-        status = b""
+        if self.unheard:
+            _write_all(out, self.unheard)
+            self.unheard.clear()
+        token = os.urandom(8).hex()
+        line = self.LINE.replace("TOKEN", token).encode()
+        with contextlib.suppress(BrokenPipeError):  # the shell has gone: seen below
+            _write_all(self.script, line)
+            _write_all(self.commands, command + b"\0")
+        told = b""  # the last of what came over the descriptor of the status
+        status = None
         while not status:
             ready = self._wait(self.status, self.out, seconds=0.1)
             if self.out in ready:
                 _write_all(out, self._read())
             self._reap()
             if self.status in ready:
-                status = os.read(self.status, 100)
+                told = (told + os.read(self.status, 4096))[-4096:]
+                status = re.search(rf"(\d+) {token}\n".encode(), told)
             if self.has_ended:
                 break
         while heard := self._read():  # all that was written before
             _write_all(out, heard)
         if self.has_ended:
             return self.exit_status
-        return int(status)
+        return int(status[1])
 
     def _wait(self, *fds, seconds):
         ready, _, _ = select.select(fds, [], [], seconds)
