@@ -58,6 +58,7 @@ class Config:
     corpus: str = ""  # a .jsonl(.gz) file of passages, or task:facts
     index: str = ""  # its folder; "" = beside the corpus
     dense: str = ""  # a model for dense retrieval, by folder or name; "" = BM25
+    hybrid: bool = False  # the order of BM25 and of the dense model together
     rerank: str = ""  # a cross-encoder that puts the best in order, by folder or name; "" = none
     query_prefix: str = ""  # in front of a query, for a dense model that wants one: "query: "
     passage_prefix: str = ""  # in front of a passage: "passage: "
@@ -344,6 +345,7 @@ def main(argv: list[str]) -> None:
         cfg.corpus,
         index=cfg.index,
         dense=cfg.dense,
+        hybrid=cfg.hybrid,
         rerank=cfg.rerank,
         query_prefix=cfg.query_prefix,
         passage_prefix=cfg.passage_prefix,

@@ -88,8 +88,11 @@ def test_the_search_tool_and_its_options(corpus, model):
     assert error is None and content == "Doc 1(Title: Cats) The cat sleeps."
     with pytest.raises(UserError, match="search.dense = 'x' has no effect without search.corpus"):
         search(url="http://127.0.0.1/x", dense="x")
-    with pytest.raises(UserError, match="query_prefix and passage_prefix have no effect without"):
-        search(corpus=corpus, query_prefix="query: ")
+    for idle in ({"query_prefix": "query: "}, {"hybrid": True}):
+        with pytest.raises(UserError, match="passage_prefix have no effect without dense"):
+            search(corpus=corpus, **idle)
+    with pytest.raises(UserError, match="hybrid makes two indexes"):
+        search(corpus=corpus, dense=model, hybrid=True, index="x")
     with pytest.raises(UserError, match="search.dense needs a file as search.corpus"):
         search(corpus="task:facts", dense=model)
 
@@ -138,7 +141,7 @@ def test_many_threads_search_at_once(corpus, model):
     outcomes = []
 
     def ask():
-        for _ in range(50):
+        for _ in range(10):
             outcomes.append([ids(index, word, 1) for word in ("car", "villa", "kitten")])
 
     threads = [threading.Thread(target=ask) for _ in range(8)]
@@ -146,7 +149,7 @@ def test_many_threads_search_at_once(corpus, model):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(outcomes) == 400
+    assert len(outcomes) == 80
     assert all(found == [["a"], ["b"], ["c"]] for found in outcomes)
 
 
@@ -167,6 +170,23 @@ def test_ten_thousand_passages_are_as_numpy_ranks_them(tmp_path, model):
         number = int(passage.id)
         assert passage.contents == rows[number]["contents"]
         assert passage.score == pytest.approx(float(vectors[number] @ query), abs=1e-4)
+
+
+def test_hybrid_is_the_order_of_both(corpus, model):
+    """What one index alone finds is found; what both find comes first."""
+    pytest.importorskip("tantivy")
+    index = open_index(corpus, dense=model, hybrid=True)
+    by_words, by_meaning = index.indexes
+    for query in ("automobile sleeps", "the big villa", "fast kitten"):
+        scores = {}
+        for each in (by_words, by_meaning):
+            for place, id in enumerate(ids(each, query), 1):
+                scores[id] = scores.get(id, 0) + 1 / (60 + place)
+        (found,) = index.find([query], 3)
+        assert {hit.id: hit.score for hit in found} == pytest.approx(scores)
+        assert [hit.score for hit in found] == sorted(scores.values(), reverse=True)
+    assert len(index) == 3 and index.made_from not in (by_words.made_from, by_meaning.made_from)
+    assert ids(index, "automobile", 1) == ["a"]  # BM25 finds nothing
 
 
 @pytest.fixture(scope="module")

@@ -46,6 +46,7 @@ class search:
         corpus: str = "",
         index: str = "",
         dense: str = "",
+        hybrid: bool = False,
         rerank: str = "",
         query_prefix: str = "",
         passage_prefix: str = "",
@@ -56,10 +57,10 @@ class search:
         k: int = 3,
         chars: int = 1500,
     ):
-        """corpus: a .jsonl file, or task:name. index, dense, rerank, query_prefix, passage_prefix:
-        as open_index() says. url: of a /retrieve server. token_env: the environment variable with
-        the token that this server wants, "" for none. web: which search API, its key in
-        SERPER_API_KEY, BRAVE_API_KEY or TAVILY_API_KEY. web_url: in place of the API's own. k:
+        """corpus: a .jsonl file, or task:name. index, dense, hybrid, rerank, query_prefix,
+        passage_prefix: as open_index() says. url: of a /retrieve server. token_env: the environment
+        variable with the token that this server wants, "" for none. web: which search API, its key
+        in SERPER_API_KEY, BRAVE_API_KEY or TAVILY_API_KEY. web_url: in place of the API's own. k:
         passages in a result. chars: at most, of a passage. UserError, also if the corpus cannot be
         indexed."""
         sources = {"corpus": corpus, "url": url, "web": web}
@@ -74,6 +75,7 @@ class search:
         of_corpus = {
             "index": index,
             "dense": dense,
+            "hybrid": hybrid,
             "rerank": rerank,
             "query_prefix": query_prefix,
             "passage_prefix": passage_prefix,
@@ -143,6 +145,7 @@ def open_index(
     corpus: str,
     index: str = "",
     dense: str = "",
+    hybrid: bool = False,
     rerank: str = "",
     query_prefix: str = "",
     passage_prefix: str = "",
@@ -150,15 +153,21 @@ def open_index(
     """An index of the corpus, with find(queries, k); made if it is not there.
 
     corpus: a .jsonl file, or task:name. index: its folder, "" for one beside the corpus. dense: a
-    model, by folder or name; "" for BM25. rerank: a cross-encoder, by folder or name, that looks at
-    the best again. query_prefix, passage_prefix: in front of what the dense model reads. UserError.
+    model, by folder or name; "" for BM25. hybrid: the order of both together. rerank: a
+    cross-encoder, by folder or name, that looks at the best again. query_prefix, passage_prefix: in
+    front of what the dense model reads. UserError.
     """
+    if not dense and (hybrid or query_prefix or passage_prefix):
+        keys = "hybrid, query_prefix and passage_prefix"
+        raise UserError(f"{keys} have no effect without dense: drop them, or name a model")
+    if hybrid and index:
+        raise UserError("hybrid makes two indexes, beside the corpus: drop index")
     if dense:
         from tools.retrieval import dense as dense_retrieval
 
         opened = dense_retrieval.Index(corpus, dense, index, query_prefix, passage_prefix)
-    elif query_prefix or passage_prefix:
-        raise UserError("query_prefix and passage_prefix have no effect without dense: drop them")
+        if hybrid:
+            opened = dense_retrieval.Hybrid(bm25.Index(corpus), opened)
     else:
         opened = bm25.Index(corpus, index)
     if rerank:
