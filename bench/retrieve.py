@@ -6,8 +6,9 @@
 The server is a process of its own, and so are its clients, all of them in one: each sends a
 request, reads the answer and sends the next, over a connection that it keeps. The corpus and the
 queries are those of bench/search.py: every request is another one. Rounds are measured one after
-the other, and the median told. Exit code 1 if BM25 answers fewer requests per second than
-LEAST_PER_SECOND over 100,000 passages.
+the other, and the median told. Linux only, for the CPU time of the server, which says what a
+request costs on a machine that does other work too. Exit code 1 if BM25 answers fewer requests per
+second than LEAST_PER_SECOND over 100,000 passages.
 """
 
 import asyncio
@@ -83,18 +84,26 @@ async def one_round(cfg: Config, queries: list[str]) -> dict:
     }
 
 
-def ask(cfg: Config) -> list[dict]:
+def ask(cfg: Config) -> dict:
     from bench.search import queries
 
     texts = queries(Path(cfg.corpus), cfg.requests * cfg.rounds)
     rounds = []
+    start = time.process_time()
     for number in range(cfg.rounds):
         part = texts[number * cfg.requests : (number + 1) * cfg.requests]
         rounds.append(asyncio.run(one_round(cfg, part)))
-    return rounds
+    cpu = (time.process_time() - start) / (cfg.requests * cfg.rounds)
+    return {"rounds": rounds, "clients_cpu_ms": 1000 * cpu}
 
 
 # -- the server, in another
+
+
+def cpu_seconds(pid: int) -> float:
+    """That a process has used so far (Linux): what it costs, however busy the machine is."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(cfg: Config) -> dict:
@@ -117,20 +126,25 @@ def measure(cfg: Config) -> dict:
             argv = [sys.executable, __file__, f"--port={port}", f"--corpus={corpus}"]
             for key in ("clients", "requests", "rounds", "topk"):
                 argv.append(f"--{key}={getattr(cfg, key)}")
+            cpu_before = cpu_seconds(server.pid)
             done = subprocess.run(argv, stdout=subprocess.PIPE, check=True, text=True)
-            status = Path(f"/proc/{server.pid}/status")
-            lines = status.read_text().splitlines() if status.exists() else []
-            private = [int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon")]
+            cpu = cpu_seconds(server.pid) - cpu_before
+            lines = Path(f"/proc/{server.pid}/status").read_text().splitlines()
+            (private,) = [line.split()[1] for line in lines if line.startswith("RssAnon")]
         finally:
             server.terminate()
             server.wait()
-    rounds = json.loads(done.stdout.splitlines()[-1])
+    asked = json.loads(done.stdout.splitlines()[-1])
+    rounds = asked["rounds"]
     result = {
         "kind": "dense" if cfg.dense else "bm25",
         "passages": cfg.passages,
         "clients": cfg.clients,
         "cores": os.cpu_count(),
-        "server_private_mb": private[0] if private else None,
+        "load": os.getloadavg()[0],  # of the whole machine, this included
+        "server_private_mb": int(private) / 1024,
+        "server_cpu_ms": 1000 * cpu / (cfg.requests * cfg.rounds),
+        "clients_cpu_ms": asked["clients_cpu_ms"],
         "rounds": rounds,
     }
     for name in ("per_second", "p50_ms", "p99_ms"):
@@ -144,7 +158,10 @@ def show(measured: dict) -> None:
     print(f"per_second: {measured['per_second']:.0f} (median of {each})")
     print(f"clients: {measured['clients']}, on the same {measured['cores']} cores")
     print(f"request_ms: p50 {measured['p50_ms']:.1f}, p99 {measured['p99_ms']:.1f}")
-    print(f"server_private_mb: {measured['server_private_mb'] or 0:.0f}")
+    server, clients = measured["server_cpu_ms"], measured["clients_cpu_ms"]
+    print(f"cpu_ms of a request: server {server:.2f}, clients {clients:.2f}")
+    print(f"load of the machine: {measured['load']:.1f}")
+    print(f"server_private_mb: {measured['server_private_mb']:.0f}")
 
 
 def main(argv: list[str]) -> None:

@@ -237,6 +237,30 @@ def test_a_cross_encoder_puts_the_best_of_either_index_in_its_order(corpus, mode
     assert set(ids(by_words, "fast cat")) == {"a", "c"} and ids(by_words, "xylophone") == []
 
 
+def test_the_retrieve_server_serves_it_to_many_at_once(corpus, model):
+    """What waits is encoded and searched together; each gets its own."""
+    from serve import retrieve
+
+    index = dense.Index(corpus, model)
+    words = ["automobile", "villa", "kitten"]
+
+    async def scene():
+        retriever = retrieve.Retriever(index, retrieve.Config(corpus=corpus))
+        working = asyncio.create_task(retriever.work())
+        bodies = []
+        for number in range(90):
+            request = {"queries": [words[number % 3]], "topk": 1, "return_scores": True}
+            bodies.append(json.dumps(request).encode())
+        answers = await asyncio.gather(*(retriever.retrieve(body) for body in bodies))
+        working.cancel()
+        await asyncio.wait({working})
+        return answers
+
+    for number, answer in enumerate(asyncio.run(scene())):
+        ((hit,),) = answer["result"]
+        assert hit["document"]["id"] == "abc"[number % 3] and hit["score"] > 0.9
+
+
 @pytest.mark.parametrize("option", ["dense", "rerank"])
 def test_what_is_no_model_and_a_missing_package_are_said(corpus, option, tmp_path, monkeypatch):
     pytest.importorskip("tantivy")
