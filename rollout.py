@@ -28,6 +28,7 @@ from tools.calling.base import shorten
 from trajectory import ToolCall, Trajectory
 
 LAST_CALL = "\n(This was the last call: answer now, without tools.)"
+LAST_TURN = "\n(One turn left: answer in it.)"
 NO_IMAGE = "(an image, which this model cannot see)"
 
 
@@ -44,6 +45,7 @@ class Settings:
     trajectory_timeout: float = 300.0  # seconds
     max_observation_tokens: int = 512  # of one turn's results; longer ones are cut in the middle
     final_turn: bool = False  # at max_turns, one more turn without tools
+    turns_left: bool = False  # each turn's results end with how many turns are left
     max_concurrent: int = 256  # trajectories that are played at once
     seed: int = 0
 
@@ -352,7 +354,7 @@ async def run_calls(
 
     # the turn's observation has one budget, shared by the texts of its results
     limit = settings.max_observation_tokens // len(calls)
-    note = LAST_CALL if settings.final_turn and turns == settings.max_turns else ""
+    note = reminder(turns, settings)
     sees = chat is not None and chat.sees
     results = []
     pictures = []
@@ -369,6 +371,19 @@ async def run_calls(
             content = tool_call.result + note
         results.append((call, content))
     return results, pictures
+
+
+def reminder(turns: int, settings: Settings) -> str:
+    """What the results of that turn, from 1, end with: whether it was the last one with tools, and
+    how many are left, where the settings say so."""
+    left = settings.max_turns + settings.final_turn - turns
+    if settings.final_turn and left == 1:
+        return LAST_CALL
+    if settings.turns_left and left == 1:
+        return LAST_TURN
+    if settings.turns_left and left > 1:
+        return f"\n({left} turns left.)"
+    return ""
 
 
 async def run_call(call, turn: int, session, toolbox: Toolbox) -> tuple[ToolCall, list]:

@@ -152,6 +152,7 @@ class Config:
     max_observation_tokens: int = 512  # of one turn's results; longer ones are cut in the middle
     trajectory_timeout: float = 300.0  # seconds
     final_turn: bool = False  # at max_turns, one more turn to answer without tools
+    turns_left: bool = False  # each turn's results end with how many turns are left
     max_concurrent: int = 256  # trajectories that are played at once
     # rewards
     rewards: tuple[str, ...] = ("correct",)  # name or file.py:name, each [:weight]; 1st = accuracy

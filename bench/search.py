@@ -70,7 +70,7 @@ def queries(path: Path, count: int) -> list[str]:
 
 
 def index(cfg: Config) -> dict:
-    from tools.search import Index
+    from tools.retrieval.bm25 import Index
 
     start = time.perf_counter()
     opened = Index(cfg.corpus)
@@ -83,7 +83,7 @@ def index(cfg: Config) -> dict:
 
 def search(cfg: Config) -> dict:
     from tools import Toolbox
-    from tools.search import Index
+    from tools.retrieval.bm25 import Index
 
     # 1. one thread asks the index
     start = time.perf_counter()
@@ -93,7 +93,7 @@ def search(cfg: Config) -> dict:
     seconds = []  # of each query
     for query in texts:
         start = time.perf_counter()
-        assert opened.search(query, cfg.k), f"nothing found for {query}"
+        assert opened.find_one(query, cfg.k), f"nothing found for {query}"
         seconds.append(time.perf_counter() - start)
     seconds.sort()
     result = {

@@ -14,7 +14,6 @@ import asyncio
 import builtins
 import copy
 import functools
-import json
 import pkgutil
 import secrets
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from run.config import UserError
 from tools import ToolError
 from tools.calling.base import DEADLINE
 from tools.python import NO_OUTPUT, python
+from tools.sandbox import row_tests
 
 ROOM = 60_000  # bytes of a test, written as python: with the program it must fit into one call
 LONGEST_OUTPUT = 15_000  # characters: the sandbox cuts longer ones
@@ -101,12 +101,12 @@ async def code_tests(
         return 0.0
 
     until = asyncio.get_running_loop().time() + seconds
-    asserts, pairs = _read_tests(tests, row_number)
+    asserts, pairs = row_tests.read(tests, f"reward code_tests: the tests of row {row_number}")
     unknown = 0
     if asserts is None:
         passed, count = await _run_pairs(code, pairs, partial, until)
     else:
-        text = "\n".join([*_columns_of_mbpp(example), asserts])
+        text = "\n".join([*row_tests.columns_of_mbpp(example), asserts])
         steps, own_builtins = _steps_of(text, example.get("entry_point"), row_number)
         passed, count, unknown = await _run_steps(code, steps, own_builtins, until, row_number)
     if partial:
@@ -129,62 +129,6 @@ async def _run(code, until):
         return "", False
     except ToolError as error:
         return error.text, False
-
-
-# ---- the tests of a row
-
-
-def _read_tests(tests, row_number):
-    """(asserts as one text, None), or (None, a list of (input, output))."""
-    try:
-        # an empty text too: it is no JSON, and is refused as that
-        if isinstance(tests, str) and tests.lstrip()[:1] in ("[", "{", ""):
-            tests = json.loads(tests)
-        if isinstance(tests, str):
-            return tests, None
-        if isinstance(tests, list) and all(isinstance(test, str) for test in tests):
-            return "\n".join(tests), None
-        if isinstance(tests, dict):
-            pairs = list(zip(tests["inputs"], tests["outputs"], strict=True))
-            if tests.get("fn_name"):
-                return _asserts_of_calls(tests["fn_name"], pairs), None
-        else:
-            pairs = [(test["input"], test["output"]) for test in tests]
-        return None, [(_joined(given), _joined(expected)) for given, expected in pairs]
-    except (KeyError, TypeError, ValueError) as error:
-        forms = 'asserts, or a list of {"input": text, "output": text}, or fn_name with lists'
-        what = f"reward code_tests: the tests of row {row_number} cannot be read ({error!r})"
-        raise UserError(f"{what}: expected {forms}") from None
-
-
-def _columns_of_mbpp(example):
-    """The texts of the columns that MBPP has beside its tests: a text, a list of them, or None."""
-    columns = ("test_imports", "test_setup_code")
-    return [_joined(example.get(column) or "") for column in columns]
-
-
-def _joined(lines):
-    """A text, or a list of its lines, as a text."""
-    return lines if isinstance(lines, str) else "\n".join(lines)
-
-
-_LISTED = """\
-def _listed(x):
-    return [_listed(item) for item in x] if isinstance(x, (list, tuple)) else x"""
-
-
-def _asserts_of_calls(name, calls):
-    """(arguments, result) of each call of a function, or of a method of Solution, as asserts. JSON
-    has no tuples, so lists are the same. If all results are lists of one, which of them are only
-    wrapped in one cannot be told: then both are right."""
-    maybe_wrapped = all(isinstance(result, list) and len(result) == 1 for _, result in calls)
-    lines = [f"_solution = globals().get({name!r}) or Solution().{name}", _LISTED]
-    for arguments, result in calls:
-        if not isinstance(arguments, list):
-            raise ValueError(f"{arguments!r} is no list of arguments")
-        accepted = (result, result[0]) if maybe_wrapped else (result,)
-        lines.append(f"assert _listed(_solution(*{arguments!r})) in {accepted!r}")
-    return "\n".join(lines)
 
 
 # ---- tests of stdin and stdout
@@ -212,7 +156,7 @@ async def _run_pairs(code, pairs, partial, until):
         output, ended_well = await _run(f"{_STDIN}\n_main({code!r}, {given!r})", until)
         if output == NO_OUTPUT:
             output = ""
-        if ended_well and _lines(output) == _lines(expected):
+        if ended_well and row_tests.lines(output) == row_tests.lines(expected):
             passed += 1
         elif not partial:
             break
@@ -227,10 +171,6 @@ def _fits(given, expected):
 def _size(value):
     """The bytes of a value, written as python."""
     return len(repr(value).encode("utf-8", "replace"))
-
-
-def _lines(text):
-    return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
 # ---- asserts, run

@@ -36,8 +36,8 @@ ROLLOUT_KEYS = tuple(
     model dtype data split prompt_column answer_column answer_after system_prompt prompt_template
     database template_options chat_template format tools tool_options tool_timeout tool_concurrency
     mix rewards reward_options temperature max_tokens max_new_tokens max_turns max_tool_calls
-    max_observation_tokens trajectory_timeout final_turn max_concurrent seed engine urls
-    gpu_memory_utilization engine_options min_pixels max_pixels
+    max_observation_tokens trajectory_timeout final_turn turns_left max_concurrent seed engine
+    urls gpu_memory_utilization engine_options min_pixels max_pixels
     """.split()
 )
 # What a disk says to who reads or writes it, and what to do then.

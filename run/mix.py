@@ -25,7 +25,7 @@ OF_A_SOURCE = tuple(
     data eval_data rows min_reward prompt_column answer_column answer_after system_prompt
     prompt_template database format tools tool_options tool_timeout tool_concurrency rewards
     reward_options max_new_tokens max_turns max_tool_calls max_observation_tokens
-    trajectory_timeout final_turn
+    trajectory_timeout final_turn turns_left
     """.split()
 )
 # The same, where the mix does not say it for all of them.

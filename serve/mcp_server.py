@@ -14,20 +14,17 @@ they took, and how much memory of a GPU is used.
 
 What is covered: over HTTP a bearer token, without which only this machine is served; requests that
 a web page sends to this machine (DNS rebinding); requests that do not come to their end, with or
-without the token (REQUEST_SECONDS). What is not: TLS (put a proxy in front), limits on
+without the token (web.REQUEST_SECONDS). What is not: TLS (put a proxy in front), limits on
 rates, users of different rights. Who has the token runs the tools: python, code in its sandbox.
 """
 
 import asyncio
 import base64
 import contextlib
-import hmac
 import itertools
-import json
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -35,6 +32,7 @@ from dataclasses import asdict, dataclass
 
 from run import config
 from run.config import UserError
+from run.http import key_from
 
 if __name__ == "__main__":
     config.answer_help(__file__)
@@ -45,13 +43,12 @@ from tools.calling.base import Tool
 from tools.calling.toolbox import Session
 
 try:
-    import h11
-    import uvicorn
     from mcp import MCPError, types
     from mcp.server.lowlevel import Server
     from mcp.server.stdio import stdio_server
     from mcp.types.version import HANDSHAKE_PROTOCOL_VERSIONS, MODERN_PROTOCOL_VERSIONS
-    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    from serve import web
 except ImportError as error:
     raise UserError(f'MCP needs a package ({error}): pip install -e ".[mcp]"') from None
 
@@ -79,20 +76,8 @@ def check(cfg: Config) -> None:
     config.require_positive(cfg, "tool_timeout tool_concurrency")
     if not 0 <= cfg.port < 65536:
         raise UserError(f"port = {cfg.port}: expected 0 to 65535")
-    if cfg.http and not _token(cfg) and not _is_loopback(cfg.host):
-        raise UserError(
-            f"host = {cfg.host!r} lets other machines in: set the environment variable "
-            f"{cfg.token_env} to a token, or serve 127.0.0.1"
-        )
-
-
-def _token(cfg):
-    return os.environ.get(cfg.token_env, "").strip()  # of a file with CRLF, a CR stays
-
-
-def _is_loopback(host):
-    """Only those for which the SDK also looks at a request's Host: no web page gets in."""
-    return host in ("127.0.0.1", "localhost", "::1")
+    if cfg.http:
+        web.require_token(cfg.host, cfg.token_env)
 
 
 def toolbox(cfg: Config, tools: list[str]) -> Toolbox:
@@ -288,6 +273,10 @@ async def over_stdio(box: Toolbox) -> None:
 # -- HTTP
 
 
+MOST = 4 * 2**20  # bytes of a request
+MOST_WITH_IMAGE = MOST + MAX_BYTES * 4 // 3  # which travels as base64
+
+
 def application(cfg: Config, box: Toolbox):
     """The ASGI application: MCP, for who has the token."""
     health = Health()
@@ -297,13 +286,13 @@ def application(cfg: Config, box: Toolbox):
         stateless_http=not stateful(box),
         max_request_body_size=MOST_WITH_IMAGE if sees else MOST,
     )
-    token = _token(cfg)
+    token = key_from(cfg.token_env)
 
     async def app(scope, receive, send):
-        if scope["type"] == "http" and token and not _has_token(scope["headers"], token):
-            return await _refuse(send)
+        if scope["type"] == "http" and not web.has_token(scope["headers"], token):
+            return await web.refuse_token(send)
         if scope["type"] == "http" and scope["path"] == "/health":
-            return await _answer(send, 200, {**asdict(health), **gpu_memory()})
+            return await web.answer(send, 200, {**asdict(health), **gpu_memory()})
         try:
             await inner(scope, receive, send)
         finally:
@@ -311,23 +300,6 @@ def application(cfg: Config, box: Toolbox):
                 await box.close()
 
     return app
-
-
-def _has_token(headers, token):
-    authorization = dict(headers).get(b"authorization", b"")
-    scheme, _, value = authorization.partition(b" ")
-    return scheme.lower() == b"bearer" and hmac.compare_digest(value.strip(), token.encode())
-
-
-async def _refuse(send):
-    wrong = {"error": "a bearer token is missing or wrong"}
-    await _answer(send, 401, wrong, [(b"www-authenticate", b"Bearer")])
-
-
-async def _answer(send, status, value, headers=()):
-    headers = [(b"content-type", b"application/json"), *headers]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps(value).encode()})
 
 
 def gpu_memory() -> dict:
@@ -342,86 +314,17 @@ def over_http(cfg: Config, tools: list[str]) -> None:
     """Serves until SIGTERM or Ctrl-C."""
     box = toolbox(cfg, tools)
     asyncio.run(try_out(box))
-    listening = _listen(cfg)
+    listening = web.listen(cfg.host, cfg.port)
     if cfg.with_stdin:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
-    print(f"serving {', '.join(box.tools)} at {_url(listening)}", flush=True)
-    uvicorn.Server(settings(application(cfg, box))).run(sockets=[listening])
+    print(f"serving {', '.join(box.tools)} at {web.address(listening)}/mcp", flush=True)
+    web.serve(application(cfg, box), listening)
 
 
 def _end_with_stdin():
     while os.read(0, 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def settings(app) -> uvicorn.Config:
-    """Of the server, whatever it serves."""
-    return uvicorn.Config(
-        app,
-        http=ImpatientProtocol,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=2,  # clients keep a stream open for ever
-    )
-
-
-MOST = 4 * 2**20  # bytes of a request
-MOST_WITH_IMAGE = MOST + MAX_BYTES * 4 // 3  # which travels as base64
-REQUEST_SECONDS = 20.0  # that a request, its head and its body, has to arrive
-
-
-class ImpatientProtocol(H11Protocol):
-    """Closes a connection over which no whole request comes in time: uvicorn waits for ever, and
-    each costs a descriptor. What is there already is answered, however long that takes."""
-
-    deadline = None  # a timer, while a request is waited for
-
-    def connection_made(self, transport):
-        super().connection_made(transport)
-        self._wait()
-
-    def data_received(self, data):
-        super().data_received(data)
-        is_waiting = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
-        if not is_waiting:
-            self._stop_waiting()
-        elif self.deadline is None:
-            self._wait()
-
-    def connection_lost(self, exc):
-        self._stop_waiting()
-        super().connection_lost(exc)
-
-    def _wait(self):
-        self.deadline = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
-
-    def _stop_waiting(self):
-        if self.deadline is not None:
-            self.deadline.cancel()
-            self.deadline = None
-
-
-def _url(listening):
-    host, port = listening.getsockname()[:2]
-    if ":" in host:
-        host = f"[{host}]"
-    return f"http://{host}:{port}/mcp"
-
-
-def _listen(cfg):
-    family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
-    listening = socket.socket(family)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((cfg.host, cfg.port))
-        listening.listen(2048)  # who comes before it is ready waits
-    except OSError as error:
-        where = f"{cfg.host}:{cfg.port}"
-        raise UserError(
-            f"cannot listen at {where} ({error.strerror}): give another --port"
-        ) from None
-    return listening
 
 
 def main(argv: list[str]) -> None:

@@ -4,7 +4,7 @@
 
 They run in the modes of MODES too, each in a pytest of its own: with all layers, without namespaces
 (Docker's default), as a plain user without them, and as on macOS. They run in batches, by the
-python, bash and python_session tools, with 32 honest calls beside each batch. A program that needs
+python, bash and session tools, with 34 honest calls beside each batch. A program that needs
 a layer which this system lacks is a skip with the layer's name. What is printed and what is refused
 where layers are missing: tests/test_tool_python.py.
 """
@@ -26,6 +26,7 @@ from until import PATIENCE, until
 
 from tools import Tool, Toolbox
 from tools.bash import bash
+from tools.bash_session import bash_session
 from tools.python import python
 from tools.python_session import python_session
 from tools.sandbox import caller as sandbox
@@ -622,11 +623,73 @@ SESSIONS = {
          "6 * 7"), "any", tool="python_session",
     ),
 }  # fmt: skip
+# (calls of one trajectory, of which the last is looked at)
+SHELL_SESSIONS = {
+    "a shell forks for ever": Program(
+        ("x=1", ":(){ :|:& };:; sleep 60", "echo $((6 * 7))"), "any", "42", 1.0, PROC,
+        "bash_session",
+    ),
+    "a shell's background forks for ever": Program(
+        (":(){ :|:& };: &", "echo $((6 * 7))"), "any", "", 2.0, PROC, "bash_session",
+    ),
+    "a shell that ignores every signal": Program(
+        ("trap '' $(seq 1 64)", "while :; do :; done", "echo $((6 * 7))"), None, "42", 1.0, NS,
+        "bash_session",
+    ),
+    "a shell that kills what holds it": Program(
+        ("kill -9 1 $PPID; kill -9 -1; echo on", "echo $((6 * 7))"), None, "42", layers=NS,
+        tool="bash_session",
+    ),
+    "a shell that stops itself": Program(
+        ("kill -STOP $$", "echo $((6 * 7))"), None, "42", 1.0, NS, "bash_session",
+    ),
+    "a shell without its builtins": Program(
+        ("builtin() { :; }; printf() { :; }; read() { :; }; eval() { :; }", "echo 1",
+         "echo $((6 * 7))"), "any", "", 1.0, NS, "bash_session",
+    ),
+    "a false end of a command": Program(
+        ("for fd in $(seq 3 255); do eval \"echo 0 >&$fd\" 2> /dev/null; done; sleep 0.2; echo 1",
+         "echo $((6 * 7))"), None, "42", layers=NS, tool="bash_session",
+    ),
+    "a child of a shell that floods": Program(
+        ("yes & yes >&2 &", "sleep 0.3; kill %1 %2; echo on", "echo $((6 * 7))"), "any", "", 5.0,
+        NS, "bash_session",
+    ),
+    "a shell that reads what is not its": Program(
+        ("cd / && cat CANARY; env; set", "cat CANARY; ls /proc /root /home"), None, "No such file",
+        layers=(*NS, *ROOT), tool="bash_session",
+    ),
+    "a shell that asks the network": Program(
+        ("exec 3<>/dev/tcp/127.0.0.1/PORT", "(echo x > /dev/tcp/127.0.0.1/PORT) 2>&1"), None,
+        "ermission denied|unreachable|refused|not permitted",
+        layers=NS, tool="bash_session",
+    ),
+    "a shell that leaves files": Program(
+        ("echo x > /tmp/MARK; echo x > /dev/shm/MARK", "ls /tmp"), None, "hostile-",
+        layers=(*NS, *ROOT), tool="bash_session",
+    ),
+    "a shell that leaves processes": Program(
+        ("(setsid nohup sleep 600 > /dev/null 2>&1 &) ; disown -a", "echo $((6 * 7))"), None, "42",
+        layers=NS, tool="bash_session",
+    ),
+    "a shell that raises its limits": Program(
+        ("ulimit -v unlimited", "ulimit -u 9999", "ulimit -t unlimited; echo $?"), None, "1",
+        layers=(*NS, "limit_memory"), tool="bash_session",
+    ),
+    "a shell that eats memory": Program(
+        ("x=$(head -c 900000000 /dev/zero | tr '\\0' x); echo ${#x}", "echo $((6 * 7))"), "any",
+        "42", 20.0, (*NS, "limit_memory"), "bash_session",
+    ),
+    "a shell that fills its disk": Program(
+        ("for i in $(seq 20); do head -c 16000000 /dev/zero > f$i || break; done",
+         "echo $((6 * 7))"), None, "42", layers=(*NS, *ROOT), tool="bash_session",
+    ),
+}  # fmt: skip
 MODE = os.environ.get("HOSTILE_MODE", "")
-CORPUS = PROCESSES | MEMORY | OUTPUT | FILES | OTHERS | REACHES | SESSIONS
+CORPUS = PROCESSES | MEMORY | OUTPUT | FILES | OTHERS | REACHES | SESSIONS | SHELL_SESSIONS
 
 if MODE:  # not all again: what reaches outside
-    CORPUS = OTHERS | REACHES | SESSIONS
+    CORPUS = OTHERS | REACHES | SESSIONS | SHELL_SESSIONS
 if MODE == "macos":
     sandbox.has_fork_server = lambda: False
 
@@ -637,6 +700,7 @@ HONEST = (  # tool, code, observation
     ("python", "import sympy\nprint(sympy.factorint(91))", "{7: 1, 13: 1}"),
     *[("python_session", f"x = {i}\nx + 1", str(i + 1)) for i in range(4)],
     *[("bash", f"echo {i} | tr 0-9 a-j", "abcd"[i]) for i in range(4)],
+    *[("bash_session", f"x={i}; echo $((x * 7))", str(i * 7)) for i in range(2)],
 )  # fmt: skip
 
 
@@ -645,11 +709,14 @@ HONEST = (  # tool, code, observation
 
 def box_of(tool, deadline):
     """A Toolbox of that tool, without the seconds that transformers takes to make its schema."""
-    word = "command" if tool == "bash" else "code"
+    word = "command" if tool.startswith("bash") else "code"
     parameters = {"properties": {word: {"type": "string"}}, "required": [word]}
     made = {
         "python": lambda schema: Tool("python", schema, python, True),
         "bash": lambda schema: Tool("bash", schema, bash().__call__, True),
+        "bash_session": lambda schema: Tool(
+            "bash_session", schema, bash_session.__call__, True, lambda _: bash_session()
+        ),
         "python_session": lambda schema: Tool(
             "python_session", schema, python_session.__call__, True, lambda _: python_session()
         ),
@@ -686,7 +753,7 @@ class World:
 
 
 def lacking(program):
-    layers = sandbox.layers("shell" if program.tool == "bash" else "light")
+    layers = sandbox.layers("shell" if program.tool.startswith("bash") else "light")
     return [layer for layer in program.layers if not layers[layer]]
 
 
@@ -694,7 +761,7 @@ def lacking(program):
 def world(tmp_path_factory):
     """Runs everything once; the tests look at what happened."""
     if sandbox.layers("shell")["pid_namespace"]:
-        tools = ("python", "python_session", "bash")
+        tools = ("python", "python_session", "bash", "bash_session")
     else:
         tools = ("python", "python_session")
     canary = tmp_path_factory.mktemp("trainer") / "canary"
@@ -803,8 +870,8 @@ def test_hostile_program_is_held_and_answered(world, name):
 def test_there_are_at_least_sixty_kinds():
     if MODE:
         pytest.skip("a part of them")
-    assert len(CORPUS) >= 60 and len(HONEST) == 32
-    kinds = (PROCESSES, MEMORY, OUTPUT, FILES, OTHERS, REACHES, SESSIONS)
+    assert len(CORPUS) >= 60 and len(HONEST) == 34
+    kinds = (PROCESSES, MEMORY, OUTPUT, FILES, OTHERS, REACHES, SESSIONS, SHELL_SESSIONS)
     assert sum(map(len, kinds)) == len(CORPUS)
     assert {layer for p in CORPUS.values() for layer in p.layers} <= set(sandbox.layers())
 

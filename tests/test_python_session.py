@@ -19,9 +19,10 @@ import pytest
 from until import PATIENCE, until
 
 from tools import Tool, Toolbox
-from tools.python_session import LOST, python_session
+from tools.python_session import python_session
 from tools.sandbox import caller as sandbox
 from tools.sandbox import confine
+from tools.sandbox.session import LOST
 
 ROOT = Path(__file__).parent.parent
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the fork server is Linux only")

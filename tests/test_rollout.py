@@ -487,6 +487,29 @@ def test_the_final_turn_is_announced_and_runs_no_tool(tokenizer):
     assert context(t, tokenizer).count("answer now") == 1
 
 
+def test_how_many_turns_are_left_is_told_where_it_is_wanted_and_never_learnt(tokenizer):
+    """turns_left: a line of the observation, mask 0; off, nothing of it is there."""
+    turns = [ADD, ADD, ADD, ANSWER]
+    t, _, _ = episode(tokenizer, turns, max_turns=4, turns_left=True)
+    text = context(t, tokenizer)
+    places = [text.index(f"({left} turns left.)") for left in (3, 2)]
+    places.append(text.index("(One turn left: answer in it.)"))
+    assert places == sorted(places) and text.count("left") == 3 and t.stop == "answered"
+    assert all(call.result == "5" for call in t.calls)  # it is no part of what the tool said
+    sampled = [id for id, mask in zip(t.ids, t.mask, strict=True) if mask]
+    assert "left" not in tokenizer.decode(sampled)
+    t, _, _ = episode(tokenizer, turns, max_turns=3, turns_left=True, final_turn=True)
+    text = context(t, tokenizer)
+    assert "(3 turns left.)" in text and "(2 turns left.)" in text and "One turn" not in text
+    assert text.count("This was the last call: answer now") == 1
+    t, _, _ = episode(tokenizer, turns, max_turns=4)
+    assert "left" not in context(t, tokenizer)
+    # of several calls each result ends with it, as it does with that of the last call
+    twice = ADD.removesuffix(STOP) + "\n" + ADD
+    t, _, _ = episode(tokenizer, [twice, ANSWER], max_turns=4, turns_left=True)
+    assert context(t, tokenizer).count("(3 turns left.)") == 2
+
+
 @pytest.mark.parametrize("over", [0, 1, 100])
 def test_a_prompt_that_fills_the_context_gives_a_trajectory_without_sampled_tokens(tokenizer, over):
     """Pitfall 27: the engine is not asked, and rewards, numbers and colours go on."""

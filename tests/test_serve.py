@@ -31,6 +31,7 @@ from until import PATIENCE, until
 
 from run.config import UserError
 from serve import mcp_server as serve
+from serve import web
 from tools import Toolbox
 
 ROOT = Path(__file__).parent.parent
@@ -416,9 +417,9 @@ def test_help_is_printed(capsys):
 @contextlib.asynccontextmanager
 async def impatient(monkeypatch, app, seconds):
     """A server with our settings, in this process; its port."""
-    monkeypatch.setattr(serve, "REQUEST_SECONDS", seconds)
+    monkeypatch.setattr(web, "REQUEST_SECONDS", seconds)
     listening = socket.create_server(("127.0.0.1", 0))
-    server = serve.uvicorn.Server(serve.settings(app))
+    server = web.uvicorn.Server(web.settings(app))
     monkeypatch.setattr(server, "capture_signals", contextlib.nullcontext)
     running = asyncio.create_task(server.serve(sockets=[listening]))
     try:

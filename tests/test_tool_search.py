@@ -20,8 +20,10 @@ import pytest
 
 from run.config import UserError
 from tools import NetworkError, Toolbox, ToolError
-from tools import search as module
-from tools.search import Index, search
+from tools.retrieval import bm25
+from tools.retrieval import corpus as corpora
+from tools.retrieval.bm25 import Index
+from tools.search import search
 
 ROOT = Path(__file__).parent.parent
 PASSAGES = [
@@ -42,6 +44,11 @@ def write(path, rows, opener=open):
 def corpus(tmp_path):
     pytest.importorskip("tantivy", reason='tantivy is missing: pip install -e ".[search]"')
     return write(tmp_path / "wiki.jsonl", PASSAGES)
+
+
+def texts(index, query, k):
+    """What it finds, as texts."""
+    return [passage.contents for passage in index.find_one(query, k)]
 
 
 def ask(tool, query):
@@ -90,38 +97,38 @@ def test_nothing_to_look_for_and_nothing_found_are_said(corpus):
 def test_equal_passages_come_in_the_order_of_the_corpus(tmp_path, monkeypatch):
     """Also when the index is in several parts, whose own order is random."""
     pytest.importorskip("tantivy")
-    monkeypatch.setattr(module, "HEAP", 15_000_000)  # the least that tantivy takes
+    monkeypatch.setattr(bm25, "HEAP", 15_000_000)  # the least that tantivy takes
     same = " ".join(f"word{i}" for i in range(60))
     rows = [{"contents": f"{same}\n{'word9 ' * (i % 2)}{i} {i * i}"} for i in range(20_000)]
     index = Index(write(tmp_path / "same.jsonl", rows))
     assert index.searcher.num_segments > 1
-    found = index.search("word9 word8", 5)  # word9 twice is better
+    found = texts(index, "word9 word8", 5)  # word9 twice is better
     assert [text.split()[-2] for text in found] == ["1", "3", "5", "7", "9"]
-    assert index.search("word8 word9", 3) == found[:3]
+    assert texts(index, "word8 word9", 3) == found[:3]
     # in so many passages a word that all of them have counts only where no other is known
-    assert index.search("word9 400 word8", 9) == [rows[n]["contents"] for n in (20, 400)]
-    assert len(index.search("word9 xylophone", 9)) == 9
+    assert texts(index, "word9 400 word8", 9) == [rows[n]["contents"] for n in (20, 400)]
+    assert len(texts(index, "word9 xylophone", 9)) == 9
 
 
 def test_the_index_stays_beside_the_corpus_until_the_corpus_changes(corpus, monkeypatch):
     made = []
-    fill = module._fill
-    monkeypatch.setattr(module, "_fill", lambda *given: made.append(1) or fill(*given))
+    fill = bm25._fill
+    monkeypatch.setattr(bm25, "_fill", lambda *given: made.append(1) or fill(*given))
     folder = Path(corpus + ".bm25")
     assert len(Index(corpus)) == 4 and folder.is_dir() and made == [1]
     old = Index(corpus)
-    assert old.search("fjord", 1)[0].startswith('"Oslo"') and made == [1]
+    assert texts(old, "fjord", 1)[0].startswith('"Oslo"') and made == [1]
     write(corpus, [*PASSAGES, {"title": "Bonn", "text": "Bonn lies at the Rhine."}])
     new = Index(corpus)
-    assert len(new) == 5 and "Rhine" in new.search("bonn", 1)[0] and made == [1, 1]
-    assert "fjord" in old.search("oslo", 1)[0]  # goes on with what it has opened
+    assert len(new) == 5 and "Rhine" in texts(new, "bonn", 1)[0] and made == [1, 1]
+    assert "fjord" in texts(old, "oslo", 1)[0]  # goes on with what it has opened
     assert sorted(os.listdir(folder.parent)) == ["wiki.jsonl", "wiki.jsonl.bm25"]
 
 
 def test_the_folder_of_the_index_can_be_given_and_is_never_one_with_other_things(corpus, tmp_path):
     folder = tmp_path / "new" / "index"
     assert "Oslo" in ask(search(corpus=corpus, index=str(folder)), "Oslo")
-    assert (folder / module.STAMP).is_file() and not Path(corpus + ".bm25").exists()
+    assert (folder / corpora.STAMP).is_file() and not Path(corpus + ".bm25").exists()
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("ten years of work")
@@ -137,7 +144,7 @@ def test_the_folder_of_the_index_can_be_given_and_is_never_one_with_other_things
 
 def test_where_nothing_can_be_written_the_index_goes_to_the_cache(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(module.os, "access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr(corpora.os, "access", lambda *_: False)  # root may write anywhere
     assert "Oslo" in ask(search(corpus=corpus), "Oslo")
     (folder,) = (tmp_path / "cache" / "nanotool").iterdir()
     assert folder.name.startswith("wiki.jsonl-") and not Path(corpus + ".bm25").exists()
@@ -149,15 +156,15 @@ def test_beside_an_index_that_is_read_only_the_cache_has_another_one(corpus, tmp
     Index(corpus)
     folder = Path(corpus + ".bm25")
     before = sorted(os.listdir(folder))
-    monkeypatch.setattr(module.os, "access", lambda *_: False)  # root may write anywhere
-    assert "fjord" in Index(corpus).search("oslo", 1)[0]
+    monkeypatch.setattr(corpora.os, "access", lambda *_: False)  # root may write anywhere
+    assert "fjord" in texts(Index(corpus), "oslo", 1)[0]
     assert sorted(os.listdir(folder)) == before
     assert [path.name for path in (tmp_path / "cache/nanotool").iterdir()] != []
 
 
 def test_several_programs_may_make_the_same_index_at_the_same_time(corpus, tmp_path):
     write(corpus, [{"text": f"passage number {i} of many"} for i in range(2000)])
-    code = "import sys; from tools.search import Index; print(len(Index(sys.argv[1])))"
+    code = "import sys; from tools.retrieval.bm25 import Index; print(len(Index(sys.argv[1])))"
     argv = [sys.executable, "-c", code, corpus]
     running = [subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(3)]
     assert [process.communicate()[0] for process in running] == [b"2000\n"] * 3

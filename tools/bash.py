@@ -10,16 +10,20 @@ from tools import ToolError
 from tools.sandbox import caller
 
 
+def require_namespaces() -> None:
+    """UserError where a command could start no program, or what it starts would live on."""
+    if not caller.layers("shell")["pid_namespace"]:
+        raise UserError(
+            "the bash tool cannot confine a command here, as there are no PID namespaces: use "
+            "Linux with user namespaces; in Docker add --security-opt seccomp=unconfined"
+        )
+
+
 class bash:
     shared = True  # nothing lives from one call to the next: every call has its own process
 
     def __init__(self):
-        # without one, either it could start no program, or what it starts would live on
-        if not caller.layers("shell")["pid_namespace"]:
-            raise UserError(
-                "the bash tool cannot confine a command here, as there are no PID namespaces: use "
-                "Linux with user namespaces; in Docker add --security-opt seccomp=unconfined"
-            )
+        require_namespaces()
 
     async def __call__(self, command: str) -> str:
         """Run a bash command in an empty directory and return what it prints.

@@ -82,6 +82,7 @@ from tools.sandbox import confine, fork_server
 
 WALL_SECONDS = 60.0  # for callers without a deadline, which a Toolbox is not
 CODE_SIZE = 100_000  # bytes of code
+INPUT_SIZE = 4_000_000  # bytes that a call can read from stdin
 OUTPUT_SIZE = 1_000_000  # bytes; code that writes more is killed
 SHOWN = 20_000  # characters of output that are returned: head and tail, the cut marked
 
@@ -95,15 +96,18 @@ class Result:
     session_ended: bool = False
 
 
-async def call(server: str, code: str) -> Result:
-    """Runs `code` in a fresh process, a child of that server. Leaving, if only by a cancellation,
-    kills the child: the server sees the socket close."""
+async def call(server: str, code: str, stdin: str = "") -> Result:
+    """Runs `code` in a fresh process, a child of that server. stdin: what it can read there.
+    Leaving, if only by a cancellation, kills the child: the server sees the socket close."""
     data = encode(code)
+    given = stdin.encode("utf-8", "replace")
+    if len(given) > INPUT_SIZE:
+        raise ToolError("bad_arguments", f"error: stdin is longer than {INPUT_SIZE} bytes")
     hand_over = functools.partial(start, server, "run")
     for _ in range(3):  # a server that died left nothing of the call behind: run it again
         try:
             async with wall_clock():
-                return await exchange(hand_over, data)
+                return await exchange(hand_over, data, given=given)
         except TimeoutError:
             raise ToolError("timeout", f"error: stopped after {WALL_SECONDS:g} s") from None
         except ConnectionError:
@@ -134,10 +138,12 @@ async def exchange(
     hand_over: Callable[[socket.socket, socket.socket], Awaitable[None]],
     data: bytes,
     session: socket.socket | None = None,
+    given: bytes = b"",
 ) -> Result:
     """One call. `hand_over` gives the far ends of two sockets, made for this call alone, to who
     runs it: a session's code cannot speak in a later call. `session`: the socket on which the
-    server tells the session's end. Raises ConnectionError if the sandbox died."""
+    server tells the session's end. `given`: what can be read from stdin, but in a session. Raises
+    ConnectionError if the sandbox died."""
     loop = asyncio.get_running_loop()
     ctl, far_ctl = socket.socketpair()  # the code goes out here, and the reply comes in
     out, far_out = socket.socketpair()  # what the code writes
@@ -186,7 +192,8 @@ async def exchange(
         if session is not None:
             loop.add_reader(session, read_message, session)
         with contextlib.suppress(ConnectionError):  # it died: read_message() sees that
-            await loop.sock_sendall(ctl, struct.pack("=I", len(data)) + data)
+            lengths = struct.pack("=II", len(data), len(given))
+            await loop.sock_sendall(ctl, lengths + data + given)
 
         # 3. wait for the end
         reply, session_ended = await ended

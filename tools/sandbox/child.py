@@ -13,7 +13,9 @@ import json
 import linecache
 import os
 import random
+import re
 import resource
+import select
 import signal
 import socket
 import sys
@@ -55,7 +57,7 @@ def main():
     elif what == "heavy":
         fork_server.serve(what, parent, folders, _prepare_heavy, _run, _run_session)
     elif what == "shell":
-        fork_server.serve(what, parent, folders, _prepare_nothing, _run_shell, _run_session)
+        fork_server.serve(what, parent, folders, _prepare_nothing, _run_shell, _run_shell_session)
     elif what == "layers":
         os.write(1, json.dumps(confine.confine_portably("/")).encode())
     elif what == "session":
@@ -139,7 +141,8 @@ def _run_session(requests):
 
         # 2. run it
         confine.renew_cpu_limit(cpu)
-        status = _run_cell(fork_server.read_code(ctl), f"<call {number}>", main_module)
+        code, _ = fork_server.read_code(ctl)
+        status = _run_cell(code, f"<call {number}>", main_module)
         if os.getpid() != pid:  # a fork that the code made came back here: it is no session
             os._exit(status)
 
@@ -174,13 +177,158 @@ def _silence():
 
 def _run_shell(command):
     """bash, or sh where there is none. Does not return."""
+    shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
+    _exec_shell([shell, "-c", command])
+
+
+def _exec_shell(argv):
+    """Becomes the shell. Does not return."""
     path = ":".join(name for name in fork_server.PROGRAMS if name.endswith("/bin"))
     environment = {"HOME": os.getcwd(), "PATH": path, "TMPDIR": os.getcwd(), "LC_ALL": "C.UTF-8"}
     environment |= fork_server.ONE_THREAD | {"PYTHONPATH": "/packages"}
-    shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # python ignores them, and exec would keep that
         signal.signal(number, signal.SIG_DFL)
-    os.execve(shell, [shell, "-c", command], environment)
+    os.execve(argv[0], argv, environment)
+
+
+def _run_shell_session(requests):
+    """A session's calls, all in one bash, until its caller closes `requests`. Does not return.
+
+    Here too: what the commands break, this process or that bash, harms their session alone.
+    """
+    shell = _Shell()
+    while True:
+        # 1. wait for a call: its two sockets
+        shell.listen_until(requests)
+        _, fds, _, _ = socket.recv_fds(requests, 1, 2)
+        if not fds:
+            os._exit(0)
+        ctl = socket.socket(fileno=fds[0])
+
+        # 2. run it, and reply; without the shell there is no session
+        command, _ = fork_server.read_code(ctl)
+        status = shell.run(command, fds[1])
+        if shell.has_ended:
+            os._exit(status)
+        ctl.send(json.dumps({"exit": status}).encode())
+        ctl.close()
+        os.close(fds[1])
+
+
+class _Shell:
+    """A bash that goes on from command to command, until one of them ends it.
+
+    What it and its children write comes over one pipe for its life, as on a terminal: what runs in
+    the background is heard when it speaks, in the next call if there is none at that moment.
+    """
+
+    COMMANDS = 57  # descriptors of the shell, below confine.OPEN_FILES
+    OUT = 58
+    STATUS = 59
+    # What it does for each command, which comes over another pipe and ends with a null byte.
+    # `eval` in no function and no loop: `declare`, `return` and `break` mean what they mean on a
+    # terminal. `exec` in the place of redirections of `eval`: these would take descriptors that
+    # commands take. The token: what a command writes to all descriptors it finds is no status.
+    LINE = (
+        f"IFS= read -r -d '' -u {COMMANDS} __command; eval \"$__command\"; __status=$?; "
+        f"exec </dev/null >&{OUT} 2>&1; builtin printf '%d TOKEN\\n' $__status >&{STATUS}\n"
+    )
+    KEPT = 1 << 16  # bytes that are written between calls; of more the last are kept
+
+    def __init__(self):
+        # not its stdin: from there it would read its lines after every `exec`
+        os.mkfifo("bash")  # its name in messages
+        self.script = os.open("bash", os.O_RDWR)
+        commands, self.commands = os.pipe()
+        self.out, out = os.pipe()
+        self.status, status = os.pipe()
+        os.set_blocking(self.out, False)
+        self.has_ended = False
+        self.exit_status = 0
+        self.unheard = bytearray()  # what was written between calls
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                _silence()
+                os.dup2(commands, self.COMMANDS)
+                os.dup2(out, self.OUT)
+                os.dup2(status, self.STATUS)
+                os.dup2(out, 1)
+                os.dup2(out, 2)
+                os.closerange(3, self.COMMANDS)
+                _exec_shell(["/bin/bash", "--norc", "bash"])
+            finally:
+                os._exit(fork_server.RAISED)
+        for fd in (commands, out, status):
+            os.close(fd)
+        self.run(b"", None)  # it has opened its script now
+        os.unlink("bash")
+
+    def listen_until(self, requests):
+        """Keeps what is written until a request comes."""
+        while True:
+            ready = self._wait(requests.fileno(), self.out, seconds=None)
+            if self.out in ready:
+                self.unheard += self._read()
+                del self.unheard[: -self.KEPT]
+            if requests.fileno() in ready:
+                return
+
+    def run(self, command, out):
+        """Runs a command, writes its output to `out`, and returns its exit status."""
+        if self.unheard:
+            _write_all(out, self.unheard)
+            self.unheard.clear()
+        token = os.urandom(8).hex()
+        line = self.LINE.replace("TOKEN", token).encode()
+        with contextlib.suppress(BrokenPipeError):  # the shell has gone: seen below
+            _write_all(self.script, line)
+            _write_all(self.commands, command + b"\0")
+        told = b""  # the last of what came over the descriptor of the status
+        status = None
+        while not status:
+            ready = self._wait(self.status, self.out, seconds=0.1)
+            if self.out in ready:
+                _write_all(out, self._read())
+            self._reap()
+            if self.status in ready:
+                told = (told + os.read(self.status, 4096))[-4096:]
+                status = re.search(rf"(\d+) {token}\n".encode(), told)
+            if self.has_ended:
+                break
+        while heard := self._read():  # all that was written before
+            _write_all(out, heard)
+        if self.has_ended:
+            return self.exit_status
+        return int(status[1])
+
+    def _wait(self, *fds, seconds):
+        ready, _, _ = select.select(fds, [], [], seconds)
+        return ready
+
+    def _read(self):
+        try:
+            return os.read(self.out, 1 << 16)
+        except BlockingIOError:
+            return b""
+
+    def _reap(self):
+        """Takes the ends of all that has no other parent: they would count as processes."""
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    return
+                if pid == self.pid:
+                    self.has_ended = True
+                    code = os.waitstatus_to_exitcode(status)
+                    self.exit_status = code if code >= 0 else 128 - code  # as shells say it
+
+
+def _write_all(fd, data):
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
 
 
 def _fresh_main():

@@ -219,8 +219,9 @@ def _start_child(ctl, second, uid, active, limits, run, is_session):
             confine.apply_layers(active, uid, scratch, limits)
 
         def one_call():
-            code = read_code(ctl)
+            code, given = read_code(ctl)
             ctl.close()
+            set_stdin(given)
             run(code)
 
         if is_session:  # its output goes nowhere between calls
@@ -244,11 +245,27 @@ def _run_child(out, needed, put_layers, work):
         os._exit(RAISED)
 
 
-def read_code(ctl: socket.socket) -> bytes:
-    """What the caller sends: the length in four bytes, then the code."""
+def read_code(ctl: socket.socket) -> tuple[bytes, bytes]:
+    """What the caller sends, the lengths first: the code, and what it can read from stdin."""
     with ctl.makefile("rb") as file:
-        length = int.from_bytes(file.read(4), sys.byteorder)
-        return file.read(length)
+        lengths = file.read(8)
+        code = file.read(int.from_bytes(lengths[:4], sys.byteorder))
+        return code, file.read(int.from_bytes(lengths[4:], sys.byteorder))
+
+
+def set_stdin(given: bytes) -> None:
+    """Puts it behind stdin, by a file in this directory that has no name."""
+    if not given:
+        return
+    name = f"stdin-{os.getpid()}"
+    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    os.unlink(name)
+    left = memoryview(given)
+    while left:
+        left = left[os.write(fd, left) :]
+    os.lseek(fd, 0, os.SEEK_SET)
+    os.dup2(fd, 0)
+    os.close(fd)
 
 
 def _kill(pid):
@@ -319,7 +336,7 @@ def serve_one(run: Callable, is_session: bool, cpu: int) -> None:
     ctl = socket.socket(fileno=os.dup(0))
     second = os.dup(1)
     # here: `watch` below must not find a byte of it
-    code = None if is_session else read_code(ctl)
+    code, given = (None, b"") if is_session else read_code(ctl)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
@@ -335,7 +352,12 @@ def serve_one(run: Callable, is_session: bool, cpu: int) -> None:
 
         if is_session:
             _run_child(0, second, put_layers, lambda: run(socket.socket(fileno=second)))
-        _run_child(second, 2, put_layers, lambda: run(code))
+
+        def one_call():
+            set_stdin(given)
+            run(code)
+
+        _run_child(second, 2, put_layers, one_call)
     os.close(second)  # else the caller would wait for us to close its output
 
     def watch():
