@@ -51,7 +51,7 @@ class Player:
         rows, instead of cfg.limit. Raises UserError for whatever the config gets wrong.
         """
         # 1. what needs no model
-        check_engine(cfg.engine, cfg.urls, tune)
+        check_engine(cfg.engine, cfg.urls)
         models.find(cfg.model)
         toolbox, rewards, examples = prepare_task(cfg, limit)
 
@@ -261,13 +261,24 @@ async def start_engine(
     if cfg.engine == "transformers":
         return TransformersEngine(model, tokenizer, options.deterministic)
 
-    if cfg.engine == "server":
-        return await servers.start(
-            cfg.urls, cfg.model, tokenizer, options.timeout, cfg.max_tokens, vision, has_images
-        )
-
     is_trained = model is not None and any(p.requires_grad for p in model.parameters())
     has_adapter = is_trained and cfg.tune != "full"
+    if cfg.engine == "server":
+        is_full = is_trained and not has_adapter
+        return await servers.start(
+            cfg.urls,
+            cfg.model,
+            tokenizer,
+            options.timeout,
+            cfg.max_tokens,
+            vision,
+            has_images,
+            folder=options.folder,
+            full=cfg.dtype if is_full else "",
+            out_dir=cfg.out_dir if is_full else "",
+            lora_r=cfg.lora_r if has_adapter else 0,
+        )
+
     return await vllm.start(
         cfg.model,
         model,
