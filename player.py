@@ -16,12 +16,13 @@ from engines import servers, vllm
 from engines.base import Engine, check_engine
 from engines.local import TransformersEngine
 from engines.options import read_options
+from images import Picture
 from learning import model as models
 from learning import parallel
 from learning.vision import Vision, find_vision, why_blind
 from rollout import Settings, rollouts
 from run.config import UserError
-from run.loop import run_blocking
+from run.loop import Running, run_blocking
 from tools import Toolbox
 from trajectory import Trajectory
 
@@ -41,6 +42,7 @@ class Player:
     model: object = None  # the policy; None where only an engine elsewhere has it
     examples: list[dict] = field(default_factory=list)  # those of the config
     cfg: object = None
+    begun: Running | None = None  # what is being played, between `begin` and `take`
 
     @classmethod
     def of(cls, cfg, tune: str = "none", limit: int | None = None) -> "Player":
@@ -101,6 +103,8 @@ class Player:
 
     def __exit__(self, *_) -> None:
         try:
+            if self.begun:
+                self.begun.cancel()
             run_blocking(self.engine.close())
         finally:
             run_blocking(self.toolbox.close())
@@ -121,33 +125,76 @@ class Player:
     ) -> list[Trajectory]:
         """Plays and scores `samples` trajectories of each example; see rollout.rollouts.
         temperature: instead of that of the settings. Works in notebooks too."""
+        self.begin(examples, samples, step, first_group, temperature, on_done)
+        return self.take()
+
+    def begin(
+        self,
+        examples: list[dict],
+        samples: int = 1,
+        step: int = 0,
+        first_group: int = 0,
+        temperature: float | None = None,
+        on_done: Callable[[Trajectory], None] | None = None,
+    ) -> None:
+        """Begins what `play` does and does not wait for it: `take` does."""
+        assert self.begun is None, "what was begun before was not taken"
         settings = self.settings
         if temperature is not None:
             settings = replace(settings, temperature=temperature)
         # each rank plays its share; then all of them know all trajectories
         groups = parallel.share(list(range(len(examples))))
+        playing = rollouts(
+            [examples[group] for group in groups],
+            self.chat,
+            self.engine,
+            self.toolbox,
+            settings,
+            step=step,
+            samples=samples,
+            rewards=self.rewards,
+            on_done=on_done,
+            groups=[first_group + group for group in groups],
+            turn=self.turn,
+        )
+        self.begun = Running(playing)
+
+    def take(self) -> list[Trajectory]:
+        """Waits for the trajectories that were begun."""
+        begun = self.begun
+        self.begun = None
         with parallel.together():
-            playing = rollouts(
-                [examples[group] for group in groups],
-                self.chat,
-                self.engine,
-                self.toolbox,
-                settings,
-                step=step,
-                samples=samples,
-                rewards=self.rewards,
-                on_done=on_done,
-                groups=[first_group + group for group in groups],
-                turn=self.turn,
-            )
-            played = run_blocking(playing)
+            played = begun.result()
         played = parallel.gathered(played)
         self._prepare_images(played)
         return sorted(played, key=lambda trajectory: (trajectory.group, trajectory.sample))
 
+    def as_saved(self, trajectories: list[Trajectory]) -> list[dict]:
+        """Makes plain values of trajectories, as a checkpoint holds them: of an example, where it
+        is among those of the player; of an image, what was shown."""
+        places = {id(example): place for place, example in enumerate(self.examples)}
+        saved = []
+        for trajectory in trajectories:
+            values = trajectory.plain()
+            values["example"] = places[id(trajectory.example)]
+            values["images"] = [picture.saved() for picture in trajectory.images]
+            saved.append(values)
+        return saved
+
+    def of_saved(self, saved: list[dict]) -> list[Trajectory]:
+        """Makes trajectories of what `as_saved` made of them."""
+        trajectories = []
+        for values in saved:
+            example = self.examples[values["example"]]
+            images = [Picture.of_saved(*image) for image in values["images"]]
+            trajectories.append(Trajectory.of_plain(values, example, images))
+        self._prepare_images(trajectories)
+        return trajectories
+
     def _prepare_images(self, trajectories: list[Trajectory]) -> None:
-        """Prepares the images of trajectories that other ranks have played: they come without what
-        the model is given. Those that the samples of a group share stay one."""
+        """Prepares the images of trajectories that other ranks have played, or a run before this
+        one: they come without what the model is given. Those that the samples of a group share
+        stay one."""
         if self.chat.vision is None:  # or behind an API, which is shown them as they are
             return
         prepared = {}

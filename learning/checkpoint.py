@@ -212,6 +212,8 @@ class Run:
         where it cannot be written: what was there before is there still."""
         if step == self.saved:
             return
+        # what is made only when it is saved
+        state = {name: value() if callable(value) else value for name, value in state.items()}
         # of shards, what all ranks have of it
         trained = {name: p.detach() for name, p in _trained(model).items()}
         state["step"] = step

@@ -938,6 +938,7 @@ def test_a_server_with_other_tokens_for_an_image_is_refused(vision):
         server.vision = types.SimpleNamespace(
             prepare=honest.prepare, expand=lambda ids, pictures: ids
         )
+        engine.timeout = 3.0  # it does not come back
         with pytest.raises(UserError, match="confirms other token ids"):
             run_blocking(engine.generate(ids, pictures, Sampling(max_new_tokens=2)))
     server.die()
