@@ -172,11 +172,15 @@ class Player:
     def as_saved(self, trajectories: list[Trajectory]) -> list[dict]:
         """Makes plain values of trajectories, as a checkpoint holds them: of an example, where it
         is among those of the player; of an image, what was shown."""
-        places = {id(example): place for place, example in enumerate(self.examples)}
+
+        def key(example: dict) -> tuple:  # those of other ranks are copies
+            return example["id"], str(example["messages"])
+
+        places = {key(example): place for place, example in enumerate(self.examples)}
         saved = []
         for trajectory in trajectories:
             values = trajectory.plain()
-            values["example"] = places[id(trajectory.example)]
+            values["example"] = places[key(trajectory.example)]
             values["images"] = [picture.saved() for picture in trajectory.images]
             saved.append(values)
         return saved
@@ -267,7 +271,7 @@ def load_vision(cfg, tokenizer, examples: list[dict]) -> Vision | None:
         raise UserError(f"min_pixels and max_pixels have no effect: {reason}")
     if vision is None and cfg.train_vision:
         raise UserError(f"train_vision has no effect: {reason}")
-    if cfg.train_vision and cfg.engine == "server":
+    if cfg.train_vision and cfg.engine == "server" and cfg.tune != "full":
         raise UserError(
             "train_vision = true: a server may leave the tower's adapters out without a word, so "
             "use engine=vllm"

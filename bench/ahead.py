@@ -91,7 +91,9 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     arguments = parser.parse_args()
     model = str((ROOT / arguments.model).resolve())
+    load = os.getloadavg()[0]
     print("python " + " ".join(sys.argv))
+    print(f"{os.cpu_count()} cores, {load:.1f} processes on them when this began")
     server = serve(model, arguments.port)
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +101,8 @@ def main() -> None:
             run = (model, arguments.port, folder)
 
             print("latency  ahead  s a step  waits for rollouts  sync")
-            for latency in map(float, arguments.latencies.split(",")):
+            for text in arguments.latencies.split(",") if arguments.latencies else ():
+                latency = float(text)
                 rows = {"0": [], "1": []}
                 for _ in range(2):  # by turns, as others use this machine too
                     for ahead in rows:

@@ -75,12 +75,13 @@ class Served:
         return None
 
     def load_adapter(self, name: str, folder: str) -> tuple[int, dict | str]:
-        if name in self.adapters:
-            return 400, {"message": f"The lora adapter '{name}' has already been loaded."}
         from peft import PeftModel
 
-        base, _ = models.load(self.folder, "none", device="cpu")
-        self.adapters[name] = PeftModel.from_pretrained(base, folder)
+        with self.exchange:
+            if name in self.adapters:
+                return 400, {"message": f"The lora adapter '{name}' has already been loaded."}
+            base, _ = models.load(self.folder, "none", device="cpu")
+            self.adapters[name] = PeftModel.from_pretrained(base, folder)
         return 200, "Success"
 
     def complete(self, body: dict) -> tuple[int, dict]:

@@ -138,7 +138,8 @@ def test_the_canary_sees_half_of_the_weights(running, folder, tokenizer, tmp_pat
 
 
 def test_a_whole_run_and_one_that_goes_on(running, folder, tmp_path):
-    """By the command line: weights by way of out_dir, of which nothing is left."""
+    """By the command line: weights by way of out_dir, of which nothing is left. Then by two ranks,
+    which share the servers."""
     check_healthy(folder, running)
     (tmp_path / "even.py").write_text(
         "def even(trajectory, example):\n    return float(trajectory.ids[-1] % 2)\n"
@@ -151,7 +152,7 @@ def test_a_whole_run_and_one_that_goes_on(running, folder, tmp_path):
     for steps in (2, 4):
         command = [sys.executable, "train_grpo.py", *argv, f"--steps={steps}"]
         if steps == 4:
-            command.append("--resume=true")
+            command += ["--resume=true", "--parallel=ddp", "--gpus=2"]
         done = subprocess.run(command, cwd=config.HERE, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
