@@ -59,6 +59,17 @@ class Picture:
         """Leaves out what another process makes anew, sooner than it would come: from `shown`."""
         return vars(self) | {"pixels": {}, "seen": None, "again": None}
 
+    def saved(self) -> tuple[int, bytes]:
+        """Returns (key, bytes of a PNG) of what was shown, as plain values."""
+        file = io.BytesIO()
+        self.shown.save(file, "PNG")
+        return self.key, file.getvalue()
+
+    @classmethod
+    def of_saved(cls, key: int, png: bytes) -> "Picture":
+        """Makes one of what `saved` made of it, to be prepared for the model."""
+        return cls(open_image(png), key=key)
+
     def __post_init__(self):
         if self.shown is None:  # until a model's vision has prepared it
             self.shown = self.original

@@ -18,13 +18,14 @@ from engines import servers, vllm
 from engines.base import Engine, check_engine
 from engines.local import TransformersEngine
 from engines.options import read_options
+from images import Picture
 from learning import model as models
 from learning import parallel
 from learning.vision import Vision, find_vision, why_blind
 from rollout import Settings, rollouts
 from run import mix
 from run.config import UserError
-from run.loop import run_blocking
+from run.loop import Running, run_blocking
 from tools import Toolbox
 from trajectory import Trajectory
 
@@ -44,6 +45,7 @@ class Player:
     model: object = None  # the policy; None where only an engine elsewhere has it
     examples: list[dict] = field(default_factory=list)  # those of the config
     cfg: object = None
+    begun: Running | None = None  # what is being played, between `begin` and `take`
 
     @classmethod
     def of(cls, cfg, tune: str = "none", limit: int | None = None) -> "Player":
@@ -54,7 +56,7 @@ class Player:
         rows, instead of cfg.limit. Raises UserError for whatever the config gets wrong.
         """
         # 1. what needs no model
-        check_engine(cfg.engine, cfg.urls, tune)
+        check_engine(cfg.engine, cfg.urls)
         models.find(cfg.model)
         if cfg.mix:
             return Mixture.of_sources(cfg, tune, limit)
@@ -91,6 +93,8 @@ class Player:
 
     def __exit__(self, *_) -> None:
         try:
+            if self.begun:
+                self.begun.cancel()
             run_blocking(self.engine.close())
         finally:
             self._close_tools()
@@ -128,18 +132,38 @@ class Player:
     ) -> list[Trajectory]:
         """Plays and scores `samples` trajectories of each example; see rollout.rollouts.
         temperature: instead of that of the settings. Works in notebooks too."""
+        self.begin(examples, samples, step, first_group, temperature, on_done)
+        return self.take()
+
+    def begin(
+        self,
+        examples: list[dict],
+        samples: int = 1,
+        step: int = 0,
+        first_group: int = 0,
+        temperature: float | None = None,
+        on_done: Callable[[Trajectory], None] | None = None,
+    ) -> None:
+        """Begins what `play` does and does not wait for it: `take` does."""
+        assert self.begun is None, "what was begun before was not taken"
         # each rank plays its share; then all of them know all trajectories
         groups = parallel.share(list(range(len(examples))))
+        playing = self.rollouts(
+            [examples[group] for group in groups],
+            [first_group + group for group in groups],
+            temperature,
+            step=step,
+            samples=samples,
+            on_done=on_done,
+        )
+        self.begun = Running(playing)
+
+    def take(self) -> list[Trajectory]:
+        """Waits for the trajectories that were begun."""
+        begun = self.begun
+        self.begun = None
         with parallel.together():
-            playing = self.rollouts(
-                [examples[group] for group in groups],
-                [first_group + group for group in groups],
-                temperature,
-                step=step,
-                samples=samples,
-                on_done=on_done,
-            )
-            played = run_blocking(playing)
+            played = begun.result()
         played = parallel.gathered(played)
         self._prepare_images(played)
         return sorted(played, key=lambda trajectory: (trajectory.group, trajectory.sample))
@@ -163,9 +187,36 @@ class Player:
             **options,
         )
 
+    def as_saved(self, trajectories: list[Trajectory]) -> list[dict]:
+        """Makes plain values of trajectories, as a checkpoint holds them: of an example, where it
+        is among those of the player; of an image, what was shown."""
+
+        def key(example: dict) -> tuple:  # those of other ranks are copies
+            return example.get(mix.KEY), example["id"], str(example["messages"])
+
+        places = {key(example): place for place, example in enumerate(self.examples)}
+        saved = []
+        for trajectory in trajectories:
+            values = trajectory.plain()
+            values["example"] = places[key(trajectory.example)]
+            values["images"] = [picture.saved() for picture in trajectory.images]
+            saved.append(values)
+        return saved
+
+    def of_saved(self, saved: list[dict]) -> list[Trajectory]:
+        """Makes trajectories of what `as_saved` made of them."""
+        trajectories = []
+        for values in saved:
+            example = self.examples[values["example"]]
+            images = [Picture.of_saved(*image) for image in values["images"]]
+            trajectories.append(Trajectory.of_plain(values, example, images))
+        self._prepare_images(trajectories)
+        return trajectories
+
     def _prepare_images(self, trajectories: list[Trajectory]) -> None:
-        """Prepares the images of trajectories that other ranks have played: they come without what
-        the model is given. Those that the samples of a group share stay one."""
+        """Prepares the images of trajectories that other ranks have played, or a run before this
+        one: they come without what the model is given. Those that the samples of a group share
+        stay one."""
         if self.chat.vision is None:  # or behind an API, which is shown them as they are
             return
         prepared = {}
@@ -371,7 +422,7 @@ def load_vision(cfg, tokenizer, examples: list[dict]) -> Vision | None:
         raise UserError(f"min_pixels and max_pixels have no effect: {reason}")
     if vision is None and cfg.train_vision:
         raise UserError(f"train_vision has no effect: {reason}")
-    if cfg.train_vision and cfg.engine == "server":
+    if cfg.train_vision and cfg.engine == "server" and cfg.tune != "full":
         raise UserError(
             "train_vision = true: a server may leave the tower's adapters out without a word, so "
             "use engine=vllm"
@@ -412,13 +463,24 @@ async def start_engine(
     if cfg.engine == "transformers":
         return TransformersEngine(model, tokenizer, options.deterministic)
 
-    if cfg.engine == "server":
-        return await servers.start(
-            cfg.urls, cfg.model, tokenizer, options.timeout, cfg.max_tokens, vision, has_images
-        )
-
     is_trained = model is not None and any(p.requires_grad for p in model.parameters())
     has_adapter = is_trained and cfg.tune != "full"
+    if cfg.engine == "server":
+        is_full = is_trained and not has_adapter
+        return await servers.start(
+            cfg.urls,
+            cfg.model,
+            tokenizer,
+            options.timeout,
+            cfg.max_tokens,
+            vision,
+            has_images,
+            folder=options.folder,
+            full=cfg.dtype if is_full else "",
+            out_dir=cfg.out_dir if is_full else "",
+            lora_r=cfg.lora_r if has_adapter else 0,
+        )
+
     return await vllm.start(
         cfg.model,
         model,

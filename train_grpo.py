@@ -26,6 +26,7 @@ How this differs from the paper (DeepSeekMath, arXiv:2402.03300), and the key th
 Shapes: P prompts, G group size, B = P x G trajectories, T tokens.
 """
 
+import functools
 import random
 import time
 from collections import Counter
@@ -104,6 +105,7 @@ class Config:
     urls: tuple[str, ...] = ()  # server: of `vllm serve` processes, such as http://127.0.0.1:8000
     gpu_memory_utilization: float = 0.5  # vllm: share of the GPU's memory; not used on a CPU
     engine_options: tuple[str, ...] = ()  # such as enforce_eager=true; engines/options.py has all
+    ahead: int = 0  # server: 1 plays the next batch while this one is learnt from, for slow tools
     # several processes
     parallel: Literal["none", "ddp", "fsdp"] = "none"  # ddp: all weights on each; fsdp: in shards
     gpus: int = 1  # processes to start on this machine, one a GPU, or as many on its CPU
@@ -263,6 +265,18 @@ def check(cfg: Config) -> None:
         raise UserError(f"temperature = {cfg.temperature}: vLLM has 0, or 0.01 and more")
     if cfg.gpu_memory_utilization > 1:
         raise UserError(f"gpu_memory_utilization = {cfg.gpu_memory_utilization}: at most 1")
+    if cfg.ahead not in (0, 1):
+        raise UserError(f"ahead = {cfg.ahead}: expected 0, or 1 batch")
+    if cfg.ahead and cfg.engine != "server":
+        raise UserError(
+            f"ahead = 1 with engine={cfg.engine}: it samples with the memory and the cores that "
+            "learn, so nothing would be gained; use engine=server"
+        )
+    if cfg.ahead and cfg.is_correction == "none":
+        raise UserError(
+            "ahead = 1 with is_correction=none: its batches are of the policy before the last "
+            "update, so leave is_correction=auto"
+        )
     parallel.check(cfg.parallel, cfg.gpus, cfg.optimizer, cfg.tune)
     if cfg.seed >= 2**63:
         raise UserError(f"seed = {cfg.seed}: expected less than 2**63")
@@ -486,6 +500,24 @@ def mean_metrics(metrics: list[dict]) -> dict:
 # ---- the run
 
 
+def begin_groups(
+    player: Player,
+    cursor: int,
+    count: int,
+    group_size: int,
+    seed: int,
+    step: int,
+    first_group: int = 0,
+    expect=None,
+) -> None:
+    """Begins to play the groups of the next `count` prompts; the player's `take` waits for them.
+    first_group: their numbers go on, so that no two groups of a step share a seed."""
+    prompts = player.next_prompts(cursor, count, seed)
+    # the bar is of this rank's share
+    on_done = expect(len(parallel.share(prompts)) * group_size) if expect else None
+    player.begin(prompts, group_size, step, first_group=first_group, on_done=on_done)
+
+
 def sample_groups(
     player: Player,
     cursor: int,
@@ -503,7 +535,7 @@ def sample_groups(
     dynamic_sampling: a reward; groups that agree on it are replaced by those of the next prompts,
     in at most dynamic_attempts further rounds (DAPO, arXiv:2503.14476); what is still missing then
     is filled up with them. expect(count): is told how many rollouts come, returns what to call as
-    each is done.
+    each is done. What `begin_groups` has begun with the same arguments is the first round.
     """
     kept: list[list[Trajectory]] = []
     equal: list[list[Trajectory]] = []  # groups that agree
@@ -512,12 +544,10 @@ def sample_groups(
     rounds = 1 + dynamic_attempts if dynamic_sampling else 1
     for _ in range(rounds):
         missing = prompts_per_step - len(kept)
-        prompts = player.next_prompts(cursor + started, missing, seed)
-        # the bar is of this rank's share
-        on_done = expect(len(parallel.share(prompts)) * group_size) if expect else None
-        # the first group's number goes on, so that no two groups share a seed
-        new = player.play(prompts, group_size, step, first_group=started, on_done=on_done)
-        started += len(prompts)
+        if player.begun is None:
+            begin_groups(player, cursor + started, missing, group_size, seed, step, started, expect)
+        new = player.take()
+        started += missing
         played += new
         for first in range(0, len(new), group_size):
             group = new[first : first + group_size]
@@ -533,6 +563,24 @@ def sample_groups(
     kept += equal[: prompts_per_step - len(kept)]
     trajectories = [trajectory for group in kept for trajectory in group]
     return trajectories, played, cursor + started
+
+
+def saved_groups(groups: tuple | None, player: Player) -> dict | None:
+    """Makes plain values of what `sample_groups` returned, for a checkpoint."""
+    if groups is None:
+        return None
+    trajectories, played, cursor = groups
+    places = {id(trajectory): place for place, trajectory in enumerate(played)}
+    learnt = [places[id(trajectory)] for trajectory in trajectories]
+    return {"played": player.as_saved(played), "learnt": learnt, "cursor": cursor}
+
+
+def groups_of_saved(saved: dict | None, player: Player) -> tuple | None:
+    """Makes what `sample_groups` returned of what `saved_groups` made of it."""
+    if saved is None:
+        return None
+    played = player.of_saved(saved["played"])
+    return [played[place] for place in saved["learnt"]], played, saved["cursor"]
 
 
 def validate(player: Player, examples: list[dict], log: Log) -> dict:
@@ -582,6 +630,9 @@ def train_here(cfg: Config) -> dict:
     first_step = state["step"]
     cursor = state["cursor"]
     metrics = state["metrics"]
+    # ahead: the groups of the next step, played already by the weights before the last update
+    waiting = groups_of_saved(state.get("waiting"), player)
+    waited = 0.0  # seconds for them, behind the line of the step before
     settings = LearnSettings.of(cfg)
     canary = None  # scores one fixed prompt after each sync
     if read_options(cfg.engine, cfg.engine_options).canary:
@@ -607,6 +658,17 @@ def train_here(cfg: Config) -> dict:
         if cfg.resume:
             log.print(f"going on with step {first_step}")
 
+        # sample(cursor, step) plays the groups of a step; begin does not wait for them
+        options = {"group_size": cfg.group_size, "seed": cfg.seed, "expect": log.expect}
+        begin = functools.partial(begin_groups, player, count=cfg.prompts_per_step, **options)
+        sample = functools.partial(
+            sample_groups,
+            player,
+            prompts_per_step=cfg.prompts_per_step,
+            dynamic_sampling=cfg.dynamic_sampling,
+            **options,
+        )
+
         for step in range(first_step, cfg.steps):
             started = time.monotonic()
             learning_rate = cfg.learning_rate * optim.schedule(
@@ -617,7 +679,8 @@ def train_here(cfg: Config) -> dict:
             last_metrics = metrics
             metrics = {"step": step}
             # what raises in here (a reward, an engine) is raised when the steps done are saved
-            rescue = run.rescue(step, *kept, cursor=cursor, metrics=last_metrics)
+            groups = functools.partial(saved_groups, waiting, player)
+            rescue = run.rescue(step, *kept, cursor=cursor, metrics=last_metrics, waiting=groups)
             with rescue, parallel.whole(model):
                 # 3. sample from the weights of the last update; the canary proves that the engine
                 # has them
@@ -626,23 +689,21 @@ def train_here(cfg: Config) -> dict:
                 if held_out and step % cfg.eval_every == 0:
                     metrics |= validate(player, held_out, log)
                 sampling_started = time.monotonic()
-                trajectories, played, cursor = sample_groups(
-                    player,
-                    cursor,
-                    cfg.prompts_per_step,
-                    cfg.group_size,
-                    cfg.seed,
-                    step,
-                    cfg.dynamic_sampling,
-                    expect=log.expect,
-                )
-                metrics["rollout_seconds"] = time.monotonic() - sampling_started
+                if waiting is None:
+                    waiting = sample(cursor=cursor, step=step)
+                trajectories, played, cursor = waiting
+                waiting = None
+                metrics["rollout_seconds"] = waited + time.monotonic() - sampling_started
                 metrics |= optim.gpu_gib("rollout")
                 with parallel.together():
                     run_blocking(player.engine.sleep())
             metrics |= stats(played)
             metrics |= stats_of_sources(played)
             metrics["tools_leaked"] = sum(toolbox.leaked for toolbox in player.toolboxes)
+            if cfg.ahead:  # the next groups are played while these are learnt from
+                metrics["lag"] = step - trajectories[0].version
+                if step + 1 < cfg.steps:
+                    begin(cursor=cursor, step=step + 1)
 
             # 4. compare each with its group, one masked update (or several)
             metrics |= learn(
@@ -652,12 +713,18 @@ def train_here(cfg: Config) -> dict:
 
             # 5. log, save; a stop signal waits for this line, so that what was learnt is kept
             metrics["learning_rate"] = learning_rate
-            metrics["seconds"] = time.monotonic() - started
+            metrics["seconds"] = waited + time.monotonic() - started
             log.step(metrics)
             log.rollouts(trajectories[:ROLLOUTS_PER_STEP], tokenizer, step=step)
             # or their images, megabytes each, would stay while the next ones are sampled
             trajectories = played = None
-            run.after(step + 1, cfg.steps, *kept, cursor=cursor, metrics=metrics)
+            if player.begun:  # if they fail, this step is saved without them
+                waiting_started = time.monotonic()
+                with run.rescue(step + 1, *kept, cursor=cursor, metrics=metrics):
+                    waiting = sample(cursor=cursor, step=step + 1)
+                waited = time.monotonic() - waiting_started
+            groups = functools.partial(saved_groups, waiting, player)
+            run.after(step + 1, cfg.steps, *kept, cursor=cursor, metrics=metrics, waiting=groups)
 
         # 6. the model as from_pretrained loads it, and the last lines for people and for grep
         run.finish(model, tokenizer)

@@ -115,6 +115,20 @@ class Trajectory:
             before = trained
         return trajectory
 
+    def plain(self) -> dict:
+        """Returns what was played as plain values; its example and its images are not in them."""
+        values = dict(vars(self))
+        for name in ("example", "images", "old_logprobs", "ref_logprobs"):
+            del values[name]
+        values["calls"] = [vars(call) for call in self.calls]
+        return values
+
+    @classmethod
+    def of_plain(cls, values: dict, example: dict, images: list) -> "Trajectory":
+        """Makes one of what `plain` returned."""
+        calls = [ToolCall(**call) for call in values["calls"]]
+        return cls(**values | {"example": example, "images": images, "calls": calls})
+
     @property
     def outcome(self) -> float | None:
         """What says right or wrong: the first of its rewards; None where that graded nothing."""

@@ -73,18 +73,14 @@ class Engine:
         """Gives back all it holds."""
 
 
-def check_engine(name: str, urls: tuple[str, ...], tune: str) -> None:
+def check_engine(name: str, urls: tuple[str, ...]) -> None:
     """Checks, before anything slow, that the engine can be started, as far as that is known then.
-
-    tune: what will be synced, "none" for nothing. UserError if it cannot.
-    """
+    UserError if it cannot."""
     if name == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UserError(
             "engine = 'vllm' needs vLLM: pip install -e \".[vllm]\" on a machine with a GPU; "
             "`make test-vllm` installs the build for CPUs"
         )
-    if name == "server" and tune == "full":
-        raise UserError("engine = 'server' takes adapters only: use --tune=lora or qlora")
     for url in urls:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"urls = {url!r}: expected http://host:port")

@@ -29,6 +29,7 @@ class VllmOptions:
 @dataclass
 class ServerOptions:
     timeout: float = 60.0  # seconds without any server that answers, before the run stops
+    folder: str = ""  # where weights are laid for them; "": of this machine, in out_dir if full
     canary: bool = True
 
 

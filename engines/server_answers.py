@@ -153,6 +153,23 @@ def prompt_ids(answer) -> list[int]:
     return ids
 
 
+def results_of_workers(answer) -> list:
+    """What the workers returned, from /collective_rpc."""
+    results = answer.get("results") if isinstance(answer, dict) else None
+    if not isinstance(results, list) or not results:
+        raise ValueError(f"/collective_rpc says {_start(answer)}")
+    return results
+
+
+def weights_held(result) -> tuple[str, bool]:
+    """What a worker says of itself: (name of the weights it has, whether it reads our folder)."""
+    name = result.get("name") if isinstance(result, dict) else None
+    reads = result.get("reads") if isinstance(result, dict) else None
+    if type(name) is not str or type(reads) is not bool:
+        raise ValueError(f"a worker says {_start(result)}")
+    return name, reads
+
+
 def _logprob(value) -> float:
     """A logprob as a float; ValueError if it is none."""
     if type(value) not in (int, float) or not math.isfinite(value) or value > ROUNDING:

@@ -6,12 +6,14 @@ trainer's, and for evaluation.
         --logprobs-mode processed_logprobs --generation-config vllm
     python train_grpo.py --config calc_lora.py --engine=server --urls=http://127.0.0.1:8000
 
-Trained are adapters: each version is written to a folder that the servers can read as well, loaded
-by all of them under a new name, and the one before it is dropped.
+Each version is written where the servers can read it as well. Adapters are loaded by all of them
+under a new name, and the one before is dropped. Full weights take the place of those before, when
+all turns have ended, by a method that engines/worker.py adds to vLLM's workers. Several ranks share
+the servers: the first writes, all of them see to it that each server has what was written.
 
 A turn whose server dies is sampled again by another, from the same ids and with the same seed: what
 a trajectory has is whole turns only, so nothing is lost or counted twice. A server that comes back
-is given the adapter in use before it is asked again. Prompts with images go to vLLM's
+is given the weights in use before it is asked again. Prompts with images go to vLLM's
 /inference/v1/generate, which --enable-scale-out opens: completions are shown none.
 
 All that servers say is checked (engines/server_answers.py): one that says what cannot be true, or
@@ -19,8 +21,10 @@ answers no completions, is lost too, and given up if that happens again and agai
 """
 
 import asyncio
+import contextlib
 import functools
 import json
+import secrets
 import shutil
 import tempfile
 import time
@@ -29,19 +33,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx2 as httpx
+import torch
 
 from engines import server_answers
 from engines.base import Completion, Engine, Sampling
+from engines.serving import start_command
 from images import Picture, to_data_uri
 from learning import model as models
-from learning import whole
+from learning import parallel, whole
 from learning.vision import Vision, collapse
 from run.config import UserError, tell
 from run.http import TEMPORARY, UNLIMITED, Answer, HttpError, one_line, read_answer
 
 EVERY = 1.0  # seconds between looks at each server's health
 PATIENCE = 20.0  # seconds in which a server has to say that it is well, however busy it is
-LOADING = 300.0  # seconds in which it has to have loaded an adapter
+LOADING = 600.0  # seconds in which it has to have loaded weights
 STRIKES = 3  # times that a server is lost without a good answer in between; then it is given up
 TRIES = 5  # answers to one turn that cannot be used, whoever gave them; then the run ends
 ONE_TOKEN = {"temperature": 1.0, "max_tokens": 1, "logprobs": 0, "seed": 0}
@@ -57,6 +63,8 @@ OFF = {
 }
 COMPLETIONS = "/v1/completions"
 WITH_IMAGES = "/inference/v1/generate"
+WORKERS = "/collective_rpc"  # calls a method of engines/worker.py
+WEIGHTS = "weights"  # of an out_dir: the folder of full weights on their way
 # How a server is started that shows images; docs/engines.md has the whole command.
 SHOWING = "start it with --enable-scale-out (vLLM 0.32 or newer)"
 TOKENIZER_PROBE = "What is 17 * 23?\n\tdef f(x): return 'ä' # <tool_call>"
@@ -81,7 +89,7 @@ class Server:
         self.strikes = 0  # how often it was lost since its last good answer
         self.why = ""  # it was lost
         self.base = ""  # the name of the model it serves
-        self.adapter = ""  # the name of the adapter it has; "" for none
+        self.has = ""  # the name of the adapter, or of the full weights, that it was given
         self.room = None  # its max_model_len, if it says so
         self.proved = False  # that its logprobs are those at the temperature of the sampling
         self.shows = False  # that images become with it what they are to the trainer
@@ -95,14 +103,17 @@ class Server:
 class ServerEngine(Engine):
     """Several servers as one engine; made by `start`. events: what befell them, a line each."""
 
-    def __init__(self, urls: tuple[str, ...], timeout: float):
+    def __init__(self, urls: tuple[str, ...], timeout: float, memory: Path, full: str = ""):
         self.servers = [Server(url) for url in urls]
         self.timeout = timeout  # seconds without any server, after which the run ends
-        self.name = ""  # of the adapter in use; "" for none
-        self.folder = ""  # of that adapter
-        self.memory = Path(tempfile.mkdtemp(prefix="nanotool-"))  # where synced adapters are
+        self.memory = memory  # the folder that the servers read
+        self.full = full  # the trainer's dtype where full weights go over; "" for adapters
+        self.run = memory.name  # in all names of this run: the servers may know those of others
+        self.name = ""  # of the adapter, or the full weights, in use; "" for what they began with
+        self.path = ""  # of these: a folder, or a file
+        self.advice = ""  # how a server is started
         self.trains = False  # whether there was a sync
-        self.ready = asyncio.Event()  # clear while adapters are exchanged
+        self.ready = asyncio.Event()  # clear while weights are exchanged
         self.ready.set()
         self.homes: dict[int, Server] = {}  # by session: who has its beginning cached
         self.flying = Counter()  # turns that are being sampled, by version
@@ -222,10 +233,10 @@ class ServerEngine(Engine):
             await self._prove_images(server)
         path = COMPLETIONS
         body = {
-            "model": server.adapter or server.base,
+            "model": server.base if self.full else server.has or server.base,
             "return_token_ids": True,
             # salted: whatever another version has left in the prefix cache is never used
-            "cache_salt": f"version {version}",
+            "cache_salt": f"{self.run} version {version}",
         }
         sampling = {**OFF, **options, "skip_special_tokens": False}
         if images:
@@ -329,7 +340,7 @@ class ServerEngine(Engine):
         """Counts a server as lost. Returns what is to be raised by who asked it."""
         if server.alive:
             server.alive = False
-            server.adapter = ""
+            server.has = ""
             server.proved = False
             server.shows = False
             server.gone.set()
@@ -406,7 +417,7 @@ class ServerEngine(Engine):
         self._tell(f"{server.url} is back")
 
     async def _admit(self, server: Server) -> None:
-        """Learns what the server serves, checks it, and gives it the adapter in use."""
+        """Learns what the server serves, checks it, and gives it the weights in use."""
         server.gone.clear()
         try:
             answer = await self._get(server, "/v1/models")
@@ -417,10 +428,11 @@ class ServerEngine(Engine):
         served = self._read(server, answer, server_answers.models_served)
         server.base, server.room, adapters = served
         await self._check(server)
-        if self.name in adapters:
-            server.adapter = self.name  # it was away, and has not been started anew
-        elif self.folder:
-            await self._load(server, self.name, self.folder)
+        server.has = ""
+        known = [await self._weights_of(server)] if self.full else adapters
+        if self.name in known:
+            server.has = self.name  # it was away, and has not been started anew
+        await self._bring_up_to_date(server)
         strikes = server.strikes
         if strikes:  # does it sample at all?
             await self._complete(
@@ -430,6 +442,7 @@ class ServerEngine(Engine):
         if self.trains and not server.proved:
             await self._prove(server)
             server.strikes = strikes
+        await self._bring_up_to_date(server)  # there may have been a sync meanwhile
         server.alive = True
 
     async def _first_look(self, server: Server) -> None:
@@ -500,64 +513,130 @@ class ServerEngine(Engine):
             server, [1, 2, 3], [], options, self.version, server_answers.gap_of_best, PATIENCE
         )
 
-    # Their adapters
+    # Their weights
 
     async def sync(self, model, version: int) -> None:
-        """From now on, sample from this adapter. Turns that are being sampled keep theirs, others
-        wait until all servers have it."""
-        if not models.adapters_of(model):
-            raise UserError("engine = 'server' takes adapters only: use --tune=lora or qlora")
-        folder = self.memory / f"version-{version}"
-        models.save_adapter(model, folder)
-        self.trains = True
+        """From now on, sample from these weights. With adapters, turns that are being sampled keep
+        theirs, and others wait until all servers have it. Full weights wait until all turns have
+        ended."""
+        if not self.full and not models.adapters_of(model):
+            raise UserError("engine = 'server' was started for adapters, and got full weights")
+        old_version = self.version
+        old_name = self.name
+        old_path = self.path
         self.ready.clear()
         try:
-            await self._adopt(str(folder), version)
+            # 1. the first rank writes it for all
+            path = self.memory / f"version-{version}"
+            await asyncio.to_thread(parallel.by_first, self._write, model, path)
+            if self.full:
+                await self._drain(old_version)
+
+            # 2. all servers load it
+            self.version = version
+            self.name = f"{self.run}-{version}"
+            self.path = str(path)
+            self.trains = True
+            self.homes.clear()  # their caches are salted with another version
+            living = await self._living()
+            await asyncio.gather(*(self._give(server) for server in living))
+
+            # 3. turns that began with the adapter before end with it
+            if old_version != version:
+                await self._drain(old_version)
         finally:
             self.ready.set()
 
-    async def _adopt(self, folder: str, version: int) -> None:
-        old_version = self.version
-        old_name = self.name
-        old_folder = self.folder
-        self.version = version
-        self.name = f"{self.memory.name}-{version}"
-        self.folder = folder
-        self.homes.clear()  # their caches are salted with another version
+        # 4. the one before goes
+        if parallel.is_first() and old_name != self.name:
+            if old_name and not self.full:
+                await self._unload(old_name)
+            if old_path.startswith(str(self.memory)):
+                _remove(old_path)
 
-        # 1. all servers load it
-        living = await self._living()
-        await asyncio.gather(*(self._give(server) for server in living))
-
-        # 2. turns that began with the one before end with it
-        while self.flying[old_version] and old_version != version:
+    async def _drain(self, version: int) -> None:
+        """Waits until nobody is sampled from this version any more."""
+        while self.flying[version]:
             await asyncio.sleep(0.01)
 
-        # 3. the one before is dropped
-        if old_name and old_name != self.name:
-            await self._unload(old_name)
-        if old_folder.startswith(str(self.memory)) and old_folder != folder:
-            shutil.rmtree(old_folder, ignore_errors=True)
+    def _write(self, model, path: Path) -> None:
+        """Writes an adapter as a folder, full weights as a file. UserError if they do not fit."""
+        try:
+            if self.full:
+                _save_weights(model, self.full, path)
+            else:
+                models.save_adapter(model, path)
+        except Exception as error:  # each writer has one of its own for a full disk
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"cannot write what the servers need to {path} ({reason}): make room, or give "
+                "another folder with --engine_options=folder=…"
+            ) from error
 
     async def _give(self, server: Server) -> None:
-        """Loads the adapter in use."""
+        """Brings a server that is alive up to date."""
         try:
-            await self._load(server, self.name, self.folder)
+            await self._bring_up_to_date(server)
             if not server.proved:
                 await self._prove(server)
         except _Lost:
-            return  # when it comes back it gets the adapter
+            return  # when it comes back it gets the weights
 
-    async def _load(self, server: Server, name: str, folder: str) -> None:
+    async def _bring_up_to_date(self, server: Server) -> None:
+        """Loads what is in use, and once more if there was a sync meanwhile."""
+        while server.has != self.name:
+            name = self.name
+            if self.full:
+                await self._call_workers(server, "take_weights", [self.path, name])
+                if self.probe is not None:  # what the old tower made of an image is known there
+                    await self._post(server, "/reset_encoder_cache", {}, PATIENCE)
+            else:
+                await self._load_adapter(server, name, self.path)
+            server.has = name
+
+    async def _call_workers(self, server: Server, method: str, arguments: list[str]) -> list:
+        """What a method of engines/worker.py returns, of each of its workers."""
+        body = {"method": method, "args": arguments}
+        answer = await self._post(server, WORKERS, body, LOADING)
+        return self._read(server, answer, server_answers.results_of_workers)
+
+    async def _weights_of(self, server: Server) -> str:
+        """The name of the full weights that a server has. UserError if it was started in a way in
+        which it cannot take any, or cannot read them."""
+        try:
+            results = await self._call_workers(server, "what_it_has", [str(self.memory)])
+            has = [server_answers.weights_held(result) for result in results]
+        except (_Useless, UserError, ValueError) as error:
+            raise UserError(
+                f"{server.url} cannot take full weights ({error}): start it in nanotool's folder "
+                f"by {self.advice}"
+            ) from None
+        if not all(reads for _, reads in has):
+            raise UserError(
+                f"{server.url} cannot read {self.memory}: give a folder that it shares with this "
+                "machine, with --engine_options=folder=…"
+            )
+        names = {name for name, _ in has}
+        return names.pop() if len(names) == 1 else ""
+
+    async def _load_adapter(self, server: Server, name: str, folder: str) -> None:
         body = {"lora_name": name, "lora_path": folder}
         try:
             await self._post(server, "/v1/load_lora_adapter", body, LOADING)
         except UserError as error:
+            if name in await self._adapters_on(server):
+                return  # another rank was sooner
             raise UserError(
-                f"{error}. Start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora "
-                f"--max-lora-rank=…, where it can read {folder}"
+                f"{error}. Start it where it can read {folder}, by {self.advice}"
             ) from None
-        server.adapter = name
+
+    async def _adapters_on(self, server: Server) -> list[str]:
+        """The names of the adapters that a server has."""
+        try:
+            answer = await self._get(server, "/v1/models")
+        except (httpx.RequestError, HttpError, TimeoutError) as error:
+            raise self._lose(server, _reason(error)) from None
+        return self._read(server, answer, server_answers.models_served)[2]
 
     async def _unload(self, name: str) -> None:
         for server in self.servers:
@@ -573,7 +652,11 @@ class ServerEngine(Engine):
         for watcher in self.watchers:
             watcher.cancel()
         await self.http.aclose()
-        shutil.rmtree(self.memory, ignore_errors=True)
+        if parallel.is_first():
+            shutil.rmtree(self.memory, ignore_errors=True)
+            if self.memory.parent.name == WEIGHTS:  # made for it, of an out_dir
+                with contextlib.suppress(OSError):
+                    self.memory.parent.rmdir()
 
 
 async def start(
@@ -584,12 +667,28 @@ async def start(
     max_tokens: int = 0,
     vision: Vision | None = None,
     has_images: bool = False,
+    folder: str = "",
+    full: str = "",
+    out_dir: str = "",
+    lora_r: int = 0,
 ) -> ServerEngine:
     """Makes an engine over the servers at `urls`, which serve the model `name`, or the base of that
-    adapter. vision: of a model that may be shown images; has_images: will be. UserError if none of
-    them answers, or one has another tokenizer or less room, or shows no images where some will
-    come."""
-    engine = ServerEngine(urls, timeout)
+    adapter.
+
+    vision: of a model that may be shown images; has_images: will be. folder: in which what is
+    synced is written; "": in out_dir, or without one where this machine has temporary files. full:
+    the trainer's dtype where full weights will be synced, "" where adapters will; lora_r: of this
+    rank. UserError if none of the servers answers, or one has another tokenizer or less room, or
+    shows no images where some will come, or cannot take or read what is synced.
+    """
+    if full and vision is not None and parallel.HERE.size > 1:
+        raise UserError(
+            "engine = 'server' with tune=full, images and several processes is not there: one may "
+            "ask while another exchanges what a server knows of an image; use --tune=lora"
+        )
+    memory = await asyncio.to_thread(parallel.by_first, _make_folder, folder, out_dir)
+    engine = ServerEngine(urls, timeout, memory, full)
+    engine.advice = start_command(name, full, lora_r, max_tokens, vision is not None)
     try:
         if models.is_adapter(name):
             models.check_usable_alone(name)
@@ -598,14 +697,56 @@ async def start(
                     f"model = {name!r} has adapters in its tower, which a server may leave out "
                     "without a word: use engine=vllm, or merge it (python -m learning.merge)"
                 )
-            engine.name = engine.memory.name
-            engine.folder = models.find(name)
+            engine.name = engine.run
+            engine.path = models.find(name)
         vocabulary = vocabulary_of(name, tokenizer)
         await engine.begin(tokenizer, max_tokens, vocabulary, vision, has_images)
     except BaseException:
         await engine.close()
         raise
     return engine
+
+
+def _make_folder(folder: str, out_dir: str) -> Path:
+    """Makes the folder for what is synced in this run. UserError if that cannot be."""
+    try:
+        if out_dir and not folder:
+            place = Path(out_dir).resolve() / WEIGHTS
+            shutil.rmtree(place, ignore_errors=True)  # a run that was killed has left it
+            memory = place / f"nanotool-{secrets.token_hex(4)}"
+            memory.mkdir(parents=True)
+            return memory
+        if folder:
+            folder = str(Path(folder).resolve())  # a server may run in another one
+        memory = Path(tempfile.mkdtemp(prefix="nanotool-", dir=folder or None))
+        memory.chmod(0o755)  # a server may be another user's
+        return memory
+    except OSError as error:
+        raise UserError(
+            f"cannot write what the servers need to {folder or out_dir!r} ({error.strerror}): give "
+            "a folder that they share, with --engine_options=folder=…"
+        ) from error
+
+
+def _remove(path: str) -> None:
+    """Removes an adapter's folder, or a file."""
+    if Path(path).is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        Path(path).unlink(missing_ok=True)
+
+
+def _save_weights(model, dtype: str, path: Path) -> None:
+    """Writes all weights of a model, in the dtype that products are made in."""
+    from safetensors.torch import save_file
+
+    kind = torch.float32 if dtype == "float32" else torch.bfloat16
+    weights = {name: weight.to(kind).contiguous() for name, weight in models.weights_of(model)}
+    size = sum(weight.nbytes for weight in weights.values())
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise OSError(f"{size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
+    save_file(weights, path)
 
 
 def content_parts(pictures: list[Picture]) -> list[dict]:

@@ -1,6 +1,8 @@
-"""How vLLM serves what was trained: the command, with the parser that reads the model's calls.
+"""How vLLM serves: what was trained, with the parser that reads the model's calls; and to whom
+trains, with what training needs of a server.
 
 print(serve_command("out/calc", chat))
+print(start_command("out/calc_sft", full="float32", max_tokens=256))
 """
 
 import shlex
@@ -38,6 +40,38 @@ def parser_of(chat) -> str:
     return PARSERS.get(chat.format_name, "")
 
 
+def start_command(
+    name: str, full: str = "", lora_r: int = 0, max_tokens: int = 0, has_images: bool = False
+) -> str:
+    """Writes the command that starts a server for training.
+
+    name: the model, or an adapter over it. full: the trainer's dtype where full weights will go
+    over; lora_r: the rank where adapters will. Other options, such as the port, are the user's.
+    """
+    environment = []
+    base = models.base_of(name) if models.is_adapter(name) else name
+    words = ["vllm", "serve", base]
+    words += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
+    if max_tokens:
+        words += ["--max-model-len", str(max_tokens)]
+    if full:
+        environment = ["VLLM_SERVER_DEV_MODE=1", "PYTHONPATH=."]
+        words += ["--dtype", "float32" if full == "float32" else "bfloat16"]
+        words += ["--worker-extension-cls", "engines.worker.Worker"]
+    elif lora_r:
+        environment = ["VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"]
+        # two: turns that are being sampled keep the one that they began with
+        words += ["--enable-lora", "--max-lora-rank", str(_room_for(lora_r)), "--max-loras", "2"]
+    if has_images:
+        words += ["--enable-scale-out"]
+    return " ".join([*environment, shlex.join(words)])
+
+
+def _room_for(rank: int) -> int:
+    """The --max-lora-rank for adapters of this rank."""
+    return next((room for room in LORA_RANKS if room >= rank), rank)
+
+
 def serve_command(folder: str, chat) -> str:
     """Writes the command that serves a trained model, or an adapter over its base, with its calls
     read; says so where its calls stay text."""
@@ -45,8 +79,7 @@ def serve_command(folder: str, chat) -> str:
     words = ["vllm", "serve", models.base_of(folder)]
     settings = models.adapter_settings(folder)
     if settings:
-        rank = next((rank for rank in LORA_RANKS if rank >= settings["r"]), settings["r"])
-        words += ["--enable-lora", "--max-lora-rank", str(rank)]
+        words += ["--enable-lora", "--max-lora-rank", str(_room_for(settings["r"]))]
         words += ["--lora-modules", f"{Path(folder).name}={folder}"]
         template = Path(folder) / "chat_template.jinja"
         if template.is_file():  # the base may have another one

@@ -20,11 +20,9 @@ vLLM runs in a process of its own that ends with this one, however this one ends
 import asyncio
 import logging
 import os
-import select
 import shutil
 import signal
 import tempfile
-import threading
 from collections import Counter
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -51,37 +49,6 @@ def _package():
     import vllm.v1.engine.exceptions
 
     return vllm
-
-
-class Worker:
-    """What our code adds to each of vLLM's workers (its worker_extension_cls)."""
-
-    def end_with(self, trainer: int) -> None:
-        """Ends vLLM's processes when the trainer was killed: nobody else would."""
-        handle = os.pidfd_open(trainer)  # a pid alone may be another's by then
-
-        def watch():
-            select.select([handle], [], [])
-            if os.getppid() not in (1, trainer):  # this one may be a worker below vLLM's own
-                os.kill(os.getppid(), signal.SIGKILL)
-            os._exit(1)
-
-        threading.Thread(target=watch, name="end_with", daemon=True).start()
-
-    def take_weights(self, file: str) -> None:
-        """Replaces all weights by those of a safetensors file, by vLLM's own reload."""
-        from safetensors.torch import load_file
-
-        self.reload_weights(weights_iterator=iter(load_file(file).items()))
-        if self.device.type != "cpu":
-            return
-        # On a CPU a tied head multiplies with a packed copy of the embedding, made when it was
-        # loaded; the reload replaces the embedding only.
-        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-        for layer in self.get_model().modules():
-            if "cpu_linear" in vars(layer) and layer.weight.numel():
-                dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
 
 
 async def start(
@@ -163,7 +130,7 @@ def _fixed_options(has_gpu: bool, kv_cache_gib: float, max_model_len: int) -> di
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
         "generation_config": "vllm",  # the model's own would add stop tokens and a top_p
-        "worker_extension_cls": "engines.vllm.Worker",
+        "worker_extension_cls": "engines.worker.Worker",
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }

@@ -46,7 +46,7 @@ FREE |= {"parallel", "gpus"}  # all ranks together learn what one process would
 NOT_DETERMINISTIC = "deterministic=false"  # the one engine option that changes what is learnt
 # All that a run may leave that ends before its first step is over.
 START = {config.LOCK, "config.py", "metrics.jsonl", "rollouts.jsonl", "checkpoints"}
-START |= {"report.html", "wandb", "wandb_id.txt", "tensorboard"}
+START |= {"report.html", "wandb", "wandb_id.txt", "tensorboard", "weights"}
 KEEP_LAST = 2  # checkpoints; each takes three times the memory of what is trained
 
 
@@ -212,6 +212,8 @@ class Run:
         where it cannot be written: what was there before is there still."""
         if step == self.saved:
             return
+        # what is made only when it is saved
+        state = {name: value() if callable(value) else value for name, value in state.items()}
         # of shards, what all ranks have of it
         trained = {name: p.detach() for name, p in _trained(model).items()}
         state["step"] = step

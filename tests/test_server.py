@@ -16,16 +16,20 @@ import time
 import types
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import eyes
 import pytest
+import torch
 import transformers
+from safetensors.torch import load_file
 from until import PATIENCE, until
 
 from chat import Chat
 from engines import servers as server_engine
 from engines.base import Sampling
 from images import open_image
+from learning import model as models
 from learning.vision import FAMILIES, Vision
 from rollout import Settings, rollouts
 from run import http
@@ -48,6 +52,8 @@ class Fake:
         self.seen, self.adapters, self.models, self.bodies = Counter(), [], [], []
         self.broken, self.deaf, self.runtime = 0, threading.Event(), True
         self.vision = None  # of a server that shows images
+        # of one that takes full weights: their names, and whether it reads what the trainer writes
+        self.weights, self.reads, self.encoder_resets = [], True, 0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -108,11 +114,26 @@ class Fake:
             else:
                 self.adapters.remove(body["lora_name"])
             return 200, "Success"
+        if path == "/collective_rpc":
+            return self.workers(body)
         if path == "/v1/completions":
             return self.completion(body)
         if path == "/inference/v1/generate":
             return self.with_images(body)
         return 200, {}
+
+    def workers(self, body):
+        """As engines/worker.py does it, of two workers."""
+        if body["method"] == "what_it_has":
+            (folder,) = body["args"]
+            name = self.weights[-1] if self.weights else ""
+            return 200, {"results": [{"name": name, "reads": self.reads and Path(folder).is_dir()}]}
+        assert body["method"] == "take_weights"
+        file, name = body["args"]
+        if self.weights[-1:] != [name]:
+            self.held = load_file(file)
+            self.weights.append(name)
+        return 200, {"results": [None, None]}
 
     def with_images(self, body):
         """As vLLM does it: its own tokens in the place of each placeholder, and other names for the
@@ -168,9 +189,10 @@ def fakes(tokenizer):
 
 
 @contextlib.contextmanager
-def engine_of(servers, tokenizer, timeout=PATIENCE, max_tokens=512, name="nowhere"):
+def engine_of(servers, tokenizer, timeout=PATIENCE, max_tokens=512, name="nowhere", **options):
     urls = tuple(server.url for server in servers)
-    engine = run_blocking(server_engine.start(urls, name, tokenizer, timeout, max_tokens))
+    starting = server_engine.start(urls, name, tokenizer, timeout, max_tokens, **options)
+    engine = run_blocking(starting)
     try:
         yield engine
     finally:
@@ -329,7 +351,7 @@ def test_servers_that_would_train_wrongly_are_refused(fakes, tokenizer):
         run_blocking(server_engine.start((small.url,), "x", tokenizer, PATIENCE, 512))
     (fixed,) = fakes(1)
     fixed.runtime = False
-    with engine_of([fixed], tokenizer) as engine:
+    with engine_of([fixed], tokenizer, lora_r=4) as engine:
         with pytest.raises(UserError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
             run_blocking(engine.sync(Adapted(), 1))
     (raw,) = fakes(1, processed=False)
@@ -343,13 +365,206 @@ class _Reversed:
         return [1, 2, 3]
 
 
-def test_full_weights_do_not_go_to_servers(fakes, tokenizer):
-    class Plain:
-        """No adapters."""
+# Full weights
 
+
+class Whole(torch.nn.Linear):
+    """A model whose weights are its version, and that is saved as transformers would."""
+
+    def __init__(self, version):
+        super().__init__(2, 2)
+        with torch.no_grad():
+            self.weight.fill_(version)
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """What transformers says of a model's names is not needed for Whole."""
+    monkeypatch.setattr(models, "weights_of", lambda model: list(model.named_parameters()))
+
+
+FULL = {"full": "float32"}
+
+
+def test_full_weights_and_adapters_are_not_mistaken(fakes, tokenizer):
     with engine_of(fakes(), tokenizer) as engine:
-        with pytest.raises(UserError, match="takes adapters only: use --tune=lora"):
-            run_blocking(engine.sync(Plain(), 1))
+        with pytest.raises(UserError, match="was started for adapters, and got full weights"):
+            run_blocking(engine.sync(Whole(1), 1))
+
+
+def test_all_servers_take_full_weights_and_the_file_before_goes(fakes, tokenizer, plain, tmp_path):
+    one, two = fakes()
+    one.weights.append("of another run")
+    with engine_of((one, two), tokenizer, **FULL, folder=str(tmp_path)) as engine:
+        assert one.weights == ["of another run"]  # nothing to give yet
+        one.weights.clear()
+        for version in range(3):
+            run_blocking(engine.sync(Whole(version), version))
+            play(engine, tokenizer, samples=1)
+        assert one.weights == two.weights == [f"{engine.run}-{version}" for version in range(3)]
+        assert [path.name for path in engine.memory.iterdir()] == ["version-2"]
+        assert set(one.models) == {"base"}
+        salts = {body["cache_salt"] for body in one.bodies + two.bodies}
+        # nor may a cache be mistaken for that of another run with the same servers
+        assert salts == {f"{engine.run} version {version}" for version in range(3)}
+        assert one.held["weight"].tolist() == [[2.0, 2.0], [2.0, 2.0]]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_weights_wait_until_all_turns_have_ended(fakes, tokenizer, plain, tmp_path):
+    """Pitfall 32: and what is asked for meanwhile waits for them."""
+    (one,) = fakes(1)
+    begun, go = threading.Event(), threading.Event()
+    answered = one.completion
+
+    def held(body):
+        begun.set()
+        assert go.wait(PATIENCE)
+        order.append(("turn", len(one.weights)))
+        return answered(body)
+
+    with engine_of([one], tokenizer, **FULL, folder=str(tmp_path)) as engine:
+        run_blocking(engine.sync(Whole(0), 0))
+        one.completion = held
+        order = []
+
+        async def both():
+            how = Sampling(max_new_tokens=2)
+            early = asyncio.create_task(engine.generate([5, 6], [], how))
+            assert await asyncio.to_thread(begun.wait, PATIENCE)
+            sync = asyncio.create_task(engine.sync(Whole(1), 1))
+            await asyncio.sleep(0.2)
+            late = asyncio.create_task(engine.generate([5, 6], [], how))
+            await asyncio.sleep(0.2)
+            assert len(one.weights) == 1 and not sync.done()
+            go.set()
+            await asyncio.gather(early, sync, late)
+
+        run_blocking(both())
+        assert order == [("turn", 1), ("turn", 2)]
+
+
+def test_a_server_that_comes_back_is_given_the_weights_before_it_is_asked(
+    fakes, tokenizer, plain, tmp_path
+):
+    """One that was only away is not given them again."""
+    one, two = fakes()
+    with engine_of((one, two), tokenizer, **FULL, folder=str(tmp_path)) as engine:
+        run_blocking(engine.sync(Whole(1), 1))
+        one.die()
+        wait_for_line(engine, "was lost")
+        run_blocking(engine.sync(Whole(2), 2))  # while it is away
+        back = Fake(tokenizer, port=one.port)
+        honest = back.completion
+        back.completion = lambda body: honest(body) if back.weights else pytest.fail("too early")
+        wait_for_line(engine, "is back")
+        play(engine, tokenizer)
+        assert back.weights == [engine.name] and back.models
+        assert back.held["weight"].tolist() == [[2.0, 2.0], [2.0, 2.0]]
+        back.broken = 503
+        assert until(lambda: not engine.servers[0].alive)
+        back.broken = 0
+        assert until(lambda: engine.servers[0].alive)
+        assert back.weights == [engine.name]
+        back.die()
+
+
+@pytest.mark.parametrize("options", [FULL, {}], ids=["full", "adapters"])
+def test_a_server_that_comes_back_during_a_sync_has_the_new_weights(
+    fakes, tokenizer, plain, tmp_path, options
+):
+    """It is loading those before, when they are exchanged: then it loads once more."""
+    made = Whole if options else lambda version: Adapted()
+    path = "/collective_rpc" if options else "/v1/load_lora_adapter"
+    one, two = fakes()
+    with engine_of((one, two), tokenizer, **options, folder=str(tmp_path)) as engine:
+        run_blocking(engine.sync(made(1), 1))
+        one.die()
+        wait_for_line(engine, "was lost")
+        back = Fake(tokenizer, port=one.port)
+        honest, loading, go = back.said, threading.Event(), threading.Event()
+
+        def said(asked, body):
+            answer = honest(asked, body)
+            if asked == path and "what_it_has" not in body.values():
+                loading.set()
+                assert go.wait(PATIENCE)
+            return answer
+
+        back.said = said
+        assert loading.wait(PATIENCE)
+        run_blocking(engine.sync(made(2), 2))
+        assert two.weights[-1:] == [engine.name] or two.adapters == [engine.name]
+        go.set()
+        wait_for_line(engine, "is back")
+        assert engine.servers[0].has == engine.name
+        assert engine.name in (back.weights or back.adapters)
+        back.die()
+
+
+@pytest.mark.parametrize("answer", [(404, {"detail": "Not Found"}), (500, {"error": "no method"})])
+def test_a_server_that_takes_no_weights_is_told_how_to_start(fakes, tokenizer, answer, tmp_path):
+    (one,) = fakes(1)
+    one.workers = lambda body: answer
+    sentence = "cannot take full weights .*engines.worker.Worker"
+    with pytest.raises(UserError, match=sentence):
+        with engine_of([one], tokenizer, **FULL, folder=str(tmp_path)):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_cannot_read_the_folder_is_known_at_the_start(fakes, tokenizer, tmp_path):
+    (far,) = fakes(1)
+    far.reads = False
+    with pytest.raises(UserError, match=f"{far.url} cannot read {tmp_path}/.*folder=…"):
+        with engine_of([far], tokenizer, **FULL, folder=str(tmp_path)):
+            pass
+
+
+def test_a_folder_without_room_or_that_is_none_is_one_sentence(
+    fakes, tokenizer, plain, tmp_path, monkeypatch
+):
+    with engine_of(fakes(1), tokenizer, **FULL, folder=str(tmp_path)) as engine:
+        full = types.SimpleNamespace(free=10)
+        monkeypatch.setattr(server_engine.shutil, "disk_usage", lambda path: full)
+        with pytest.raises(UserError, match="0.0 GiB are free.*make room, or give another folder"):
+            run_blocking(engine.sync(Whole(1), 1))
+    with pytest.raises(UserError, match="cannot write what the servers need to '.*/none'"):
+        with engine_of(fakes(1), tokenizer, **FULL, folder=f"{tmp_path}/none"):
+            pass
+
+
+def test_what_a_killed_run_left_in_its_out_dir_goes(fakes, tokenizer, plain, tmp_path):
+    left = tmp_path / server_engine.WEIGHTS / "nanotool-old"
+    left.mkdir(parents=True)
+    with engine_of(fakes(1), tokenizer, **FULL, out_dir=str(tmp_path)) as engine:
+        run_blocking(engine.sync(Whole(1), 1))
+        assert not left.exists() and engine.memory.parent == left.parent
+    assert not left.parent.exists()
+
+
+def test_ranks_that_share_a_server_load_once(fakes, tokenizer, plain, tmp_path):
+    """The first writes; a second engine of the same run finds all there."""
+    (one,) = fakes(1)
+    with engine_of([one], tokenizer, folder=str(tmp_path)) as first:
+        run_blocking(first.sync(Adapted(), 1))
+        honest = one.said
+
+        def said(path, body):
+            if path.startswith("/v1/load") and body["lora_name"] in one.adapters:
+                return 400, {"message": "has already been loaded"}
+            return honest(path, body)
+
+        one.said = said
+        urls = (one.url,)
+        second = server_engine.ServerEngine(urls, PATIENCE, first.memory)
+        run_blocking(second.begin(tokenizer, 512, len(tokenizer)))
+        second._write = lambda model, path: None  # the first rank has
+        run_blocking(second.sync(Adapted(), 1))
+        assert second.servers[0].has == first.name and one.adapters == [first.name]
+        run_blocking(second.http.aclose())
+        for watcher in second.watchers:
+            watcher.cancel()
 
 
 def changed(**keys):
@@ -723,6 +938,7 @@ def test_a_server_with_other_tokens_for_an_image_is_refused(vision):
         server.vision = types.SimpleNamespace(
             prepare=honest.prepare, expand=lambda ids, pictures: ids
         )
+        engine.timeout = 3.0  # it does not come back
         with pytest.raises(UserError, match="confirms other token ids"):
             run_blocking(engine.generate(ids, pictures, Sampling(max_new_tokens=2)))
     server.die()

@@ -7,6 +7,7 @@ installed; an adapter is served over its base; where there is no parser, that is
 """
 
 import ast
+import importlib
 import importlib.util
 import json
 import re
@@ -17,7 +18,14 @@ import pytest
 from test_chat import ADD, PYTHON, schema
 from test_formats import WRITERS, chat_of
 
-from engines.serving import GLM_PARSERS, PARSERS, PYTHONIC_PARSERS, parser_of, serve_command
+from engines.serving import (
+    GLM_PARSERS,
+    PARSERS,
+    PYTHONIC_PARSERS,
+    parser_of,
+    serve_command,
+    start_command,
+)
 from formats import FORMATS
 from formats.glm import Glm
 from formats.pythonic import Pythonic
@@ -92,6 +100,26 @@ def test_an_adapter_is_served_over_its_base(folder, tmp_path, rank, shown):
     assert options["--lora-modules"] == f"adapter={adapter}"
     assert options["--chat-template"] == str(adapter / "chat_template.jinja")
     assert words[-3:] == ["--enable-auto-tool-choice", "--tool-call-parser", "qwen3_coder"]
+
+
+def test_a_server_for_training_is_started_for_what_will_go_over(folder):
+    """Full weights: by the class that is there; adapters: with room for their rank."""
+    words = shlex.split(start_command(str(folder), full="mixed", max_tokens=256))
+    assert words[:5] == [
+        "VLLM_SERVER_DEV_MODE=1",
+        "PYTHONPATH=.",
+        "vllm",
+        "serve",
+        str(folder),
+    ]
+    options = dict(zip(words[5::2], words[6::2], strict=True))
+    assert options["--dtype"] == "bfloat16" and options["--max-model-len"] == "256"
+    module, _, name = options["--worker-extension-cls"].rpartition(".")
+    assert callable(getattr(importlib.import_module(module), name).take_weights)
+    words = shlex.split(start_command(str(folder), lora_r=48, has_images=True))
+    assert words[0] == "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" and words[-1] == "--enable-scale-out"
+    assert "--worker-extension-cls" not in words
+    assert words[words.index("--max-lora-rank") + 1] == "64"
 
 
 def rows_of_the_docs() -> list[list[str]]:

@@ -1,0 +1,57 @@
+"""What our code adds to each of vLLM's workers, beside the trainer and in `vllm serve`.
+
+    VLLM_SERVER_DEV_MODE=1 PYTHONPATH=. vllm serve out/calc_sft \
+        --worker-extension-cls engines.worker.Worker …
+
+It needs nothing else of nanotool: on another machine, this file in a folder `engines` will do.
+"""
+
+import os
+import select
+import signal
+import threading
+
+
+class Worker:
+    """Becomes a base class of vLLM's own worker (its worker_extension_cls)."""
+
+    weights_name = ""  # of the full weights that it was given last; "" for those it began with
+
+    def end_with(self, trainer: int) -> None:
+        """Ends vLLM's processes when the trainer was killed: nobody else would."""
+        handle = os.pidfd_open(trainer)  # a pid alone may be another's by then
+
+        def watch():
+            select.select([handle], [], [])
+            if os.getppid() not in (1, trainer):  # this one may be a worker below vLLM's own
+                os.kill(os.getppid(), signal.SIGKILL)
+            os._exit(1)
+
+        threading.Thread(target=watch, name="end_with", daemon=True).start()
+
+    def what_it_has(self, file: str) -> dict:
+        """Says which weights it has, and whether it can read a file of the trainer's."""
+        return {"name": self.weights_name, "reads": os.access(file, os.R_OK)}
+
+    def take_weights(self, file: str, name: str = "") -> None:
+        """Replaces all weights by those of a safetensors file, by vLLM's own reload. What has that
+        name already is not loaded again: several ranks give the same to a server that they share,
+        and the first of them may sample from it by then."""
+        from safetensors.torch import load_file
+
+        if name and name == self.weights_name:
+            return
+        self.weights_name = ""
+        self.reload_weights(weights_iterator=iter(load_file(file).items()))
+        if self.device.type == "cpu":
+            self._repack_tied_head()
+        self.weights_name = name
+
+    def _repack_tied_head(self) -> None:
+        """Makes a tied head multiply with the new embedding: on a CPU it has a packed copy of it,
+        made when it was loaded, and the reload replaces the embedding only."""
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+        for layer in self.get_model().modules():
+            if "cpu_linear" in vars(layer) and layer.weight.numel():
+                dispatch_cpu_unquantized_gemm(layer, remove_weight=False)

@@ -1,0 +1,277 @@
+"""--ahead=1: the next batch is played while this one is learnt from.
+
+    pytest tests/test_ahead.py
+
+Pinned here, with dev/stand_in.py as the server: which weights play which batch; a run that is
+killed, stopped or meets a broken reward goes on, bit for bit where its batches were saved; ranks
+that share a server, ahead or not, with adapters or full weights; what cannot be is refused.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+
+import eyes
+import pytest
+import torch
+from ports import free_port
+from test_parallel import alone, assert_learnt_alike, begin, ranks  # fixtures, by their names
+from test_resume import (
+    HANGS,
+    STEPS,
+    UPDATES,
+    assert_same,
+    configured,
+    left_by,
+    lines,
+    nursery,
+    place,
+    run,
+    start,
+    wait_for,
+)
+from until import until
+
+import train_grpo
+from images import Picture
+from run import config
+from run.config import UserError
+from run.loop import Running
+from trajectory import ToolCall, Trajectory
+
+KILLS = [  # (where, at which call): each life begins where the one before was killed
+    ("between two updates", 2 * UPDATES + 2),
+    ("as a model is written", 1),
+    ("as a state is written", 1),
+    ("before a checkpoint is renamed", 1),
+    ("after a checkpoint was renamed", 1),
+    ("in a line of metrics", 1),
+    ("before a checkpoint", 2),
+    ("as logprobs are computed", 3),
+]
+
+
+def healthy(url: str) -> bool:
+    try:
+        return urllib.request.urlopen(f"{url}/health", timeout=60).status == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def url(place):
+    """Of a server of place/base, which samples one turn at a time."""
+    port = free_port()
+    command = [sys.executable, str(config.HERE / "dev" / "stand_in.py")]
+    command += [f"--model={place / 'base'}", f"--port={port}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(command, env=environment)
+    address = f"http://127.0.0.1:{port}"
+    assert until(lambda: server.poll() is not None or healthy(address))
+    assert server.poll() is None
+    yield address
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture(scope="module")
+def ahead(url):
+    """The options of a run that plays ahead."""
+    return {"ahead": 1, "engine": "server", "urls": (url,)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run, place, ahead):
+    """What such a run leaves."""
+    exitcode, log = run("grpo", place / "ahead", resume=False, **ahead)
+    assert exitcode == 0, log
+    return left_by(place / "ahead")
+
+
+def test_each_batch_is_played_by_the_weights_before_the_last_update(undisturbed, place, run, url):
+    rows = undisturbed["metrics"]
+    assert [row["step"] for row in rows] == list(range(STEPS))
+    assert [row["lag"] for row in rows] == [0] + [1] * (STEPS - 1)
+    assert all(row["canary"] < 1e-4 and row["grad_norm"] > 0 for row in rows)
+    # the engine's logprobs are those of the policy before: that is in the correction
+    assert all(row["sampler_logprob_diff"] > 1e-4 for row in rows[1:])
+    assert rows[0]["sampler_logprob_diff"] < 1e-4
+    exitcode, log = run("grpo", place / "not_ahead", resume=False, engine="server", urls=(url,))
+    assert exitcode == 0, log
+    others = lines(place / "not_ahead" / "metrics.jsonl")
+    assert all("lag" not in row and row["sampler_logprob_diff"] < 1e-4 for row in others)
+    assert rows[0]["reward"] == others[0]["reward"]  # the first batch is the same
+
+
+def test_a_run_killed_again_and_again_is_the_run_that_nobody_disturbed(
+    undisturbed, run, place, ahead
+):
+    """Pitfall 52: the batch that waits is saved beside the state."""
+    out_dir = place / "killed_ahead"
+    for point, call in KILLS:
+        exitcode, log = run("grpo", out_dir, point, call, **ahead)
+        assert exitcode == -signal.SIGKILL, f"{point}: {log}"
+    exitcode, log = run("grpo", out_dir, **ahead)
+    assert exitcode == 0, log
+    assert_same(undisturbed, left_by(out_dir))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_to_stop_finishes_its_step_and_saves(
+    undisturbed, start, run, place, ahead, number
+):
+    out_dir = place / f"stopped_ahead_{number}"
+    child = start("grpo", out_dir, "halt", 2, save_every=0, **ahead)
+    wait_for(place / "log", "halted")
+    os.kill(child.pid, number)
+    wait_for(place / "log", "finishing this step, then saving")
+    (place / "go").touch()
+    child.join(HANGS)
+    assert child.exitcode == 128 + number
+    assert "Traceback" not in (place / "log").read_text()
+    exitcode, log = run("grpo", out_dir, **ahead)
+    assert exitcode == 0, log
+    assert_same(undisturbed, left_by(out_dir))
+
+
+def test_a_run_that_is_told_twice_ends_at_once(start, place, ahead):
+    """What is played ahead ends with it."""
+    child = start("grpo", place / "twice_ahead", "halt", 2 * UPDATES + 2, **ahead)
+    wait_for(place / "log", "halted")
+    for said in ("finishing this step, then saving", "interrupted"):
+        os.kill(child.pid, signal.SIGINT)
+        wait_for(place / "log", said)
+    child.join(HANGS)
+    assert child.exitcode == 130 and "Traceback" not in (place / "log").read_text()
+
+
+def test_a_reward_that_raises_ahead_costs_nothing_that_was_learnt(run, place, ahead):
+    """The step that was being learnt from is saved, and its line is in the log."""
+    (place / "late_reward.py").write_text(
+        "def coin(trajectory, example):\n    if trajectory.version == 2:\n"
+        "        raise KeyError('unit')\n    return float(sum(trajectory.ids) % 3 == 0)\n"
+    )
+    options = ahead | {"rewards": ("late_reward.py:coin",), "save_every": 0, "eval_every": 0}
+    options |= {"eval_data": "", "eval_rows": 128}
+    exitcode, log = run("grpo", place / "late", **options)
+    assert exitcode != 0 and "KeyError" in log
+    (saved,) = (place / "late" / "checkpoints").iterdir()
+    assert saved.name == "step-000003"  # batch 3 is the first that version 2 plays
+    assert [row["step"] for row in lines(place / "late" / "metrics.jsonl")] == [0, 1, 2]
+    (place / "late_reward.py").write_text(
+        "def coin(trajectory, example):\n    return float(sum(trajectory.ids) % 3 == 0)\n"
+    )
+    exitcode, log = run("grpo", place / "late", **options)
+    assert exitcode == 0, log
+    lags = [row["lag"] for row in lines(place / "late" / "metrics.jsonl")]
+    assert lags == [0, 1, 1, 0] + [1] * (STEPS - 4)
+
+
+# -- several ranks, one server
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_ranks_play_ahead_as_one_process_does(ranks, undisturbed, alone, place, ahead, kind):
+    codes, said = ranks("grpo", 2, kind, f"{kind}-ahead", **ahead)
+    assert codes == [0, 0], said
+    assert_learnt_alike_with_lag(place / f"{kind}-ahead", alone("grpo", **ahead))
+
+
+def assert_learnt_alike_with_lag(first, second):
+    """As assert_learnt_alike; what the lag makes of the sampler's metrics is larger than noise."""
+    ours = lines(first / "metrics.jsonl")
+    theirs = lines(second / "metrics.jsonl")
+    for mine, other in zip(ours, theirs, strict=True):
+        del mine["canary"], other["canary"]
+        assert mine == pytest.approx(other, rel=1e-3, abs=5e-5)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["grpo", "grpo_lora"])
+def test_ranks_share_a_server(ranks, alone, place, url, name, kind):
+    """Full weights and adapters: what the first rank writes is loaded once, and is that of all."""
+    options = {"engine": "server", "urls": (url,)}
+    out_dir = f"{kind}-server-{name}"
+    codes, said = ranks(name, 2, kind, out_dir, **options)
+    assert codes == [0, 0], said
+    assert_learnt_alike(place / out_dir, alone(name, **options))
+    served = json.load(urllib.request.urlopen(f"{url}/v1/models"))
+    adapters = [card["id"] for card in served["data"] if card["parent"]]
+    runs = [adapter.rpartition("-")[0] for adapter in adapters]
+    assert len(runs) == len(set(runs))  # the last one of each run, and not one for each rank
+    assert not (place / out_dir / "weights").exists()
+
+
+# -- what is saved of a batch
+
+
+def test_a_trajectory_is_saved_as_plain_values():
+    """Of all fields that are there when it is played, those of a call and of an image too."""
+    picture = Picture(eyes.picture(3), key=77)
+    trajectory = Trajectory({"id": 0}, group=2, sample=1)
+    trajectory.add([1, 2], mask=0, images=[picture])
+    trajectory.add([3], mask=1, logprobs=[-0.25])
+    trajectory.turn_starts = [2]
+    trajectory.calls = [ToolCall(0, "look", {"at": [1, {"x": None}]}, "seen", None, 0.5)]
+    trajectory.messages = [{"role": "user", "content": [{"type": "image"}]}]
+    trajectory.rewards, trajectory.reward = {"correct": None, "style": 0.5}, 0.5
+    trajectory.turn_rewards, trajectory.answer = [0.5], "ä"
+    file = io.BytesIO()
+    torch.save([trajectory.plain(), picture.saved()], file)
+    file.seek(0)
+    values, image = torch.load(file, weights_only=True)
+    again = Trajectory.of_plain(values, trajectory.example, [Picture.of_saved(*image)])
+    assert again.images[0].key == 77
+    assert again.images[0].shown.tobytes() == picture.shown.tobytes()
+    again.images = trajectory.images
+    assert dataclasses.asdict(again) == dataclasses.asdict(trajectory)
+
+
+# -- what runs beside
+
+
+def test_what_runs_beside_is_ended_when_nobody_waits_for_it():
+    import asyncio
+
+    begun, ended = threading.Event(), threading.Event()
+
+    async def sleeps():
+        begun.set()
+        try:
+            await asyncio.sleep(HANGS)
+        finally:
+            ended.set()
+
+    running = Running(sleeps())
+    assert begun.wait(60)
+    running.cancel()
+    assert ended.is_set()
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        ({"ahead": 2, "engine": "server"}, "ahead = 2: expected 0, or 1 batch"),
+        (
+            {"ahead": 1},
+            "ahead = 1 with engine=transformers: it samples with the memory and the cores that "
+            "learn, so nothing would be gained; use engine=server",
+        ),
+        (
+            {"ahead": 1, "engine": "server", "is_correction": "none"},
+            "ahead = 1 with is_correction=none: its batches are of the policy before the last "
+            "update, so leave is_correction=auto",
+        ),
+    ],
+)
+def test_what_cannot_help_is_refused(options, why):
+    urls = ("http://127.0.0.1:1",) if options.get("engine") else ()
+    with pytest.raises(UserError) as caught:
+        train_grpo.check(configured("grpo", "refused", urls=urls, **options))
+    assert str(caught.value) == why
