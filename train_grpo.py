@@ -104,7 +104,8 @@ class Config:
     gpu_memory_utilization: float = 0.5  # vllm: share of the GPU's memory; not used on a CPU
     engine_options: tuple[str, ...] = ()  # such as enforce_eager=true; engines/options.py has all
     # several processes
-    parallel: Literal["none", "ddp", "fsdp"] = "none"  # ddp: all weights on each; fsdp: in shards
+    parallel: Literal["none", "ddp", "fsdp", "deepspeed"] = "none"  # ddp: all weights on each;
+    # fsdp: in shards; deepspeed: ZeRO-1, the optimizer alone in shards
     gpus: int = 1  # processes to start on this machine, one a GPU, or as many on its CPU
     # data
     data: str = "task:calc"  # task:name, .jsonl, .parquet, or a hub id such as openai/gsm8k:main

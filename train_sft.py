@@ -78,7 +78,8 @@ class Config:
     min_pixels: int = 0  # an image is shown with so many at least; 0: as its processor says
     max_pixels: int = 0  # and with so many at most: 784 of Qwen2-VL's are a token
     # several processes
-    parallel: Literal["none", "ddp", "fsdp"] = "none"  # ddp: all weights on each; fsdp: in shards
+    parallel: Literal["none", "ddp", "fsdp", "deepspeed"] = "none"  # ddp: all weights on each;
+    # fsdp: in shards; deepspeed: ZeRO-1, the optimizer alone in shards
     gpus: int = 1  # processes to start on this machine, one a GPU, or as many on its CPU
     # data
     data: str = "task:calc"  # demonstrations of a task, or rows of .jsonl, .parquet or a hub id

@@ -168,7 +168,7 @@ def assert_learnt_alike(first, second, far=FAR, relative=2e-4) -> None:
         assert (ours[name] - theirs[name]).abs().max() <= far, name
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "deepspeed"])
 @pytest.mark.parametrize(
     "name, size", [("grpo", 2), ("grpo", 4), ("grpo_lora", 2), ("sft_adamw", 2), ("sft_adamw", 4)]
 )
@@ -205,7 +205,7 @@ def test_muon_sees_whole_matrices(ranks, alone, place, kind):
     assert_learnt_alike(place / f"{kind}-muon", alone("sft"), far=2e-3, relative=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "deepspeed"])
 @pytest.mark.parametrize("name", SEEING)
 def test_several_processes_learn_from_images_what_one_learns(
     ranks,
@@ -230,7 +230,7 @@ def test_several_processes_learn_from_images_what_one_learns(
 # -- killed, stopped, gone on
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "deepspeed"])
 def test_a_killed_run_goes_on_bit_for_bit(ranks, place, kind):
     """Pitfall 52: ten kills, of either rank; the other one then ends by itself."""
     codes, said = ranks("grpo", 2, kind, f"undisturbed-{kind}")
@@ -245,12 +245,21 @@ def test_a_killed_run_goes_on_bit_for_bit(ranks, place, kind):
     assert_same(left_by(place / out_dir), left_by(place / f"undisturbed-{kind}"))
 
 
-@pytest.mark.parametrize("kind, first, second", [("ddp", 2, 4), ("fsdp", 2, 4), ("fsdp", 4, 1)])
-def test_another_number_of_ranks_goes_on(ranks, alone, place, kind, first, second):
+@pytest.mark.parametrize(
+    "kind, first, second, kind_then",
+    [
+        ("ddp", 2, 4, "deepspeed"),
+        ("fsdp", 2, 4, "fsdp"),
+        ("fsdp", 4, 1, "none"),
+        ("deepspeed", 4, 2, "deepspeed"),
+        ("deepspeed", 2, 1, "none"),
+    ],
+)
+def test_another_number_of_ranks_goes_on(ranks, alone, place, kind, first, second, kind_then):
     out_dir = f"{kind}-{first}-{second}"
     codes, said = ranks("grpo", first, kind, out_dir, "before a checkpoint", 5)
     assert -signal.SIGKILL in codes, said
-    codes, said = ranks("grpo", second, kind, out_dir)
+    codes, said = ranks("grpo", second, kind_then, out_dir)
     assert codes == [0] * second, said
     assert_learnt_alike(place / out_dir, alone("grpo"))
 
@@ -290,7 +299,7 @@ def test_one_rank_without_memory_ends_all_with_what_to_lower(ranks):
     assert "rank 1: CUDA out of memory." in said
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "deepspeed"])
 def test_a_full_disk_ends_all_ranks_and_nothing_saved_is_lost(ranks, alone, place, kind):
     (place / "limit").write_text("30000")
     out_dir = f"full-{kind}"
