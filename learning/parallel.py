@@ -18,11 +18,13 @@ With parallel=none, and outside of `started`, all of this does nothing.
 ddp: each rank has all weights; gradients are summed. fsdp: weights, gradients and optimizers are
 cut into shards (FSDP2, torch.distributed.fsdp.fully_shard; the idea is ZeRO, arXiv:1910.02054). The
 weights are put together before the first pass of an update and taken apart behind the last, so no
-pass waits for another rank: ranks may make different numbers of them.
+pass waits for another rank: ranks may make different numbers of them. deepspeed: each rank has all
+weights, and the optimizer of a part of them (learning/zero.py).
 """
 
 import atexit
 import contextlib
+import importlib.util
 import os
 import signal
 import socket
@@ -79,6 +81,8 @@ def check(kind: str, gpus: int, optimizer: str, tune: str) -> None:
             "optimizer = 'muon' has to see whole matrices, and deepspeed cuts them: use adamw, or "
             "--parallel=ddp"
         )
+    if kind == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError("parallel = 'deepspeed' needs deepspeed: pip install -e \".[deepspeed]\"")
     if kind == "fsdp" and tune == "qlora":
         raise UserError("tune = 'qlora' cannot be cut into shards (fsdp): use --parallel=ddp")
 

@@ -96,9 +96,9 @@ class Zero1:
         for numbers, group in zip(self.numbers, self.zero.param_groups, strict=True):
             (part,) = group["params"]
             for name, value in self.zero.state[part].items():
-                if value.ndim == 0:  # the count of steps
+                if value.ndim == 0:  # the count of steps, which AdamW adds to in place
                     for number in numbers:
-                        state[number][name] = value
+                        state[number][name] = value.clone()
                     continue
                 whole = _joined(value)
                 start = 0
@@ -124,21 +124,23 @@ class Zero1:
 
 
 def import_deepspeed():
-    """Imports and returns the package. UserError where it is not installed."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no GPU
-    try:
-        import deepspeed
-    except ImportError:
-        raise UserError(
-            'parallel = \'deepspeed\' needs deepspeed: pip install -e ".[deepspeed]"'
-        ) from None
+    """Imports and returns the package, without what it would say and compile first."""
+    find_no_gpu_quietly()
+    import deepspeed
+
     # On a CPU it would compile sums by shared memory, for minutes; if that is killed, its lock
     # stays, for which every later start would wait.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # deepspeed 0.19 calls what torch 2.13 has given another name
     warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor. is deprecated")
     return deepspeed
+
+
+def find_no_gpu_quietly() -> None:
+    """Has deepspeed not warn on a CPU when it is imported, as accelerate does wherever it is
+    installed."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def dtype_of(model) -> torch.dtype:

@@ -8,6 +8,7 @@ kill and a resume change no bit; a checkpoint of 2 ranks goes on with 4, 1 or no
 one rank ends all, with one sentence. Ranks are forked from a process that has imported everything.
 """
 
+import importlib.util
 import itertools
 import os
 import re
@@ -71,6 +72,7 @@ def free_port() -> int:
 def as_rank(environment: dict, script, argv, folder, point, call) -> None:
     """What test_resume.command does, as one of several ranks."""
     os.environ.update(environment)
+    torch.set_num_threads(1)
     if point == "no sum":
         parallel._all_reduce = lambda parameters: None
         point = ""
@@ -152,14 +154,14 @@ def weights(out_dir) -> dict:
     return load_file(file)
 
 
-def assert_learnt_alike(first, second, far=FAR, relative=2e-4) -> None:
+def assert_learnt_alike(first, second, far=FAR, relative=2e-4, noise=5e-5) -> None:
     """Metrics to `relative` or a rounding, weights to `far`."""
     ours = lines(first / "metrics.jsonl")
     theirs = lines(second / "metrics.jsonl")
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         for name in NOISE & mine.keys():
-            assert max(mine.pop(name), other.pop(name)) < 5e-5, name
+            assert max(mine.pop(name), other.pop(name)) < noise, name
         assert mine == pytest.approx(other, rel=relative, abs=2e-6)
     ours = weights(first)
     theirs = weights(second)
@@ -187,6 +189,31 @@ def test_several_processes_learn_what_one_learns(ranks, alone, place, name, size
         assert [row["ids"] for row in recorded] == [
             row["ids"] for row in lines(alone(name) / "rollouts.jsonl")
         ]
+
+
+BY_TURN = """
+def by_turn(trajectory, example):
+    return [float(sum(trajectory.ids) % 2)] * len(trajectory.turn_starts)
+"""
+CHECKPOINTING = {"gradient_checkpointing": True, "turn_credit": True, "steps": 3}
+CHECKPOINTING |= {"rewards": ("my_rewards.py:coin", "by_turn.py:by_turn")}
+QLORA = {"tune": "qlora", "dtype": "bfloat16"}
+# (run, what is given, how far weights and metrics may be apart)
+VARIANTS = {
+    "mixed": ("grpo", {"dtype": "mixed"} | CHECKPOINTING, 5e-3, 1e-2),
+    "bfloat16": ("sft", {"dtype": "bfloat16"} | ADAMW, 8e-3, 1e-2),
+    "qlora": ("grpo_lora", QLORA | CHECKPOINTING, 2e-3, 1e-2),
+}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "deepspeed"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_other_dtypes(ranks, alone, place, name, kind):
+    (place / "by_turn.py").write_text(BY_TURN)
+    run, options, far, relative = VARIANTS[name]
+    codes, said = ranks(run, 2, kind, f"{name}-{kind}", **options)
+    assert codes == [0, 0], said
+    assert_learnt_alike(place / f"{name}-{kind}", alone(run, **options), far, relative, 0.05)
 
 
 def test_the_gradient_of_one_rank_alone_would_be_seen(ranks, alone, place):
@@ -407,12 +434,21 @@ def test_ctrl_c_saves_and_a_launcher_that_is_killed_leaves_nobody(place, alone):
 @pytest.mark.parametrize(
     "options, why",
     [
-        ({"gpus": 2}, "gpus = 2 with parallel=none: use --parallel=ddp or fsdp"),
+        ({"gpus": 2}, "gpus = 2 with parallel=none: use --parallel=ddp, fsdp or deepspeed"),
         ({"gpus": 0}, "gpus = 0: expected at least 1"),
         ({"parallel": "ddp"}, "parallel = 'ddp' in one process: give --gpus=8, or use torchrun"),
         (
             {"parallel": "fsdp", "gpus": 2, "optimizer": "adamw8bit"},
             "optimizer = 'adamw8bit' cannot be cut into shards (fsdp): use adamw",
+        ),
+        (
+            {"parallel": "deepspeed", "gpus": 2, "optimizer": "adamw8bit"},
+            "optimizer = 'adamw8bit' cannot be cut into shards (deepspeed): use adamw",
+        ),
+        (
+            {"parallel": "deepspeed", "gpus": 2, "optimizer": "muon"},
+            "optimizer = 'muon' has to see whole matrices, and deepspeed cuts them: use adamw, or "
+            "--parallel=ddp",
         ),
         (
             {"parallel": "fsdp", "gpus": 2, "tune": "qlora"},
@@ -423,9 +459,16 @@ def test_ctrl_c_saves_and_a_launcher_that_is_killed_leaves_nobody(place, alone):
 @pytest.mark.parametrize("name", ["grpo", "sft"])
 def test_what_has_no_effect_is_refused(name, options, why):
     script = RUNS[name][0]
+    options = {"optimizer": "adamw"} | options
     with pytest.raises(UserError) as caught:
         script.check(configured(name, "refused", **options))
     assert str(caught.value) == why
+
+
+def test_deepspeed_that_is_not_installed_is_said_at_once(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'needs deepspeed: pip install -e "\.\[deepspeed\]"$'):
+        parallel.check("deepspeed", 2, "adamw", "full")
 
 
 def test_a_notebook_is_told_who_starts_the_processes(monkeypatch):
