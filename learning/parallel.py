@@ -83,8 +83,6 @@ def check(kind: str, gpus: int, optimizer: str, tune: str) -> None:
         )
     if kind == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         raise UserError("parallel = 'deepspeed' needs deepspeed: pip install -e \".[deepspeed]\"")
-    if kind == "fsdp" and tune == "qlora":
-        raise UserError("tune = 'qlora' cannot be cut into shards (fsdp): use --parallel=ddp")
 
 
 @contextlib.contextmanager
@@ -427,7 +425,7 @@ def whole(model):
 
 def sum_gradients(model) -> None:
     """Adds up the gradients of all ranks: behind the last pass of an update, inside of `whole`."""
-    if HERE.size == 1:
+    if HERE.kind == "none":
         return
     with lost_is_an_end():
         if HERE.kind == "fsdp":
