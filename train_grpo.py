@@ -107,6 +107,7 @@ class Config:
     parallel: Literal["none", "ddp", "fsdp", "deepspeed"] = "none"  # ddp: all weights on each;
     # fsdp: in shards; deepspeed: ZeRO-1, the optimizer alone in shards
     gpus: int = 1  # processes to start on this machine, one a GPU, or as many on its CPU
+    offload: bool = False  # fsdp: shards and moments in the CPU's memory, where a GPU's is small
     # data
     data: str = "task:calc"  # task:name, .jsonl, .parquet, or a hub id such as openai/gsm8k:main
     split: str = "train"  # of a task or a hub data set; a file has none
@@ -260,7 +261,7 @@ def check(cfg: Config) -> None:
         raise UserError(f"temperature = {cfg.temperature}: vLLM has 0, or 0.01 and more")
     if cfg.gpu_memory_utilization > 1:
         raise UserError(f"gpu_memory_utilization = {cfg.gpu_memory_utilization}: at most 1")
-    parallel.check(cfg.parallel, cfg.gpus, cfg.optimizer, cfg.tune)
+    parallel.check(cfg.parallel, cfg.gpus, cfg.optimizer, cfg.offload)
     if cfg.seed >= 2**63:
         raise UserError(f"seed = {cfg.seed}: expected less than 2**63")
     if cfg.group_size < 2:
@@ -577,7 +578,7 @@ def train_here(cfg: Config) -> dict:
         reference = models.load_reference(cfg.model, model, cfg.tune, cfg.dtype)
     if cfg.gradient_checkpointing:
         models.recompute_layers(model)
-    parallel.split(model)
+    parallel.split(model, cfg.offload)
     optimizers = optim.optimizers(model, cfg.optimizer, cfg.learning_rate)
 
     # 2. where it goes on: weights, optimizers and random generators of the last checkpoint

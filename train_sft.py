@@ -81,6 +81,7 @@ class Config:
     parallel: Literal["none", "ddp", "fsdp", "deepspeed"] = "none"  # ddp: all weights on each;
     # fsdp: in shards; deepspeed: ZeRO-1, the optimizer alone in shards
     gpus: int = 1  # processes to start on this machine, one a GPU, or as many on its CPU
+    offload: bool = False  # fsdp: shards and moments in the CPU's memory, where a GPU's is small
     # data
     data: str = "task:calc"  # demonstrations of a task, or rows of .jsonl, .parquet or a hub id
     rows: int | None = None  # use the first n; for a task: make n (default 8192)
@@ -154,7 +155,7 @@ def check(cfg: Config) -> None:
     config.require_not_negative(
         cfg, "warmup weight_decay seed val_rows save_every min_pixels max_pixels"
     )
-    parallel.check(cfg.parallel, cfg.gpus, cfg.optimizer, cfg.tune)
+    parallel.check(cfg.parallel, cfg.gpus, cfg.optimizer, cfg.offload)
     if cfg.seed >= 2**63:
         raise UserError(f"seed = {cfg.seed}: expected less than 2**63")
 
@@ -577,7 +578,7 @@ def train_here(cfg: Config) -> dict:
     warmup = warmup_steps(cfg, steps, len(samples))
     if cfg.gradient_checkpointing:
         models.recompute_layers(model)
-    parallel.split(model)
+    parallel.split(model, cfg.offload)
     optimizers = optim.optimizers(
         model,
         cfg.optimizer,

@@ -65,15 +65,17 @@ HERE = World()
 # -- starting and ending
 
 
-def check(kind: str, gpus: int, optimizer: str, tune: str) -> None:
-    """Checks what --parallel says beside --gpus, --optimizer and --tune. UserError where one has no
-    effect, or cannot be cut into shards."""
+def check(kind: str, gpus: int, optimizer: str, offload: bool) -> None:
+    """Checks what --parallel says beside --gpus, --optimizer and --offload. UserError where one has
+    no effect, or cannot be cut into shards."""
     if gpus < 1:
         raise UserError(f"gpus = {gpus}: expected at least 1")
     if kind == "none" and gpus > 1:
         raise UserError(f"gpus = {gpus} with parallel=none: use --parallel=ddp, fsdp or deepspeed")
     if kind != "none" and gpus == 1 and "RANK" not in os.environ:
         raise UserError(f"parallel = {kind!r} in one process: give --gpus=8, or use torchrun")
+    if offload and kind != "fsdp":
+        raise UserError(f"offload has no effect with parallel={kind}: use --parallel=fsdp")
     if kind in ("fsdp", "deepspeed") and optimizer == "adamw8bit":
         raise UserError(f"optimizer = 'adamw8bit' cannot be cut into shards ({kind}): use adamw")
     if kind == "deepspeed" and optimizer == "muon":
@@ -363,15 +365,19 @@ def lost_is_an_end():
 # -- weights and gradients
 
 
-def split(model) -> None:
-    """Cuts the weights into shards: fsdp only. Call it before the optimizers are made."""
+def split(model, offload: bool = False) -> None:
+    """Cuts the weights into shards: fsdp only. Call it before the optimizers are made. offload: the
+    shards, and so gradients, moments and steps of them, are the CPU's."""
     if HERE.kind != "fsdp":
         return
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
+    policy = OffloadPolicy()
+    if offload:
+        policy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     for layer in _layers(model):
-        fully_shard(layer, reshard_after_forward=False)
-    fully_shard(model, reshard_after_forward=False)
+        fully_shard(layer, reshard_after_forward=False, offload_policy=policy)
+    fully_shard(model, reshard_after_forward=False, offload_policy=policy)
     for unit in _units(model):
         unit.set_requires_gradient_sync(False, recurse=False)
         unit.set_reshard_after_backward(False, recurse=False)
