@@ -107,8 +107,10 @@ class Config:
     engine_options: tuple[str, ...] = ()  # such as enforce_eager=true; engines/options.py has all
     ahead: int = 0  # server: 1 plays the next batch while this one is learnt from, for slow tools
     # several processes
-    parallel: Literal["none", "ddp", "fsdp"] = "none"  # ddp: all weights on each; fsdp: in shards
+    parallel: Literal["none", "ddp", "fsdp", "deepspeed"] = "none"  # ddp: all weights on each;
+    # fsdp: in shards; deepspeed: ZeRO-1, the optimizer alone in shards
     gpus: int = 1  # processes to start on this machine, one a GPU, or as many on its CPU
+    offload: bool = False  # fsdp: shards and moments in the CPU's memory, where a GPU's is small
     # data
     mix: tuple[str, ...] = ()  # in the place of data: configs, each file.py[:weight]; run/mix.py
     data: str = "task:calc"  # task:name, .jsonl, .parquet, or a hub id such as openai/gsm8k:main
@@ -277,7 +279,7 @@ def check(cfg: Config) -> None:
             "ahead = 1 with is_correction=none: its batches are of the policy before the last "
             "update, so leave is_correction=auto"
         )
-    parallel.check(cfg.parallel, cfg.gpus, cfg.optimizer, cfg.tune)
+    parallel.check(cfg.parallel, cfg.gpus, cfg.optimizer, cfg.offload)
     if cfg.seed >= 2**63:
         raise UserError(f"seed = {cfg.seed}: expected less than 2**63")
     if cfg.group_size < 2:
@@ -621,7 +623,7 @@ def train_here(cfg: Config) -> dict:
         reference = models.load_reference(cfg.model, model, cfg.tune, cfg.dtype)
     if cfg.gradient_checkpointing:
         models.recompute_layers(model)
-    parallel.split(model)
+    parallel.split(model, cfg.offload)
     optimizers = optim.optimizers(model, cfg.optimizer, cfg.learning_rate)
 
     # 2. where it goes on: weights, optimizers and random generators of the last checkpoint

@@ -78,8 +78,10 @@ class Config:
     min_pixels: int = 0  # an image is shown with so many at least; 0: as its processor says
     max_pixels: int = 0  # and with so many at most: 784 of Qwen2-VL's are a token
     # several processes
-    parallel: Literal["none", "ddp", "fsdp"] = "none"  # ddp: all weights on each; fsdp: in shards
+    parallel: Literal["none", "ddp", "fsdp", "deepspeed"] = "none"  # ddp: all weights on each;
+    # fsdp: in shards; deepspeed: ZeRO-1, the optimizer alone in shards
     gpus: int = 1  # processes to start on this machine, one a GPU, or as many on its CPU
+    offload: bool = False  # fsdp: shards and moments in the CPU's memory, where a GPU's is small
     # data
     mix: tuple[str, ...] = ()  # in the place of data: configs, each file.py[:weight]; run/mix.py
     data: str = "task:calc"  # demonstrations of a task, or rows of .jsonl, .parquet or a hub id
@@ -156,7 +158,7 @@ def check(cfg: Config) -> None:
     config.require_not_negative(
         cfg, "warmup weight_decay seed val_rows save_every min_pixels max_pixels"
     )
-    parallel.check(cfg.parallel, cfg.gpus, cfg.optimizer, cfg.tune)
+    parallel.check(cfg.parallel, cfg.gpus, cfg.optimizer, cfg.offload)
     if cfg.seed >= 2**63:
         raise UserError(f"seed = {cfg.seed}: expected less than 2**63")
 
@@ -668,7 +670,7 @@ def train_here(cfg: Config) -> dict:
     warmup = warmup_steps(cfg, steps, len(samples))
     if cfg.gradient_checkpointing:
         models.recompute_layers(model)
-    parallel.split(model)
+    parallel.split(model, cfg.offload)
     optimizers = optim.optimizers(
         model,
         cfg.optimizer,

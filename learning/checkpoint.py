@@ -42,7 +42,7 @@ from run.config import UserError
 FREE = {"resume", "steps", "epochs", "save_every", "logger", "max_concurrent", "urls"}
 FREE |= {"token_budget", "gradient_checkpointing", "gpu_memory_utilization", "tool_concurrency"}
 FREE |= {"eval_every", "eval_data", "eval_rows"}  # they are looked at, not learnt
-FREE |= {"parallel", "gpus"}  # all ranks together learn what one process would
+FREE |= {"parallel", "gpus", "offload"}  # all ranks together learn what one process would
 NOT_DETERMINISTIC = "deterministic=false"  # the one engine option that changes what is learnt
 # All that a run may leave that ends before its first step is over.
 START = {config.LOCK, "config.py", "metrics.jsonl", "rollouts.jsonl", "checkpoints"}

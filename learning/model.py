@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from learning import parallel, whole
+from learning import parallel, whole, zero
 from learning.logprobs import decoder_of, layers_of, token_logprobs
 from run.config import UserError
 
@@ -770,6 +770,7 @@ def save(model, tokenizer, folder, state: dict | None = None) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    zero.find_no_gpu_quietly()
     if "default" in adapters_of(model):
         save_adapter(model, folder, state)
         ids = model.generation_config.eos_token_id  # what ends a turn may be learnt, too

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from learning import parallel, whole
+from learning import parallel, whole, zero
 from learning.model import import_bitsandbytes
 from run.config import UserError
 
@@ -78,6 +78,9 @@ def optimizers(
         bitsandbytes = import_bitsandbytes("optimizer = adamw8bit")
         return [bitsandbytes.optim.AdamW8bit(groups, lr=learning_rate, betas=(0.9, 0.95))]
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    if parallel.HERE.kind == "deepspeed":
+        parallel.HERE.zero = zero.Zero1(model, adamw)
+        return [parallel.HERE.zero]
     if not for_muon:
         return [adamw]
     make_muon = functools.partial(
@@ -102,8 +105,7 @@ def memory_advice(*knobs: str):
 def step(model, optimizers: list, learning_rate: float, max_grad_norm: float) -> float:
     """Takes one step of all optimizers on the gradient, clipped to max_grad_norm; returns its norm
     before that. Raises UserError where it is not finite."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    grad_norm = parallel.number(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm))
+    grad_norm = parallel.clip_gradients(model, max_grad_norm)
     if not math.isfinite(grad_norm):  # a step with it would make every weight NaN
         raise UserError(f"grad_norm = {grad_norm}: training has diverged; lower learning_rate")
     for optimizer in optimizers:

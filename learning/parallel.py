@@ -18,11 +18,13 @@ With parallel=none, and outside of `started`, all of this does nothing.
 ddp: each rank has all weights; gradients are summed. fsdp: weights, gradients and optimizers are
 cut into shards (FSDP2, torch.distributed.fsdp.fully_shard; the idea is ZeRO, arXiv:1910.02054). The
 weights are put together before the first pass of an update and taken apart behind the last, so no
-pass waits for another rank: ranks may make different numbers of them.
+pass waits for another rank: ranks may make different numbers of them. deepspeed: each rank has all
+weights, and the optimizer of a part of them (learning/zero.py).
 """
 
 import atexit
 import contextlib
+import importlib.util
 import os
 import signal
 import socket
@@ -40,7 +42,6 @@ import torch.distributed as dist
 from learning.logprobs import decoder_of
 from run.config import UserError, tell
 
-KINDS = ("none", "ddp", "fsdp")
 LOST = 75  # exit code of a rank whose peers are gone: they know why
 PATIENCE = 30.0  # seconds that the others have to save and end, when one has failed
 BUCKET = 2**26  # numbers that are summed at once: 256 MiB of float32
@@ -55,6 +56,7 @@ class World:
     rank: int = 0
     size: int = 1
     is_whole: bool = False  # fsdp: the weights are put together now
+    zero: object = None  # deepspeed: the Zero1 of what is trained
 
 
 HERE = World()
@@ -63,19 +65,26 @@ HERE = World()
 # -- starting and ending
 
 
-def check(kind: str, gpus: int, optimizer: str, tune: str) -> None:
-    """Checks what --parallel says beside --gpus, --optimizer and --tune. UserError where one has no
-    effect, or cannot be cut into shards."""
+def check(kind: str, gpus: int, optimizer: str, offload: bool) -> None:
+    """Checks what --parallel says beside --gpus, --optimizer and --offload. UserError where one has
+    no effect, or cannot be cut into shards."""
     if gpus < 1:
         raise UserError(f"gpus = {gpus}: expected at least 1")
     if kind == "none" and gpus > 1:
-        raise UserError(f"gpus = {gpus} with parallel=none: use --parallel=ddp or fsdp")
+        raise UserError(f"gpus = {gpus} with parallel=none: use --parallel=ddp, fsdp or deepspeed")
     if kind != "none" and gpus == 1 and "RANK" not in os.environ:
         raise UserError(f"parallel = {kind!r} in one process: give --gpus=8, or use torchrun")
-    if kind == "fsdp" and optimizer == "adamw8bit":
-        raise UserError("optimizer = 'adamw8bit' cannot be cut into shards (fsdp): use adamw")
-    if kind == "fsdp" and tune == "qlora":
-        raise UserError("tune = 'qlora' cannot be cut into shards (fsdp): use --parallel=ddp")
+    if offload and kind != "fsdp":
+        raise UserError(f"offload has no effect with parallel={kind}: use --parallel=fsdp")
+    if kind in ("fsdp", "deepspeed") and optimizer == "adamw8bit":
+        raise UserError(f"optimizer = 'adamw8bit' cannot be cut into shards ({kind}): use adamw")
+    if kind == "deepspeed" and optimizer == "muon":
+        raise UserError(
+            "optimizer = 'muon' has to see whole matrices, and deepspeed cuts them: use adamw, or "
+            "--parallel=ddp"
+        )
+    if kind == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError("parallel = 'deepspeed' needs deepspeed: pip install -e \".[deepspeed]\"")
 
 
 @contextlib.contextmanager
@@ -84,7 +93,9 @@ def started(kind: str):
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if kind == "none":
         if size > 1:
-            raise UserError(f"{size} processes with parallel=none: use --parallel=ddp or fsdp")
+            raise UserError(
+                f"{size} processes with parallel=none: use --parallel=ddp, fsdp or deepspeed"
+            )
         yield
         return
     if "RANK" not in os.environ:  # a notebook, say
@@ -109,6 +120,7 @@ def started(kind: str):
     finally:
         dist.destroy_process_group()
         HERE.kind = "none"
+        HERE.zero = None
         HERE.rank = 0
         HERE.size = 1
 
@@ -330,17 +342,19 @@ def together():
 def _from_all(item) -> list:
     """Returns the item of each rank."""
     items = [None] * HERE.size
-    with _lost_is_an_end():
+    with lost_is_an_end():
         dist.all_gather_object(items, item)
     items[HERE.rank] = item  # not a copy of it
     return items
 
 
 @contextlib.contextmanager
-def _lost_is_an_end():
+def lost_is_an_end():
     """Ends this rank where another one is gone: nothing can be computed or saved without it."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # of gloo and NCCL: a connection was closed
         if PIPE not in os.environ:  # else the launcher says which one, and why
             message = " ".join(str(error).split())[:200]
@@ -351,15 +365,19 @@ def _lost_is_an_end():
 # -- weights and gradients
 
 
-def split(model) -> None:
-    """Cuts the weights into shards: fsdp only. Call it before the optimizers are made."""
+def split(model, offload: bool = False) -> None:
+    """Cuts the weights into shards: fsdp only. Call it before the optimizers are made. offload: the
+    shards, and so gradients, moments and steps of them, are the CPU's."""
     if HERE.kind != "fsdp":
         return
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
+    policy = OffloadPolicy()
+    if offload:
+        policy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     for layer in _layers(model):
-        fully_shard(layer, reshard_after_forward=False)
-    fully_shard(model, reshard_after_forward=False)
+        fully_shard(layer, reshard_after_forward=False, offload_policy=policy)
+    fully_shard(model, reshard_after_forward=False, offload_policy=policy)
     for unit in _units(model):
         unit.set_requires_gradient_sync(False, recurse=False)
         unit.set_reshard_after_backward(False, recurse=False)
@@ -400,7 +418,7 @@ def whole(model):
     if HERE.kind != "fsdp" or HERE.is_whole:
         yield
         return
-    with _lost_is_an_end():
+    with lost_is_an_end():
         for unit in _units(model):
             unit.unshard()
     HERE.is_whole = True
@@ -413,13 +431,24 @@ def whole(model):
 
 def sum_gradients(model) -> None:
     """Adds up the gradients of all ranks: behind the last pass of an update, inside of `whole`."""
-    if HERE.size == 1:
+    if HERE.kind == "none":
         return
-    with _lost_is_an_end():
+    with lost_is_an_end():
         if HERE.kind == "fsdp":
             _reduce_shards(model)
+        elif HERE.kind == "deepspeed":
+            HERE.zero.sum_gradients()
         else:
             _all_reduce([p for p in model.parameters() if p.requires_grad])
+
+
+def clip_gradients(model, max_norm: float) -> float:
+    """Scales the gradient down to max_norm; returns its norm before that."""
+    if HERE.kind == "deepspeed":
+        with lost_is_an_end():
+            return HERE.zero.clip(max_norm)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return number(torch.nn.utils.clip_grad_norm_(trained, max_norm))
 
 
 def _all_reduce(parameters: list) -> None:
@@ -467,7 +496,7 @@ def of_whole_matrices(make_optimizer, matrices: list):
 
     @torch.no_grad()
     def join(*_) -> None:
-        with _lost_is_an_end():
+        with lost_is_an_end():
             for shard, copy in zip(matrices, copies, strict=True):
                 copy.copy_(shard.full_tensor())
                 copy.grad = shard.grad.full_tensor()
@@ -519,7 +548,7 @@ def _is_cut(value) -> bool:
 def joined(value):
     """Puts tensors together, in dicts and lists too: on the first rank, None on the others."""
     if _is_cut(value):
-        with _lost_is_an_end():
+        with lost_is_an_end():
             tensor = value.full_tensor()
         return tensor.cpu() if is_first() else None
     if isinstance(value, dict):
@@ -532,7 +561,7 @@ def joined(value):
 def number(value: torch.Tensor) -> float:
     """Returns what a tensor of one number says, all ranks together."""
     if _is_cut(value):
-        with _lost_is_an_end():
+        with lost_is_an_end():
             value = value.full_tensor()
     return value.item()
 
@@ -550,6 +579,8 @@ def cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 def cut_state(optimizer, state: dict) -> dict:
     """Cuts the moments in the saved state of an optimizer as its parameters are cut."""
+    if HERE.kind != "fsdp":
+        return state
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     cut = {}
     for number, values in state["state"].items():

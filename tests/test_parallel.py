@@ -8,6 +8,7 @@ kill and a resume change no bit; a checkpoint of 2 ranks goes on with 4, 1 or no
 one rank ends all, with one sentence. Ranks are forked from a process that has imported everything.
 """
 
+import importlib.util
 import itertools
 import os
 import re
@@ -43,6 +44,7 @@ from run.config import UserError
 
 FAR = 2e-6  # how far weights may be from those of one process: they are sums in another order
 BUDGET = {"token_budget": 60}  # small, so that there are more micro-batches than ranks
+KINDS = ["ddp", "fsdp", "deepspeed"]
 ADAMW = {"optimizer": "adamw", "learning_rate": 1e-3}
 # of roundings alone: rows are sampled and learnt from beside other ones
 NOISE = {"sampler_logprob_diff", "sampler_logprob_diff_p95", "sampler_logprob_diff_max"}
@@ -60,6 +62,7 @@ KILLS = [  # (where, at which call, of which rank): each begins where the one be
     ("as an old one is removed", 1, 0),
     ("as logprobs are computed", 3, 1),
 ]
+FEW = KILLS[1:3] + KILLS[6:7]
 
 
 def free_port() -> int:
@@ -68,9 +71,17 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def ranks_of(size: int) -> list[dict]:
+    """The environments of so many ranks on this machine."""
+    port = str(free_port())
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
 def as_rank(environment: dict, script, argv, folder, point, call) -> None:
     """What test_resume.command does, as one of several ranks."""
     os.environ.update(environment)
+    torch.set_num_threads(1)
     if point == "no sum":
         parallel._all_reduce = lambda parameters: None
         point = ""
@@ -97,11 +108,8 @@ def begin(nursery, place):
         config.save(cfg, f"{place}/{out_dir}.py")
         argv = ["--config", f"{place}/{out_dir}.py"]
         (place / "log").unlink(missing_ok=True)
-        shared = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         mine = []
-        for number in range(size):
-            environment = shared | {"RANK": number, "LOCAL_RANK": number} if size > 1 else {}
-            environment = {key: str(value) for key, value in environment.items()}
+        for number, environment in enumerate(ranks_of(size) if size > 1 else [{}]):
             what = (point, call) if every_rank or number == rank else ("", 1)
             script = (RUNS | SEEING)[name][0].__name__
             arguments = (environment, script, argv, str(place), *what)
@@ -152,14 +160,14 @@ def weights(out_dir) -> dict:
     return load_file(file)
 
 
-def assert_learnt_alike(first, second, far=FAR, relative=2e-4) -> None:
+def assert_learnt_alike(first, second, far=FAR, relative=2e-4, noise=5e-5) -> None:
     """Metrics to `relative` or a rounding, weights to `far`."""
     ours = lines(first / "metrics.jsonl")
     theirs = lines(second / "metrics.jsonl")
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         for name in NOISE & mine.keys():
-            assert max(mine.pop(name), other.pop(name)) < 5e-5, name
+            assert max(mine.pop(name), other.pop(name)) < noise, name
         assert mine == pytest.approx(other, rel=relative, abs=2e-6)
     ours = weights(first)
     theirs = weights(second)
@@ -168,25 +176,72 @@ def assert_learnt_alike(first, second, far=FAR, relative=2e-4) -> None:
         assert (ours[name] - theirs[name]).abs().max() <= far, name
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize(
-    "name, size", [("grpo", 2), ("grpo", 4), ("grpo_lora", 2), ("sft_adamw", 2), ("sft_adamw", 4)]
-)
-def test_several_processes_learn_what_one_learns(ranks, alone, place, name, size, kind):
-    options = {}
-    if name == "sft_adamw":
-        name = "sft"
-        options = ADAMW
-    out_dir = f"{kind}{size}-{next(NAMES)}"
-    codes, said = ranks(name, size, kind, out_dir, **options)
-    assert codes == [0] * size, said
+@pytest.fixture(scope="module")
+def two_ranks(ranks, place):
+    """two_ranks(kind): the out_dir of "grpo" on 2 ranks, and what was printed."""
+    made = {}
+
+    def out_dir(kind):
+        if kind not in made:
+            codes, said = ranks("grpo", 2, kind, f"{kind}2")
+            assert codes == [0, 0], said
+            made[kind] = said
+        return place / f"{kind}2", made[kind]
+
+    return out_dir
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_learn_what_one_learns(two_ranks, alone, kind):
+    out_dir, said = two_ranks(kind)
     assert said.count("step    7") == 1, "one of them prints"
-    assert_learnt_alike(place / out_dir, alone(name, **options))
-    if name != "sft":
-        recorded = lines(place / out_dir / "rollouts.jsonl")
-        assert [row["ids"] for row in recorded] == [
-            row["ids"] for row in lines(alone(name) / "rollouts.jsonl")
-        ]
+    assert_learnt_alike(out_dir, alone("grpo"))
+    recorded = lines(out_dir / "rollouts.jsonl")
+    others = lines(alone("grpo") / "rollouts.jsonl")
+    assert [row["ids"] for row in recorded] == [row["ids"] for row in others]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name, size, options", [("grpo_lora", 2, {}), ("sft", 4, ADAMW)])
+def test_adapters_and_demonstrations(ranks, alone, place, name, size, options, kind):
+    codes, said = ranks(name, size, kind, f"{kind}-{name}", **options)
+    assert codes == [0] * size, said
+    assert_learnt_alike(place / f"{kind}-{name}", alone(name, **options))
+
+
+BY_TURN = """
+def by_turn(trajectory, example):
+    return [float(sum(trajectory.ids) % 2)] * len(trajectory.turn_starts)
+"""
+CHECKPOINTING = {"gradient_checkpointing": True, "turn_credit": True, "steps": 3}
+CHECKPOINTING |= {"rewards": ("my_rewards.py:coin", "by_turn.py:by_turn")}
+QLORA = {"tune": "qlora", "dtype": "bfloat16"}
+MIXED = ("grpo", {"dtype": "mixed"} | CHECKPOINTING, 5e-3)
+BFLOAT16 = ("sft", {"dtype": "bfloat16"} | ADAMW, 8e-3)
+FOUR_BITS = ("grpo_lora", QLORA | CHECKPOINTING, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind, variant, only",
+    [
+        ("fsdp", MIXED, {}),
+        ("deepspeed", MIXED, {}),
+        ("ddp", BFLOAT16, {}),
+        ("fsdp", BFLOAT16, {"offload": True}),
+        ("deepspeed", BFLOAT16, {}),
+        ("fsdp", FOUR_BITS, {"offload": True}),
+        ("deepspeed", FOUR_BITS, {}),
+    ],
+)
+def test_other_dtypes(ranks, alone, place, kind, variant, only):
+    """Behind the first update weights differ by 1e-8, which bfloat16 rounds to 0.4 % now and then;
+    of adapters in float32 on 4 bits, roundings are those of float32."""
+    (place / "by_turn.py").write_text(BY_TURN)
+    name, options, far = variant
+    out_dir = f"{kind}-{next(NAMES)}"
+    codes, said = ranks(name, 2, kind, out_dir, **options | only)
+    assert codes == [0, 0], said
+    assert_learnt_alike(place / out_dir, alone(name, **options), far, relative=1e-2, noise=0.05)
 
 
 def test_the_gradient_of_one_rank_alone_would_be_seen(ranks, alone, place):
@@ -205,8 +260,15 @@ def test_muon_sees_whole_matrices(ranks, alone, place, kind):
     assert_learnt_alike(place / f"{kind}-muon", alone("sft"), far=2e-3, relative=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", SEEING)
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("grpo_images", "ddp"),
+        ("grpo_images", "fsdp"),
+        ("sft_images", "fsdp"),
+        ("sft_images", "deepspeed"),
+    ],
+)
 def test_several_processes_learn_from_images_what_one_learns(
     ranks,
     alone,
@@ -230,27 +292,35 @@ def test_several_processes_learn_from_images_what_one_learns(
 # -- killed, stopped, gone on
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_killed_run_goes_on_bit_for_bit(ranks, place, kind):
-    """Pitfall 52: ten kills, of either rank; the other one then ends by itself."""
-    codes, said = ranks("grpo", 2, kind, f"undisturbed-{kind}")
-    assert codes == [0, 0], said
+@pytest.mark.parametrize("kind, kills", [("ddp", KILLS), ("fsdp", FEW), ("deepspeed", FEW)])
+def test_a_killed_run_goes_on_bit_for_bit(ranks, two_ranks, place, kind, kills):
+    """Pitfall 52: ten kills, of either rank; the other one then ends by itself. What the kinds have
+    of their own is how a state is put together and cut."""
+    undisturbed, _ = two_ranks(kind)
     out_dir = f"killed-{kind}"
-    for point, call, rank in KILLS:
+    for point, call, rank in kills:
         codes, said = ranks("grpo", 2, kind, out_dir, point, call, rank)
         assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, parallel.LOST), said
         assert f"rank {1 - rank} has lost the others" in said
     codes, said = ranks("grpo", 2, kind, out_dir)
     assert codes == [0, 0], said
-    assert_same(left_by(place / out_dir), left_by(place / f"undisturbed-{kind}"))
+    assert_same(left_by(place / out_dir), left_by(undisturbed))
 
 
-@pytest.mark.parametrize("kind, first, second", [("ddp", 2, 4), ("fsdp", 2, 4), ("fsdp", 4, 1)])
-def test_another_number_of_ranks_goes_on(ranks, alone, place, kind, first, second):
+@pytest.mark.parametrize(
+    "kind, first, second, kind_then",
+    [
+        ("ddp", 2, 4, "deepspeed"),
+        ("fsdp", 2, 4, "fsdp"),
+        ("fsdp", 4, 1, "none"),
+        ("deepspeed", 4, 1, "none"),
+    ],
+)
+def test_another_number_of_ranks_goes_on(ranks, alone, place, kind, first, second, kind_then):
     out_dir = f"{kind}-{first}-{second}"
     codes, said = ranks("grpo", first, kind, out_dir, "before a checkpoint", 5)
     assert -signal.SIGKILL in codes, said
-    codes, said = ranks("grpo", second, kind, out_dir)
+    codes, said = ranks("grpo", second, kind_then, out_dir)
     assert codes == [0] * second, said
     assert_learnt_alike(place / out_dir, alone("grpo"))
 
@@ -290,7 +360,7 @@ def test_one_rank_without_memory_ends_all_with_what_to_lower(ranks):
     assert "rank 1: CUDA out of memory." in said
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_full_disk_ends_all_ranks_and_nothing_saved_is_lost(ranks, alone, place, kind):
     (place / "limit").write_text("30000")
     out_dir = f"full-{kind}"
@@ -300,6 +370,8 @@ def test_a_full_disk_ends_all_ranks_and_nothing_saved_is_lost(ranks, alone, plac
     assert error.startswith(f"error: cannot save step 4 in {out_dir}/checkpoints (")
     names = [path.name for path in (place / out_dir / "checkpoints").iterdir()]
     assert names == ["step-000002"]
+    if kind != "ddp":  # to go on with it is the same for all
+        return
     codes, said = ranks("grpo", 2, kind, out_dir)
     assert codes == [0, 0], said
     assert_learnt_alike(place / out_dir, alone("grpo"))
@@ -398,7 +470,7 @@ def test_ctrl_c_saves_and_a_launcher_that_is_killed_leaves_nobody(place, alone):
 @pytest.mark.parametrize(
     "options, why",
     [
-        ({"gpus": 2}, "gpus = 2 with parallel=none: use --parallel=ddp or fsdp"),
+        ({"gpus": 2}, "gpus = 2 with parallel=none: use --parallel=ddp, fsdp or deepspeed"),
         ({"gpus": 0}, "gpus = 0: expected at least 1"),
         ({"parallel": "ddp"}, "parallel = 'ddp' in one process: give --gpus=8, or use torchrun"),
         (
@@ -406,17 +478,33 @@ def test_ctrl_c_saves_and_a_launcher_that_is_killed_leaves_nobody(place, alone):
             "optimizer = 'adamw8bit' cannot be cut into shards (fsdp): use adamw",
         ),
         (
-            {"parallel": "fsdp", "gpus": 2, "tune": "qlora"},
-            "tune = 'qlora' cannot be cut into shards (fsdp): use --parallel=ddp",
+            {"parallel": "deepspeed", "gpus": 2, "optimizer": "adamw8bit"},
+            "optimizer = 'adamw8bit' cannot be cut into shards (deepspeed): use adamw",
+        ),
+        (
+            {"parallel": "deepspeed", "gpus": 2, "optimizer": "muon"},
+            "optimizer = 'muon' has to see whole matrices, and deepspeed cuts them: use adamw, or "
+            "--parallel=ddp",
+        ),
+        (
+            {"parallel": "ddp", "gpus": 2, "offload": True},
+            "offload has no effect with parallel=ddp: use --parallel=fsdp",
         ),
     ],
 )
 @pytest.mark.parametrize("name", ["grpo", "sft"])
 def test_what_has_no_effect_is_refused(name, options, why):
     script = RUNS[name][0]
+    options = {"optimizer": "adamw"} | options
     with pytest.raises(UserError) as caught:
         script.check(configured(name, "refused", **options))
     assert str(caught.value) == why
+
+
+def test_deepspeed_that_is_not_installed_is_said_at_once(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'needs deepspeed: pip install -e "\.\[deepspeed\]"$'):
+        parallel.check("deepspeed", 2, "adamw", False)
 
 
 def test_a_notebook_is_told_who_starts_the_processes(monkeypatch):

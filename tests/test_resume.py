@@ -251,10 +251,12 @@ def nursery():
     context = multiprocessing.get_context("forkserver")
     modules = ["train_grpo", "train_sft", "peft", "transformers.models.qwen3.modeling_qwen3"]
     modules += ["transformers.models.qwen3_vl.modeling_qwen3_vl"]
-    context.set_forkserver_preload([*modules, Path(__file__).stem])
+    modules += ["deepspeed", "torch.distributed.fsdp", "jinja2.sandbox"]
+    context.set_forkserver_preload([*modules, Path(__file__).stem, "nursery"])
     paths = [str(config.HERE), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))  # the server has no other way to know
+        patch.setenv("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found no GPU
         yield context
 
 
