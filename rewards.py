@@ -36,7 +36,7 @@ OPTIONS = "reward_options"  # the config key, for messages
 # The fields of a trajectory that a reward may read, in the order of docs/rewards.md.
 READABLE = (
     "messages", "stop", "answer", "calls", "new_tokens", "turn_starts", "ids", "mask", "logprobs",
-    "group", "sample", "seconds", "version", "example",
+    "group", "sample", "seconds", "version", "user_turns", "metrics", "example",
 )  # fmt: skip
 
 # ---- outcome
@@ -358,14 +358,64 @@ def turn_calls(trajectory, example):
     return values
 
 
+def environment(trajectory, example):
+    """What the environments among the tools give their final states, by `reward(self, trajectory)`,
+    added up. None where one of them gave none, or failed."""
+    return trajectory.final_reward
+
+
+def turn_results(trajectory, example):
+    """For turn_credit, a number for each turn: the rewards that the Results of its calls carried,
+    added up; 0.0 for a turn without one."""
+    values = [0.0 for _ in trajectory.turn_starts]
+    for call in trajectory.calls:
+        if call.reward is not None:
+            values[call.turn] += call.reward
+    return values
+
+
+def only_of_environments(names: Sequence[str]) -> bool:
+    """Says whether all rewards, as they are given to `select`, come from environments."""
+    return all(name.partition(":")[0] in ("environment", "turn_results") for name in names)
+
+
+def check_environments(toolbox, selected: dict) -> None:
+    """Checks that what tools and environments give is asked for by a reward, and the other way
+    round. selected: of `select`. UserError."""
+    asked = [reward.function for reward, _ in selected.values()]
+    giving = [e.name for e in toolbox.environments if "reward" in e.hooks]
+    if giving and environment not in asked:
+        raise UserError(
+            f"{giving[0]} has a reward that nothing asks for: name it, --rewards=environment, or "
+            "environment:0 only to log it"
+        )
+    if environment in asked and not giving:
+        raise UserError("reward environment has no effect: no class in tools has reward()")
+    may_carry = toolbox.environments or any(t.gives_result for t in toolbox.tools.values())
+    if turn_results in asked and not may_carry:
+        why = "no tool is of an environment, or says that it returns one: def tool(…) -> Result"
+        raise UserError(f"reward turn_results has no effect: {why}")
+
+
+def refuse_unasked(trajectory, selected: dict) -> None:
+    """Refuses a reward that a Result carried where nothing asks for it."""
+    carrying = [call.name for call in trajectory.calls if call.reward is not None]
+    if carrying and all(reward.function is not turn_results for reward, _ in selected.values()):
+        raise UserError(
+            f"{carrying[0]} returned a Result with a reward that nothing asks for: name it, "
+            "--rewards=…,turn_results, or turn_results:0 only to log it"
+        )
+
+
 BUILT_IN = [
     correct, exact_match, f1, relaxed, anls, vqa, sql_match, code_tests, judge, format, tool_use,
     tool_bonus, needed_tool, tool_errors, repetition, repeated_calls, length, turn_calls,
+    environment, turn_results,
 ]  # fmt: skip
 # They take microseconds and never wait, so they do without a thread, which takes 80.
 INSTANT = [
     exact_match, f1, relaxed, vqa, format, tool_use, tool_bonus, needed_tool, tool_errors,
-    repetition, repeated_calls, length, turn_calls,
+    repetition, repeated_calls, length, turn_calls, environment, turn_results,
 ]  # fmt: skip
 
 # ---- names, weights and options

@@ -469,6 +469,9 @@ class Endpoint(Engine):
     def prompt(self, messages: list[dict], pictures: list = ()) -> list[int]:
         return []
 
+    def reply(self, content, ids: list[int], prompt: list[dict], pictures: list) -> list[int]:
+        return []
+
     def pictures(self, example: dict) -> list[Picture]:
         """Opens the images of a data row's messages."""
         folder = example.get("image_folder")

@@ -40,7 +40,8 @@ MAX_PIXELS = 2**25  # of an image that is opened for one
 IMAGE_NAME = re.compile(r"images/[0-9a-f]{16}\.png")  # as run/log.py writes them
 # What it shows of a rollout, beside its pieces, kinds and logprobs.
 ROLLOUT_KEYS = (
-    "step group sample stop reward rewards answer advantages seconds turn_starts calls ids images"
+    "step group sample stop reward rewards answer advantages seconds turn_starts calls ids images "
+    "metrics failure"
 ).split()
 
 # ---- curves.png
