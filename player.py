@@ -176,8 +176,8 @@ def prepare_task(cfg, limit: int | None = None) -> tuple[Toolbox, dict, list[dic
 
 
 def load_examples(cfg, source: str, split: str, limit: int | None, seed: int) -> list[dict]:
-    """Loads the rows of `source` with the columns and prompts that the config names. Where only
-    environments reward, they need no answer."""
+    """Loads the rows of `source` with the columns and prompts that the config names; they
+    need an answer where its rewards do."""
     return data.load(
         source,
         split,
@@ -188,7 +188,7 @@ def load_examples(cfg, source: str, split: str, limit: int | None, seed: int) ->
         prompt_template=cfg.prompt_template,
         limit=limit,
         seed=seed,
-        require_answer=not reward_functions.only_of_environments(cfg.rewards),
+        require_answer=reward_functions.need_answer(cfg.rewards),
         database=cfg.database,
     )
 

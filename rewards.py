@@ -374,9 +374,12 @@ def turn_results(trajectory, example):
     return values
 
 
-def only_of_environments(names: Sequence[str]) -> bool:
-    """Says whether all rewards, as they are given to `select`, come from environments."""
-    return all(name.partition(":")[0] in ("environment", "turn_results") for name in names)
+def need_answer(names: Sequence[str]) -> bool:
+    """Says whether rows have to have an answer for these rewards, as they are given to `select`:
+    not where an environment says what is right, and the others look at how it was done."""
+    plain = {name.partition(":")[0] for name in names}
+    how = {reward.__name__ for reward in (*FROM_ENVIRONMENTS, *OF_THE_WAY)}
+    return "environment" not in plain or not plain <= how
 
 
 def check_environments(toolbox, selected: dict) -> None:
@@ -412,6 +415,10 @@ BUILT_IN = [
     tool_bonus, needed_tool, tool_errors, repetition, repeated_calls, length, turn_calls,
     environment, turn_results,
 ]  # fmt: skip
+FROM_ENVIRONMENTS = (environment, turn_results)
+OF_THE_WAY = (  # whatever the answer is
+    format, tool_use, tool_bonus, tool_errors, repetition, repeated_calls, length, turn_calls,
+)  # fmt: skip
 # They take microseconds and never wait, so they do without a thread, which takes 80.
 INSTANT = [
     exact_match, f1, relaxed, vqa, format, tool_use, tool_bonus, needed_tool, tool_errors,

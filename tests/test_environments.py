@@ -9,24 +9,30 @@ fails in an environment costs one trajectory, and that its final state is asked 
 
 import asyncio
 import json
+import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from until import PATIENCE, until
 
+import play as play_script
 import rewards as reward_functions
+import train_grpo
 from chat import Chat
 from engines.scripted import ScriptedEngine
 from formats import Call
 from loss import set_advantages
 from player import Player, prepare_task
 from rollout import Settings, rollouts
+from run import config
 from run.config import UserError
 from tools import Result, Toolbox
 from train_grpo import Config
 from trajectory import spans, stats, token_kinds, token_texts
 
+ROOT = Path(__file__).resolve().parent.parent
 STOP = "<|im_end|>"
 SHORT = 1.0  # seconds: what comes before their end has time on any machine
 PROMPT = {"role": "user", "content": "I have a question."}
@@ -634,3 +640,226 @@ def test_a_reply_closes_an_answer_that_was_left_open(tokenizer):
     behind_open = tokenizer.decode(chat.reply("And?", open_ids))
     assert behind_open == STOP + tokenizer.decode(chat.reply("And?", closed_ids))
     assert Call("look", {}).name in Toolbox([Shop]).tools
+
+
+# -- with images, behind an API, over MCP, and for SFT
+
+
+class Gallery:
+    """Shows a picture at the start, and its user another."""
+
+    def __init__(self, example):
+        self.seen = example["images"]
+
+    def count(self) -> str:
+        """Count the pictures."""
+        return str(len(self.seen))
+
+    def opening(self):
+        from PIL import Image
+
+        return ["Here:", Image.new("RGB", (16, 16), "red")]
+
+    def user(self, trajectory):
+        from PIL import Image
+
+        return None if trajectory.user_turns else ["And", Image.new("RGB", (16, 16), "blue"), "?"]
+
+    def reward(self, trajectory):
+        return float(len(self.seen))
+
+
+def test_images_of_openings_and_of_the_user_are_shown_with_their_tokens():
+    from learning.vision import tiny_vision
+    from tasks import tiny
+
+    box = Toolbox([Gallery])
+    words = "Here: And image 1: 2: ? Red. Blue. Call count. You see pictures."
+    talk = [{"role": "system", "content": "Look."}, {"role": "user", "content": words}]
+    tokenizer = tiny.tiny_tokenizer([talk], box.schemas, sees=True)
+    vision = tiny_vision(tokenizer)
+    chat = Chat(tokenizer, "hermes", box.schemas, vision=vision)
+    turns = ["Red." + STOP, say("count"), "Blue." + STOP]
+    engine = ScriptedEngine(
+        [tokenizer.encode(turn, add_special_tokens=False) for turn in turns], tokenizer
+    )
+    (t,) = asyncio.run(rollouts([row()], chat, engine, box, Settings(), rewards=ENVIRONMENT))
+    assert t.stop == "answered" and t.reward == 2.0 and t.calls[0].result == "2"
+    assert [picture.shown.getpixel((0, 0)) for picture in t.images] == [(255, 0, 0), (0, 0, 255)]
+    assert vision.fits(t.ids, t.images) and t.user_turns[0].images == [2]
+    assert t.user_turns[0].text == "And\nimage 2:\n?"
+    ids, mask = chat.render(t.messages, t.images)
+    assert (t.ids, t.mask) == (ids, mask)
+    kinds = token_kinds(t, token_texts(t.ids, tokenizer))
+    assert "u" in kinds and len(kinds) == len(t.ids)
+
+
+class ScriptedApi:
+    """Says what it is told, as an Endpoint."""
+
+    def __new__(cls, said, tools, total=50):
+        from engines.chat_api import Endpoint, Reply
+
+        class Api(Endpoint):
+            asked = []
+
+            async def ask(self, messages, sampling, with_tools, pictures=()):
+                self.asked.append((list(messages), with_tools))
+                text, *calls = said[len(self.asked) - 1]
+                called = []
+                for number, (name, arguments) in enumerate(calls):
+                    function = {"name": name, "arguments": json.dumps(arguments)}
+                    called.append({"id": f"c{number}", "type": "function", "function": function})
+                return Reply(text, called, False, 7, total)
+
+        Api.asked = []
+        return Api("http://127.0.0.1:1/v1", "gpt", tools)
+
+
+def play_api(said, total=50, **given):
+    from evaluate import play_api_turn
+
+    box = Toolbox([Shop])
+    api = ScriptedApi(said, box.schemas, total)
+    settings = Settings(**given)
+    playing = rollouts([row(7)], api, api, box, settings, rewards=REWARDS, turn=play_api_turn)
+    (t,) = asyncio.run(playing)
+    return t, api
+
+
+def test_a_chat_api_talks_with_the_user_in_messages():
+    said = [("Which?",), ("", ("sell", {"count": 2})), ("Five.",), ("Bye.",)]
+    t, api = play_api(said)
+    assert (t.stop, t.final_reward, t.ids, t.new_tokens) == ("answered", 2.0, [], 28)
+    texts = [message["content"] for message in api.asked[-1][0] if message["role"] == "user"]
+    assert texts == [
+        "I have a question.\n\nThere are 7.",
+        "How many are left?",
+        "Thank you.",
+    ]
+    t, api = play_api(said, total=3000)
+    assert t.stop == "length" and len(api.asked) == 1 and t.final_reward == 0.0
+    t, api = play_api(said, max_turns=1)
+    assert t.stop == "max_turns" and len(api.asked) == 1
+
+
+def test_over_mcp_an_environment_of_tools_alone_is_served_and_one_with_hooks_refused(tmp_path):
+    from serve import mcp_server
+
+    (tmp_path / "env.py").write_text(
+        "class Plain:\n"
+        "    def look(self) -> str:\n"
+        '        """Look."""\n'
+        '        return "it"\n\n\n'
+        "class Asked(Plain):\n"
+        "    def user(self, trajectory):\n"
+        "        return None\n"
+    )
+    box = mcp_server.toolbox(mcp_server.Config(), [f"{tmp_path}/env.py:Plain"])
+    assert mcp_server.stateful(box) == ["look"]
+    with pytest.raises(UserError, match="Asked has user, for which no MCP client asks"):
+        mcp_server.toolbox(mcp_server.Config(), [f"{tmp_path}/env.py:Asked"])
+
+
+def test_sft_shows_the_tools_of_an_environment_and_makes_none(tokenizer):
+    class Never(Shop):
+        def __init__(self, example, needed: int):
+            raise AssertionError("made")
+
+    box = Toolbox([Never], describe_only=True)
+    names = [schema["function"]["name"] for schema in box.schemas]
+    assert names == ["look", "sell", "give_up"]
+
+
+# -- what the docs say, a whole run, a run that goes on
+
+
+def block_of(page, text):
+    """The python block of a page with this text in it."""
+    source = (ROOT / page).read_text(encoding="utf-8")
+    (found,) = [part for part in re.findall(r"```python\n(.*?)```", source, re.S) if text in part]
+    return found
+
+
+def test_the_environment_of_the_readme_has_twelve_lines_and_is_played_without_a_model(
+    tmp_path, monkeypatch, capsys
+):
+    code = block_of("README.md", "class Lamp:")
+    assert len([line for line in code.splitlines() if line.strip()]) == 11  # and the command
+    (tmp_path / "mine.py").write_text(code)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Light, please."}\n')
+    monkeypatch.chdir(tmp_path)
+    argv = ["--data=rows.jsonl", "--tools=mine.py:Lamp", "--rewards=environment"]
+    cfg = config.parse(train_grpo.Config, [*argv, "--model=none/here"], train_grpo.check)
+    t = play_script.play_made_up(cfg)
+    assert (t.stop, t.reward, t.calls[0].result) == ("answered", 1.0, "on")
+    cfg = config.parse(train_grpo.Config, [*argv, "--model=none/here", "--max_turns=1"])
+    t = play_script.play_made_up(cfg)  # an oracle that presses nothing is not content
+    assert (t.stop, t.reward) == ("max_turns", 0.0)
+    assert "stop: max_turns, not answered: raise that limit" in capsys.readouterr().out
+
+
+def test_the_environment_of_the_docs_does_what_they_say(tokenizer):
+    namespace = {}
+    exec(block_of("docs/environments.md", "class Till:"), namespace)
+    example = row() | {"prices": {"tea": 3, "milk": 2}}
+    script = ["It is paid." + STOP, say("price", thing="tea"), say("pay", amount=5), "Paid." + STOP]
+    given = {"examples": [example], "tool_options": ("Till.rounds=true",)}
+    (t,), _, _ = play(tokenizer, script, namespace["Till"], **given)
+    assert t.messages[0]["content"].endswith("The customer wants tea and milk.")
+    assert [said.text for said in t.user_turns] == ["That is not what it costs."]
+    assert [call.result for call in t.calls] == ["3", "5 paid"]
+    assert t.rewards == {"environment": 1.0, "turn_results": 0.1}
+    assert t.metrics == {"payments": 1.0, "paid": 5.0}
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A run of two steps on the desk, by a model that knows nothing, and how to make another."""
+    from tasks import desk as task
+    from tasks import tiny
+
+    folder = tmp_path_factory.mktemp("desk")
+    schemas = Toolbox(["tasks/desk.py:Desk"]).schemas
+    system = {"role": "system", "content": "Help."}
+    talks = [[system, *talk] for talk in task.demos(64)]
+    tokenizer = tiny.tiny_tokenizer(talks, schemas, whole_names=True)
+    tokenizer.save_pretrained(folder / "model")
+    tiny.tiny(tokenizer, layers=1, hidden_size=32).save_pretrained(folder / "model")
+
+    def run(name, **given):
+        cfg = train_grpo.Config(
+            out_dir=str(folder / name),
+            model=str(folder / "model"),
+            data="task:desk",
+            system_prompt="Help.",
+            tools=("tasks/desk.py:Desk",),
+            rewards=("environment", "length"),  # the first is 0 for all, the second differs
+            reward_options=("length.limit=40", "length.buffer=40"),
+            prompts_per_step=2,
+            group_size=3,
+            max_tokens=200,
+            max_new_tokens=6,
+            learning_rate=1e-2,
+            save_every=2,
+            **given,
+        )
+        train_grpo.train(cfg)
+        lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    return run
+
+
+def test_a_run_on_an_environment_goes_on_with_the_same_numbers(desk):
+    whole = desk("whole", steps=4)
+    desk("parts", steps=2)
+    parts = desk("parts", steps=4, resume=True)
+    assert len(whole) == len(parts) == 4
+    for one, other in zip(whole, parts, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            if "seconds" not in name and not name.startswith("tools_leaked"):
+                assert one[name] == other[name], name
+    assert whole[0]["reward_environment"] == 0 and whole[0]["environment_changed"] == 0
+    assert any(metrics["user_turns"] > 0 for metrics in whole)
