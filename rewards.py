@@ -385,7 +385,7 @@ def need_answer(names: Sequence[str]) -> bool:
 def check_environments(toolbox, selected: dict) -> None:
     """Checks that what tools and environments give is asked for by a reward, and the other way
     round. selected: of `select`. UserError."""
-    asked = [reward.function for reward, _ in selected.values()]
+    asked = _functions(selected)
     giving = [e.name for e in toolbox.environments if "reward" in e.hooks]
     if giving and environment not in asked:
         raise UserError(
@@ -403,11 +403,17 @@ def check_environments(toolbox, selected: dict) -> None:
 def refuse_unasked(trajectory, selected: dict) -> None:
     """Refuses a reward that a Result carried where nothing asks for it."""
     carrying = [call.name for call in trajectory.calls if call.reward is not None]
-    if carrying and all(reward.function is not turn_results for reward, _ in selected.values()):
+    if carrying and turn_results not in _functions(selected):
         raise UserError(
             f"{carrying[0]} returned a Result with a reward that nothing asks for: name it, "
             "--rewards=…,turn_results, or turn_results:0 only to log it"
         )
+
+
+def _functions(selected):
+    """What is called of the selected rewards."""
+    rewards = [reward for reward, _ in selected.values()]
+    return [reward.function if isinstance(reward, Reward) else reward for reward in rewards]
 
 
 BUILT_IN = [

@@ -219,6 +219,8 @@ async def play_turns(
             raise
         # what is there are whole turns and observations: add() takes all of one or nothing
         trajectory.stop = "timeout"
+        if not trajectory.ids:  # it ended while environments were made
+            trajectory.add(prompt, mask=0)
 
 
 async def open_prompt(trajectory: Trajectory, prompt: list[int], chat: Chat, session) -> None:
@@ -432,9 +434,10 @@ async def run_calls(
         if problem:
             tool_call.error = tool_call.error or "exception"
         pictures += shown
-        if note:
-            is_text = isinstance(content, str)
-            content = content + note if is_text else [*content, {"type": "text", "text": note}]
+        if note and isinstance(content, str):
+            content += note
+        elif note:
+            content = [*content, {"type": "text", "text": note}]
         results.append((call, content))
     return results, pictures
 
@@ -473,7 +476,7 @@ async def readable(
     tools and model name it. The texts are cut to `limit` tokens in all. chat: None for another's
     model, which is told text.
     """
-    # 0. text alone
+    # 1. text alone
     sees = chat is not None and chat.sees
     if not sees or all(isinstance(part, str) for part in parts):
         text = plain_text(parts)
@@ -481,7 +484,7 @@ async def readable(
             text = shorten_tokens(text, limit, chat.tokenizer if chat else None)
         return text, [], ""
 
-    # 1. what the model sees of each; in a thread, as it takes some milliseconds
+    # 2. what the model sees of each; in a thread, as it takes some milliseconds
     shown = []  # texts and Pictures
     problem = ""
     for part in parts:
@@ -492,7 +495,7 @@ async def readable(
                 part = problem = f"error: {error}"
         shown.append(part)
 
-    # 2. if the texts are too long, they are cut as one, and the images follow
+    # 3. if the texts are too long, they are cut as one, and the images follow
     texts = [part for part in shown if isinstance(part, str)]
     pictures = [part for part in shown if not isinstance(part, str)]
     text = plain_text(texts)
@@ -500,7 +503,7 @@ async def readable(
     if short != text:
         shown = [short, *pictures]
 
-    # 3. line by line
+    # 4. line by line
     content = []
     lines = ""
     for part in shown:

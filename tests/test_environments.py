@@ -329,24 +329,45 @@ def test_what_a_user_says_is_cut_as_a_tools_result_is(tokenizer):
     assert "characters cut" in t.user_turns[0].text and len(t.user_turns[0].text) < 100
 
 
-def test_the_final_state_is_asked_after_the_last_call_also_where_time_ends_in_one(tokenizer):
+@pytest.mark.parametrize("part", ["work", "user"])
+def test_the_final_state_is_asked_after_the_last_call_also_where_time_ends_in_one(tokenizer, part):
     class Slow:
         def __init__(self):
             self.done = []
 
         def work(self) -> str:
             """Work."""
+            self._takes_long()
+            return "worked"
+
+        def user(self, trajectory):
+            self._takes_long()
+
+        def _takes_long(self):
             self.done.append("begun")
             time.sleep(1.5 * SHORT)
             self.done.append("ended")
-            return "worked"
 
         def reward(self, trajectory):
             assert trajectory.stop == "timeout"
             return len(self.done)
 
-    (t,), _, _ = play(tokenizer, [say("work")], Slow, rewards=ENVIRONMENT, trajectory_timeout=SHORT)
+    script = [say("work") if part == "work" else "Done." + STOP]
+    (t,), _, _ = play(tokenizer, script, Slow, rewards=ENVIRONMENT, trajectory_timeout=SHORT)
     assert (t.stop, t.failure, t.final_reward) == ("timeout", "", 2.0)
+
+
+def test_time_that_ends_while_environments_are_made_leaves_the_prompt(tokenizer):
+    class Slow:
+        def __init__(self):
+            time.sleep(1.5 * SHORT)
+
+        def reward(self, trajectory):
+            return 1.0
+
+    (t,), engine, _ = play(tokenizer, [], Slow, rewards=ENVIRONMENT, trajectory_timeout=SHORT)
+    assert (t.stop, t.failure, t.turn_starts, engine.requests) == ("timeout", "", [], [])
+    assert t.ids and not any(t.mask)
 
 
 # -- what fails costs its trajectory

@@ -341,6 +341,7 @@ class Session:
         function = partial(environment.hooks[hook], state, *given)
         if inspect.iscoroutinefunction(environment.hooks[hook]):
             return await function()
+        function = _holding(self._busy[environment.make], function, hook)
         return await in_thread(function, self.box._abandoned)
 
     def _fail(self, name, why):
