@@ -8,6 +8,10 @@ A function sees the Trajectory of rollout.py (messages, calls, stop, …) and th
 the options, when the run starts, and its instance is called. A list is a number for each turn.
 Every reward also has the options timeout (seconds of one call) and concurrency (calls at once).
 
+A reward that compares the samples of one prompt has a parameter `group`, the list of their
+trajectories. Behind the row, (trajectory, example, group), it is asked for each of them. In the
+place of the trajectory, (group, example), it is asked once, and gives one value for each of them.
+
 All rewards look only at what the model wrote: grading/answers.py says what counts as its answer,
 queries.py and programs.py there have those that run code, judge.py the one that asks a model.
 """
@@ -27,12 +31,14 @@ from grading.equality import NotCompared, equal
 from grading.judge import judge
 from grading.programs import code_tests
 from grading.queries import sql_match
+from grading.ranking import ranking
 from run import plugins
 from run.config import UserError, near
 from run.deadline import Exited, in_thread, in_time
 from trajectory import MALFORMED, ToolCall, Trajectory
 
 OPTIONS = "reward_options"  # the config key, for messages
+GROUP = "group"  # the parameter of a reward that compares the samples of one prompt
 # The fields of a trajectory that a reward may read, in the order of docs/rewards.md.
 READABLE = (
     "messages", "stop", "answer", "calls", "new_tokens", "turn_starts", "ids", "mask", "logprobs",
@@ -312,6 +318,16 @@ def repetition(trajectory, example, *, n: int = 3):
     """From 0.0 down to -1.0: the share of the n-grams (of words and signs, in all that the model
     wrote between the calls) that it had written before, and the share of its calls that it had made
     before, with the same arguments."""
+    grams = _grams(trajectory, example, n)
+    calls = [(call.name, repr(call.arguments)) for call in trajectory.calls]
+    return -min(1.0, _share_repeated(grams) + _share_repeated(calls))
+
+
+_PARTS = re.compile(r"\w+|[^\w\s]")  # words and signs
+
+
+def _grams(trajectory, example, n):
+    """The n-grams of words and signs in all that the model wrote between the calls."""
     grams = []
     prompt_length = len(example["messages"])
     for message in trajectory.messages[prompt_length:]:
@@ -322,11 +338,7 @@ def repetition(trajectory, example, *, n: int = 3):
         for start in range(len(parts) - n + 1):
             gram = parts[start : start + n]
             grams.append(tuple(gram))
-    calls = [(call.name, repr(call.arguments)) for call in trajectory.calls]
-    return -min(1.0, _share_repeated(grams) + _share_repeated(calls))
-
-
-_PARTS = re.compile(r"\w+|[^\w\s]")  # words and signs
+    return grams
 
 
 def _share_repeated(items):
@@ -358,6 +370,56 @@ def turn_calls(trajectory, example):
     return values
 
 
+def redundancy(trajectory, example, *, limit: int = 1):
+    """-1.0 for every call above `limit`: the penalty of Pixel Reasoner (arXiv 2505.15966), where it
+    counts 0.05 and the limit is 1. A call that gives the answer is none."""
+    return float(min(0, limit - _calls_made(trajectory)))
+
+
+def _calls_made(trajectory):
+    return sum(not call.ends for call in trajectory.calls)
+
+
+# ---- against the others of the group
+
+
+def curiosity(group, example, *, rate: float = 0.3):
+    """For whoever called a tool, how much the share of the group that did is below `rate`, else
+    0.0: Pixel Reasoner's bonus (arXiv 2505.15966, where it counts 0.5), so that calling is not
+    given up before it is learnt, and nothing is paid for it once it is common. Weigh it beside
+    `redundancy`. (The code that was published with the paper pays another one.)"""
+    callers = [_calls_made(trajectory) > 0 for trajectory in group]
+    missing = max(0.0, rate - sum(callers) / len(group))
+    return [missing if calls else 0.0 for calls in callers]
+
+
+def diversity(group, example, *, n: int = 3):
+    """From 0.0 to 1.0: how little a trajectory shares with each other one of its group, on average.
+    What two share is the Jaccard index of their n-grams (of words and signs, in all that the model
+    wrote between the calls) and their calls, with arguments. None where there is no other. It pays
+    for wrong answers as for right ones: give it a small weight."""
+    written = []
+    for trajectory in group:
+        calls = {(call.name, repr(call.arguments)) for call in trajectory.calls}
+        written.append(calls | set(_grams(trajectory, example, n)))
+    if len(group) == 1:
+        return [None]
+    values = []
+    for i, mine in enumerate(written):
+        shared = sum(_jaccard(mine, other) for j, other in enumerate(written) if j != i)
+        values.append(1 - shared / (len(group) - 1))
+    return values
+
+
+def _jaccard(first, second):
+    """The share of what either has that both have; 1.0 where neither has anything."""
+    either = len(first | second)
+    return len(first & second) / either if either else 1.0
+
+
+# ---- what environments and the Results of tools gave
+
+
 def environment(trajectory, example):
     """What the environments among the tools give their final states, by `reward(self, trajectory)`,
     added up. None where one of them gave none, or failed."""
@@ -378,7 +440,7 @@ def need_answer(names: Sequence[str]) -> bool:
     """Says whether rows have to have an answer for these rewards, as they are given to `select`:
     not where an environment says what is right, and the others look at how it was done."""
     plain = {name.partition(":")[0] for name in names}
-    how = {reward.__name__ for reward in (*FROM_ENVIRONMENTS, *OF_THE_WAY)}
+    how = {reward.__name__ for reward in (environment, turn_results, *OF_THE_WAY)}
     return "environment" not in plain or not plain <= how
 
 
@@ -419,16 +481,17 @@ def _functions(selected):
 BUILT_IN = [
     correct, exact_match, f1, relaxed, anls, vqa, sql_match, code_tests, judge, format, tool_use,
     tool_bonus, needed_tool, tool_errors, repetition, repeated_calls, length, turn_calls,
-    environment, turn_results,
+    redundancy, curiosity, diversity, ranking, environment, turn_results,
 ]  # fmt: skip
-FROM_ENVIRONMENTS = (environment, turn_results)
 OF_THE_WAY = (  # whatever the answer is
     format, tool_use, tool_bonus, tool_errors, repetition, repeated_calls, length, turn_calls,
+    redundancy, curiosity, diversity,
 )  # fmt: skip
 # They take microseconds and never wait, so they do without a thread, which takes 80.
 INSTANT = [
     exact_match, f1, relaxed, vqa, format, tool_use, tool_bonus, needed_tool, tool_errors,
-    repetition, repeated_calls, length, turn_calls, environment, turn_results,
+    repetition, repeated_calls, length, turn_calls, redundancy, curiosity, environment,
+    turn_results,
 ]  # fmt: skip
 
 # ---- names, weights and options
@@ -438,7 +501,7 @@ INSTANT = [
 class Reward:
     """A reward with its options, ready to be called. It belongs to one event loop for its life."""
 
-    function: Callable  # (trajectory, example) -> value
+    function: Callable  # (trajectory, example), or with a group -> value
     instant: bool = False  # it never waits
     timeout: float = 60.0  # seconds of one call
     concurrency: int = 16  # calls at once
@@ -449,9 +512,33 @@ class Reward:
         # a function, or an object whose __call__ is one
         candidates = (self.function, type(self.function).__call__)
         self.is_async = any(map(inspect.iscoroutinefunction, candidates))
+        # "alone", or where it sees the group: "with_group" for each of it, "once" for all
+        self.asked = _how_asked(self.function)
 
     def __call__(self, trajectory, example):
         return self.function(trajectory, example)
+
+
+def _how_asked(function):
+    parameters = list(inspect.signature(function).parameters)
+    if GROUP not in parameters:
+        return "alone"
+    return "once" if parameters[0] == GROUP else "with_group"
+
+
+def as_rewards(selected: dict) -> dict:
+    """The same with a Reward for each plain function."""
+    rewards = {}
+    for name, (reward, weight) in selected.items():
+        if not isinstance(reward, Reward):
+            reward = Reward(reward)
+        rewards[name] = (reward, weight)
+    return rewards
+
+
+def see_groups(selected: dict) -> bool:
+    """Says whether one of them compares the samples of a prompt."""
+    return any(reward.asked != "alone" for reward, _ in as_rewards(selected).values())
 
 
 @dataclass
@@ -561,8 +648,8 @@ def _with_options(name: str, function: Callable, texts: dict, timeout: float) ->
             raise UserError(f"reward {name} is a class without __call__(trajectory, example)")
     else:
         # whatever their names are, the first two are the trajectory and the example
-        positional = list(inspect.signature(function).parameters)[:2]
-        values = plugins.bind(function, own_texts, where, skip=positional)
+        not_options = [*list(inspect.signature(function).parameters)[:2], GROUP]
+        values = plugins.bind(function, own_texts, where, skip=not_options)
         ready = functools.partial(function, **values) if values else function
     return Reward(ready, function in INSTANT, limits.timeout, limits.concurrency)
 
@@ -571,58 +658,133 @@ def _with_options(name: str, function: Callable, texts: dict, timeout: float) ->
 
 
 async def score(trajectory, example, selected) -> dict:
-    """{name: value} of all selected rewards, unweighted; None where one is None, NaN or infinite.
-    A value is a number, or a list of numbers, one for each turn of the model.
+    """{name: value} of all selected rewards but those that see the group, unweighted; None where
+    one is None, NaN or infinite. A value is a number, or a list of numbers, one for each turn of
+    the model.
 
     All are asked at once, each for its own seconds, from when it has a slot. One that takes longer
     is None too, and its name is added to trajectory.reward_timeouts. A reward that raises stops the
     run: a 0 in its place would be trained on.
     """
-    values = {}
+    questions = {}
+    for name, (reward, _) in as_rewards(selected).items():
+        if reward.asked == "alone":
+            questions[name] = Question(name, reward, trajectory, example)
+    answers = await _ask_all(questions)
+    return {name: answers[name] for name in questions}  # in the order of `selected`
+
+
+async def score_group(group: list[Trajectory], selected) -> list[dict]:
+    """The same of the rewards that see the group, for each of its trajectories, in their order.
+    group: all samples of one prompt, of which each has ended; their own rewards may be read in
+    trajectory.rewards. A reward that is asked once and takes too long is None for all of them."""
+    selected = as_rewards(selected)
+    example = group[0].example
+    questions = {}
+    for name, (reward, _) in selected.items():
+        if reward.asked == "once":
+            questions[name] = Question(name, reward, None, example, group)
+        elif reward.asked == "with_group":
+            for i, trajectory in enumerate(group):
+                questions[name, i] = Question(name, reward, trajectory, example, group)
+    answers = await _ask_all(questions)
+
+    values = []
+    for i in range(len(group)):
+        of_one = {}
+        for name, (reward, _) in selected.items():
+            if reward.asked == "once":
+                of_one[name] = answers[name][i]
+            elif reward.asked == "with_group":
+                of_one[name] = answers[name, i]
+        values.append(of_one)
+    return values
+
+
+@dataclass
+class Question:
+    """What one reward is asked: the value of a trajectory, or "once" of each of its group."""
+
+    name: str
+    reward: Reward
+    trajectory: Trajectory | None
+    example: dict
+    group: list[Trajectory] | None = None
+
+    def bound(self) -> Callable:
+        """The reward with its arguments, ready to be called."""
+        function = self.reward.function
+        if self.reward.asked == "once":
+            return functools.partial(function, self.group, self.example)
+        if self.reward.asked == "with_group":
+            return functools.partial(function, self.trajectory, self.example, group=self.group)
+        return functools.partial(function, self.trajectory, self.example)
+
+    def read(self, value):
+        """Returns what the reward gave as numbers. Raises for what is none."""
+        if self.reward.asked != "once":
+            return _numbers(self.name, value, self.trajectory)
+        if not isinstance(value, list) or len(value) != len(self.group):
+            raise UserError(
+                f"reward {self.name} gave {value!r:.80} for a group of {len(self.group)}: expected "
+                "a list with one number for each of them"
+            )
+        pairs = zip(value, self.group, strict=True)
+        return [_numbers(self.name, of_one, trajectory) for of_one, trajectory in pairs]
+
+    def too_late(self):
+        """Returns what counts at the deadline, and notes it."""
+        if self.reward.asked != "once":
+            self.trajectory.reward_timeouts.append(self.name)
+            return None
+        for trajectory in self.group:
+            trajectory.reward_timeouts.append(self.name)
+        return [None for _ in self.group]
+
+
+async def _ask_all(questions: dict) -> dict:
+    """The answers of all questions {key: Question}, which are asked at once."""
+    answers = {}
     tasks = {}
     try:
-        for name, (reward, _) in selected.items():
-            if not isinstance(reward, Reward):
-                reward = Reward(reward)
-            values[name] = None  # in the order of `selected`
-            if reward.instant:
-                values[name] = _value_now(name, reward, trajectory, example)
+        for key, question in questions.items():
+            if question.reward.instant:
+                answers[key] = _answer_now(question)
             else:
-                work = _value_in_time(name, reward, trajectory, example)
-                tasks[name] = asyncio.create_task(work)
+                tasks[key] = asyncio.create_task(_answer_in_time(question))
         await asyncio.gather(*tasks.values())
     finally:
         for task in tasks.values():  # of those that go on beside one that raised
             task.cancel()
-    for name, task in tasks.items():
-        values[name] = task.result()
-    return values
+    for key, task in tasks.items():
+        answers[key] = task.result()
+    return answers
 
 
-def _value_now(name, reward, trajectory, example):
-    """The value of a reward that never waits."""
+def _answer_now(question):
+    """The answer of a reward that never waits."""
     try:
-        value = reward.function(trajectory, example)
-        return _numbers(name, value, trajectory)
+        call = question.bound()
+        return question.read(call())
     except Exception as error:
-        _end_run(name, error, example)
+        _end_run(question.name, error, question.example)
 
 
-async def _value_in_time(name, reward, trajectory, example):
-    """The value of a reward, or None at its deadline."""
-    call = functools.partial(reward.function, trajectory, example)
+async def _answer_in_time(question):
+    """The answer of a reward, or what counts at its deadline."""
+    reward = question.reward
+    call = question.bound()
     async with reward.slots:
         try:
             work = call() if reward.is_async else in_thread(call, reward.abandoned)
             is_done, value = await in_time(work, reward.timeout, reward.abandoned)
             if is_done:
-                return _numbers(name, value, trajectory)
+                return question.read(value)
         except Exited as exited:  # exit() would else end its thread or the loop, unseen
-            _end_run(name, exited.error, example)
+            _end_run(question.name, exited.error, question.example)
         except Exception as error:
-            _end_run(name, error, example)
-    trajectory.reward_timeouts.append(name)
-    return None
+            _end_run(question.name, error, question.example)
+    return question.too_late()
 
 
 def _end_run(name, error, example):

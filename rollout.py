@@ -17,6 +17,7 @@ rollout in colour.
 import asyncio
 import hashlib
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -79,7 +80,8 @@ async def rollouts(
     """Plays `samples` trajectories for each example, settings.max_concurrent at once.
 
     rewards: of rewards.select(); each trajectory is scored as soon as it ends, while others are
-    still played. on_done(trajectory) is called then too. groups: the number of each
+    still played, and by those that see its group when all of that have ended.
+    on_done(trajectory) is called then too. groups: the number of each
     example, where a long list is played in parts; seeds depend on it; None: 0, 1, … turn: plays
     one turn in the place of `play_turn`. Returns them in the order of the examples, the samples of
     one side by side. What raises in any of them ends all.
@@ -88,6 +90,8 @@ async def rollouts(
         groups = range(len(examples))
     waiting = unplayed(examples, groups, chat, samples)
     finished: list[Trajectory] = []
+    ended = defaultdict(list)  # group -> those of its trajectories that have their own scores
+    see_groups = reward_functions.see_groups(rewards or {})
 
     async def work() -> None:
         # one worker plays one trajectory after the other; the next begins before this is scored
@@ -102,11 +106,20 @@ async def rollouts(
 
     async def finish(trajectory: Trajectory) -> None:
         # a task of its own: a slow reward holds up no worker
+        complete = [trajectory]
         if rewards:
             await score(trajectory, rewards)
-        if on_done:
-            on_done(trajectory)
-        finished.append(trajectory)
+        if see_groups:
+            group = ended[trajectory.group]
+            group.append(trajectory)
+            if len(group) < samples:
+                return  # the last one of them does what follows
+            complete = sorted(group, key=lambda member: member.sample)
+            await score_group(complete, rewards)
+        for scored in complete:
+            if on_done:
+                on_done(scored)
+            finished.append(scored)
 
     # 1. all workers join before the first starts: the engine then knows whom to wait for
     workers = min(settings.max_concurrent, len(examples) * samples)
@@ -140,10 +153,25 @@ def unplayed(
 
 
 async def score(trajectory: Trajectory, rewards: dict) -> None:
-    """Sets the trajectory's rewards: each by its name, by turn where a reward says so, and the
-    weighted sum."""
+    """Asks the rewards that look at one trajectory alone, and sets what it earned by them."""
     reward_functions.refuse_unasked(trajectory, rewards)
-    scores = await reward_functions.score(trajectory, trajectory.example, rewards)
+    trajectory.scores = await reward_functions.score(trajectory, trajectory.example, rewards)
+    set_reward(trajectory, rewards)
+
+
+async def score_group(group: list[Trajectory], rewards: dict) -> None:
+    """Asks the rewards that see a group, all samples of one prompt, when each has its own scores;
+    sets what each earned by all rewards together."""
+    scores_of_all = await reward_functions.score_group(group, rewards)
+    for trajectory, scores in zip(group, scores_of_all, strict=True):
+        trajectory.scores |= scores
+        set_reward(trajectory, rewards)
+
+
+def set_reward(trajectory: Trajectory, rewards: dict) -> None:
+    """Sets the trajectory's rewards of its scores: each by its name, by turn where one says so, and
+    the weighted sum."""
+    scores = {name: trajectory.scores.get(name) for name in rewards}
     trajectory.turn_rewards = reward_functions.by_turn(scores, rewards)
     trajectory.rewards = reward_functions.summed(scores)
     trajectory.reward = reward_functions.total(trajectory.rewards, rewards)

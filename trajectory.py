@@ -88,7 +88,8 @@ class Trajectory:
     seconds: float = 0.0
 
     # what it earned
-    rewards: dict[str, float | None] = field(default_factory=dict)  # each under its own name
+    scores: dict = field(default_factory=dict)  # what each reward gave: a number, or one a turn
+    rewards: dict[str, float | None] = field(default_factory=dict)  # each as one number
     reward: float | None = None  # their weighted sum; None: not to be learnt from
     turn_rewards: list[float] | None = None  # (K) what of it each turn earned, if a reward says so
     reward_timeouts: list[str] = field(default_factory=list)  # rewards that took too long: None

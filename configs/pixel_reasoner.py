@@ -22,9 +22,8 @@ tool_options = (
 )
 format = "json_actions"  # Qwen2.5-VL's template knows no tools
 max_pixels = 1003520  # 1280 tokens an image
-# a right answer that was looked for is worth more, so that looking is not given up early
-rewards = ("correct", "needed_tool:0.5", "repeated_calls:0.5")
-reward_options = ("needed_tool.tolerance=0",)
+# theirs: looking is paid for while fewer than 0.3 of a group do, and costs from the second time on
+rewards = ("correct", "curiosity:0.5", "redundancy:0.05")
 steps = 200
 prompts_per_step = 32
 group_size = 8

@@ -12,6 +12,7 @@ read for it, but it reads the reply. Look at what is learnt, and weigh a second 
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from engines.chat_api import ChatApi, api_of_options
@@ -64,6 +65,73 @@ HOPELESS = 20  # verdicts without a score, and none with one: then the run stops
 RETRY_TEMPERATURE = 0.7  # the same question to a greedy judge has one answer
 
 
+class Grader:
+    """A model behind a chat API that is asked until its verdict can be read."""
+
+    def __init__(
+        self,
+        reward: str,
+        url: str,
+        model: str,
+        key_env: str,
+        attempts: int,
+        max_new_tokens: int,
+        pause: float,
+        wanted: str,
+        remedies: str,
+    ):
+        """For messages: reward, its name; wanted, what a verdict has to have; remedies, the options
+        that may help where it has not. UserError for what can be seen to be wrong."""
+        self.reward = reward
+        self.wanted = wanted
+        self.remedies = remedies
+        self.attempts = attempts
+        self.max_new_tokens = max_new_tokens
+        self.readable = 0  # verdicts
+        self.unreadable = 0
+        self.api = api_of_options(reward, url, model, key_env, pause=pause)
+        _require_reachable(self.api, reward)
+
+    async def ask(self, prompt: str, read: Callable):
+        """Asks with a prompt; returns what read(text) makes of the verdict. None if that is None
+        for each of self.attempts, or if this prompt is refused where others are answered."""
+        messages = [{"role": "user", "content": prompt}]
+        for attempt in range(self.attempts):
+            question = {
+                "temperature": RETRY_TEMPERATURE if attempt else 0.0,
+                "max_new_tokens": self.max_new_tokens,
+                "seed": attempt,
+            }
+            try:
+                verdict = await self.api.ask(messages, **question)
+            except HttpError as error:
+                is_long = error.kind == "too_long"
+                if not is_long and not await self.api.answers_others(error, **question):
+                    refusal = self.api.refusal(error, f"{self.reward}.key_env")
+                    raise UserError(f"reward {self.reward}: {refusal}") from None
+                self.unreadable += 1
+                self._stop_if_hopeless(error.detail)
+                return None
+            # one that was cut may be a thought that the prompt opened, and its "Score: 1" the begin
+            # of "Score: 10"
+            value = None if verdict.was_cut else read(verdict.text)
+            if value is not None:
+                self.readable += 1
+                return value
+            self.unreadable += 1
+            self._stop_if_hopeless(verdict.text)
+        return None
+
+    def _stop_if_hopeless(self, last_text: str) -> None:
+        """UserError if no verdict was ever readable, of many."""
+        if self.readable or self.unreadable < HOPELESS:
+            return
+        raise UserError(
+            f"the judge has replied {self.unreadable} times without {self.wanted}, last "
+            f"{last_text[-200:]!r}: see {self.remedies}"
+        )
+
+
 class judge:
     """0 to 1: the score that the judge gives to the last message of the model, without its
     thoughts, or to what it gave to a tool that ends the episode. 0.0 for an empty one. None, which
@@ -88,50 +156,30 @@ class judge:
             raise UserError(
                 f"judge.scale = {scale:g}, judge.attempts = {attempts}: expected above 0"
             )
-        self.prompt = _read_prompt(prompt)
+        self.prompt = read_prompt("judge", prompt, PROMPT, "said")
         self.scale = scale
-        self.attempts = attempts
-        self.max_new_tokens = max_new_tokens
-        self.with_score = 0  # verdicts
-        self.without_score = 0
-        self.api = api_of_options("judge", url, model, key_env, pause=pause)
-        _require_reachable(self.api)
+        self.grader = Grader(
+            "judge",
+            url,
+            model,
+            key_env,
+            attempts,
+            max_new_tokens,
+            pause,
+            wanted=f"a score from 0 to {scale:g}",
+            remedies="judge.prompt, judge.scale and judge.max_new_tokens",
+        )
 
     async def __call__(self, trajectory, example) -> float | None:
         reply = last_message(trajectory, example).strip()
         if not reply:
             return 0.0
-        messages = [{"role": "user", "content": self._prompt_for(example, reply)}]
-        for attempt in range(self.attempts):
-            question = {
-                "temperature": RETRY_TEMPERATURE if attempt else 0.0,
-                "max_new_tokens": self.max_new_tokens,
-                "seed": attempt,
-            }
-            try:
-                verdict = await self.api.ask(messages, **question)
-            except HttpError as error:
-                is_long = error.kind == "too_long"
-                if not is_long and not await self.api.answers_others(error, **question):
-                    refusal = self.api.refusal(error, "judge.key_env")
-                    raise UserError(f"reward judge: {refusal}") from None
-                self.without_score += 1
-                self._stop_if_hopeless(error.detail)
-                return None
-            # one that was cut may be a thought that the prompt opened, and its "Score: 1" the begin
-            # of "Score: 10"
-            score = None if verdict.was_cut else self._score(verdict.text)
-            if score is not None:
-                self.with_score += 1
-                return score
-            self.without_score += 1
-            self._stop_if_hopeless(verdict.text)
-        return None
+        return await self.grader.ask(self._prompt_for(example, reply), self._score)
 
     def _prompt_for(self, example, reply: str) -> str:
         fields = {
-            "question": _question(example),
-            "answer": _right_answer(example),
+            "question": question_of(example),
+            "answer": right_answer(example),
             "said": reply,
             "scale": f"{self.scale:g}",
         }
@@ -162,16 +210,6 @@ class judge:
         score = float(value["value"].replace(",", ".")) / self.scale
         return score if 0 <= score <= 1 else None
 
-    def _stop_if_hopeless(self, last_text: str) -> None:
-        """UserError if the judge has never given a score, and had many occasions."""
-        if self.with_score or self.without_score < HOPELESS:
-            return
-        raise UserError(
-            f"the judge has replied {self.without_score} times without a score from 0 to "
-            f"{self.scale:g}, last {last_text[-200:]!r}: see judge.prompt, judge.scale and "
-            "judge.max_new_tokens"
-        )
-
 
 def _last_statements(text: str) -> list[str]:
     """What stands behind each "score:" of the last line that has one, up to the next one. Those
@@ -190,33 +228,35 @@ def _last_statements(text: str) -> list[str]:
     return statements
 
 
-def _read_prompt(prompt: str) -> str:
-    """The text of judge.prompt, which may be the path of one; ours if it is ""."""
-    text = prompt or PROMPT
+def read_prompt(reward: str, prompt: str, default: str, needed: str) -> str:
+    """The text of an option `prompt`, which may be the path of one; the default if it is "".
+    needed: the field that has to be in it."""
+    text = prompt or default
     may_be_path = prompt and "\n" not in prompt and len(prompt) < 1000
     if may_be_path and Path(prompt).is_file():
-        text = Path(prompt).read_text(encoding="utf-8") or PROMPT
-    if "{said}" not in text:
-        raise UserError(f"judge.prompt = {prompt[:80]!r}: expected a file or a text with {{said}}")
+        text = Path(prompt).read_text(encoding="utf-8") or default
+    if f"{{{needed}}}" not in text:
+        raise UserError(
+            f"{reward}.prompt = {prompt[:80]!r}: expected a file or a text with {{{needed}}}"
+        )
     return text
 
 
-def _require_reachable(api: ChatApi) -> None:
+def _require_reachable(api: ChatApi, reward: str) -> None:
     """UserError if nobody is there, or wants another key."""
     try:
         api.check_reachable()
     except HttpError as error:
         where = f"the judge at {api.url}"
+        see = f"see {reward}.key_env"
         if error.kind == "key_unsendable":
-            raise UserError(f"{where}: the key cannot be sent: see judge.key_env") from None
+            raise UserError(f"{where}: the key cannot be sent: {see}") from None
         if error.kind == "key_refused":
-            raise UserError(
-                f"{where} refuses the key ({error.detail}): see judge.key_env"
-            ) from None
+            raise UserError(f"{where} refuses the key ({error.detail}): {see}") from None
         raise UserError(f"{where} cannot be reached ({error.detail}): start it first") from None
 
 
-def _question(example) -> str:
+def question_of(example) -> str:
     """The last message of the user."""
     questions = [m["content"] for m in example["messages"] if m["role"] == "user"]
     if not questions:
@@ -227,7 +267,7 @@ def _question(example) -> str:
     return text
 
 
-def _right_answer(example) -> str:
+def right_answer(example) -> str:
     answers = example.get("answer") or "(none)"
     if isinstance(answers, list):
         return " or ".join(str(answer) for answer in answers)

@@ -8,6 +8,8 @@ The endpoint here is a fake on 127.0.0.1.
 import asyncio
 import contextlib
 import json
+import random
+import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +17,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from rewards import score, select
+from grading.ranking import read_ranking
+from rewards import score, score_group, select
 from run.config import UserError
 
 ROW = {
@@ -354,3 +357,113 @@ def test_a_wrong_option_stops_the_run_at_its_start(api, options, says):
     assert says in str(caught.value)
     with pytest.raises(UserError, match="judge.model is missing"):
         select(("judge",), (f"judge.url={api.url}",))
+
+
+# The reward `ranking`
+
+
+def ranked(api, *texts, row=ROW, **options):
+    """The values of a group with these last messages, and the group."""
+    given = {"url": api.url, "model": "gpt", "pause": "0.01"} | options
+    selected = select(("ranking",), [f"ranking.{name}={text}" for name, text in given.items()])
+    group = [played(text) for text in texts]
+    for trajectory in group:
+        trajectory.example = row
+    scores = asyncio.run(score_group(group, selected))
+    return [s["ranking"] for s in scores], group
+
+
+def shown(body):
+    """The replies of a request, in its order."""
+    return re.findall(r"<reply \d+>\n(.*?)\n</reply \d+>", body["messages"][0]["content"], re.S)
+
+
+def by_length(body):
+    """Ranks the longest best."""
+    texts = shown(body)
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    out = str(order[0] + 1)
+    for before, i in zip(order, order[1:], strict=False):
+        out += " > " if len(texts[before]) > len(texts[i]) else " = "
+        out += str(i + 1)
+    return f"Well. Ranking: {out}"
+
+
+def test_a_group_is_ranked_by_one_request_and_its_order_does_not_matter(api):
+    api.replies = [by_length]
+    texts = ["a", "bbb", "cc", "dd", "", "bbb"]
+    values, _ = ranked(api, *texts)
+    # below: "" and a lose to all; the two bbb tie, so do cc and dd
+    assert values == [0.2, 0.9, 0.5, 0.5, 0.0, 0.9]
+    assert sum(values) == pytest.approx(3.0)
+    assert len(api.asked) == 1 and len(shown(api.asked[0])) == 4  # an equal one is shown once
+    assert "2 and 3?" in api.asked[0]["messages"][0]["content"]
+    for seed in range(5):
+        order = random.Random(seed).sample(range(6), 6)
+        permuted, _ = ranked(api, *[texts[i] for i in order])
+        assert permuted == [values[i] for i in order]
+    # the judge is shown the same every time, so it cannot prefer who was sampled first
+    assert len({body["messages"][0]["content"] for body in api.asked}) == 1
+
+
+def test_what_needs_no_judge_is_not_asked(api):
+    assert ranked(api, "5", "5", "5")[0] == [0.5, 0.5, 0.5]
+    assert ranked(api, "5", "")[0] == [1.0, 0.0]
+    assert ranked(api, "", "")[0] == [0.5, 0.5]
+    assert ranked(api, "5")[0] == [None]
+    assert api.asked == []
+
+
+def test_a_ranking_that_cannot_be_read_is_asked_for_again_and_is_none_for_all(api):
+    api.replies = ["Both are fine.", "Ranking: 1 > 1", by_length]
+    assert ranked(api, "a", "bb")[0] == [0.0, 1.0]
+    assert [body["seed"] for body in api.asked] == [0, 1, 2]
+    api.replies = ["Both are fine."]
+    assert ranked(api, "a", "bb")[0] == [None, None]
+
+
+def test_a_judge_that_is_away_is_none_for_the_group(api):
+    def slow(_):
+        time.sleep(0.5)
+        return "Ranking: 1 > 2"
+
+    api.replies = [slow]
+    values, group = ranked(api, "a", "bb", "ccc", timeout="0.05")
+    assert values == [None, None, None]
+    assert [t.reward_timeouts for t in group] == [["ranking"]] * 3
+
+
+@pytest.mark.parametrize(
+    "text, ranks",
+    [
+        ("Ranking: 2 > 1 = 3", [1, 0, 1]),
+        ("**Ranking:** `3 > 2 > 1`", [2, 1, 0]),
+        ("ranking = [1] = [2] = [3]", [0, 0, 0]),
+        ('{"ranking": "1 > 3 > 2"}', [0, 2, 1]),
+        ("Ranking: Reply 1 > Reply 2 = Reply 3", [0, 1, 1]),
+        ("Ranking: 1 > 2 > 3\nNo. Ranking: 3 > 2 > 1.", [2, 1, 0]),
+        ("<think>Ranking: 1 > 2 > 3</think>Ranking: 3 > 2 > 1", [2, 1, 0]),
+        ("<think>Ranking: 1 > 2 > 3", None),
+        ("Ranking: 1 > 2", None),
+        ("Ranking: 1 > 2 > 3 > 4", None),
+        ("Ranking: 1 > 2 > 2", None),
+        ("Ranking: 1, 2, 3", None),
+        ("Ranking: 1 2 3", None),
+        ("Ranking: 1 >> 2 > 3", None),
+        ("Ranking: 01 > 2 > 3", None),
+        ("Ranking: >", None),
+        ("2 > 1 > 3", None),
+        ("", None),
+    ],
+)
+def test_a_ranking_is_read_only_where_it_names_each_once(text, ranks):
+    assert read_ranking(text, 3) == ranks
+
+
+def test_options_of_a_ranking_that_cannot_be_meant_are_told(api):
+    with pytest.raises(UserError, match="ranking.attempts = 0: expected above 0"):
+        ranked(api, "a", "b", attempts="0")
+    with pytest.raises(UserError, match="ranking.prompt = 'x': expected a file or a text with"):
+        ranked(api, "a", "b", prompt="x")
+    with pytest.raises(UserError, match="ranking has no option 'scale'"):
+        ranked(api, "a", "b", scale="2")

@@ -18,6 +18,7 @@ import rewards
 from formats import FORMATS
 from grading import queries
 from grading.judge import judge
+from grading.ranking import read_ranking
 from run import page as run_page
 from trajectory import escaped
 
@@ -83,6 +84,8 @@ READERS |= {f"calls of {name}": form([TOOL]).parse for name, form in FORMATS.ite
 READERS["gold queries"] = queries._is_ordered
 READERS["queries"] = queries._reads_a_table
 READERS["verdicts"] = a_verdict
+READERS["rankings"] = lambda text: (read_ranking("Ranking: " + text, 3), read_ranking(text, 3))
+READERS["diversity"] = lambda text: rewards.diversity([trajectory(text), trajectory("x")], ROW)
 READERS["printed"] = escaped
 
 

@@ -701,6 +701,39 @@ def test_each_trajectory_is_scored_on_its_own_and_none_is_not_zero(tokenizer):
     assert all(t.rewards["rare"] is None for t in done)
 
 
+def test_a_reward_that_sees_its_group_is_asked_when_all_of_that_have_ended(tokenizer):
+    def script(ids, sampling):
+        return encode(tokenizer, "abcdefgh"[len(engine.requests) - 1] + STOP)
+
+    seen = []
+
+    def own(t, e):
+        return 1.0
+
+    def better(t, e, group):
+        assert all(member.rewards["own"] == 1.0 for member in group)  # these are known by then
+        seen.append((t.group, [member.sample for member in group]))
+        return [2.0 * t.sample]
+
+    def all_of_it(group, e):
+        return [0.5 if member.sample else None for member in group]
+
+    done = []
+    chat, engine, box = stage(tokenizer, script)
+    rewards = {"own": (own, 1.0), "better": (better, 0.1), "all": (all_of_it, 0.0)}
+    args = [EXAMPLE, EXAMPLE], chat, engine, box, Settings()
+    played = asyncio.run(rollouts(*args, samples=3, rewards=rewards, on_done=done.append))
+    assert [(t.group, t.sample) for t in played] == [(g, s) for g in (0, 1) for s in (0, 1, 2)]
+    assert [t.reward for t in played] == [1.0, 1.2, 1.4] * 2
+    assert [t.turn_rewards for t in played] == [[0.0], [0.2], [0.4]] * 2
+    assert played[1].rewards == {"own": 1.0, "better": 2.0, "all": 0.5}
+    assert played[0].rewards == {"own": 1.0, "better": 0.0, "all": None}
+    assert sorted(seen) == [(g, [0, 1, 2]) for g in (0, 0, 0, 1, 1, 1)]
+    assert sorted(id(t) for t in done) == sorted(
+        id(t) for t in played
+    )  # each once, with its reward
+
+
 # Crashes, cancellation
 
 
