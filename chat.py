@@ -259,6 +259,21 @@ class Chat:
         text = self._between(messages, closed, prompt)
         return self.encode(text, pictures=pictures)
 
+    def reply(
+        self,
+        content: str | list,
+        ids: list[int],
+        prompt: Sequence[dict] = (QUESTION,),
+        pictures: Sequence[Picture] = (),
+    ) -> list[int]:
+        """Encodes what a user says behind an answer, and what leads to the next turn (mask 0). ids:
+        the trajectory so far. prompt: the messages that the answer was to. pictures: of the images
+        in the content."""
+        messages = [{"role": "user", "content": content}]
+        self._check_images(messages, pictures)
+        was_closed = ids[-1] in self.stop_ids
+        return self.encode(self._between(messages, was_closed, prompt), pictures=pictures)
+
     def render(
         self, messages: list[dict], pictures: Sequence[Picture] = ()
     ) -> tuple[list[int], list[int]]:

@@ -4,6 +4,7 @@
     python demo.py --seed=1 --out_dir=out/seed1
     python demo.py --task=facts                 # to search;  shop: SQL;  multi: which of the three
     python demo.py --task=chart                 # to zoom into a picture
+    python demo.py --task=desk                  # to help a customer who has to be asked
     python demo.py --task=mix                   # three of them at once, each with its own tools
 
 SFT on imperfect demonstrations (train_sft.py), evaluation, GRPO (train_grpo.py), evaluation again,
@@ -40,7 +41,7 @@ problems that were held out; `sampled_accuracy` is of the same problems, answere
 
 @dataclass
 class Config:
-    task: Literal["calc", "facts", "shop", "multi", "chart", "mix"] = "calc"  # configs/
+    task: Literal["calc", "facts", "shop", "multi", "chart", "desk", "mix"] = "calc"  # configs/
     out_dir: str = "out"  # where calc_sft/ and calc/ are made; they must not be there yet
     seed: int = 0  # of everything
 

@@ -362,6 +362,9 @@ async def play_api_turn(
         ]
     trajectory.messages.append(message)
     trajectory.stop = stop_before_calls(trajectory, calls, reply.was_cut, toolbox, settings)
+    is_full = reply.all_tokens >= settings.max_tokens
+    if trajectory.stop == "answered" and is_full and toolbox.has_user:
+        trajectory.stop = "length"  # no room for the user of an environment
     if trajectory.stop:
         return
 
@@ -374,7 +377,7 @@ async def play_api_turn(
         told = {"role": "tool", "tool_call_id": tool_call["id"]}
         told["name"] = tool_call["function"]["name"]
         trajectory.messages.append(told | {"content": result})
-    if reply.all_tokens >= settings.max_tokens:
+    if is_full:
         trajectory.stop = "length"
 
 

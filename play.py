@@ -143,7 +143,8 @@ def play_made_up(cfg: train_grpo.Config) -> Trajectory:
         check_prompts(chat, examples, cfg.max_tokens)
 
         # 3. the oracle's words as a model would sample them
-        engine = ScriptedEngine(sampled_turns(chat, example, turns), tokenizer)
+        said = sampled_turns(chat, example, turns)
+        engine = ScriptedEngine(lambda ids, sampling: next_said(said), tokenizer)
         with Player(chat, engine, toolbox, rewards, Settings.of(cfg)) as player:
             (trajectory,) = player.play([example])
     show_rollout(trajectory, tokenizer)
@@ -448,13 +449,22 @@ def guess_value(name: str, schema: dict, example: dict):
     return questions[-1] if questions else ""
 
 
+def next_said(said: list[list[int]]) -> list[int]:
+    """Takes the next turn; the last one is said again and again, where an environment's user goes
+    on asking."""
+    return said.pop(0) if len(said) > 1 else said[0]
+
+
 def sampled_turns(chat: Chat, example: dict, turns: list[dict]) -> list[list[int]]:
     """Encodes each turn as the token ids that a model would sample."""
     messages = list(example["messages"])
-    for turn in turns:
+    for number, turn in enumerate(turns, 1):
         messages.append(turn)
-        for call in calls_of(turn):
+        calls = calls_of(turn)
+        for call in calls:
             messages.append({"role": "tool", "name": call.name, "content": "…"})
+        if not calls and number < len(turns):  # an environment's user speaks in between
+            messages.append({"role": "user", "content": "…"})
     ids, mask = chat.render(messages, chat.pictures(example))
     starts = turn_starts(mask)
     ends = [*starts[1:], len(ids)]

@@ -364,13 +364,15 @@ def prepare_task(cfg, limit: int | None = None) -> tuple[Toolbox, dict, list[dic
         names = ", ".join(rewards)
         raise UserError(f"dynamic_sampling = {cfg.dynamic_sampling!r}: expected one of {names}")
     toolbox = Toolbox(cfg.tools, cfg.tool_concurrency, cfg.tool_timeout, cfg.tool_options)
+    reward_functions.check_environments(toolbox, rewards)
     examples = load_examples(cfg, cfg.data, cfg.split, limit or cfg.limit, cfg.seed)
     data.check_names(examples, list(toolbox.tools), list(rewards))
     return toolbox, rewards, examples
 
 
 def load_examples(cfg, source: str, split: str, limit: int | None, seed: int) -> list[dict]:
-    """Loads the rows of `source` with the columns and prompts that the config names."""
+    """Loads the rows of `source` with the columns and prompts that the config names; they
+    need an answer where its rewards do."""
     return data.load(
         source,
         split,
@@ -381,6 +383,7 @@ def load_examples(cfg, source: str, split: str, limit: int | None, seed: int) ->
         prompt_template=cfg.prompt_template,
         limit=limit,
         seed=seed,
+        require_answer=reward_functions.need_answer(cfg.rewards),
         database=cfg.database,
     )
 

@@ -42,7 +42,7 @@ GROUP = "group"  # the parameter of a reward that compares the samples of one pr
 # The fields of a trajectory that a reward may read, in the order of docs/rewards.md.
 READABLE = (
     "messages", "stop", "answer", "calls", "new_tokens", "turn_starts", "ids", "mask", "logprobs",
-    "group", "sample", "seconds", "version", "example",
+    "group", "sample", "seconds", "version", "user_turns", "metrics", "example",
 )  # fmt: skip
 
 # ---- outcome
@@ -417,15 +417,81 @@ def _jaccard(first, second):
     return len(first & second) / either if either else 1.0
 
 
+# ---- what environments and the Results of tools gave
+
+
+def environment(trajectory, example):
+    """What the environments among the tools give their final states, by `reward(self, trajectory)`,
+    added up. None where one of them gave none, or failed."""
+    return trajectory.final_reward
+
+
+def turn_results(trajectory, example):
+    """For turn_credit, a number for each turn: the rewards that the Results of its calls carried,
+    added up; 0.0 for a turn without one."""
+    values = [0.0 for _ in trajectory.turn_starts]
+    for call in trajectory.calls:
+        if call.reward is not None:
+            values[call.turn] += call.reward
+    return values
+
+
+def need_answer(names: Sequence[str]) -> bool:
+    """Says whether rows have to have an answer for these rewards, as they are given to `select`:
+    not where an environment says what is right, and the others look at how it was done."""
+    plain = {name.partition(":")[0] for name in names}
+    how = {reward.__name__ for reward in (environment, turn_results, *OF_THE_WAY)}
+    return "environment" not in plain or not plain <= how
+
+
+def check_environments(toolbox, selected: dict) -> None:
+    """Checks that what tools and environments give is asked for by a reward, and the other way
+    round. selected: of `select`. UserError."""
+    asked = _functions(selected)
+    giving = [e.name for e in toolbox.environments if "reward" in e.hooks]
+    if giving and environment not in asked:
+        raise UserError(
+            f"{giving[0]} has a reward that nothing asks for: name it, --rewards=environment, or "
+            "environment:0 only to log it"
+        )
+    if environment in asked and not giving:
+        raise UserError("reward environment has no effect: no class in tools has reward()")
+    may_carry = toolbox.environments or any(t.gives_result for t in toolbox.tools.values())
+    if turn_results in asked and not may_carry:
+        why = "no tool is of an environment, or says that it returns one: def tool(…) -> Result"
+        raise UserError(f"reward turn_results has no effect: {why}")
+
+
+def refuse_unasked(trajectory, selected: dict) -> None:
+    """Refuses a reward that a Result carried where nothing asks for it."""
+    carrying = [call.name for call in trajectory.calls if call.reward is not None]
+    if carrying and turn_results not in _functions(selected):
+        raise UserError(
+            f"{carrying[0]} returned a Result with a reward that nothing asks for: name it, "
+            "--rewards=…,turn_results, or turn_results:0 only to log it"
+        )
+
+
+def _functions(selected):
+    """What is called of the selected rewards."""
+    rewards = [reward for reward, _ in selected.values()]
+    return [reward.function if isinstance(reward, Reward) else reward for reward in rewards]
+
+
 BUILT_IN = [
     correct, exact_match, f1, relaxed, anls, vqa, sql_match, code_tests, judge, format, tool_use,
     tool_bonus, needed_tool, tool_errors, repetition, repeated_calls, length, turn_calls,
-    redundancy, curiosity, diversity, ranking,
+    redundancy, curiosity, diversity, ranking, environment, turn_results,
 ]  # fmt: skip
+OF_THE_WAY = (  # whatever the answer is
+    format, tool_use, tool_bonus, tool_errors, repetition, repeated_calls, length, turn_calls,
+    redundancy, curiosity, diversity,
+)  # fmt: skip
 # They take microseconds and never wait, so they do without a thread, which takes 80.
 INSTANT = [
     exact_match, f1, relaxed, vqa, format, tool_use, tool_bonus, needed_tool, tool_errors,
-    repetition, repeated_calls, length, turn_calls, redundancy, curiosity,
+    repetition, repeated_calls, length, turn_calls, redundancy, curiosity, environment,
+    turn_results,
 ]  # fmt: skip
 
 # ---- names, weights and options

@@ -7,6 +7,9 @@ What the engine sampled is appended as it came (mask 1); what the template and t
 tokenised once and appended (mask 0). No text is ever turned back into sampled ids. An image that a
 tool returns goes into the trajectory with the tokens that stand for it, or neither does.
 
+An environment may open the trajectory with more of a prompt, speak as the user behind an answer
+(mask 0), and say at the end what its final state is worth (tools/calling/environment.py).
+
 `rollouts` plays many trajectories, `play` one, `play_turn` one turn of it. `python play.py` shows a
 rollout in colour.
 """
@@ -25,7 +28,8 @@ from images import Picture
 from run.config import UserError
 from tools import Toolbox
 from tools.calling.base import shorten
-from trajectory import ToolCall, Trajectory
+from tools.calling.toolbox import add_up
+from trajectory import ToolCall, Trajectory, UserTurn
 
 LAST_CALL = "\n(This was the last call: answer now, without tools.)"
 LAST_TURN = "\n(One turn left: answer in it.)"
@@ -154,6 +158,7 @@ def unplayed(
 async def score(trajectory: Trajectory, rewards: dict) -> None:
     """Asks the rewards that look at one trajectory alone, and sets what it earned by them. A row
     may name those that it has."""
+    reward_functions.refuse_unasked(trajectory, rewards)
     rewards = reward_functions.for_row(rewards, trajectory.example)
     trajectory.scores = await reward_functions.score(trajectory, trajectory.example, rewards)
     set_reward(trajectory, rewards)
@@ -178,6 +183,8 @@ def set_reward(trajectory: Trajectory, rewards: dict) -> None:
     trajectory.reward = reward_functions.total(trajectory.rewards, rewards)
     if trajectory.stop == "placeholder":  # what it sampled last is not there to be learnt from
         trajectory.reward = None
+    if trajectory.failure:  # not the model's
+        trajectory.reward = None
 
 
 async def play(
@@ -193,36 +200,132 @@ async def play(
 ) -> Trajectory:
     """Plays one trajectory to its end, whatever the model and the tools do; sets `stop`. pictures:
     those of the prompt."""
-    play_one_turn = turn or play_turn
     started = time.monotonic()
     trajectory.version = engine.version
 
-    # 1. the prompt, and tools with a state of this trajectory's own
-    trajectory.add(prompt, mask=0, images=pictures)
+    # 1. what is asked, and tools with a state of this trajectory's own
     trajectory.messages = list(trajectory.example["messages"])
+    trajectory.add([], mask=0, images=pictures)  # tools see them from the start
     try:
         session = toolbox.open(trajectory.example, trajectory.images)
     except Exception as error:  # a state that cannot be made ends this trajectory, not the run
         toolbox.errors["open"] += 1
+        trajectory.add(prompt, mask=0)
         trajectory.calls.append(ToolCall(0, "", None, f"{error}", "exception", 0.0))
         trajectory.stop = "error"
         return trajectory
 
-    # 2. turn after turn, until one of them says why it was the last
+    # 2. turn after turn; then environments are asked what it was worth, however it ended
+    try:
+        await play_turns(trajectory, prompt, chat, engine, session, toolbox, settings, step, turn)
+        trajectory.final_reward, measured = await session.settle(trajectory)
+        add_up(trajectory.metrics, measured)
+        trajectory.failure = session.failure
+    finally:
+        await session.close()
+    trajectory.seconds = time.monotonic() - started
+    return trajectory
+
+
+async def play_turns(
+    trajectory: Trajectory,
+    prompt: list[int],
+    chat: Chat,
+    engine: Engine,
+    session,
+    toolbox: Toolbox,
+    settings: Settings,
+    step: int,
+    turn: Callable | None,
+) -> None:
+    """Plays the prompt and turn after turn, until one of them says why it was the last."""
+    play_one_turn = turn or play_turn
     try:
         async with asyncio.timeout(settings.trajectory_timeout) as deadline:
+            await open_prompt(trajectory, prompt, chat, session)
             while not trajectory.stop:
                 await play_one_turn(trajectory, chat, engine, session, toolbox, settings, step)
+                if trajectory.stop == "answered" and trajectory.answer is None:
+                    await hear_user(trajectory, chat, session, settings)
     except TimeoutError:
         # not our deadline: the engine timed out, and that ends the run
         if not deadline.expired():
             raise
         # what is there are whole turns and observations: add() takes all of one or nothing
         trajectory.stop = "timeout"
-    finally:
-        await session.close()
-    trajectory.seconds = time.monotonic() - started
-    return trajectory
+        if not trajectory.ids:  # it ended while environments were made
+            trajectory.add(prompt, mask=0)
+
+
+async def open_prompt(trajectory: Trajectory, prompt: list[int], chat: Chat, session) -> None:
+    """Adds the prompt: the one rendered for the group, or, where environments open the trajectory
+    with texts or images, one of its own with them at its end."""
+    parts = await session.begin()
+    if session.failure:
+        trajectory.stop = "error"
+    if not parts or session.failure:
+        trajectory.add(prompt, mask=0)
+        return
+    asked = trajectory.messages[-1]
+    if asked["role"] != "user":
+        where = f"row {trajectory.example['id'] + 1}"
+        raise UserError(f"{where}: opening() goes on with the prompt, which has to end in a user's")
+    content, pictures, _ = await readable(parts, chat, len(trajectory.images) + 1)
+    trajectory.messages[-1] = asked | {"content": joined(asked["content"], content)}
+    ids = chat.prompt(trajectory.messages, [*trajectory.images, *pictures])
+    trajectory.add(ids, mask=0, images=pictures)
+
+
+async def hear_user(trajectory: Trajectory, chat: Chat, session, settings: Settings) -> None:
+    """Asks the user of an environment, if there is one, what it says behind an answer. What it says
+    is appended (mask 0), and the trajectory goes on, unless a limit says that no turn may follow:
+    that one is then its end."""
+    # 1. nobody, or no more to say: the answer was the end
+    parts = await session.reply(trajectory)
+    if session.failure:
+        trajectory.stop = "error"
+        return
+    if parts is None:
+        return
+
+    # 2. is there a turn left that reads it?
+    turns = len(trajectory.turn_starts)
+    if turns >= settings.max_turns + settings.final_turn:
+        trajectory.stop = "max_turns"
+        return
+    number = len(trajectory.images) + 1
+    content, pictures, _ = await readable(parts, chat, number, settings.max_observation_tokens)
+    ids = chat.reply(content, trajectory.ids, asked_last(trajectory), pictures)
+    if len(trajectory.ids) + len(ids) >= settings.max_tokens:
+        trajectory.stop = "length"
+        return
+
+    # 3. go on
+    trajectory.add(ids, mask=0, images=pictures)
+    trajectory.messages.append({"role": "user", "content": content})
+    shown = list(range(number, number + len(pictures)))
+    trajectory.user_turns.append(UserTurn(turns - 1, text_of(content), shown))
+    trajectory.stop = ""
+
+
+def asked_last(trajectory: Trajectory) -> list[dict]:
+    """The messages that the next turns answer, in which a template may look for a flag: the row's
+    prompt, or, where a user has spoken since, the system prompt and the user's last words."""
+    prompt = trajectory.example["messages"]
+    if not trajectory.user_turns:
+        return prompt
+    last = [message for message in trajectory.messages if message["role"] == "user"][-1]
+    return [message for message in prompt[:1] if message["role"] == "system"] + [last]
+
+
+def joined(content: str | list, more: str | list) -> str | list:
+    """One content of two: a text, or a list of parts if one of them is one."""
+    if isinstance(content, str) and isinstance(more, str):
+        return f"{content}\n\n{more}"
+    parts = []
+    for part in (content, [{"type": "text", "text": "\n\n"}], more):
+        parts += [{"type": "text", "text": part}] if isinstance(part, str) else part
+    return parts
 
 
 async def play_turn(
@@ -282,8 +385,7 @@ async def play_turn(
 
     # 5. append what they said, images and all, unless no token could follow it
     was_closed = completion.finish == "stop" and chat.is_closed(completion.ids)
-    prompt = trajectory.example["messages"]
-    observation = chat.observation(results, was_closed, prompt, pictures)
+    observation = chat.observation(results, was_closed, asked_last(trajectory), pictures)
     if len(trajectory.ids) + len(observation) >= settings.max_tokens:
         trajectory.stop = "length"
         return
@@ -342,33 +444,37 @@ async def run_calls(
     finally:
         for task in tasks:  # those that still run beside one that ended the run
             task.cancel()
-    trajectory.calls += [tool_call for tool_call, _ in done]
+    trajectory.calls += [tool_call for tool_call, _, _ in done]
+    for _, _, measured in done:
+        add_up(trajectory.metrics, measured)
 
     # did one of them end the episode?
-    for tool_call, _ in done:
+    for tool_call, _, _ in done:
         if tool_call.ends:
             trajectory.stop = "answered"
             trajectory.answer = tool_call.result
+    if session.failure:
+        trajectory.stop = "error"
     if not trajectory.stop and turns >= settings.max_turns + settings.final_turn:
         trajectory.stop = "max_turns"  # it was run for its finish, which failed
 
     # the turn's observation has one budget, shared by the texts of its results
     limit = settings.max_observation_tokens // len(calls)
     note = reminder(turns, settings)
-    sees = chat is not None and chat.sees
     results = []
     pictures = []
-    for call, (tool_call, parts) in zip(calls, done, strict=True):
-        if sees and any(not isinstance(part, str) for part in parts):
-            number = len(trajectory.images) + len(pictures) + 1
-            content, shown = await show_images(tool_call, parts, chat, number, limit)
-            pictures += shown
-            if note:
-                content = [*content, {"type": "text", "text": note}]
-        else:
-            tokenizer = chat.tokenizer if chat else None
-            tool_call.result = shorten_tokens(tool_call.result, limit, tokenizer)
-            content = tool_call.result + note
+    for call, (tool_call, parts, _) in zip(calls, done, strict=True):
+        number = len(trajectory.images) + len(pictures) + 1
+        content, shown, problem = await readable(parts, chat, number, limit)
+        tool_call.result = text_of(content)
+        tool_call.images = list(range(number, number + len(shown)))
+        if problem:
+            tool_call.error = tool_call.error or "exception"
+        pictures += shown
+        if note and isinstance(content, str):
+            content += note
+        elif note:
+            content = [*content, {"type": "text", "text": note}]
         results.append((call, content))
     return results, pictures
 
@@ -386,47 +492,68 @@ def reminder(turns: int, settings: Settings) -> str:
     return ""
 
 
-async def run_call(call, turn: int, session, toolbox: Toolbox) -> tuple[ToolCall, list]:
+async def run_call(call, turn: int, session, toolbox: Toolbox) -> tuple[ToolCall, list, dict]:
     """Runs one parsed call; whatever goes wrong is its result. Returns also the parts of what the
-    tool gave, texts and PIL images."""
+    tool gave, texts and PIL images, and what it measured."""
     if call.error:  # it could not be read: the format says why
         toolbox.errors[call.error] += 1
         text = plain_text(call.message)
-        return ToolCall(turn, call.name, call.arguments, text, call.error, 0.0), [text]
-    content, error, seconds = await session.call(call.name, call.arguments)
-    ends = error is None and toolbox.tools[call.name].ends
-    text = plain_text(content)
-    tool_call = ToolCall(turn, call.name, call.arguments, text, error, seconds, ends)
-    return tool_call, content if isinstance(content, list) else [content]
+        return ToolCall(turn, call.name, call.arguments, text, call.error, 0.0), [text], {}
+    outcome = await session.run(call.name, call.arguments)
+    ends = outcome.error is None and (toolbox.tools[call.name].ends or outcome.result.ends)
+    tool_call = ToolCall(
+        turn,
+        call.name,
+        call.arguments,
+        plain_text(outcome.content),
+        outcome.error,
+        outcome.seconds,
+        ends,
+        reward=outcome.result.reward,
+    )
+    content = outcome.content
+    parts = content if isinstance(content, list) else [content]
+    return tool_call, parts, outcome.result.metrics
 
 
-async def show_images(
-    tool_call: ToolCall, parts: list, chat: Chat, number: int, limit: int
-) -> tuple[list[dict], list[Picture]]:
-    """Makes content parts of a result with images in it; returns them and the Pictures. In front of
-    each stands "image 3:", its place in the trajectory from `number` on: by that, tools and model
-    name it. Its texts are cut to `limit` tokens in all. Sets tool_call.result, the text of it, and
-    tool_call.images."""
-    # 1. what the model sees of each; in a thread, as it takes some milliseconds
+async def readable(
+    parts: list, chat: Chat | None, number: int, limit: int | None = None
+) -> tuple[str | list[dict], list[Picture], str]:
+    """Makes content for the model of texts and PIL images: a text, or, if there are images and it
+    sees them, content parts; returns it, the Pictures, and what is wrong with an image or "".
+
+    In front of each image stands "image 3:", its place in the trajectory from `number` on: by that,
+    tools and model name it. The texts are cut to `limit` tokens in all. chat: None for another's
+    model, which is told text.
+    """
+    # 1. text alone
+    sees = chat is not None and chat.sees
+    if not sees or all(isinstance(part, str) for part in parts):
+        text = plain_text(parts)
+        if limit is not None:
+            text = shorten_tokens(text, limit, chat.tokenizer if chat else None)
+        return text, [], ""
+
+    # 2. what the model sees of each; in a thread, as it takes some milliseconds
     shown = []  # texts and Pictures
+    problem = ""
     for part in parts:
         if not isinstance(part, str):
             try:
                 part = await asyncio.to_thread(chat.picture, part)
             except UserError as error:  # such as 2000 x 4 pixels
-                part = f"error: {error}"
-                tool_call.error = tool_call.error or "exception"
+                part = problem = f"error: {error}"
         shown.append(part)
 
-    # 2. if the texts are too long, they are cut as one, and the images follow
+    # 3. if the texts are too long, they are cut as one, and the images follow
     texts = [part for part in shown if isinstance(part, str)]
     pictures = [part for part in shown if not isinstance(part, str)]
     text = plain_text(texts)
-    short = shorten_tokens(text, limit, chat.tokenizer)
+    short = text if limit is None else shorten_tokens(text, limit, chat.tokenizer)
     if short != text:
         shown = [short, *pictures]
 
-    # 3. line by line
+    # 4. line by line
     content = []
     lines = ""
     for part in shown:
@@ -434,15 +561,20 @@ async def show_images(
         if isinstance(part, str):
             lines += break_before + plain_text(part)
             continue
-        tool_call.images.append(number)
         lines += f"{break_before}image {number}:"
         number += 1
         content += [{"type": "text", "text": lines}, {"type": "image"}]
         lines = ""
     if lines:
         content.append({"type": "text", "text": lines})
-    tool_call.result = "".join(part.get("text", "") for part in content)
-    return content, pictures
+    return content, pictures, problem
+
+
+def text_of(content: str | list[dict]) -> str:
+    """The text of a content, without its images."""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content)
 
 
 def plain_text(content: str | list) -> str:

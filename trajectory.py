@@ -26,7 +26,14 @@ MALFORMED = {"bad_json", "unknown_tool", "bad_arguments"}  # ToolCall.error of c
 CONTROL = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-COLOURS = {"t": "green", "c": "bright_black", "o": "yellow", "e": "yellow", "i": "cyan"}  # of kinds
+COLOURS = {  # of kinds
+    "t": "green",
+    "c": "bright_black",
+    "o": "yellow",
+    "e": "yellow",
+    "i": "cyan",
+    "u": "magenta",
+}
 
 
 @dataclass
@@ -40,6 +47,16 @@ class ToolCall:
     error: str | None  # its kind, as tools/__init__.py lists them
     seconds: float  # without the wait for a free slot; 0.0 if it was not run: refused, or known
     ends: bool = False  # it gave the answer, and nothing was done after it
+    images: list[int] = field(default_factory=list)  # numbers of those it showed, from 1
+    reward: float | None = None  # that its Result carried
+
+
+@dataclass
+class UserTurn:
+    """What the user of an environment said behind an answer."""
+
+    turn: int  # which turn of the trajectory was the answer, from 0
+    text: str
     images: list[int] = field(default_factory=list)  # numbers of those it showed, from 1
 
 
@@ -65,6 +82,8 @@ class Trajectory:
     stop: str = ""  # "answered" "length" "max_turns" "max_tool_calls" "timeout" "error", and
     # "placeholder": it wrote what only an image may stand for, so nothing is learnt from it
     answer: str | None = None  # what it gave to a tool that ends the episode (tools/finish.py)
+    user_turns: list[UserTurn] = field(default_factory=list)  # of an environment's user
+    failure: str = ""  # how an environment failed, which ended it: nothing is learnt from it
     version: int = 0  # of the weights that sampled it
     seconds: float = 0.0
 
@@ -74,6 +93,8 @@ class Trajectory:
     reward: float | None = None  # their weighted sum; None: not to be learnt from
     turn_rewards: list[float] | None = None  # (K) what of it each turn earned, if a reward says so
     reward_timeouts: list[str] = field(default_factory=list)  # rewards that took too long: None
+    final_reward: float | None = None  # what environments give their final states
+    metrics: dict[str, float] = field(default_factory=dict)  # of environments and Results
 
     # what is learnt from it
     advantages: list[float] = field(default_factory=list)  # (K) of each turn
@@ -209,7 +230,8 @@ def image_spans(ids: list[int], pictures: Sequence) -> list[tuple[int, int]]:
 
 def token_kinds(trajectory: Trajectory, texts: list[str]) -> str:
     """Names what each token is, by a letter: t trained, c context (prompt and template), o what a
-    tool said (its output), e what it said of an error, i an image. texts: those of token_texts."""
+    tool said (its output), e what it said of an error, u what a user said behind an answer, i an
+    image. texts: those of token_texts."""
     kinds = ["t" if trained else "c" for trained in trajectory.mask]
     starts = [0]  # where each token's text begins in the whole text
     for text in texts:
@@ -217,14 +239,21 @@ def token_kinds(trajectory: Trajectory, texts: list[str]) -> str:
     whole = "".join(texts)
     turn_ends = [*trajectory.turn_starts[1:], len(kinds)]
     searched_to = 0
+    said = []  # (turn, letter, texts) of what stands behind turns: results, or a user's reply
     for call in trajectory.calls:
-        if call.turn >= len(trajectory.turn_starts) or not call.result:
+        letter = "e" if call.error else "o"
+        said.append((call.turn, letter, texts_around(call.result, call.images)))
+    for user_turn in trajectory.user_turns:
+        said.append((user_turn.turn, "u", texts_around(user_turn.text, user_turn.images)))
+    said.sort(key=lambda said_of: said_of[0])  # those of one turn keep their order
+    for turn, letter, parts in said:
+        if turn >= len(trajectory.turn_starts):
             continue
         # results stand behind what the turn sampled, and before the next turn
-        turn_start = trajectory.turn_starts[call.turn]
-        turn_end = turn_ends[call.turn]
+        turn_start = trajectory.turn_starts[turn]
+        turn_end = turn_ends[turn]
         first = turn_start + sum(trajectory.mask[turn_start:turn_end])
-        for part in texts_of_result(call):
+        for part in parts:
             found = whole.find(part, max(searched_to, starts[first]), starts[turn_end])
             if found < 0:  # it did not fit, or the template changed it
                 continue
@@ -233,17 +262,17 @@ def token_kinds(trajectory: Trajectory, texts: list[str]) -> str:
                 begins_inside = found <= starts[i] < searched_to
                 reaches_inside = starts[i] < searched_to and starts[i + 1] > found
                 if begins_inside or reaches_inside:
-                    kinds[i] = "e" if call.error else "o"
+                    kinds[i] = letter
     for first, end in image_spans(trajectory.ids, trajectory.images):
         kinds[first:end] = "i" * (end - first)
     return "".join(kinds)
 
 
-def texts_of_result(call: ToolCall) -> list[str]:
+def texts_around(text: str, images: list[int]) -> list[str]:
     """Splits what the model was told behind each "image 3:", where the image stands."""
     parts = []
-    rest = call.result
-    for number in call.images:
+    rest = text
+    for number in images:
         before, label, rest = rest.partition(f"image {number}:")
         parts.append(before + label)
     parts.append(rest)
@@ -284,7 +313,8 @@ def escaped(text: str) -> str:
 
 
 def show(trajectory: Trajectory, tokenizer, console=None, draw: Callable | None = None) -> None:
-    """Prints it: green is trained, grey is context, yellow is what a tool said, cyan an image.
+    """Prints it: green is trained, grey is context, yellow is what a tool said, magenta what a user
+    said behind an answer, cyan an image.
     console: rich's. draw(number): what is printed behind the words of an image, as rich's Text."""
     from rich.console import Console
     from rich.text import Text
@@ -315,6 +345,10 @@ def show(trajectory: Trajectory, tokenizer, console=None, draw: Callable | None 
         answer = trajectory.example.get("answer")
         line = escaped(f"reward   {trajectory.reward} ({rewards}); the answer is {answer!r}")
         console.print(Text(line))
+    for name, value in trajectory.metrics.items():
+        console.print(Text(escaped(f"metric   {name} {value:g}")))
+    if trajectory.failure:
+        console.print(Text(escaped(f"failure  {trajectory.failure}"), style="red"))
     line = Text(f"stop     {trajectory.stop}, {len(trajectory.turn_starts)} turns, ")
     line.append(f"{len(trajectory.ids)} tokens of which ")
     line.append(f"{trajectory.new_tokens} trained", style="green")
@@ -348,6 +382,15 @@ def stats(trajectories: list[Trajectory]) -> dict:
     # the share of groups from which nothing can be learnt
     metrics["equal_groups"] = mean([len(values) < 2 for values in rewards_of_group.values()])
 
+    # environments
+    measured = [name for t in trajectories for name in t.metrics]
+    for name in sorted(set(measured)):
+        values = [t.metrics[name] for t in trajectories if name in t.metrics]
+        metrics[f"environment_{name}"] = mean(values)
+    failures = sum(bool(t.failure) for t in trajectories)
+    if failures:
+        metrics["environment_failures"] = failures
+
     # calls
     calls = [call for t in trajectories for call in t.calls]
     errors = Counter(call.error for call in calls if call.error)
@@ -368,6 +411,8 @@ def stats(trajectories: list[Trajectory]) -> dict:
     metrics["tokens"] = mean([len(t.ids) for t in trajectories])
     if any(t.images for t in trajectories):
         metrics["images"] = mean([len(t.images) for t in trajectories])
+    if any(t.user_turns for t in trajectories):
+        metrics["user_turns"] = mean([len(t.user_turns) for t in trajectories])
     stops = Counter(t.stop for t in trajectories)
     for stop, number in sorted(stops.items()):
         metrics[f"stop_{stop}"] = number / count

@@ -479,6 +479,9 @@ class Endpoint(Engine):
         other.tools = [tool for tool in self.tools if tool["function"]["name"] in names]
         return other
 
+    def reply(self, content, ids: list[int], prompt: list[dict], pictures: list) -> list[int]:
+        return []
+
     def pictures(self, example: dict) -> list[Picture]:
         """Opens the images of a data row's messages."""
         folder = example.get("image_folder")

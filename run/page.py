@@ -41,7 +41,7 @@ IMAGE_NAME = re.compile(r"images/[0-9a-f]{16}\.png")  # as run/log.py writes the
 # What it shows of a rollout, beside its pieces, kinds and logprobs.
 ROLLOUT_KEYS = (
     "step source group sample stop reward rewards answer advantages seconds turn_starts calls ids "
-    "images"
+    "images metrics failure"
 ).split()
 
 

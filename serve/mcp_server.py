@@ -84,12 +84,19 @@ def toolbox(cfg: Config, tools: list[str]) -> Toolbox:
     """The tools that are served. Raises UserError."""
     if not tools:
         raise UserError("no tool is named: write python -m serve.mcp_server python --stdio")
-    return Toolbox(
+    box = Toolbox(
         tools,
         cfg.tool_concurrency,
         cfg.tool_timeout,
         options=cfg.tool_options,
     )
+    for environment in box.environments:
+        if environment.hooks:
+            raise UserError(
+                f"{environment.name} has {', '.join(environment.hooks)}, for which no MCP client "
+                "asks: serve a class that has tools alone"
+            )
+    return box
 
 
 def stateful(box: Toolbox) -> list[str]:

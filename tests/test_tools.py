@@ -163,8 +163,8 @@ def test_a_tool_that_cannot_be_described_is_refused_with_its_name_and_a_remedy(f
 def test_what_is_no_tool_and_two_tools_of_one_name_are_refused():
     with pytest.raises(UserError, match="is no tool"):
         Toolbox([3])
-    with pytest.raises(UserError, match="class Lock without __call__ is no tool"):
-        Toolbox([asyncio.Lock])
+    with pytest.raises(UserError, match="class ToolError without __call__ is no tool"):
+        Toolbox([ToolError])
     with pytest.raises(UserError, match="two tools are named 'add'"):
         Toolbox([add, add])
 

@@ -11,7 +11,8 @@ instance for each trajectory, made at its first call, or, if it says `shared = T
 run, made at the start. Its `__init__` takes the options that a user may set, as
 tool_options=("search.k=5",), and `example`, the data row, if it asks for it; `close()` is optional.
 `async def` tools are awaited, sync ones run in a thread of their own. A tool returns text, a PIL
-image, or a list of both; all else becomes text. Marks, on the function or the class:
+image, or a list of both; all else becomes text. A `Result` is also worth a reward to its turn, has
+metrics, or ends the episode. Marks, on the function or the class:
 
     pure = True     the same arguments give the same result: it is kept for the run, in memory. The
                     instance of a trajectory also has a `key`: what else its results depend on
@@ -24,6 +25,10 @@ image, or a list of both; all else becomes text. Marks, on the function or the c
                     example["images"], the trajectory's, in a list that grows
     takes_images = True  of a class: its first argument, `pictures`, is that list, and not the
                     model's to give: for one that is shared by all trajectories
+
+A class without `__call__` is an environment: its public methods are tools that share its state, and
+hooks say what stands in the prompt, what the user answers, and what the final state is worth:
+calling/environment.py. What fails of it costs its trajectory, counted under `environment`.
 
 Options of every tool: timeout, concurrency, cache (true, false), retries (of network tools).
 
@@ -43,7 +48,9 @@ A tool that wants another kind, or its own words for the model, raises `ToolErro
 """
 
 from run.config import UserError
-from tools.calling.base import DEADLINE, NetworkError, Tool, ToolError
+from tools.calling.base import DEADLINE, NetworkError, Result, Tool, ToolError
 from tools.calling.toolbox import Session, Toolbox
 
-__all__ = ["DEADLINE", "NetworkError", "Session", "Tool", "ToolError", "Toolbox", "UserError"]
+__all__ = [
+    "DEADLINE", "NetworkError", "Result", "Session", "Tool", "ToolError", "Toolbox", "UserError",
+]  # fmt: skip

@@ -1,9 +1,12 @@
-"""What a tool is, and what it raises."""
+"""What tools and environments are, what they return, and what they raise."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from run.config import UserError
 
 if TYPE_CHECKING:
     from images import Picture
@@ -32,6 +35,56 @@ class Tool:
     timeout: float | None = None  # seconds; None: the Toolbox's
     concurrency: int | None = None  # calls at once; None: as many as the Toolbox lets
     retries: int | None = None  # after a NetworkError; None: RETRIES
+    environment: "Environment | None" = None  # whose method it is
+    gives_result: bool = False  # by its annotation: it returns a Result
+
+
+@dataclass
+class Environment:
+    """A class whose public methods are tools that share one state, of which each trajectory has its
+    own. It is made when the trajectory begins."""
+
+    name: str
+    make: Callable  # make(example) -> the state, as in its tools
+    hooks: dict[str, Callable]  # those of environment.HOOKS that it has
+    timeout: float | None = None  # seconds that making it, or a hook, has; None: the Toolbox's
+
+
+@dataclass
+class Result:
+    """What a tool may return instead of text, where the call earns something, is to be measured, or
+    ends the episode."""
+
+    text: str = ""  # or whatever else becomes text
+    images: Sequence = ()  # of PIL
+    reward: float | None = None  # of the turn that made the call: the reward turn_results
+    metrics: dict[str, float] = field(default_factory=dict)  # added up over the trajectory
+    ends: bool = False  # the episode: then the text is the answer
+
+    def __post_init__(self):
+        if self.reward is not None:
+            self.reward = number(self.reward, "Result(reward=…)")
+        self.metrics = numbers(self.metrics, "Result(metrics=…)")
+
+
+def number(value, what: str) -> float:
+    """What an environment gave, as a float. UserError if it is no number; it may be infinite."""
+    try:
+        return float(value + 0)  # a text has no sum with 0, which float() would read
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{what} is {value!r:.80}: expected a number, or None") from None
+
+
+def numbers(values, what: str) -> dict[str, float]:
+    """What is to be measured, as {name: number}. UserError for anything else."""
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise UserError(f"{what} is {values!r:.80}: expected a dict of names and numbers")
+    measured = {}
+    for name, value in values.items():
+        measured[name] = number(value, f"{what}: {name!r}")
+        if not math.isfinite(measured[name]):
+            raise UserError(f"{what}: {name!r} is {value}: expected a finite number")
+    return measured
 
 
 class ToolError(Exception):

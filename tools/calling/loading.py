@@ -1,8 +1,9 @@
 """Names of tools -> Tool objects: finds the file, loads it, describes the tool to the model.
 
 `load(names, options)` takes "python" (tools/python.py), "my_tools.py:weather", "mcp:servers.json"
-(calling/mcp.py), python functions and classes, and Tool objects. Names are looked at first: a typo
-must not wait for the seconds that importing transformers takes.
+(calling/mcp.py), python functions and classes, and Tool objects. A class with `__call__` is one
+tool, a class without is an environment (calling/environment.py): all its public methods are tools.
+Names are looked at first: a typo must not wait for the seconds that importing transformers takes.
 """
 
 import importlib
@@ -16,7 +17,8 @@ from pathlib import Path
 
 from run import plugins
 from run.config import UserError, near
-from tools.calling.base import Tool
+from tools.calling.base import Environment, Result, Tool
+from tools.calling.environment import hooks_of, is_environment, tools_of
 
 OPTIONS = "tool_options"  # the config key, for messages
 MCP = "mcp:"  # begins the name of tools that MCP servers have
@@ -51,8 +53,9 @@ def load(
     describe_only: bool = False,
     concurrency: int = 16,
     cached: bool = True,
-) -> tuple[list[Tool], dict]:
-    """The tools, and {make: state} of those that have one state for the run, made here.
+) -> tuple[list[Tool], dict, list[Environment]]:
+    """The tools, {make: state} of those that have one state for the run, made here, and the
+    environments.
 
     timeout: seconds that an MCP server has to say what it offers. describe_only: nothing is made,
     and a required option may be missing: for SFT, which shows tools and calls none; an option that
@@ -67,6 +70,7 @@ def load(
             places[item] = _find(item)
 
     tools = []
+    environments = []
     made_here = []  # those of `tools` whose one state is made here
     modules = {}
     for item in items:
@@ -84,11 +88,17 @@ def load(
                 tools.append(tool)
         else:
             target = _import(places[item], modules) if isinstance(item, str) else item
+            if is_environment(target):
+                environment, methods = _describe_environment(target, texts, describe_only)
+                environments.append(environment)
+                tools += methods
+                continue
             tool = _describe(target, texts, describe_only)
             tools.append(tool)
             if tool.shared and tool.make:
                 made_here.append(tool)
-    _check_names(tools, texts)
+    _check_names([*tools, *environments], texts)
+    _check_users(environments)
 
     for tool in tools:
         if tool not in made_here:
@@ -104,11 +114,18 @@ def load(
         states[tool.make] = state
         tool.network = getattr(state, "network", tool.network)  # its options decide
         _set_common_options(tool, texts, concurrency, cached)
-    return tools, states
+    return tools, states, environments
+
+
+def _check_users(environments):
+    """Raises UserError if two environments would speak as the one user."""
+    with_user = [environment.name for environment in environments if "user" in environment.hooks]
+    if len(with_user) > 1:
+        raise UserError(f"{with_user[0]} and {with_user[1]} both have a user: keep one of them")
 
 
 def _check_names(tools, texts):
-    """Raises UserError for two tools of one name, and for options of no tool."""
+    """Raises UserError for two tools or environments of one name, and for options of none."""
     counts = Counter(tool.name for tool in tools)
     for name, count in counts.items():
         if count > 1:
@@ -194,6 +211,7 @@ def _describe(target: Callable, texts: dict, describe_only: bool) -> Tool:
         ends=bool(getattr(target, "ends", False)),
         sees=bool(getattr(target, "sees", False)),
         takes_images=bool(getattr(target, "takes_images", False)),
+        gives_result=_gives_result(function),
     )
     if tool.takes_images:  # these are ours to give
         parameters = tool.schema["function"]["parameters"]
@@ -211,14 +229,10 @@ def _describe(target: Callable, texts: dict, describe_only: bool) -> Tool:
             tool.prepare = partial(prepare, **options)
         return tool
 
-    parameters = inspect.signature(target).parameters
-    for option in COMMON:
-        if option in parameters:
-            raise UserError(f"tool {name!r} has {option!r}, as every tool has: rename that option")
+    _refuse_common_parameters(target)
     describe = getattr(target, "describe", None)
     if describe_only and describe is None:
         return tool
-    takes_example = "example" in parameters
     where = f"{OPTIONS}: {name}"
     options = plugins.bind(target, _own_options(name, texts), where, need_all=not describe_only)
     if describe is not None:
@@ -228,16 +242,101 @@ def _describe(target: Callable, texts: dict, describe_only: bool) -> Tool:
 
     if prepare is not None:
         tool.prepare = partial(prepare, **options)
+    tool.make = _maker(target, options)
+    if tool.shared and _takes_example(target):
+        raise UserError(f"tool {name!r} is shared by all trajectories: it gets no example")
+    return tool
+
+
+def _describe_environment(
+    target: type, texts: dict, describe_only: bool
+) -> tuple[Environment, list[Tool]]:
+    """The Environment of a class, and the Tools that its methods are, all with its `make`."""
+    name = target.__name__
+    hooks = hooks_of(target)
+    methods = tools_of(target)
+    _refuse_common_parameters(target)
+    environment = Environment(name, None, hooks)
+    if describe_only:
+        _refuse_idle_options(name, texts, is_told=False)
+    else:
+        where = f"{OPTIONS}: {name}"
+        environment.make = _maker(target, plugins.bind(target, _own_options(name, texts), where))
+        environment.timeout = _timeout_of_all(name, texts)
+
+    tools = []
+    for method_name, method in methods.items():
+        try:
+            schema = _schema(method, method_name)
+        except UserError as error:
+            why = f"environment {name}: {error}; or, if it is no tool, begin its name with _"
+            raise UserError(why) from error
+        _refuse_own_options(method_name, texts)
+        if describe_only:
+            _refuse_idle_options(method_name, texts, is_told=False)
+        tool = Tool(
+            name=method_name,
+            schema=schema,
+            function=method,
+            is_async=inspect.iscoroutinefunction(method),
+            make=environment.make,
+            network=bool(getattr(method, "network", False)),
+            ends=bool(getattr(method, "ends", False)),
+            timeout=environment.timeout,
+            environment=environment,
+            gives_result=_gives_result(method),
+        )
+        tools.append(tool)
+    return environment, tools
+
+
+def _timeout_of_all(name, texts):
+    """The seconds that each call and hook of an environment has, if the user says so; all else that
+    every tool has is an option of its methods."""
+    common_texts = {}
+    for option, text in texts.get(name, {}).items():
+        if option not in COMMON:
+            continue
+        if option != "timeout":
+            raise UserError(
+                f"{OPTIONS}: {name}.{option} has no effect: give it to one of its tools"
+            )
+        common_texts[option] = text
+    timeout = plugins.bind(CommonOptions, common_texts, f"{OPTIONS}: {name}").get("timeout")
+    if timeout is not None and timeout <= 0:
+        raise UserError(f"{OPTIONS}: {name}.timeout = {timeout}: expected more than 0")
+    return timeout
+
+
+def _maker(target: type, options: dict) -> Callable:
+    """make(example): an instance of the class, with these options."""
+    takes_example = _takes_example(target)
 
     def make(example: dict):
         if takes_example:
             return target(example=example, **options)
         return target(**options)
 
-    tool.make = make
-    if tool.shared and takes_example:
-        raise UserError(f"tool {name!r} is shared by all trajectories: it gets no example")
-    return tool
+    return make
+
+
+def _takes_example(target):
+    return "example" in inspect.signature(target).parameters
+
+
+def _refuse_common_parameters(target):
+    parameters = inspect.signature(target).parameters
+    for option in COMMON:
+        if option in parameters:
+            raise UserError(
+                f"tool {target.__name__!r} has {option!r}, as every tool has: rename that option"
+            )
+
+
+def _gives_result(function):
+    """Whether it is annotated to return a Result, or a Result or something else."""
+    hint = typing.get_type_hints(function).get("return")
+    return Result in (hint, *typing.get_args(hint))
 
 
 def _schema(function: Callable, name: str) -> dict:
@@ -251,6 +350,8 @@ def _schema(function: Callable, name: str) -> dict:
         _check_arguments(function)
         schema = get_json_schema(function)
         schema["function"]["name"] = name
+        if _gives_result(function):  # what the model reads of it
+            schema["function"]["return"] = {"type": "string"}
         if not schema["function"]["description"]:
             raise ValueError("its docstring does not say what it does")
     # its two own classes, NameError in a hint, bad JSON in (choices: ...)

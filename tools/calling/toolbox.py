@@ -5,16 +5,29 @@ import inspect
 import json
 import random
 import sys
+import threading
 import time
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from functools import partial
 
-from run.config import UserError
+from run.config import UserError, tell
 from run.deadline import Exited, in_thread, in_time, is_alive, shown
 from tools.calling import loading
-from tools.calling.base import DEADLINE, NetworkError, Tool, ToolError, shorten
+from tools.calling.base import (
+    DEADLINE,
+    Environment,
+    NetworkError,
+    Result,
+    Tool,
+    ToolError,
+    number,
+    numbers,
+    shorten,
+)
 from tools.calling.cache import Cache
 from tools.calling.schema import signature, wrong_arguments
 
@@ -23,6 +36,17 @@ NO_OUTPUT = "(no output)"
 CLOSING = 10.0  # seconds, at least, that close() has: a server ends in its own time
 PAUSE = 0.5  # seconds before the first retry of a network tool; doubled before each further one
 LONGEST_PAUSE = 8.0  # seconds: who waits for a server that starts again is soon back
+LOOK = 0.02  # seconds between two looks whether a call that was left behind has ended
+
+
+@dataclass
+class Outcome:
+    """What came of a call."""
+
+    content: str | list  # text, or a list of texts and PIL images
+    error: str | None  # its kind
+    seconds: float
+    result: Result  # what of it is not for the model: reward, metrics, ends
 
 
 class Toolbox:
@@ -49,7 +73,7 @@ class Toolbox:
         if cache not in ("memory", "none"):
             why = "kept for the run, not in a file; <tool>.cache=false keeps none of a tool"
             raise UserError(f"tool_cache = {cache!r}: expected memory or none: {why}")
-        loaded, self._shared = loading.load(
+        loaded, self._shared, self.environments = loading.load(
             tools,
             options,
             timeout=timeout,
@@ -72,6 +96,14 @@ class Toolbox:
             tool.timeout = tool.timeout or timeout
             if tool.concurrency:
                 self._slots_of_tool[tool.name] = asyncio.Semaphore(tool.concurrency)
+        for environment in self.environments:
+            environment.timeout = environment.timeout or timeout
+        self.told = set()  # which hooks of environments were said to fail
+
+    @property
+    def has_user(self) -> bool:
+        """Whether somebody may speak behind an answer."""
+        return any("user" in environment.hooks for environment in self.environments)
 
     @property
     def leaked(self) -> int:
@@ -92,7 +124,8 @@ class Toolbox:
 
 class Session:
     """The tools of one trajectory. A stateful tool's instance is made at its first call, under that
-    call's deadline, belongs to this session alone, and runs one call at a time, in order."""
+    call's deadline, belongs to this session alone, and runs one call at a time, in order. Those of
+    environments are made by `begin`."""
 
     def __init__(self, box: Toolbox, example: dict, images: list | None = None):
         self.box = box
@@ -104,9 +137,16 @@ class Session:
         self._to_close = []  # all that was made, also what is used no more
         self._making = defaultdict(asyncio.Lock)  # a tool's make -> held while it runs
         self._turns = defaultdict(asyncio.Lock)  # a tool's make -> held during a call
+        self._busy = defaultdict(threading.Lock)  # its make -> held by the thread of a call
+        self.failure = ""  # how an environment failed: then the trajectory is over
 
     async def call(self, name: str, arguments: dict | None) -> tuple[str | list, str | None, float]:
         """-> content (text, or a list of texts and PIL images), error kind or None, seconds."""
+        outcome = await self.run(name, arguments)
+        return outcome.content, outcome.error, outcome.seconds
+
+    async def run(self, name: str, arguments: dict | None) -> Outcome:
+        """Calls a tool."""
         # 1. what calls no tool, or does not fit it, is told how to call it
         tool = self.tools.get(name) if isinstance(name, str) else None
         seconds = 0.0
@@ -119,6 +159,10 @@ class Session:
             error = "bad_arguments"
         else:
             content, error, seconds = await self._known_or_called(tool, arguments)
+        result = Result()
+        if isinstance(content, Result):
+            result = content
+            content = _content_of(result)
 
         # 2. cut it, if one of its texts is too long; count what went wrong
         parts = content if isinstance(content, list) else [content]
@@ -127,7 +171,7 @@ class Session:
             error = error or "oversized"
         if error:
             self.box.errors[error] += 1
-        return content, error, seconds
+        return Outcome(content, error, seconds, result)
 
     async def _known_or_called(self, tool, arguments):
         """What this very call gave before, if that is kept, or what it gives now."""
@@ -171,7 +215,7 @@ class Session:
             try:
                 work = self._call_with_retries(tool, arguments)
                 is_done, result = await in_time(work, tool.timeout, self.box._abandoned)
-                content = _content(result)
+                content = result if isinstance(result, Result) else _content(result)
             except ToolError as raised:
                 content = raised.text
                 error = raised.kind
@@ -188,7 +232,10 @@ class Session:
             if not is_done:
                 content = _too_late(tool)
                 error = "timeout"
-                if tool.make and not tool.shared and not tool.is_async:
+                if tool.environment and not tool.is_async:
+                    why = f"took longer than {tool.timeout:g} s, and may still change the state"
+                    self._fail(f"{tool.environment.name}.{tool.name}", why)
+                elif tool.make and not tool.shared and not tool.is_async:
                     # its thread may still be changing the instance: the next call gets a new one
                     self._states.pop(tool.make, None)
                     content += "; its state is lost"
@@ -208,6 +255,8 @@ class Session:
                 if tool.takes_images:
                     images = self.example.get("images") or []
                     function = partial(tool.function, state, images, **arguments)
+                if tool.environment and not tool.is_async:
+                    function = _holding(self._busy[tool.make], function, tool.name)
                 if tool.is_async:
                     return await function()
                 return await in_thread(function, self.box._abandoned)
@@ -219,14 +268,104 @@ class Session:
             pause = min(LONGEST_PAUSE, 2 * pause)
             retries -= 1
 
+    # -- environments
+
+    async def begin(self) -> list:
+        """Makes the trajectory's environments; returns the texts and PIL images with which they
+        open it. Sets `failure` if one cannot be made, or cannot say them."""
+        parts = []
+        for environment in self.box.environments:
+            await self._ask(environment, "__init__")
+            if "opening" in environment.hooks and not self.failure:
+                said = await self._ask(environment, "opening")
+                parts += _parts(said) if said is not None else []
+        return parts
+
+    async def reply(self, trajectory) -> list | None:
+        """What the user of an environment says behind an answer, as texts and PIL images; None if
+        there is none, or no more to say. Sets `failure` if it cannot say it."""
+        for environment in self.box.environments:
+            if "user" in environment.hooks:
+                said = await self._ask(environment, "user", trajectory)
+                return None if said is None else _parts(said)
+        return None
+
+    async def settle(self, trajectory) -> tuple[float | None, dict[str, float]]:
+        """(the rewards that environments give their final states, added up; what they measure of
+        them). None if one gives none, or fails, which sets `failure`."""
+        rewards = []
+        metrics = {}
+        for environment in self.box.environments:
+            if "reward" in environment.hooks:
+                value = await self._ask(environment, "reward", trajectory)
+                if value is not None:
+                    value = number(value, f"{environment.name}.reward")
+                rewards.append(value)
+            if "metrics" in environment.hooks:
+                values = await self._ask(environment, "metrics")
+                if not self.failure:
+                    add_up(metrics, numbers(values, f"{environment.name}.metrics"))
+        if self.failure or not rewards or None in rewards:
+            return None, metrics
+        return sum(rewards), metrics
+
+    async def _ask(self, environment: Environment, hook: str, *given):
+        """What a hook gives, in its time; None if it fails, or if anything failed before, which is
+        what `failure` says."""
+        if self.failure:
+            return None
+        name = f"{environment.name}.{hook}"
+        is_done = True
+        answer = None
+        async with self.box._slots:
+            try:
+                work = self._call_hook(environment, hook, given)
+                is_done, answer = await in_time(work, environment.timeout, self.box._abandoned)
+            except UserError:  # of the run's configuration or data: ends the run
+                raise
+            except Exited as exited:
+                self._fail(name, f"raised {shown(exited.error)}")
+            except Exception as error:
+                frames = traceback.extract_tb(error.__traceback__)
+                at = f" ({frames[-1].filename}, line {frames[-1].lineno})"
+                self._fail(name, f"raised {shown(error)}{at}")
+        if not is_done:
+            self._fail(name, f"took longer than {environment.timeout:g} s")
+        return answer
+
+    async def _call_hook(self, environment, hook, given):
+        DEADLINE.set(environment.timeout)
+        # a call that the end of the trajectory left behind may still change the state
+        while self._busy[environment.make].locked():
+            await asyncio.sleep(LOOK)
+        state = await self._state(environment)
+        if hook == "__init__":
+            return None
+        function = partial(environment.hooks[hook], state, *given)
+        if inspect.iscoroutinefunction(environment.hooks[hook]):
+            return await function()
+        function = _holding(self._busy[environment.make], function, hook)
+        return await in_thread(function, self.box._abandoned)
+
+    def _fail(self, name, why):
+        """Ends the trajectory: it costs no more than that. The first time, the user is told."""
+        self.failure = f"{name} {why}"
+        self.box.errors["environment"] += 1
+        if name not in self.box.told:
+            self.box.told.add(name)
+            tell(f"{self.failure}: nothing is learnt from that trajectory (told once)")
+
+    # -- states
+
     async def make(self, tool: Tool) -> tuple[bool, object]:
         """(True, its instance), or (False, None) at the deadline. Raises what making it raises."""
         return await in_time(self._state(tool), tool.timeout, self.box._abandoned)
 
-    async def _state(self, tool):
+    async def _state(self, tool: Tool | Environment):
         """What tool.make made for this trajectory, or for the run; made now if it is the first."""
-        owner = self.box if tool.shared else self
-        states = self.box._shared if tool.shared else self._states
+        is_shared = isinstance(tool, Tool) and tool.shared
+        owner = self.box if is_shared else self
+        states = self.box._shared if is_shared else self._states
         async with owner._making[tool.make]:
             if tool.make in states:
                 return states[tool.make]
@@ -236,7 +375,7 @@ class Session:
                 make = partial(tool.make, self.example)
                 state = await in_thread(make, self.box._abandoned, late=self._close_late)
             states[tool.make] = state
-            if not tool.shared:
+            if not is_shared:
                 self._to_close.append(state)
             return state
 
@@ -278,6 +417,23 @@ async def _close_one_by_one(box, instances):
             box.errors["close"] += 1
 
 
+def _holding(lock, function, name):
+    """The function, which holds the lock while it runs, under the name of its tool."""
+
+    def work():
+        with lock:
+            return function()
+
+    work.__name__ = name
+    return work
+
+
+def add_up(metrics: dict[str, float], more: dict[str, float]) -> None:
+    """Adds numbers to those of the same name."""
+    for name, value in more.items():
+        metrics[name] = metrics.get(name, 0.0) + value
+
+
 def _signature(tool):
     return signature(tool.name, tool.schema["function"]["parameters"])
 
@@ -287,6 +443,20 @@ def _too_late(tool):
 
 
 # -- what a tool gives, as content
+
+
+def _content_of(result: Result):
+    """The text and the images of a Result."""
+    if not result.images:
+        return _content(result.text)
+    parts = [result.text, *result.images]
+    return [part for part in _parts(parts) if part != ""]
+
+
+def _parts(said) -> list:
+    """What was said, as a list of texts and images."""
+    content = _content(said)
+    return content if isinstance(content, list) else [content]
 
 
 def _content(result):

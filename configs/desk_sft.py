@@ -1,0 +1,13 @@
+# 2-core CPU, about 1.5 minutes. A tiny model from scratch learns the form; greedy accuracy 0.3.
+out_dir = "out/desk_sft"
+model = "tiny"
+whole_names = True
+data = "task:desk"
+rows = 9600
+system_prompt = "Help the customer. Ask for what you do not know."
+tools = ("tasks/desk.py:Desk",)
+format = "hermes"
+batch_size = 32
+optimizer = "muon"
+learning_rate = 1e-2
+schedule = "linear"
