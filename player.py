@@ -21,6 +21,7 @@ from engines.options import read_options
 from images import Picture
 from learning import model as models
 from learning import parallel
+from learning.curriculum import Curriculum
 from learning.vision import Vision, find_vision, why_blind
 from rollout import Settings, rollouts
 from run import mix
@@ -45,6 +46,7 @@ class Player:
     model: object = None  # the policy; None where only an engine elsewhere has it
     examples: list[dict] = field(default_factory=list)  # those of the config
     cfg: object = None
+    curriculum: Curriculum | None = None  # which of them come next; None: all in turn
     begun: Running | None = None  # what is being played, between `begin` and `take`
 
     @classmethod
@@ -113,9 +115,20 @@ class Player:
         """The name of the reward that says right or wrong: the first."""
         return next(iter(self.rewards))
 
-    def next_prompts(self, cursor: int, count: int, seed: int) -> list[dict]:
-        """Takes the next `count` examples after the `cursor` that were taken."""
-        return mix.next_rows(cursor, self.examples, count, seed)
+    def next_prompts(
+        self, cursor: int, count: int, seed: int, is_new_step: bool = True
+    ) -> list[dict]:
+        """Takes the next `count` examples after the `cursor` that were taken. is_new_step: False
+        where they go on with those of a step."""
+        if self.curriculum is None:
+            return mix.next_rows(cursor, self.examples, count, seed)
+        rows = self.curriculum.take(cursor, count, seed, is_new_step)
+        return [self.examples[row] for row in rows]
+
+    @property
+    def pass_rates(self) -> list[float | None] | None:
+        """What a checkpoint holds of the curriculum."""
+        return list(self.curriculum.rates) if self.curriculum else None
 
     def check_names(self, examples: list[dict]) -> None:
         """Checks that rows which name their tools or rewards name some that are there."""
@@ -298,7 +311,9 @@ class Mixture(Player):
         names = {player.outcome for player in self.players.values()}
         return names.pop() if len(names) == 1 else "outcome"
 
-    def next_prompts(self, cursor: int, count: int, seed: int) -> list[dict]:
+    def next_prompts(
+        self, cursor: int, count: int, seed: int, is_new_step: bool = True
+    ) -> list[dict]:
         rows = {name: player.examples for name, player in self.players.items()}
         return mix.next_of_sources(cursor, rows, self.weights, count, seed)
 

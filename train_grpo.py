@@ -45,7 +45,7 @@ import data
 from engines.canary import Canary, sync_and_check
 from engines.options import read_options
 from engines.serving import serve_command
-from learning import memory, optim, parallel
+from learning import curriculum, memory, optim, parallel
 from learning import model as models
 from learning.batches import Batch, micro_batches, told_apart
 from learning.checkpoint import Run
@@ -122,6 +122,8 @@ class Config:
     system_prompt: str = ""  # put in front of prompts that have none
     prompt_template: str = "{prompt}"  # of the user message; {other_column} works too
     database: str = ""  # of sql: a row's SQLite file, such as dbs/{db_id}.sqlite; see {schema}
+    curriculum: tuple[float, ...] = ()  # 0.2,0.8: rows with such a pass rate are drawn more often
+    curriculum_from: str = ""  # rollouts.jsonl of an evaluation on them, which says their first one
     # tools
     format: Literal[
         "auto",
@@ -221,6 +223,7 @@ class LearnSettings:
 def check(cfg: Config) -> None:
     """Checks the rules across keys. A key that would have no effect is an error, not a surprise."""
     mix.check(cfg)
+    curriculum.check(cfg.curriculum, cfg.curriculum_from, bool(cfg.mix))
     on_policy = cfg.updates_per_batch == 1 and cfg.minibatches == 1
     options = read_options(cfg.engine, cfg.engine_options)
     has_cache_size = getattr(options, "kv_cache_gib", 0) > 0
@@ -514,7 +517,7 @@ def begin_groups(
 ) -> None:
     """Begins to play the groups of the next `count` prompts; the player's `take` waits for them.
     first_group: their numbers go on, so that no two groups of a step share a seed."""
-    prompts = player.next_prompts(cursor, count, seed)
+    prompts = player.next_prompts(cursor, count, seed, is_new_step=first_group == 0)
     # the bar is of this rank's share
     on_done = expect(len(parallel.share(prompts)) * group_size) if expect else None
     player.begin(prompts, group_size, step, first_group=first_group, on_done=on_done)
@@ -616,6 +619,8 @@ def train_here(cfg: Config) -> dict:
     held_out = validation_examples(cfg)
     player = Player.of(cfg, cfg.tune)
     player.check_names(held_out)
+    if cfg.curriculum:
+        player.curriculum = curriculum.make(cfg.curriculum, cfg.curriculum_from, player.examples)
     model = player.model
     tokenizer = player.chat.tokenizer
     reference = None
@@ -632,6 +637,8 @@ def train_here(cfg: Config) -> dict:
     first_step = state["step"]
     cursor = state["cursor"]
     metrics = state["metrics"]
+    if state.get("pass_rates"):
+        player.curriculum.rates = state["pass_rates"]
     # ahead: the groups of the next step, played already by the weights before the last update
     waiting = groups_of_saved(state.get("waiting"), player)
     waited = 0.0  # seconds for them, behind the line of the step before
@@ -682,7 +689,8 @@ def train_here(cfg: Config) -> dict:
             metrics = {"step": step}
             # what raises in here (a reward, an engine) is raised when the steps done are saved
             groups = functools.partial(saved_groups, waiting, player)
-            rescue = run.rescue(step, *kept, cursor=cursor, metrics=last_metrics, waiting=groups)
+            saved = {"waiting": groups, "pass_rates": player.pass_rates}
+            rescue = run.rescue(step, *kept, cursor=cursor, metrics=last_metrics, **saved)
             with rescue, parallel.whole(model):
                 # 3. sample from the weights of the last update; the canary proves that the engine
                 # has them
@@ -701,6 +709,9 @@ def train_here(cfg: Config) -> dict:
                     run_blocking(player.engine.sleep())
             metrics |= stats(played)
             metrics |= stats_of_sources(played)
+            if player.curriculum:
+                player.curriculum.record(played)
+                metrics |= player.curriculum.metrics()
             metrics["tools_leaked"] = sum(toolbox.leaked for toolbox in player.toolboxes)
             if cfg.ahead:  # the next groups are played while these are learnt from
                 metrics["lag"] = step - trajectories[0].version
@@ -722,11 +733,13 @@ def train_here(cfg: Config) -> dict:
             trajectories = played = None
             if player.begun:  # if they fail, this step is saved without them
                 waiting_started = time.monotonic()
-                with run.rescue(step + 1, *kept, cursor=cursor, metrics=metrics):
+                saved = {"pass_rates": player.pass_rates}
+                with run.rescue(step + 1, *kept, cursor=cursor, metrics=metrics, **saved):
                     waiting = sample(cursor=cursor, step=step + 1)
                 waited = time.monotonic() - waiting_started
             groups = functools.partial(saved_groups, waiting, player)
-            run.after(step + 1, cfg.steps, *kept, cursor=cursor, metrics=metrics, waiting=groups)
+            saved = {"waiting": groups, "pass_rates": player.pass_rates}
+            run.after(step + 1, cfg.steps, *kept, cursor=cursor, metrics=metrics, **saved)
 
         # 6. the model as from_pretrained loads it, and the last lines for people and for grep
         run.finish(model, tokenizer)

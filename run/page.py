@@ -23,6 +23,7 @@ CURVES = (  # title, what is drawn in it
     ("accuracy", ("accuracy", "val_accuracy")),
     ("tool-call rate", ("tool_call_rate", "tool_error_rate")),
     ("tokens per trajectory", ("new_tokens",)),
+    ("rows by pass rate", ("rows_new", "rows_hard", "rows_fit", "rows_easy")),  # of a curriculum
     ("loss", ("loss", "val_loss")),
     ("entropy", ("entropy",)),
 )

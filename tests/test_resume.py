@@ -124,6 +124,7 @@ MIXED = {
         | {"mix": ("three.py:3", "four.py"), "epochs": 0.95},
     ),
 }
+MIXED["grpo_curriculum"] = (train_grpo, GRPO | {"curriculum": (0.2, 0.8)})
 EVERY_RUN = RUNS | SEEING | MIXED
 SOURCES = {
     "one": 'data = "rows.jsonl"\neval_data = "held.jsonl"\ntools = ()\nmax_new_tokens = 3\n'
@@ -294,7 +295,7 @@ def here(place, monkeypatch):
 def configured(name, out_dir, **options):
     script, values = EVERY_RUN[name]
     values = {"model": "base", **values, "out_dir": str(out_dir)}
-    if script is train_grpo and name not in MIXED:
+    if script is train_grpo and "mix" not in values:
         values["rewards"] = ("my_rewards.py:coin",)
     return script.Config(**values | options)
 
@@ -493,9 +494,10 @@ def pictures(place):
 def test_a_run_of_a_mix_killed_again_and_again_is_the_run_that_nobody_disturbed(
     name, run, whole, place
 ):
-    """Each source goes on where it was, by weight and in its own order."""
+    """Each source goes on where it was, by weight and in its own order; a curriculum with the pass
+    rates that it had."""
     lives = [("between two updates", 3), ("as a state is written", 1), ("in a line of metrics", 2)]
-    if name == "grpo_mix":
+    if name != "sft_mix":
         lives = [("as a turn is sampled", 3), *lives, ("before rollouts are written", 2)]
     out_dir, expected = place / f"killed_{name}", whole(name)
     for point, call in lives:
@@ -513,8 +515,12 @@ def test_a_run_of_a_mix_killed_again_and_again_is_the_run_that_nobody_disturbed(
         assert all(
             row["one/rollouts"] + row["two/rollouts"] == 6 for row in expected["metrics"][:1]
         )
-    else:
+    elif name == "sft_mix":
         assert {"three/val_loss", "four/val_loss"} <= last.keys()
+    else:
+        shares = [row["rows_new"] for row in expected["metrics"]]
+        assert shares[0] > 0.0 and shares[-1] == 0.0
+        assert last["rows_hard"] + last["rows_fit"] + last["rows_easy"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("name", SEEING)
