@@ -152,7 +152,7 @@ def measure(folder, setup: memory.Setup, setting: str) -> float:
     _warm_up(folder, setup, setting)
     gc.collect()
     before = resident("VmRSS")
-    policy = _model(folder, setup)
+    policy = model_of(folder, setup)
     if setting == "rollout":
         forget()
         _sample(policy, setup)
@@ -171,7 +171,7 @@ def _warm_up(folder, setup: memory.Setup, setting: str) -> None:
     from dataclasses import replace
 
     small = replace(setup, token_budget=64, max_tokens=32, trajectories=2)
-    policy = _model(folder, small, layers=1)
+    policy = model_of(folder, small, layers=1)
     if setting == "rollout":
         _sample(policy, small)
         return
@@ -180,7 +180,8 @@ def _warm_up(folder, setup: memory.Setup, setting: str) -> None:
     train_grpo.learn(policy, optimizers, trajectories(small), 1e-4, settings)
 
 
-def _model(folder, setup: memory.Setup, layers: int = 0):
+def model_of(folder, setup: memory.Setup, layers: int = 0, device: str = "cpu"):
+    """Makes a random model of a config.json, as it is trained; with so many layers, 0: all."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = AutoConfig.from_pretrained(folder)
@@ -188,7 +189,8 @@ def _model(folder, setup: memory.Setup, layers: int = 0):
         shape.num_hidden_layers = layers
         shape.layer_types = shape.layer_types[:layers]
     dtype = torch.bfloat16 if setup.dtype == "bfloat16" else torch.float32
-    policy = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+    with torch.device(device):
+        policy = AutoModelForCausalLM.from_config(shape, dtype=dtype)
     if setup.tune == "lora":
         policy = models.add_adapter(
             policy, setup.lora_r, setup.lora_alpha, setup.lora_targets, 0, False
