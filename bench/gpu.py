@@ -285,14 +285,14 @@ def ranks(kind: str, cfg: Config) -> dict:
     import parallel as bench_parallel
 
     steps = 1 if cfg.cpu else 3
-    rows = 32 if cfg.cpu else 320
-    common = ["--token_budget=1024", "--save_every=0"]
     with tempfile.TemporaryDirectory() as folder:
         start = f"{folder}/start"
-        bench_parallel.run(
-            "train_sft.py", ["--config", "calc_sft.py", f"--rows={rows}", f"--out_dir={start}"]
-        )
-        words = ["--config", "calc.py", f"--model={start}", f"--steps={steps}", *common]
+        first = ["--config", "calc_sft.py", f"--out_dir={start}"]
+        if cfg.cpu:  # too few for a model that is ever right: then nothing moves, here and there
+            first.append("--rows=32")
+        bench_parallel.run("train_sft.py", first)
+        words = ["--config", "calc.py", f"--model={start}", f"--steps={steps}"]
+        words += ["--token_budget=1024", "--save_every=0"]
         if cfg.cpu:
             words += ["--prompts_per_step=4", "--group_size=4", "--max_new_tokens=16"]
         one = Path(folder) / "one"
@@ -340,12 +340,17 @@ def one_case(case: str, cfg: Config) -> dict:
         return measure(name, *what, cfg)
 
 
-def run_case(case: str, cfg: Config) -> dict:
-    """Runs one case in a process of its own; what fails becomes a row that says so."""
+def command_of(case: str, cfg: Config) -> list[str]:
+    """Returns what runs one case."""
     words = [f"--part={case}", f"--cpu={str(cfg.cpu).lower()}", f"--model={cfg.model}"]
     words += [f"--dtype={cfg.dtype}", f"--requests={cfg.requests}"]
     words.append(f"--gpu_memory_utilization={cfg.gpu_memory_utilization}")
-    command = [sys.executable, __file__, *words]
+    return [sys.executable, __file__, *words]
+
+
+def run_case(case: str, cfg: Config) -> dict:
+    """Runs one case in a process of its own; what fails becomes a row that says so."""
+    command = command_of(case, cfg)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
     except subprocess.TimeoutExpired:
