@@ -3,9 +3,9 @@
     python bench/memory.py                                 # five sizes, six settings, 15 minutes
     python bench/memory.py --sizes=2m,5m --settings=full   # seconds
 
-Each case is a process of its own that makes a random model (Qwen3-shaped) and learns twice from the
-same trajectories with train_grpo.learn: two micro-batches of the largest shape. Measured is the
-highest resident size during the second update, over that before the model was made: so weights,
+Each case is a process of its own that makes a random model (Qwen3-shaped) and learns twice with
+train_grpo.learn: from a few tokens, and from two micro-batches of the largest shape. Measured is
+the highest resident size during the second update, over that before the model was made: so weights,
 gradients, moments and all that a pass holds. The allocator is told to give back every block of more
 than 64 KiB, else it keeps some for later, as many as chance has it. "rollout" samples with the
 transformers engine instead.
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -152,7 +152,7 @@ def measure(folder, setup: memory.Setup, setting: str) -> float:
     _warm_up(folder, setup, setting)
     gc.collect()
     before = resident("VmRSS")
-    policy = _model(folder, setup)
+    policy = model_of(folder, setup)
     if setting == "rollout":
         forget()
         _sample(policy, setup)
@@ -160,18 +160,18 @@ def measure(folder, setup: memory.Setup, setting: str) -> float:
     optimizers = optim.optimizers(policy, "adamw", 1e-4)
     cfg = train_grpo.Config(token_budget=setup.token_budget)
     settings = train_grpo.LearnSettings.of(cfg)
-    for _ in range(2):
-        forget()
-        train_grpo.learn(policy, optimizers, trajectories(setup), 1e-4, settings)
+    # the moments are made by a small update, which is quick; the second one is measured
+    small = replace(setup, token_budget=64, max_tokens=32)
+    train_grpo.learn(policy, optimizers, trajectories(small), 1e-4, settings)
+    forget()
+    train_grpo.learn(policy, optimizers, trajectories(setup), 1e-4, settings)
     return resident("VmHWM") - before
 
 
 def _warm_up(folder, setup: memory.Setup, setting: str) -> None:
     """Has all code loaded, and the threads started, that the measured part needs."""
-    from dataclasses import replace
-
     small = replace(setup, token_budget=64, max_tokens=32, trajectories=2)
-    policy = _model(folder, small, layers=1)
+    policy = model_of(folder, small, layers=1)
     if setting == "rollout":
         _sample(policy, small)
         return
@@ -180,7 +180,8 @@ def _warm_up(folder, setup: memory.Setup, setting: str) -> None:
     train_grpo.learn(policy, optimizers, trajectories(small), 1e-4, settings)
 
 
-def _model(folder, setup: memory.Setup, layers: int = 0):
+def model_of(folder, setup: memory.Setup, layers: int = 0, device: str = "cpu"):
+    """Makes a random model of a config.json, as it is trained; with so many layers, 0: all."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = AutoConfig.from_pretrained(folder)
@@ -188,7 +189,8 @@ def _model(folder, setup: memory.Setup, layers: int = 0):
         shape.num_hidden_layers = layers
         shape.layer_types = shape.layer_types[:layers]
     dtype = torch.bfloat16 if setup.dtype == "bfloat16" else torch.float32
-    policy = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+    with torch.device(device):
+        policy = AutoModelForCausalLM.from_config(shape, dtype=dtype)
     if setup.tune == "lora":
         policy = models.add_adapter(
             policy, setup.lora_r, setup.lora_alpha, setup.lora_targets, 0, False

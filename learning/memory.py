@@ -9,13 +9,14 @@ What a forward and a backward pass hold is counted too: the model's own code, wi
 its recomputed layers, runs on tensors that have shapes but no numbers (torch's FakeTensorMode), and
 each one is added up from when it is made to when it is freed. The head is logprobs.py's own.
 
-bench/memory.py compares this with what processes took. Three things are assumed, because only a GPU
-can show them: CUDA_BYTES, UNFILLED and ASLEEP.
+bench/memory.py compares this with what processes took. Four things are assumed, because only a GPU
+can show them: CUDA_BYTES, UNFILLED, ASLEEP and AWAKE.
 """
 
 import contextlib
 import copy
 import functools
+import logging
 import weakref
 from dataclasses import asdict, dataclass, replace
 
@@ -41,6 +42,9 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 ADAMW8BIT_BYTES = 2 + 2 * 4 / 256
 ADAMW8BIT_LEAST = 4096  # numbers
 ENGINE = "engine and its cache"
+# What weights depend on, and what a pass does.
+OF_WEIGHTS = "model tune lora_r lora_alpha lora_targets train_vision dtype"
+OF_A_PASS = f"{OF_WEIGHTS} gradient_checkpointing token_budget max_tokens"
 PHASES = ("start", "rollout", "learn", "save")
 
 
@@ -49,18 +53,18 @@ class Setup:
     """All that the memory of one GPU depends on: keys of a Config."""
 
     model: str
-    tune: str
-    lora_r: int
-    lora_alpha: int
-    lora_targets: tuple[str, ...]
-    train_vision: bool
-    dtype: str
-    gradient_checkpointing: bool
-    optimizer: str
-    parallel: str
-    gpus: int
-    token_budget: int
-    max_tokens: int
+    tune: str = "full"
+    lora_r: int = 32
+    lora_alpha: int = 64
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    train_vision: bool = False
+    dtype: str = "float32"
+    gradient_checkpointing: bool = False
+    optimizer: str = "adamw"
+    parallel: str = "none"
+    gpus: int = 1
+    token_budget: int = 16384
+    max_tokens: int = 2048
     engine: str = "none"  # none: nothing is sampled, as in SFT
     gpu_memory_utilization: float = 0.5
     kv_cache_gib: float = 0.0
@@ -83,6 +87,11 @@ class Setup:
             taken["tensor_parallel_size"] = engine_options.tensor_parallel_size
             taken["sleeps"] = engine_options.sleep
         return cls(**taken)
+
+    def only(self, keys: str) -> "Setup":
+        """Returns one with these of its values alone, for what depends on nothing else: it is
+        counted once for all that share them. keys: "key key"."""
+        return Setup(**{key: getattr(self, key) for key in keys.split()})
 
     @property
     def batch_shape(self) -> tuple[int, int]:
@@ -156,32 +165,24 @@ class Passed:
 
 def count(setup: Setup) -> Counted:
     """Counts the weights of a model as it is trained."""
-    return _count(
-        setup.model,
-        setup.tune,
-        setup.lora_r,
-        setup.lora_alpha,
-        setup.lora_targets,
-        setup.train_vision,
-        setup.dtype,
-    )
+    return _count(setup.only(OF_WEIGHTS))
 
 
 @functools.lru_cache(maxsize=64)
-def _count(model, tune, lora_r, lora_alpha, lora_targets, train_vision, dtype) -> Counted:
+def _count(setup: Setup) -> Counted:
     # 1. without adapters
-    policy = _skeleton(model, dtype)
+    policy = _skeleton(setup.model, setup.dtype)
     base = 0.0
     numbers = 0
     for parameter in policy.parameters():
         base += parameter.nbytes
         numbers += parameter.numel()
-    if tune == "qlora":
+    if setup.tune == "qlora":
         for weight in _four_bit_weights(policy):
             base += NF4_BYTES * weight.numel() - weight.nbytes
 
     # 2. with them
-    policy = _tuned(policy, tune, lora_r, lora_alpha, lora_targets, train_vision)
+    policy = _tuned(policy, setup)
     trained = []
     adapters = 0
     largest = 0
@@ -200,22 +201,7 @@ def count_pass(setup: Setup) -> Passed:
     """Counts what a pass of the largest micro-batch holds. Where all layers are alike, that is
     done with two and with three of them: each further one adds the same."""
     depth, *shallow = _depths(setup.model)
-    counted = []
-    for layers in shallow:
-        counted.append(
-            _count_pass(
-                setup.model,
-                setup.tune,
-                setup.lora_r,
-                setup.lora_alpha,
-                setup.lora_targets,
-                setup.train_vision,
-                setup.dtype,
-                setup.gradient_checkpointing,
-                setup.batch_shape,
-                layers,
-            )
-        )
+    counted = [_count_pass(setup.only(OF_A_PASS), layers) for layers in shallow]
     first, last = counted[0], counted[-1]
     activations = _at_depth(depth, shallow, first.activations, last.activations)
     return Passed(activations, _at_depth(depth, shallow, first.on_top, last.on_top))
@@ -239,35 +225,24 @@ def _depths(model: str) -> list[int]:
 
 
 @functools.lru_cache(maxsize=256)
-def _count_pass(
-    model,
-    tune,
-    lora_r,
-    lora_alpha,
-    lora_targets,
-    train_vision,
-    dtype,
-    gradient_checkpointing,
-    batch_shape,
-    layers,
-) -> Passed:
-    policy = _skeleton(model, dtype, layers)
+def _count_pass(setup: Setup, layers: int) -> Passed:
+    policy = _skeleton(setup.model, setup.dtype, layers)
     widest = 0  # bytes of the largest matrix that is made from 4 bits when it is needed
-    if tune == "qlora":
+    if setup.tune == "qlora":
         widest = max(weight.nbytes for weight in _four_bit_weights(policy))
-    policy = _tuned(policy, tune, lora_r, lora_alpha, lora_targets, train_vision)
-    if gradient_checkpointing:
+    policy = _tuned(policy, setup)
+    if setup.gradient_checkpointing:
         models.recompute_layers(policy)
     is_plain = has_plain_head(policy)
-    with _without_numbers(model):
+    with _without_numbers(setup.model):
         _seem_on_cpu(policy)
-        if dtype == "mixed":
-            models.in_dtype(policy, dtype)
+        if setup.dtype == "mixed":
+            models.in_dtype(policy, "mixed")
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 # in all but the first pass of an update the gradients are there already
                 parameter.grad = torch.zeros_like(parameter)
-        activations, peak = _pass_bytes(policy, *batch_shape, is_plain)
+        activations, peak = _pass_bytes(policy, *setup.batch_shape, is_plain)
     return Passed(activations, peak - activations + widest)
 
 
@@ -328,7 +303,7 @@ def _skeleton(model: str, dtype: str, layers: int = 0):
         text_config = model_config.get_text_config()
         if layers:
             text_config.num_hidden_layers = layers
-            if getattr(text_config, "layer_types", None):
+            if vars(text_config).get("layer_types"):  # where it is no property
                 text_config.layer_types = text_config.layer_types[:layers]
         weights_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         with torch.device("meta"):
@@ -349,14 +324,21 @@ def _four_bit_weights(policy) -> list:
     return weights
 
 
-def _tuned(policy, tune, lora_r, lora_alpha, lora_targets, train_vision):
+def _tuned(policy, setup: Setup):
     """Returns the model with what is trained of it."""
-    if tune == "full":
+    if setup.tune == "full":
         policy.requires_grad_(True)
     else:
         with torch.device("meta"):  # else their matrices are drawn
-            policy = models.add_adapter(policy, lora_r, lora_alpha, lora_targets, 0, train_vision)
-    if whole.is_whole(policy) and not train_vision:
+            policy = models.add_adapter(
+                policy,
+                setup.lora_r,
+                setup.lora_alpha,
+                setup.lora_targets,
+                seed=0,
+                train_vision=setup.train_vision,
+            )
+    if whole.is_whole(policy) and not setup.train_vision:
         whole.freeze_other_parts(policy)
     return policy
 
@@ -366,6 +348,8 @@ def _without_numbers(model: str):
     """Lets code run on tensors that have shapes alone. UserError where it asks for numbers."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    # else a screen full of torch's own lines stands before the sentence below
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield
@@ -640,6 +624,8 @@ def say(setup: Setup, gpu_gib: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    if setup.model == "tiny":  # of train_sft.py
+        raise UserError("model = 'tiny' is made from scratch, of 10 MiB: it fits every card")
     console = Console(highlight=False)
     phases = needs(setup, gpu_gib)
     rows, tokens = setup.batch_shape

@@ -2,7 +2,8 @@
 
     pytest tests/test_gpu.py        # on a machine with a GPU and pip install -e ".[vllm]"
 
-The measuring is that of bench/gpu.py, which prints the same as a table.
+The measuring is that of bench/gpu.py, which prints the same as a table. Where there is no GPU its
+rehearsal is tested: the code that will run there, with tiny shapes.
 """
 
 import importlib.util
@@ -13,7 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_grpo
+from learning import memory
 from run import config
+from run.config import UserError
 
 sys.path.insert(0, str(Path(config.HERE) / "bench"))
 
@@ -44,3 +48,60 @@ def test_without_a_gpu_the_bench_says_so(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(Path(config.HERE) / "bench" / "gpu.py"), run_name="__main__")
     assert ended.value.code == 2 and "there is no GPU here" in capsys.readouterr().err
+
+
+# ---- the rehearsal
+
+
+REHEARSAL = gpu.Config(cpu=True, parts=("parity", "learn"))
+
+
+def test_parity_and_an_update_are_measured():
+    row = gpu.one_case("parity", REHEARSAL)
+    assert row["device"] == "cpu" and row["logprob differs"] == row["gradient differs"] == 0
+    row = gpu.one_case("learn:tiny:lora, bfloat16, recomputed", REHEARSAL)
+    assert row["GiB computed"] > row["of tensors"] > 0
+    assert row["tokens/s"] > 0 and row["grad_norm"] > 0
+
+
+def test_a_part_that_fails_is_reported_and_the_others_go_on(monkeypatch, capsys, tmp_path):
+    """As main runs them, with parts that end as processes do."""
+    endings = {
+        "parity": "raise SystemExit('error: no kernel for this card')",
+        "learn:tiny:full, bfloat16": 'print(\'{"shape": "tiny", "tokens/s": 12.345}\')',
+        "learn:tiny:full": 'print(\'{"skipped": "larger than the card"}\')',
+    }
+    monkeypatch.setattr(gpu, "cases", lambda cfg: list(endings))
+    monkeypatch.setattr(gpu, "command_of", lambda case, cfg: [sys.executable, "-c", endings[case]])
+    page = tmp_path / "result.md"
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--cpu=true", "--parts=parity,learn", f"--save_to={page}"])
+    assert ended.value.code == 1
+    text = page.read_text()
+    assert text in capsys.readouterr().out
+    assert "- parity: failed: error: no kernel for this card" in text
+    assert "- learn:tiny:full: skipped: larger than the card" in text
+    assert "| shape | tokens/s |\n|---|---|\n| tiny | 12.3 |" in text
+    assert "a rehearsal on a CPU" in text
+
+
+def test_a_part_that_does_not_end_is_ended(monkeypatch):
+    forever = [sys.executable, "-c", "import time; time.sleep(3600)"]
+    monkeypatch.setattr(gpu, "command_of", lambda case, cfg: forever)
+    monkeypatch.setattr(gpu, "PATIENCE", 0.1)
+    assert gpu.run_case("parity", REHEARSAL) == {"failed": "took more than 0 s"}
+
+
+def test_its_cases_are_those_of_the_parts_that_are_asked_for():
+    every = gpu.cases(gpu.Config())
+    assert len(every) == 1 + 2 * len(gpu.SETTINGS) + 3 + 2
+    assert gpu.cases(gpu.Config(parts=("ranks",))) == ["ranks:ddp", "ranks:fsdp"]
+    with pytest.raises(UserError, match="there is no 'speed'"):
+        gpu.check(gpu.Config(cpu=True, parts=("speed",)))
+
+
+@pytest.mark.parametrize("shape, billions", [("Qwen3-0.6B", 0.6), ("Qwen3-4B", 4.0)])
+def test_the_shapes_are_those_of_the_model_cards(shape, billions, tmp_path):
+    gpu.write_shape(shape, tmp_path)
+    setup = memory.Setup.of(train_grpo.Config(model=str(tmp_path)), engine_options=object())
+    assert memory.count(setup).base_numbers / 1e9 == pytest.approx(billions, rel=0.02)

@@ -6,6 +6,7 @@ Measured is the memory of a process of its own (bench/memory.py), which does not
 the machine is. What only a GPU has is not: see bench/gpu.py.
 """
 
+import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,7 @@ from learning import memory
 from learning.memory import GIB, Setup
 from run import config
 from run.config import UserError
-
-sys.path[:0] = [str(Path(config.HERE) / "bench"), str(Path(config.HERE) / "dev")]
-
-import importlib.util
+from tasks import tiny as tiny_model
 
 
 def loaded(path):
@@ -73,8 +71,10 @@ def test_what_is_computed_is_within_15_percent_of_what_a_process_takes(setting):
 def test_the_evidence_has_five_sizes_and_is_within_15_percent():
     text = (Path(config.HERE) / "evidence" / "bench" / "memory.txt").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith(tuple(bench.SIZES))]
-    assert {row.split()[0] for row in rows} == set(bench.SIZES)
-    assert len(rows) == len(bench.SIZES) * len(bench.SETTINGS)
+    for setting in ("full", "lora", "full, recomputed", "full, bfloat16"):
+        sizes = {row.split()[0] for row in rows if f" {setting}  " in row}
+        assert sizes == set(bench.SIZES), setting
+    assert {row[7:28].strip() for row in rows} == set(bench.SETTINGS)
     assert all(abs(float(row.split()[-1].rstrip("%"))) < 15 for row in rows)
 
 
@@ -166,6 +166,46 @@ def test_vllm_takes_its_share_and_sleeps_while_the_policy_learns(folder):
     assert phases["learn"][memory.ENGINE] == memory.ASLEEP
     awake = memory.needs(replace(setup, sleeps=False), 10)
     assert awake["learn"][memory.ENGINE] == pytest.approx(4 * GIB)
+
+
+def family(name):
+    """The config of a tiny model of another make."""
+    import transformers
+
+    if name == "mamba":
+        return transformers.MambaConfig(
+            vocab_size=512,
+            hidden_size=64,
+            num_hidden_layers=4,
+            state_size=8,
+            architectures=["MambaForCausalLM"],
+        )
+    if name == "sees":
+        words = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]] * 8
+        return tiny_model.config_that_sees(tiny_model.tiny_tokenizer(words, [], sees=True))
+    return transformers.Gemma3TextConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=7,  # the sixth sees all
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=32,
+        architectures=["Gemma3ForCausalLM"],
+    )
+
+
+@pytest.mark.parametrize("name, layers", [("mamba", 4), ("sees", 3), ("gemma3", 7)])
+def test_other_families_are_counted(name, layers, tmp_path):
+    """States, a tower, layers of two kinds: those are counted with all of them."""
+    family(name).save_pretrained(tmp_path)
+    setup = setup_of(tmp_path, tune="lora", max_tokens=64, token_budget=256)
+    parts = learning(setup)
+    assert min(parts["weights"], parts["adapters"], parts["activations"]) > 0
+    assert memory.cache_bytes(str(tmp_path), "float32", 64) > 0
+    if name == "gemma3":
+        assert memory._depths(str(tmp_path)) == [layers, layers]
 
 
 # ---- what is said
