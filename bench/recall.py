@@ -1,6 +1,9 @@
 """recall@5 of BM25, of a dense model and of both: what can honestly be asked without a Wikipedia.
 
-    python bench/recall.py --model=a_folder_or_name --save_to=evidence/bench/recall.json
+    pip install wordllama; python bench/recall.py --save_to=evidence/bench/recall.json
+    python bench/recall.py --model=a_folder_or_name
+
+Without a model it is the one that the package wordllama carries: 32,000 tokens of 256 numbers.
 
 Natural Questions come here as questions with answers, without the passages that have them. So:
 
@@ -17,6 +20,7 @@ Found is the row's own passage, or one with the same text, among the first five.
 measured: passages of a real encyclopedia.
 """
 
+import importlib.util
 import json
 import random
 import sys
@@ -28,6 +32,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from run import config
+from run.config import UserError
 
 if __name__ == "__main__":
     config.answer_help(__file__)
@@ -40,11 +45,30 @@ AT_ONCE = 64  # queries
 
 @dataclass
 class Config:
-    model: str = ""  # of dense retrieval, by folder or name
+    model: str = ""  # of dense retrieval, by folder or name; "" = that of the package wordllama
     data: str = "../shared/data"  # nq_open_dev.jsonl, bfcl/
     passages: int = 100_000  # of halves
     seed: int = 0
     save_to: str = ""  # a .json for the results
+
+
+def wordllama(folder: Path) -> str:
+    """Writes the static model that lies in the installed package, as sentence-transformers reads
+    it. UserError if it is not installed."""
+    from safetensors.numpy import load_file
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer
+
+    spec = importlib.util.find_spec("wordllama")
+    if spec is None:
+        raise UserError("no model: pip install wordllama, or write --model=a_folder_or_name")
+    package = Path(spec.submodule_search_locations[0])
+    weights = load_file(package / "weights/l2_supercat_256.safetensors")["embedding.weight"]
+    tokenizer = Tokenizer.from_file(str(package / "tokenizers/l2_supercat_tokenizer_config.json"))
+    table = StaticEmbedding(tokenizer, embedding_weights=weights.astype("float32"))
+    SentenceTransformer(modules=[table], device="cpu").save(str(folder))
+    return str(folder)
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -109,6 +133,7 @@ def recall(index, asked) -> dict:
 def measure(cfg: Config) -> dict:
     measured = {}
     with tempfile.TemporaryDirectory() as folder:
+        model = cfg.model or wordllama(Path(folder, "model"))
         for task in (halves, answers, functions):
             passages, asked = task(cfg)
             corpus = Path(folder, f"{task.__name__}.jsonl")
@@ -118,8 +143,8 @@ def measure(cfg: Config) -> dict:
             result = {"passages": len(passages), "queries": len(asked)}
             kinds = {
                 "bm25": {},
-                "dense": {"dense": cfg.model},
-                "hybrid": {"dense": cfg.model, "hybrid": True},
+                "dense": {"dense": model},
+                "hybrid": {"dense": model, "hybrid": True},
             }
             for kind, options in kinds.items():
                 start = time.perf_counter()
@@ -138,8 +163,6 @@ def measure(cfg: Config) -> dict:
 
 def main(argv: list[str]) -> None:
     cfg = config.parse(Config, argv)
-    if not cfg.model:
-        raise config.UserError("no model: write --model=a_folder, or a name of the hub")
     measured = measure(cfg)
     if cfg.save_to:
         Path(cfg.save_to).write_text(json.dumps(measured, indent=1) + "\n")

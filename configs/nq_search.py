@@ -1,6 +1,6 @@
 # 1x80 GB GPU, days; not run here. RL-Factory, 8x A100 in 5.3 h: NQ exact match 0.458 with Qwen3-4B.
-# Wikipedia is searched by a Search-R1 retrieval server; --tool_options=search.corpus=wiki.jsonl
-# searches a JSONL file by BM25 instead.
+# Wikipedia is searched by a server, python -m serve.retrieve --corpus=wiki.jsonl, or Search-R1's;
+# --tool_options=search.corpus=wiki.jsonl searches a JSONL file without one.
 out_dir = "out/nq_search"
 model = "Qwen/Qwen3-4B"
 engine = "vllm"

@@ -150,6 +150,23 @@ def test_what_ends_the_shell_ends_the_session_and_is_said(command, code):
     assert nothing_left()
 
 
+def test_a_shell_that_ends_between_calls_is_missed_in_the_next():
+    async def scene():
+        session = toolbox().open()
+        first = await play(
+            session, "x=1; (until [ -e go ]; do sleep 0.01; done; kill -9 $$) & true"
+        )
+        second = await play(session, "touch go")
+        assert await asyncio.to_thread(nothing_left)
+        after = await play(session, "echo x=$x")
+        await session.close()
+        return first + second + after
+
+    first, second, after = asyncio.run(scene())
+    assert first == NONE and second[1] is None
+    assert after[0].endswith("x=") and LOST in after[0]
+
+
 def test_a_time_out_kills_what_runs_and_the_next_call_has_a_new_session():
     async def scene():
         box = toolbox()

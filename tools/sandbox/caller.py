@@ -9,7 +9,7 @@ On Linux these are fork servers, each started at its first call:
     light   standard library only (50 ms to start, a few ms of CPU for each call)
     heavy   numpy and sympy imported (a second, once); for code that names such a package, and for
             sessions. An import works in both: which one a call gets is a question of speed
-    shell   for tools/bash.py: the same, and the machine's programs can be seen
+    shell   for tools/bash.py and bash_session.py: the same, and the machine's programs can be seen
 
 A server forks one child per call, kills the child whose caller has gone, and ends when its parent
 ends, however that ends. Elsewhere (macOS) each call starts a python of its own (40 ms), which forks

@@ -261,15 +261,21 @@ class _Shell:
                 os._exit(fork_server.RAISED)
         for fd in (commands, out, status):
             os.close(fd)
-        self.run(b"", None)  # it has opened its script now
+        null = os.open(os.devnull, os.O_WRONLY)
+        self.run(b"", null)  # it has opened its script now
+        os.close(null)
         os.unlink("bash")
 
     def listen_until(self, requests):
-        """Keeps what is written until a request comes."""
+        """Keeps what is written until a request comes. Ends the session if the shell has ended."""
         while True:
             ready = self._wait(requests.fileno(), self.out, seconds=None)
             if self.out in ready:
-                self.unheard += self._read()
+                heard = self._read()
+                if not heard:  # nobody is left who could write
+                    self._reap()
+                    os._exit(self.exit_status)
+                self.unheard += heard
                 del self.unheard[: -self.KEPT]
             if requests.fileno() in ready:
                 return
