@@ -203,7 +203,7 @@ def test_ranks_share_a_server(ranks, alone, place, url, name, kind):
     assert_learnt_alike(place / out_dir, alone(name, **options))
     served = json.load(urllib.request.urlopen(f"{url}/v1/models"))
     adapters = [card["id"] for card in served["data"] if card["parent"]]
-    runs = [adapter.rpartition("-")[0] for adapter in adapters]
+    runs = [adapter.rsplit("-", 2)[0] for adapter in adapters]
     assert len(runs) == len(set(runs))  # the last one of each run, and not one for each rank
     assert not (place / out_dir / "weights").exists()
 
