@@ -47,12 +47,9 @@ from trajectory import ToolCall, Trajectory
 
 KILLS = [  # (where, at which call): each life begins where the one before was killed
     ("between two updates", 2 * UPDATES + 2),
-    ("as a model is written", 1),
     ("as a state is written", 1),
-    ("before a checkpoint is renamed", 1),
     ("after a checkpoint was renamed", 1),
     ("in a line of metrics", 1),
-    ("before a checkpoint", 2),
     ("as logprobs are computed", 3),
 ]
 
@@ -122,11 +119,11 @@ def test_a_run_killed_again_and_again_is_the_run_that_nobody_disturbed(
     assert_same(undisturbed, left_by(out_dir))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_told_to_stop_finishes_its_step_and_saves(
-    undisturbed, start, run, place, ahead, number
+    undisturbed, start, run, place, ahead
 ):
-    out_dir = place / f"stopped_ahead_{number}"
+    number = signal.SIGTERM
+    out_dir = place / "stopped_ahead"
     child = start("grpo", out_dir, "halt", 2, save_every=0, **ahead)
     wait_for(place / "log", "halted")
     os.kill(child.pid, number)
@@ -176,24 +173,17 @@ def test_a_reward_that_raises_ahead_costs_nothing_that_was_learnt(run, place, ah
 # -- several ranks, one server
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_ranks_play_ahead_as_one_process_does(ranks, undisturbed, alone, place, ahead, kind):
-    codes, said = ranks("grpo", 2, kind, f"{kind}-ahead", **ahead)
+def test_ranks_play_ahead_as_one_process_does(ranks, alone, place, ahead):
+    codes, said = ranks("grpo", 2, "fsdp", "ranks-ahead", **ahead)
     assert codes == [0, 0], said
-    assert_learnt_alike_with_lag(place / f"{kind}-ahead", alone("grpo", **ahead))
-
-
-def assert_learnt_alike_with_lag(first, second):
-    """As assert_learnt_alike; what the lag makes of the sampler's metrics is larger than noise."""
-    ours = lines(first / "metrics.jsonl")
-    theirs = lines(second / "metrics.jsonl")
+    ours = lines(place / "ranks-ahead" / "metrics.jsonl")
+    theirs = lines(alone("grpo", **ahead) / "metrics.jsonl")
     for mine, other in zip(ours, theirs, strict=True):
-        del mine["canary"], other["canary"]
+        del mine["canary"], other["canary"]  # roundings
         assert mine == pytest.approx(other, rel=1e-3, abs=5e-5)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", ["grpo", "grpo_lora"])
+@pytest.mark.parametrize("name, kind", [("grpo", "fsdp"), ("grpo_lora", "ddp")])
 def test_ranks_share_a_server(ranks, alone, place, url, name, kind):
     """Full weights and adapters: what the first rank writes is loaded once, and is that of all."""
     options = {"engine": "server", "urls": (url,)}
