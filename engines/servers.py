@@ -429,7 +429,11 @@ class ServerEngine(Engine):
         server.base, server.room, adapters = served
         await self._check(server)
         server.has = ""
-        known = [await self._weights_of(server)] if self.full else adapters
+        known = adapters
+        if self.full:
+            known = [await self._weights_of(server)]
+        else:
+            await self._check_own_weights(server)
         if self.name in known:
             server.has = self.name  # it was away, and has not been started anew
         await self._bring_up_to_date(server)
@@ -619,6 +623,20 @@ class ServerEngine(Engine):
             )
         names = {name for name, _ in has}
         return names.pop() if len(names) == 1 else ""
+
+    async def _check_own_weights(self, server: Server) -> None:
+        """UserError if a server has full weights of a training run: it is asked for the model that
+        it was started with, or for adapters over that."""
+        try:
+            results = await self._call_workers(server, "what_it_has", [str(self.memory)])
+            names = [server_answers.weights_held(result)[0] for result in results]
+        except (_Useless, UserError, ValueError):
+            return  # it cannot take any, so it has none
+        if any(names):
+            raise UserError(
+                f"{server.url} has full weights of a training run ({names[0]}), not those of its "
+                "model: start it anew"
+            )
 
     async def _load_adapter(self, server: Server, name: str, folder: str) -> None:
         body = {"lora_name": name, "lora_path": folder}

@@ -7,6 +7,7 @@ killed, stopped or meets a broken reward goes on, bit for bit where its batches 
 that share a server, ahead or not, with adapters or full weights; what cannot be is refused.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -61,20 +62,29 @@ def healthy(url: str) -> bool:
         return False
 
 
-@pytest.fixture(scope="module")
-def url(place):
-    """Of a server of place/base, which samples one turn at a time."""
+@contextlib.contextmanager
+def serving(folder):
+    """The address of a server which samples one turn at a time."""
     port = free_port()
     command = [sys.executable, str(config.HERE / "dev" / "stand_in.py")]
-    command += [f"--model={place / 'base'}", f"--port={port}"]
+    command += [f"--model={folder}", f"--port={port}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(command, env=environment)
     address = f"http://127.0.0.1:{port}"
-    assert until(lambda: server.poll() is not None or healthy(address))
-    assert server.poll() is None
-    yield address
-    server.kill()
-    server.wait()
+    try:
+        assert until(lambda: server.poll() is not None or healthy(address))
+        assert server.poll() is None
+        yield address
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(scope="module")
+def url(place):
+    """Of a server of place/base, which has the weights of the last run with full ones."""
+    with serving(place / "base") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -183,19 +193,24 @@ def test_ranks_play_ahead_as_one_process_does(ranks, alone, place, ahead):
         assert mine == pytest.approx(other, rel=1e-3, abs=5e-5)
 
 
-@pytest.mark.parametrize("name, kind", [("grpo", "fsdp"), ("grpo_lora", "ddp")])
-def test_ranks_share_a_server(ranks, alone, place, url, name, kind):
-    """Full weights and adapters: what the first rank writes is loaded once, and is that of all."""
+def test_ranks_share_a_server(ranks, alone, place, url):
+    """Full weights: each takes care that the server has what the first one wrote."""
     options = {"engine": "server", "urls": (url,)}
-    out_dir = f"{kind}-server-{name}"
-    codes, said = ranks(name, 2, kind, out_dir, **options)
+    codes, said = ranks("grpo", 2, "fsdp", "ranks-full", **options)
     assert codes == [0, 0], said
-    assert_learnt_alike(place / out_dir, alone(name, **options))
-    served = json.load(urllib.request.urlopen(f"{url}/v1/models"))
-    adapters = [card["id"] for card in served["data"] if card["parent"]]
-    runs = [adapter.rsplit("-", 2)[0] for adapter in adapters]
-    assert len(runs) == len(set(runs))  # the last one of each run, and not one for each rank
-    assert not (place / out_dir / "weights").exists()
+    assert_learnt_alike(place / "ranks-full", alone("grpo", **options))
+    assert not (place / "ranks-full" / "weights").exists()
+
+
+def test_ranks_share_an_adapter(ranks, alone, place):
+    """It is loaded once, under one name, so that two have room in the server."""
+    with serving(place / "base") as url:
+        options = {"engine": "server", "urls": (url,)}
+        codes, said = ranks("grpo_lora", 2, "ddp", "ranks-lora", **options)
+        assert codes == [0, 0], said
+        served = json.load(urllib.request.urlopen(f"{url}/v1/models"))
+        assert len([card for card in served["data"] if card["parent"]]) == 1  # the last version
+        assert_learnt_alike(place / "ranks-lora", alone("grpo_lora", **options))
 
 
 # -- what is saved of a batch

@@ -414,6 +414,15 @@ def test_all_servers_take_full_weights_and_the_file_before_goes(fakes, tokenizer
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_server_with_weights_of_a_training_run_is_not_taken_for_its_model(fakes, tokenizer):
+    """An evaluation, or adapters, would be over the last weights that it was given."""
+    (one,) = fakes(1)
+    one.weights.append("nanotool-1-40")
+    with pytest.raises(UserError, match="has full weights of a training run .nanotool-1-40.*anew"):
+        with engine_of([one], tokenizer):
+            pass
+
+
 def test_full_weights_wait_until_all_turns_have_ended(fakes, tokenizer, plain, tmp_path):
     """Pitfall 32: and what is asked for meanwhile waits for them."""
     (one,) = fakes(1)
