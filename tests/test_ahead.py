@@ -13,9 +13,9 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
+import time
 import urllib.request
 
 import eyes
@@ -37,11 +37,9 @@ from test_resume import (
     start,
     wait_for,
 )
-from until import until
 
 import train_grpo
 from images import Picture
-from run import config
 from run.config import UserError
 from run.loop import Running
 from trajectory import ToolCall, Trajectory
@@ -62,28 +60,36 @@ def healthy(url: str) -> bool:
         return False
 
 
+def stand_in(folder: str, port: int) -> None:
+    """A server which samples one turn at a time, as a process of its own."""
+    from dev.stand_in import main
+
+    sys.argv = ["stand_in.py", f"--model={folder}", f"--port={port}"]
+    main()
+
+
 @contextlib.contextmanager
-def serving(folder):
-    """The address of a server which samples one turn at a time."""
+def serving(nursery, folder):
+    """The address of such a server."""
     port = free_port()
-    command = [sys.executable, str(config.HERE / "dev" / "stand_in.py")]
-    command += [f"--model={folder}", f"--port={port}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen(command, env=environment)
+    server = nursery.Process(target=stand_in, args=(str(folder), port))
+    server.start()
     address = f"http://127.0.0.1:{port}"
+    end = time.monotonic() + HANGS
     try:
-        assert until(lambda: server.poll() is not None or healthy(address))
-        assert server.poll() is None
+        while not healthy(address):
+            assert server.is_alive() and time.monotonic() < end
+            time.sleep(0.05)
         yield address
     finally:
         server.kill()
-        server.wait()
+        server.join()
 
 
 @pytest.fixture(scope="module")
-def url(place):
+def url(nursery, place):
     """Of a server of place/base, which has the weights of the last run with full ones."""
-    with serving(place / "base") as address:
+    with serving(nursery, place / "base") as address:
         yield address
 
 
@@ -202,9 +208,9 @@ def test_ranks_share_a_server(ranks, alone, place, url):
     assert not (place / "ranks-full" / "weights").exists()
 
 
-def test_ranks_share_an_adapter(ranks, alone, place):
+def test_ranks_share_an_adapter(nursery, ranks, alone, place):
     """It is loaded once, under one name, so that two have room in the server."""
-    with serving(place / "base") as url:
+    with serving(nursery, place / "base") as url:
         options = {"engine": "server", "urls": (url,)}
         codes, said = ranks("grpo_lora", 2, "ddp", "ranks-lora", **options)
         assert codes == [0, 0], said
