@@ -266,10 +266,6 @@ def check(cfg: Config) -> None:
         raise UserError("dtype = 'mixed' with tune=qlora: its base is not trained, use bfloat16")
     if cfg.engine == "server" and not cfg.urls:
         raise UserError("urls is missing: engine = 'server' needs --urls=http://host:port,…")
-    if cfg.engine != "transformers" and 0 < cfg.temperature < 0.01:
-        raise UserError(f"temperature = {cfg.temperature}: vLLM has 0, or 0.01 and more")
-    if cfg.gpu_memory_utilization > 1:
-        raise UserError(f"gpu_memory_utilization = {cfg.gpu_memory_utilization}: at most 1")
     if cfg.ahead not in (0, 1):
         raise UserError(f"ahead = {cfg.ahead}: expected 0, or 1 batch")
     if cfg.ahead and cfg.engine != "server":
@@ -282,6 +278,10 @@ def check(cfg: Config) -> None:
             "ahead = 1 with is_correction=none: its batches are of the policy before the last "
             "update, so leave is_correction=auto"
         )
+    if cfg.engine != "transformers" and 0 < cfg.temperature < 0.01:
+        raise UserError(f"temperature = {cfg.temperature}: vLLM has 0, or 0.01 and more")
+    if cfg.gpu_memory_utilization > 1:
+        raise UserError(f"gpu_memory_utilization = {cfg.gpu_memory_utilization}: at most 1")
     parallel.check(cfg.parallel, cfg.gpus, cfg.optimizer, cfg.offload)
     if cfg.seed >= 2**63:
         raise UserError(f"seed = {cfg.seed}: expected less than 2**63")

@@ -11,6 +11,7 @@ rows before and after.
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -60,12 +61,15 @@ def serve(model: str, port: int) -> subprocess.Popen:
     sys.exit(f"the server has ended: {' '.join(command)}")
 
 
-def train(model: str, port: int, folder: str, latency: float, *options: str) -> tuple[list, str]:
+def train(
+    model: str, port: int, folder: str, prompts: int, latency: float, *options: str
+) -> tuple[list, str]:
     """Runs calc.py; returns (rows of metrics.jsonl, what was printed)."""
     out_dir = tempfile.mkdtemp(dir=folder)
     command = [sys.executable, "train_grpo.py", "--config", "calc.py", f"--model={model}"]
     command += ["--engine=server", f"--urls=http://127.0.0.1:{port}", f"--out_dir={out_dir}"]
     command += [f"--tools={folder}/slow.py:python", "--tool_concurrency=256", "--save_every=0"]
+    command += [f"--prompts_per_step={prompts}"]
     environment = ENVIRONMENT | {"LATENCY": str(latency)}
     done = subprocess.run(
         [*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True
@@ -87,6 +91,8 @@ def main() -> None:
     parser.add_argument("--model", default="out/calc_sft")
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=24, help="in a step, eight samples of each")
     parser.add_argument("--latencies", default="0,1,3")
     parser.add_argument("--seeds", default="0,1,2")
     arguments = parser.parse_args()
@@ -98,16 +104,16 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "slow.py").write_text(TOOL)
-            run = (model, arguments.port, folder)
+            run = functools.partial(train, model, arguments.port, folder, arguments.prompts)
 
             print("latency  ahead  s a step  waits for rollouts  sync")
             for text in arguments.latencies.split(",") if arguments.latencies else ():
                 latency = float(text)
                 rows = {"0": [], "1": []}
-                for _ in range(2):  # by turns, as others use this machine too
+                for _ in range(arguments.rounds):  # by turns, as others use this machine too
                     for ahead in rows:
                         flags = (f"--ahead={ahead}", f"--steps={arguments.steps}")
-                        rows[ahead].append(train(*run, latency, *flags)[0])
+                        rows[ahead].append(run(latency, *flags)[0])
                 for ahead, runs in rows.items():
                     both = [medians(of_run) for of_run in runs]
                     means = {name: statistics.mean(m[name] for m in both) for name in both[0]}
@@ -121,7 +127,7 @@ def main() -> None:
             for seed in arguments.seeds.split(",") if arguments.seeds else ():
                 for ahead in ("0", "1"):
                     flags = (f"--ahead={ahead}", f"--seed={seed}", "--eval_every=40")
-                    rows, said = train(*run, 0.0, *flags, "--eval_rows=256")
+                    rows, said = run(0.0, *flags, "--eval_rows=256")
                     after = re.search(r"^val_accuracy:\s+(\S+)", said, re.M)[1]
                     before = rows[0]["val_accuracy"]
                     seconds = medians(rows)["seconds"]

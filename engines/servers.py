@@ -112,7 +112,7 @@ class ServerEngine(Engine):
         self.name = ""  # of the adapter, or the full weights, in use; "" for what they began with
         self.path = ""  # of these: a folder, or a file
         self.advice = ""  # how a server is started
-        self.trains = False  # whether there was a sync
+        self.syncs = 0  # so far; of the ranks that share the servers, all have as many
         self.ready = asyncio.Event()  # clear while weights are exchanged
         self.ready.set()
         self.homes: dict[int, Server] = {}  # by session: who has its beginning cached
@@ -236,7 +236,7 @@ class ServerEngine(Engine):
             "model": server.base if self.full else server.has or server.base,
             "return_token_ids": True,
             # salted: whatever another version has left in the prefix cache is never used
-            "cache_salt": f"{self.run} version {version}",
+            "cache_salt": f"{self.name} version {version}",
         }
         sampling = {**OFF, **options, "skip_special_tokens": False}
         if images:
@@ -429,7 +429,11 @@ class ServerEngine(Engine):
         server.base, server.room, adapters = served
         await self._check(server)
         server.has = ""
-        known = [await self._weights_of(server)] if self.full else adapters
+        known = adapters
+        if self.full:
+            known = [await self._weights_of(server)]
+        else:
+            await self._check_own_weights(server)
         if self.name in known:
             server.has = self.name  # it was away, and has not been started anew
         await self._bring_up_to_date(server)
@@ -439,7 +443,7 @@ class ServerEngine(Engine):
                 server, [1, 2, 3], [], ONE_TOKEN, self.version, lambda choice: None, PATIENCE
             )
             server.strikes = strikes  # only a turn shows that it samples well
-        if self.trains and not server.proved:
+        if self.syncs and not server.proved:
             await self._prove(server)
             server.strikes = strikes
         await self._bring_up_to_date(server)  # there may have been a sync meanwhile
@@ -524,19 +528,20 @@ class ServerEngine(Engine):
         old_version = self.version
         old_name = self.name
         old_path = self.path
+        self.syncs += 1
+        label = f"{version}-{self.syncs}"  # a name never stands for two weights
         self.ready.clear()
         try:
             # 1. the first rank writes it for all
-            path = self.memory / f"version-{version}"
+            path = self.memory / f"version-{label}"
             await asyncio.to_thread(parallel.by_first, self._write, model, path)
             if self.full:
                 await self._drain(old_version)
 
             # 2. all servers load it
             self.version = version
-            self.name = f"{self.run}-{version}"
+            self.name = f"{self.run}-{label}"
             self.path = str(path)
-            self.trains = True
             self.homes.clear()  # their caches are salted with another version
             living = await self._living()
             await asyncio.gather(*(self._give(server) for server in living))
@@ -548,7 +553,7 @@ class ServerEngine(Engine):
             self.ready.set()
 
         # 4. the one before goes
-        if parallel.is_first() and old_name != self.name:
+        if parallel.is_first():
             if old_name and not self.full:
                 await self._unload(old_name)
             if old_path.startswith(str(self.memory)):
@@ -618,6 +623,20 @@ class ServerEngine(Engine):
             )
         names = {name for name, _ in has}
         return names.pop() if len(names) == 1 else ""
+
+    async def _check_own_weights(self, server: Server) -> None:
+        """UserError if a server has full weights of a training run: it is asked for the model that
+        it was started with, or for adapters over that."""
+        try:
+            results = await self._call_workers(server, "what_it_has", [str(self.memory)])
+            names = [server_answers.weights_held(result)[0] for result in results]
+        except (_Useless, UserError, ValueError):
+            return  # it cannot take any, so it has none
+        if any(names):
+            raise UserError(
+                f"{server.url} has full weights of a training run ({names[0]}), not those of its "
+                "model: start it anew"
+            )
 
     async def _load_adapter(self, server: Server, name: str, folder: str) -> None:
         body = {"lora_name": name, "lora_path": folder}

@@ -7,14 +7,15 @@ killed, stopped or meets a broken reward goes on, bit for bit where its batches 
 that share a server, ahead or not, with adapters or full weights; what cannot be is refused.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
+import time
 import urllib.request
 
 import eyes
@@ -36,23 +37,18 @@ from test_resume import (
     start,
     wait_for,
 )
-from until import until
 
 import train_grpo
 from images import Picture
-from run import config
 from run.config import UserError
 from run.loop import Running
 from trajectory import ToolCall, Trajectory
 
 KILLS = [  # (where, at which call): each life begins where the one before was killed
     ("between two updates", 2 * UPDATES + 2),
-    ("as a model is written", 1),
     ("as a state is written", 1),
-    ("before a checkpoint is renamed", 1),
     ("after a checkpoint was renamed", 1),
     ("in a line of metrics", 1),
-    ("before a checkpoint", 2),
     ("as logprobs are computed", 3),
 ]
 
@@ -64,20 +60,37 @@ def healthy(url: str) -> bool:
         return False
 
 
-@pytest.fixture(scope="module")
-def url(place):
-    """Of a server of place/base, which samples one turn at a time."""
+def stand_in(folder: str, port: int) -> None:
+    """A server which samples one turn at a time, as a process of its own."""
+    from dev.stand_in import main
+
+    sys.argv = ["stand_in.py", f"--model={folder}", f"--port={port}"]
+    main()
+
+
+@contextlib.contextmanager
+def serving(nursery, folder):
+    """The address of such a server."""
     port = free_port()
-    command = [sys.executable, str(config.HERE / "dev" / "stand_in.py")]
-    command += [f"--model={place / 'base'}", f"--port={port}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen(command, env=environment)
+    server = nursery.Process(target=stand_in, args=(str(folder), port))
+    server.start()
     address = f"http://127.0.0.1:{port}"
-    assert until(lambda: server.poll() is not None or healthy(address))
-    assert server.poll() is None
-    yield address
-    server.kill()
-    server.wait()
+    end = time.monotonic() + HANGS
+    try:
+        while not healthy(address):
+            assert server.is_alive() and time.monotonic() < end
+            time.sleep(0.05)
+        yield address
+    finally:
+        server.kill()
+        server.join()
+
+
+@pytest.fixture(scope="module")
+def url(nursery, place):
+    """Of a server of place/base, which has the weights of the last run with full ones."""
+    with serving(nursery, place / "base") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +135,11 @@ def test_a_run_killed_again_and_again_is_the_run_that_nobody_disturbed(
     assert_same(undisturbed, left_by(out_dir))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_told_to_stop_finishes_its_step_and_saves(
-    undisturbed, start, run, place, ahead, number
+    undisturbed, start, run, place, ahead
 ):
-    out_dir = place / f"stopped_ahead_{number}"
+    number = signal.SIGTERM
+    out_dir = place / "stopped_ahead"
     child = start("grpo", out_dir, "halt", 2, save_every=0, **ahead)
     wait_for(place / "log", "halted")
     os.kill(child.pid, number)
@@ -176,36 +189,34 @@ def test_a_reward_that_raises_ahead_costs_nothing_that_was_learnt(run, place, ah
 # -- several ranks, one server
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_ranks_play_ahead_as_one_process_does(ranks, undisturbed, alone, place, ahead, kind):
-    codes, said = ranks("grpo", 2, kind, f"{kind}-ahead", **ahead)
+def test_ranks_play_ahead_as_one_process_does(ranks, alone, place, ahead):
+    codes, said = ranks("grpo", 2, "fsdp", "ranks-ahead", **ahead)
     assert codes == [0, 0], said
-    assert_learnt_alike_with_lag(place / f"{kind}-ahead", alone("grpo", **ahead))
-
-
-def assert_learnt_alike_with_lag(first, second):
-    """As assert_learnt_alike; what the lag makes of the sampler's metrics is larger than noise."""
-    ours = lines(first / "metrics.jsonl")
-    theirs = lines(second / "metrics.jsonl")
+    ours = lines(place / "ranks-ahead" / "metrics.jsonl")
+    theirs = lines(alone("grpo", **ahead) / "metrics.jsonl")
     for mine, other in zip(ours, theirs, strict=True):
-        del mine["canary"], other["canary"]
+        del mine["canary"], other["canary"]  # roundings
         assert mine == pytest.approx(other, rel=1e-3, abs=5e-5)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", ["grpo", "grpo_lora"])
-def test_ranks_share_a_server(ranks, alone, place, url, name, kind):
-    """Full weights and adapters: what the first rank writes is loaded once, and is that of all."""
+def test_ranks_share_a_server(ranks, alone, place, url):
+    """Full weights: each takes care that the server has what the first one wrote."""
     options = {"engine": "server", "urls": (url,)}
-    out_dir = f"{kind}-server-{name}"
-    codes, said = ranks(name, 2, kind, out_dir, **options)
+    codes, said = ranks("grpo", 2, "fsdp", "ranks-full", **options)
     assert codes == [0, 0], said
-    assert_learnt_alike(place / out_dir, alone(name, **options))
-    served = json.load(urllib.request.urlopen(f"{url}/v1/models"))
-    adapters = [card["id"] for card in served["data"] if card["parent"]]
-    runs = [adapter.rpartition("-")[0] for adapter in adapters]
-    assert len(runs) == len(set(runs))  # the last one of each run, and not one for each rank
-    assert not (place / out_dir / "weights").exists()
+    assert_learnt_alike(place / "ranks-full", alone("grpo", **options))
+    assert not (place / "ranks-full" / "weights").exists()
+
+
+def test_ranks_share_an_adapter(nursery, ranks, alone, place):
+    """It is loaded once, under one name, so that two have room in the server."""
+    with serving(nursery, place / "base") as url:
+        options = {"engine": "server", "urls": (url,)}
+        codes, said = ranks("grpo_lora", 2, "ddp", "ranks-lora", **options)
+        assert codes == [0, 0], said
+        served = json.load(urllib.request.urlopen(f"{url}/v1/models"))
+        assert len([card for card in served["data"] if card["parent"]]) == 1  # the last version
+        assert_learnt_alike(place / "ranks-lora", alone("grpo_lora", **options))
 
 
 # -- what is saved of a batch

@@ -401,14 +401,26 @@ def test_all_servers_take_full_weights_and_the_file_before_goes(fakes, tokenizer
         for version in range(3):
             run_blocking(engine.sync(Whole(version), version))
             play(engine, tokenizer, samples=1)
-        assert one.weights == two.weights == [f"{engine.run}-{version}" for version in range(3)]
-        assert [path.name for path in engine.memory.iterdir()] == ["version-2"]
+        names = [f"{engine.run}-{version}-{version + 1}" for version in range(3)]
+        assert one.weights == two.weights == names
+        assert [path.name for path in engine.memory.iterdir()] == ["version-2-3"]
         assert set(one.models) == {"base"}
         salts = {body["cache_salt"] for body in one.bodies + two.bodies}
         # nor may a cache be mistaken for that of another run with the same servers
-        assert salts == {f"{engine.run} version {version}" for version in range(3)}
+        assert salts == {f"{name} version {version}" for version, name in enumerate(names)}
         assert one.held["weight"].tolist() == [[2.0, 2.0], [2.0, 2.0]]
+        run_blocking(engine.sync(Whole(5), 2))  # a version again, with other weights
+        assert two.held["weight"].tolist() == [[5.0, 5.0], [5.0, 5.0]]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_with_weights_of_a_training_run_is_not_taken_for_its_model(fakes, tokenizer):
+    """An evaluation, or adapters, would be over the last weights that it was given."""
+    (one,) = fakes(1)
+    one.weights.append("nanotool-1-40")
+    with pytest.raises(UserError, match="has full weights of a training run .nanotool-1-40.*anew"):
+        with engine_of([one], tokenizer):
+            pass
 
 
 def test_full_weights_wait_until_all_turns_have_ended(fakes, tokenizer, plain, tmp_path):

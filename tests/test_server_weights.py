@@ -118,7 +118,7 @@ def test_two_servers_have_all_versions_and_one_that_was_killed_comes_back_with_t
         assert run_blocking(canary.check(engine, model)) < 1e-4
         print(f"versions 0, 1, 2 and back: {canary.noise:.1e}")
         (made,) = tmp_path.iterdir()
-        assert [file.name for file in made.iterdir()] == ["version-2"]  # older ones are gone
+        assert [file.name for file in made.iterdir()] == ["version-2-3"]  # older ones are gone
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1139,9 +1139,11 @@ def test_which_engine_shows_images_is_said_before_anything_slow(tmp_path_factory
             vision = player.load_vision(cfg, family.tokenizer, examples)
             assert vision.placeholder == family.vision.placeholder
     smol = made("smolvlm", tmp_path_factory)
-    cfg = train_grpo.Config(model=smol.folder, engine="server", train_vision=True)
+    cfg = train_grpo.Config(model=smol.folder, engine="server", train_vision=True, tune="lora")
     with pytest.raises(UserError, match="a server may leave .*, so use engine=vllm"):
         player.load_vision(cfg, smol.tokenizer, [])
+    cfg.tune = "full"  # all weights go over, the tower's among them
+    assert player.load_vision(cfg, smol.tokenizer, []).placeholder == smol.vision.placeholder
 
 
 def test_an_adapter_says_whether_it_has_layers_of_the_tower(smol, tmp_path):
