@@ -246,7 +246,7 @@ def test_metrics_stand_in_the_step_and_in_rollouts_jsonl(tokenizer, tmp_path):
     written = json.loads((tmp_path / "rollouts.jsonl").read_text())
     assert written["metrics"] == {"sales": 1.0, "stock": 5.0} and written["failure"] == ""
     assert [said["text"] for said in written["user_turns"]] == ["How many are left?", "Thank you."]
-    assert [call["reward"] for call in written["calls"]] == [0.5]
+    assert [call["reward"] for call in written["calls"]] == [0.5] and "u" in written["kinds"]
 
 
 def test_a_result_may_end_the_episode_and_then_no_user_speaks(tokenizer):
@@ -558,6 +558,7 @@ DOCUMENTED = '    def f(self) -> str:\n        """Do."""\n'
             "has __call__, so it is one tool, and its reward would never be called",
         ),
         ("    x = 1\n", "class Case without __call__ is no tool"),
+        ("    def close(self): pass\n", "class Case without __call__ is no tool"),
     ],
 )
 def test_what_would_be_ignored_or_fail_later_is_refused_by_name(body, wrong):
