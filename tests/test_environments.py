@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_formats import WRITERS, chat_of, closed
 from until import PATIENCE, until
 
 import play as play_script
@@ -202,6 +203,56 @@ def test_images_of_openings_and_of_the_user_are_words_to_a_model_that_sees_none(
     blind = "(an image, which this model cannot see)"
     assert t.messages[0]["content"].endswith(f"Here:\n{blind}")
     assert t.user_turns[0].text == blind
+
+
+class Asker:
+    """Adds, and asks once more."""
+
+    def add(self, a: int, b: int) -> str:
+        """Adds.
+
+        Args:
+            a: One number.
+            b: The other.
+        """
+        return str(a + b)
+
+    def user(self, trajectory):
+        return None if trajectory.user_turns else "And 3 and 4?"
+
+
+def contexts(ids, mask):
+    """What stands before, between and behind the trained spans."""
+    spans = [[]]
+    for token, bit, before in zip(ids, mask, [0, *mask], strict=False):
+        if not bit and before:
+            spans.append([])
+        if not bit:
+            spans[-1].append(token)
+    return spans
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_in_every_family_a_user_speaks_as_sft_would_show_it(name):
+    """Also a call and its result behind the user's words, and an answer that was left open."""
+    box = Toolbox([Asker])
+    chat = chat_of(name, box.schemas)
+    thought = chat.format.thought_end if chat.facts.opening else ""  # that the prompt opened
+    call = closed(chat, thought + chat.format.write("", [Call("add", {"a": 3, "b": 4})]))
+    answer = closed(chat, thought + "So.")
+    said = [call, answer, call, answer]
+    engine = ScriptedEngine(said, chat.tokenizer)
+    rewards = reward_functions.select(("format",))
+    (t,) = asyncio.run(rollouts([row()], chat, engine, box, Settings(), rewards=rewards))
+    assert t.stop == "answered" and [one.error for one in t.calls] == [None, None]
+    ids, mask = chat.render(t.messages)
+    told = [chat.tokenizer.decode(span) for span in contexts(t.ids, t.mask)]
+    assert told == [chat.tokenizer.decode(span) for span in contexts(ids, mask)]
+    assert "And 3 and 4?" in told[2]
+    by_answer = chat.tokenizer.convert_tokens_to_ids(chat.facts.close)
+    left_open = chat.reply("And?", said[1][:-1], t.example["messages"])
+    assert left_open[1:] == chat.reply("And?", said[1], t.example["messages"])
+    assert said[1][-1] == by_answer
 
 
 # -- state, rewards, metrics
