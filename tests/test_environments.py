@@ -255,6 +255,38 @@ def test_in_every_family_a_user_speaks_as_sft_would_show_it(name):
     assert said[1][-1] == by_answer
 
 
+@pytest.mark.parametrize("format", ["tags", "json_actions", "fence"])
+def test_in_text_formats_too(tokenizer, format):
+    """fence goes on in the same turn behind a result, and is closed by an answer."""
+
+    class Python:
+        user = Asker.user
+
+        def python(self, code: str) -> str:
+            """Runs code.
+
+            Args:
+                code: What.
+            """
+            return "7"
+
+    box = Toolbox([Python])
+    chat = Chat(tokenizer, format, box.schemas)
+    stop = [tokenizer.convert_tokens_to_ids(STOP)]
+    text = chat.format.write("", [Call("python", {"code": "3"})])
+    call = tokenizer.encode(text, add_special_tokens=False)
+    if format == "fence":
+        call += tokenizer.encode("\n", add_special_tokens=False)
+    else:
+        call += stop
+    answer = tokenizer.encode("So.", add_special_tokens=False) + stop
+    engine = ScriptedEngine([call, answer, call, answer], tokenizer)
+    rewards = reward_functions.select(("format",))
+    (t,) = asyncio.run(rollouts([row()], chat, engine, box, Settings(), rewards=rewards))
+    assert t.stop == "answered" and [one.error for one in t.calls] == [None, None]
+    assert (t.ids, t.mask) == chat.render(t.messages)
+
+
 # -- state, rewards, metrics
 
 
