@@ -532,6 +532,40 @@ def test_what_raises_or_hangs_costs_one_trajectory_and_not_the_run(tokenizer, pa
         assert sorted(Odd.closed) == [False, False, False, True]
 
 
+def test_hooks_may_be_async_and_one_that_hangs_is_cancelled(tokenizer):
+    cancelled = []
+
+    class Case:
+        async def work(self) -> str:
+            """Work."""
+            return "worked"
+
+        async def opening(self):
+            return "Open."
+
+        async def user(self, trajectory):
+            return None if trajectory.user_turns else "More."
+
+        async def reward(self, trajectory):
+            try:
+                await asyncio.sleep(PATIENCE if trajectory.example["stock"] else 0)
+            except asyncio.CancelledError:
+                cancelled.append(trajectory.example["stock"])
+                raise
+            return 1.0
+
+        async def metrics(self):
+            return {"n": 1}
+
+    script = repeating(tokenizer, "Hm." + STOP, say("work"), "Done." + STOP)
+    given = {"examples": [row(0), row(1)], "tool_options": (f"Case.timeout={SHORT}",)}
+    (one, other), _, box = play(tokenizer, script, Case, rewards=ENVIRONMENT, **given)
+    assert (one.reward, one.metrics, one.failure) == (1.0, {"n": 1.0}, "")
+    assert one.messages[0]["content"].endswith("Open.") and one.calls[0].result == "worked"
+    assert other.failure == "Case.reward took longer than 1 s" and other.reward is None
+    assert cancelled == [1] and box.leaked == 0
+
+
 @pytest.mark.parametrize(
     ("value", "wrong"),
     [
