@@ -272,6 +272,9 @@ class Chat:
         messages = [{"role": "user", "content": content}]
         self._check_images(messages, pictures)
         was_closed = ids[-1] in self.stop_ids
+        if self.format.result_goes_on:  # of two stop tokens one begins what follows an answer
+            last = self.tokenizer.convert_ids_to_tokens(ids[-1])
+            was_closed = last == self.facts.close
         return self.encode(self._between(messages, was_closed, prompt), pictures=pictures)
 
     def render(

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_formats import WRITERS, chat_of, closed
 from until import PATIENCE, until
 
 import play as play_script
@@ -204,6 +205,88 @@ def test_images_of_openings_and_of_the_user_are_words_to_a_model_that_sees_none(
     assert t.user_turns[0].text == blind
 
 
+class Asker:
+    """Adds, and asks once more."""
+
+    def add(self, a: int, b: int) -> str:
+        """Adds.
+
+        Args:
+            a: One number.
+            b: The other.
+        """
+        return str(a + b)
+
+    def user(self, trajectory):
+        return None if trajectory.user_turns else "And 3 and 4?"
+
+
+def contexts(ids, mask):
+    """What stands before, between and behind the trained spans."""
+    spans = [[]]
+    for token, bit, before in zip(ids, mask, [0, *mask], strict=False):
+        if not bit and before:
+            spans.append([])
+        if not bit:
+            spans[-1].append(token)
+    return spans
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_in_every_family_a_user_speaks_as_sft_would_show_it(name):
+    """Also a call and its result behind the user's words, and an answer that was left open."""
+    box = Toolbox([Asker])
+    chat = chat_of(name, box.schemas)
+    thought = chat.format.thought_end if chat.facts.opening else ""  # that the prompt opened
+    call = closed(chat, thought + chat.format.write("", [Call("add", {"a": 3, "b": 4})]))
+    answer = closed(chat, thought + "So.")
+    said = [call, answer, call, answer]
+    engine = ScriptedEngine(said, chat.tokenizer)
+    rewards = reward_functions.select(("format",))
+    (t,) = asyncio.run(rollouts([row()], chat, engine, box, Settings(), rewards=rewards))
+    assert t.stop == "answered" and [one.error for one in t.calls] == [None, None]
+    ids, mask = chat.render(t.messages)
+    told = [chat.tokenizer.decode(span) for span in contexts(t.ids, t.mask)]
+    assert told == [chat.tokenizer.decode(span) for span in contexts(ids, mask)]
+    assert "And 3 and 4?" in told[2]
+    by_answer = chat.tokenizer.convert_tokens_to_ids(chat.facts.close)
+    left_open = chat.reply("And?", said[1][:-1], t.example["messages"])
+    assert left_open[1:] == chat.reply("And?", said[1], t.example["messages"])
+    assert said[1][-1] == by_answer
+
+
+@pytest.mark.parametrize("format", ["tags", "json_actions", "fence"])
+def test_in_text_formats_too(tokenizer, format):
+    """fence goes on in the same turn behind a result, and is closed by an answer."""
+
+    class Python:
+        user = Asker.user
+
+        def python(self, code: str) -> str:
+            """Runs code.
+
+            Args:
+                code: What.
+            """
+            return "7"
+
+    box = Toolbox([Python])
+    chat = Chat(tokenizer, format, box.schemas)
+    stop = [tokenizer.convert_tokens_to_ids(STOP)]
+    text = chat.format.write("", [Call("python", {"code": "3"})])
+    call = tokenizer.encode(text, add_special_tokens=False)
+    if format == "fence":
+        call += tokenizer.encode("\n", add_special_tokens=False)
+    else:
+        call += stop
+    answer = tokenizer.encode("So.", add_special_tokens=False) + stop
+    engine = ScriptedEngine([call, answer, call, answer], tokenizer)
+    rewards = reward_functions.select(("format",))
+    (t,) = asyncio.run(rollouts([row()], chat, engine, box, Settings(), rewards=rewards))
+    assert t.stop == "answered" and [one.error for one in t.calls] == [None, None]
+    assert (t.ids, t.mask) == chat.render(t.messages)
+
+
 # -- state, rewards, metrics
 
 
@@ -246,7 +329,7 @@ def test_metrics_stand_in_the_step_and_in_rollouts_jsonl(tokenizer, tmp_path):
     written = json.loads((tmp_path / "rollouts.jsonl").read_text())
     assert written["metrics"] == {"sales": 1.0, "stock": 5.0} and written["failure"] == ""
     assert [said["text"] for said in written["user_turns"]] == ["How many are left?", "Thank you."]
-    assert [call["reward"] for call in written["calls"]] == [0.5]
+    assert [call["reward"] for call in written["calls"]] == [0.5] and "u" in written["kinds"]
 
 
 def test_a_result_may_end_the_episode_and_then_no_user_speaks(tokenizer):
@@ -449,6 +532,40 @@ def test_what_raises_or_hangs_costs_one_trajectory_and_not_the_run(tokenizer, pa
         assert sorted(Odd.closed) == [False, False, False, True]
 
 
+def test_hooks_may_be_async_and_one_that_hangs_is_cancelled(tokenizer):
+    cancelled = []
+
+    class Case:
+        async def work(self) -> str:
+            """Work."""
+            return "worked"
+
+        async def opening(self):
+            return "Open."
+
+        async def user(self, trajectory):
+            return None if trajectory.user_turns else "More."
+
+        async def reward(self, trajectory):
+            try:
+                await asyncio.sleep(PATIENCE if trajectory.example["stock"] else 0)
+            except asyncio.CancelledError:
+                cancelled.append(trajectory.example["stock"])
+                raise
+            return 1.0
+
+        async def metrics(self):
+            return {"n": 1}
+
+    script = repeating(tokenizer, "Hm." + STOP, say("work"), "Done." + STOP)
+    given = {"examples": [row(0), row(1)], "tool_options": (f"Case.timeout={SHORT}",)}
+    (one, other), _, box = play(tokenizer, script, Case, rewards=ENVIRONMENT, **given)
+    assert (one.reward, one.metrics, one.failure) == (1.0, {"n": 1.0}, "")
+    assert one.messages[0]["content"].endswith("Open.") and one.calls[0].result == "worked"
+    assert other.failure == "Case.reward took longer than 1 s" and other.reward is None
+    assert cancelled == [1] and box.leaked == 0
+
+
 @pytest.mark.parametrize(
     ("value", "wrong"),
     [
@@ -558,6 +675,7 @@ DOCUMENTED = '    def f(self) -> str:\n        """Do."""\n'
             "has __call__, so it is one tool, and its reward would never be called",
         ),
         ("    x = 1\n", "class Case without __call__ is no tool"),
+        ("    def close(self): pass\n", "class Case without __call__ is no tool"),
     ],
 )
 def test_what_would_be_ignored_or_fail_later_is_refused_by_name(body, wrong):

@@ -195,6 +195,18 @@ def test_before_and_after_are_those_of_the_evidence(task, seed):
     assert f"| {minutes:.2f} |" in row
 
 
+@pytest.mark.parametrize("seed", (0, 1))
+def test_the_desks_figures_are_those_of_the_evidence(seed):
+    before, interval_before = interval_of(f"desk/seed{seed}-before.json")
+    after, interval_after = interval_of(f"desk/seed{seed}-after.json")
+    row = row_of_results(f"desk | `desk_sft.py`, `desk.py` | seed {seed} |")
+    assert f"{before} {interval_before} -> {after} {interval_after}" in row
+    summary = (ROOT / "evidence" / "desk" / f"seed{seed}-summary.txt").read_text()
+    assert f"| {re.search(r'cpu_seconds: +([0-9]+)', summary).group(1)} s |" in row
+    sampled, _ = interval_of(f"desk/seed{seed}-after-sampled.json")
+    assert f"| {sampled} |" in row
+
+
 def minutes_of(file):
     rows = run_page.read(ROOT / "evidence" / file)
     return sum(row["seconds"] for row in rows) / 60

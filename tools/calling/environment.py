@@ -25,14 +25,14 @@ IDLE_MARKS = ("pure", "shared", "sees", "takes_images", "prepare", "describe")
 
 
 def is_environment(target) -> bool:
-    """Says whether it is a class without `__call__` that has a public method. UserError for one
+    """Says whether it is a class without `__call__` that has a tool or a hook. UserError for one
     with `__call__`, which is a tool, if it also has a hook: that would never be called."""
     if not inspect.isclass(target):
         return False
     members = _members(target)
     if "__call__" not in members:
-        public = [member for name, member in members.items() if not name.startswith("_")]
-        return any(inspect.isfunction(member) for member in public)
+        public = [name for name in members if not name.startswith("_") and name != CLOSE]
+        return any(inspect.isfunction(members[name]) for name in public)
     for hook in HOOKS:
         if inspect.isfunction(members.get(hook)):
             raise UserError(
