@@ -8,9 +8,9 @@ a part of the weights, of which it alone has the moments.
     optimizer.step()
 
 The passes are not DeepSpeed's: it is given gradients that are whole, as one process would have
-them. (Its stages 2 and 3 take each pass for themselves, and are wrong without a word where prompts
-are shared or the head is called apart from the decoder: tests/test_parallel.py.) Nor are the
-checkpoints, which are those of one process: DeepSpeed's go on with the same number of ranks only.
+them. (Its stages 2 and 3 hook themselves to every pass, and raise in these loops: tests/ways.py.)
+Nor are the checkpoints, which are those of one process: DeepSpeed's go on with the same number of
+ranks only.
 """
 
 import os
