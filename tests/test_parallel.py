@@ -3,9 +3,9 @@
     pytest tests/test_parallel.py
 
 Pinned here: metrics to the digits that are printed and weights to 2e-6 with 2 and 4 ranks of ddp,
-fsdp and deepspeed, with a reference, off-policy updates, groups that are replaced, adapters, 4 bits,
-held-out rows; a kill and a resume change no bit; a checkpoint of 2 ranks goes on with 4, 1 or none;
-what fails on one rank ends all, with one sentence; what would be wrong in silence (tests/ways.py).
+fsdp and deepspeed, with a reference, off-policy updates, groups that are replaced, adapters, 4
+bits, held-out rows; a kill and a resume change no bit; a checkpoint of 2 ranks goes on with 4, 1 or
+none; what fails on one rank ends all, with one sentence; what is wrong in silence (tests/ways.py).
 Ranks are forked from a process that has imported everything.
 """
 
@@ -341,6 +341,11 @@ def test_deepspeeds_own_loop_is_the_update_of_one_process(found):
 def test_other_ways_are_wrong_with_an_error(found, name, error):
     """In loops that let them pass they are wrong in silence; here they are not gone at all."""
     assert error in found[name]
+
+
+def test_deepspeed_tells_of_a_gradient_that_is_not_finite(found):
+    """optim.step then ends the run before a step: DeepSpeed's own goes on without one."""
+    assert found["norm of nan"] == float("inf")
 
 
 def test_fsdp_cuts_weights_of_four_bits_and_offload_takes_them_to_the_cpu(found):

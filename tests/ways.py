@@ -132,6 +132,17 @@ def four_bits_in_shards() -> dict:
     return {"share": here / whole, "offloaded": [p.offload_to_cpu for p in group.fsdp_params]}
 
 
+def norm_of_nan(model) -> float:
+    """Returns the norm of a gradient that is not finite on the last rank."""
+    parallel.HERE.zero = zero.Zero1(model, sgd(model))
+    loss = loss_of(model, 0)
+    if not parallel.is_first():
+        loss = loss * float("nan")
+    loss.backward()
+    parallel.sum_gradients(model)
+    return parallel.clip_gradients(model, 1.0)
+
+
 def by_stage(stage: int):
     """Returns the way that DeepSpeed documents: its own backward and step for each micro-batch."""
 
@@ -204,6 +215,8 @@ def as_rank(environment: dict, folder: str) -> None:
         for name, (kind, way) in WITH_AN_ERROR.items():
             parallel.HERE.kind = kind
             found[name] = error_of(way, copy.deepcopy(base))
+        parallel.HERE.kind = "deepspeed"
+        found["norm of nan"] = norm_of_nan(copy.deepcopy(base))
         parallel.HERE.kind = "fsdp"
         found["four bits"] = four_bits_in_shards()
     if environment["RANK"] == "0":
