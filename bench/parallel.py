@@ -3,6 +3,7 @@
     python bench/parallel.py                                # all cases: an hour on 2 cores
     python bench/parallel.py --cases=calc --sizes=2         # less of it
     python bench/parallel.py --models=out                   # start from out/calc_sft and others
+    # other results in the file stay
 
 Each run is one of a user's, `python train_grpo.py … --parallel=fsdp --gpus=2`; one process is
 started as torchrun would. Printed and written to evidence/bench/parallel.json: the largest
@@ -30,7 +31,7 @@ import train_grpo  # noqa: E402
 import train_sft  # noqa: E402
 
 SMALL = ["--token_budget=512"]
-FEW = ["--steps=5", "--prompts_per_step=8"]
+FEW = ["--steps=5", "--prompts_per_step=4"]
 # name: (script, config, the case whose model it goes on from, what else is given)
 CASES = {
     "calc_sft": ("train_sft.py", "calc_sft.py", "", ["--rows=160"]),
@@ -114,8 +115,8 @@ def main() -> None:
     kinds = arguments.kinds.split(",")
     sizes = [int(size) for size in arguments.sizes.split(",")]
 
-    about = {"command": " ".join(["python", *sys.argv]), "torch": torch.__version__}
-    results = []
+    save_to = Path(arguments.save_to)
+    results = json.loads(save_to.read_text())["results"] if save_to.exists() else []
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.cases.split(","):
             script, file, start, options = CASES[name]
@@ -137,12 +138,13 @@ def main() -> None:
                     out_dir = Path(folder) / f"{name}-{kind}{size}"
                     flags = [f"--parallel={kind}", f"--gpus={size}", f"--out_dir={out_dir}"]
                     run(script, [*common, *flags], is_rank=size == 1)
-                    result = {"case": name, "parallel": kind, "processes": size}
-                    result |= compare(script, one, out_dir)
+                    about = {"case": name, "parallel": kind, "processes": size}
+                    result = about | compare(script, one, out_dir)
                     print(json.dumps(result), flush=True)
-                    results.append(result)
-                    written = json.dumps(about | {"results": results}, indent=1)
-                    Path(arguments.save_to).write_text(written + "\n")
+                    others = [row for row in results if about.items() - row.items()]
+                    results = [*others, result | {"config": " ".join([file, *SMALL, *options])}]
+                    written = {"torch": torch.__version__, "results": results}
+                    save_to.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

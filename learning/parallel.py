@@ -226,8 +226,10 @@ def _wait(processes: list, errors: list) -> int:
                 failed = rank
                 break
     if failed is None:
-        codes = [process.returncode for process in processes]
-        return next((code for code in codes if code), 0)
+        code = next((process.returncode for process in processes if process.returncode), 0)
+        if code:
+            tell(f"error: the {len(processes)} ranks have lost each other")
+        return code
 
     # 2. the others save and end, or are ended
     deadline = time.monotonic() + PATIENCE

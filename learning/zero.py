@@ -8,9 +8,9 @@ a part of the weights, of which it alone has the moments.
     optimizer.step()
 
 The passes are not DeepSpeed's: it is given gradients that are whole, as one process would have
-them. (Its stages 2 and 3 take each pass for themselves, and are wrong without a word where prompts
-are shared or the head is called apart from the decoder: tests/test_parallel.py.) Nor are the
-checkpoints, which are those of one process: DeepSpeed's go on with the same number of ranks only.
+them. (Its stages 2 and 3 hook themselves to every pass, and raise in these loops: tests/ways.py.)
+Nor are the checkpoints, which are those of one process: DeepSpeed's go on with the same number of
+ranks only.
 """
 
 import os
@@ -90,8 +90,8 @@ class Zero1:
     # -- the state of one process
 
     def state_dict(self) -> dict:
-        """Returns what an AdamW of one process would return, on the first rank; {} on the others,
-        all of which have to call it."""
+        """Returns what an AdamW of one process would return, on the first rank; without moments on
+        the others, all of which have to call it."""
         state = {number: {} for numbers in self.numbers for number in numbers}
         for numbers, group in zip(self.numbers, self.zero.param_groups, strict=True):
             (part,) = group["params"]
@@ -101,6 +101,8 @@ class Zero1:
                         state[number][name] = value.clone()
                     continue
                 whole = _joined(value)
+                if not parallel.is_first():
+                    continue
                 start = 0
                 for number in numbers:
                     parameter = self.parameters[number]
@@ -157,12 +159,15 @@ def dtype_of(model) -> torch.dtype:
 
 
 def _joined(part: torch.Tensor) -> torch.Tensor:
-    """Puts the parts of all ranks together, in their order, on the first; on the others, zeros."""
+    """Puts the parts of all ranks together, in their order, on the first; the others keep their
+    own."""
     part = part.cpu()
-    parts = [torch.zeros_like(part) for _ in range(parallel.HERE.size)]
+    parts = None
+    if parallel.is_first():
+        parts = [torch.empty_like(part) for _ in range(parallel.HERE.size)]
     with parallel.lost_is_an_end():
-        dist.gather(part, parts if parallel.is_first() else None)
-    return torch.cat(parts)
+        dist.gather(part, parts)
+    return torch.cat(parts) if parts else part
 
 
 def _part_like(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:

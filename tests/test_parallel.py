@@ -2,14 +2,16 @@
 
     pytest tests/test_parallel.py
 
-Pinned here: metrics to the digits that are printed and weights to 2e-6 with 2 and 4 ranks of ddp
-and fsdp, with a reference, off-policy updates, groups that are replaced, adapters, held-out rows; a
-kill and a resume change no bit; a checkpoint of 2 ranks goes on with 4, 1 or none; what fails on
-one rank ends all, with one sentence. Ranks are forked from a process that has imported everything.
+Pinned here: metrics to the digits that are printed and weights to 2e-6 with 2 and 4 ranks of ddp,
+fsdp and deepspeed, with a reference, off-policy updates, groups that are replaced, adapters, 4
+bits, held-out rows; a kill and a resume change no bit; a checkpoint of 2 ranks goes on with 4, 1 or
+none; what fails on one rank ends all, with one sentence; what is wrong in silence (tests/ways.py).
+Ranks are forked from a process that has imported everything.
 """
 
 import importlib.util
 import itertools
+import json
 import os
 import re
 import signal
@@ -20,6 +22,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import ways
 from safetensors.torch import load_file
 from test_resume import (  # fixtures are found by their names
     HANGS,
@@ -287,6 +290,67 @@ def test_several_processes_learn_from_images_what_one_learns(
         assert mine["ids"] == other["ids"]
         assert mine.get("images") == other.get("images")
     assert any(len(row.get("images", ())) == 2 for row in recorded)
+
+
+# -- ways that are wrong, and nobody is told
+
+
+@pytest.fixture(scope="module")
+def found(nursery, place):
+    """What came out of each way in tests/ways.py."""
+    children = []
+    for environment in ranks_of(ways.RANKS):
+        child = nursery.Process(target=ways.as_rank, args=(environment, str(place)))
+        child.start()
+        children.append(child)
+    for child in children:
+        child.join(HANGS)
+    assert [child.exitcode for child in children] == [0, 0]
+    return json.loads((place / "found.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed"])
+def test_ours_is_the_update_of_one_process(found, name):
+    assert found[name] < 1e-6
+
+
+@pytest.mark.parametrize(
+    "name, least",
+    [
+        ("decoder and head as two roots", 0.1),
+        ("optimizer made while together", 0.99),
+    ],
+)
+def test_other_ways_are_wrong_without_an_error(found, name, least):
+    assert found[name] > least
+
+
+def test_deepspeeds_own_loop_is_the_update_of_one_process(found):
+    """That what is compared with it is set up rightly."""
+    assert found["stage 1 as documented"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    "name, error",
+    [
+        ("stage 2 in our loop", "has already been reduced"),
+        ("stage 3", "size mismatch"),
+        ("scored in shards", "mixed torch.Tensor and DTensor"),
+    ],
+)
+def test_other_ways_are_wrong_with_an_error(found, name, error):
+    """In loops that let them pass they are wrong in silence; here they are not gone at all."""
+    assert error in found[name]
+
+
+def test_deepspeed_tells_of_a_gradient_that_is_not_finite(found):
+    """optim.step then ends the run before a step: DeepSpeed's own goes on without one."""
+    assert found["norm of nan"] == float("inf")
+
+
+def test_fsdp_cuts_weights_of_four_bits_and_offload_takes_them_to_the_cpu(found):
+    assert found["four bits"]["share"] == 1 / ways.RANKS
+    assert all(found["four bits"]["offloaded"])
 
 
 # -- killed, stopped, gone on
