@@ -358,6 +358,17 @@ def test_a_page_reads_no_file_of_this_machine(tool, server):
     assert "root:" not in text
 
 
+def test_the_readers_are_confined_and_what_lacks_is_said(tool, server, monkeypatch, capsys):
+    layers = tool.readers.ask({"layers": True}, PATIENCE)["layers"]
+    assert {"network_namespace", "own_user", "seccomp"} <= set(layers)
+    monkeypatch.setattr(module, "WANTED", ("pid_namespace",))  # what a reader never has
+    monkeypatch.setattr(module.caller, "_reported", set())
+    monkeypatch.setattr(tool, "is_reported", False)
+    monkeypatch.setattr(tool, "texts", module.OrderedDict())
+    assert tool(f"{server.here}/short") == "Forty-two"
+    assert "open_page: this system lacks pid_namespace" in capsys.readouterr().err
+
+
 def test_a_text_that_takes_for_ever_is_given_up(server, monkeypatch):
     """By the process's own alarm; another one reads the next page."""
     tool = open_page(private=True)

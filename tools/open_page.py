@@ -23,8 +23,11 @@ from run.worker import WorkerDied, Workers
 from tools import ToolError
 from tools.calling.base import DEADLINE
 from tools.calling.http import plain, tool_error
+from tools.sandbox import caller
 
 READING = 20.0  # seconds, at most, that a text may take to be read
+# layers around them, where there are such
+WANTED = ("network_namespace", "no_capabilities", "no_new_privileges", "seccomp")
 KEPT = 32_000_000  # characters of texts that are kept; what was not used for longest goes
 READERS = 2  # processes
 READER = Path(__file__).parent / "sandbox" / "reading.py"  # what they run
@@ -58,6 +61,7 @@ class open_page:
             if importlib.util.find_spec(package) is None:
                 raise UserError(f'open_page needs {package}: pip install -e ".[pages]"')
         self.readers = Workers(READER, READERS, packages=True)
+        self.is_reported = False  # whether the user was told which layers are not around them
         self.texts = OrderedDict()  # URL -> (title, parts); the one used last at the end
         self.size = 0  # characters of them
         self.lock = threading.Lock()
@@ -99,6 +103,10 @@ class open_page:
             raise tool_error("the page's server", error) from None
 
         # 2. read
+        if not self.is_reported:
+            self.is_reported = True
+            layers = self.readers.ask({"layers": True}, READING)["layers"]
+            caller.report([name for name in WANTED if not layers[name]], "open_page")
         request = {"body": body, "url": url, "with_links": self.links}
         try:
             reply = self.readers.ask(request, min(READING, DEADLINE.get() or READING))

@@ -31,6 +31,9 @@ TEXT_SIZE = 2_000_000  # characters of a page that are kept
 HTML = (b"<!doctype html", b"<html", b"<head", b"<body", b"<title", b"<div", b"<p>")
 
 
+_layers = {}  # which are around this process
+
+
 def prepare() -> None:
     """Limits this process, for good, after it has read one page: that loads what is needed."""
     logging.disable()
@@ -39,13 +42,15 @@ def prepare() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    confine.confine_forks([os.__file__, pypdf.__file__, trafilatura.__file__])
+    _layers.update(confine.confine_forks([os.__file__, pypdf.__file__, trafilatura.__file__]))
     confine.refuse_to_act()
 
 
 def answer(request: dict) -> dict:
     """{"title", "text"} of the `body` that was fetched from `url`, or {"error"}. with_links:
-    whether links stay in the text."""
+    whether links stay in the text. Or {"layers"}."""
+    if "layers" in request:
+        return {"layers": _layers}
     body = request["body"]
     try:
         if b"%PDF-" in body[:1024]:
