@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,8 @@ from test_resume import (  # fixtures are found by their names
 )
 from until import until
 
+import train_grpo
+from images import Picture
 from learning import logprobs, parallel
 from run import config
 from run.config import UserError
@@ -290,6 +293,22 @@ def test_several_processes_learn_from_images_what_one_learns(
         assert mine["ids"] == other["ids"]
         assert mine.get("images") == other.get("images")
     assert any(len(row.get("images", ())) == 2 for row in recorded)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_ranks_that_have_seen_other_images_cut_a_batch_alike(monkeypatch, size):
+    """Else one rank would learn from what another learns from too, and none from something else."""
+    monkeypatch.setattr(parallel.HERE, "size", size)
+    monkeypatch.setattr(train_grpo, "shares_prompts", lambda model: False)
+    trajectories = []
+    for number in range(4):
+        picture = Picture(None, placeholder=5, tokens=2, patches=8, key=number + 1)
+        rows = {"ids": [1, 5, 5, 7, 8, 9], "mask": [0, 0, 0, 1, 1, 1], "images": [picture]}
+        trajectories.append(SimpleNamespace(**rows))
+    before = train_grpo.batches(None, trajectories, 40)
+    trajectories[0].images[0].seen = "by this rank"
+    cuts_alike = train_grpo.batches(None, trajectories, 40) == before
+    assert cuts_alike == (size == 2), "alone, what was seen takes no room"
 
 
 # -- ways that are wrong, and nobody is told
