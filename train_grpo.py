@@ -309,7 +309,9 @@ def batches(model, trajectories: list[Trajectory], token_budget: int) -> list[li
         prompts = shared_prefixes(told_apart(trajectories), [t.mask for t in trajectories])
     patches = []
     for trajectory, prompt in zip(trajectories, prompts, strict=True):
-        patches.append(count_patches(trajectory.ids[: len(prompt)], trajectory.images))
+        # each rank has seen other images, and all have to cut alike
+        beginning = trajectory.ids[: len(prompt)]
+        patches.append(count_patches(beginning, trajectory.images, parallel.is_one_of_several()))
     parts = micro_batches(lengths, token_budget, prompts, patches)
     return [[trajectories[i] for i in part] for part in parts]
 

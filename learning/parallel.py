@@ -155,6 +155,11 @@ def is_first() -> bool:
     return HERE.rank == 0
 
 
+def is_one_of_several() -> bool:
+    """Says whether other ranks learn from the same batch."""
+    return HERE.size > 1
+
+
 def must_launch(gpus: int) -> bool:
     """Says whether this process has to start the ranks: it is none itself."""
     return gpus > 1 and "RANK" not in os.environ

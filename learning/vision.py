@@ -376,11 +376,16 @@ def count_inside(ids: list[int], pictures: Sequence[Picture]) -> int:
     return inside
 
 
-def count_patches(beginning: list[int], pictures: Sequence[Picture]) -> tuple[int, int]:
-    """Counts the patches of a row's pictures: (of all, of those in its first ids)."""
+def count_patches(
+    beginning: list[int], pictures: Sequence[Picture], with_seen: bool = False
+) -> tuple[int, int]:
+    """Counts the patches of a row's pictures: (of all, of those in its first ids). with_seen: of
+    those too that the tower has seen; what it made of them is kept, and none goes through again."""
     inside = count_inside(beginning, pictures)
-    # what the tower made of a picture before is kept: then none of it goes through
-    patches = [0 if picture.seen else picture.patches for picture in pictures]
+    patches = []
+    for picture in pictures:
+        goes_through = with_seen or not picture.seen
+        patches.append(picture.patches if goes_through else 0)
     return sum(patches), sum(patches[:inside])
 
 

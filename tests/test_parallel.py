@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,8 @@ from test_resume import (  # fixtures are found by their names
 )
 from until import until
 
+import train_grpo
+from images import Picture
 from learning import logprobs, parallel
 from run import config
 from run.config import UserError
@@ -292,6 +295,22 @@ def test_several_processes_learn_from_images_what_one_learns(
     assert any(len(row.get("images", ())) == 2 for row in recorded)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_ranks_that_have_seen_other_images_cut_a_batch_alike(monkeypatch, size):
+    """Else one rank would learn from what another learns from too, and none from something else."""
+    monkeypatch.setattr(parallel.HERE, "size", size)
+    monkeypatch.setattr(train_grpo, "shares_prompts", lambda model: False)
+    trajectories = []
+    for number in range(4):
+        picture = Picture(None, placeholder=5, tokens=2, patches=8, key=number + 1)
+        rows = {"ids": [1, 5, 5, 7, 8, 9], "mask": [0, 0, 0, 1, 1, 1], "images": [picture]}
+        trajectories.append(SimpleNamespace(**rows))
+    before = train_grpo.batches(None, trajectories, 40)
+    trajectories[0].images[0].seen = "by this rank"
+    cuts_alike = train_grpo.batches(None, trajectories, 40) == before
+    assert cuts_alike == (size == 2), "alone, what was seen takes no room"
+
+
 # -- ways that are wrong, and nobody is told
 
 
@@ -462,7 +481,7 @@ def test_ranks_that_are_told_to_stop_stop_at_the_same_step(begin, ranks, alone, 
 # -- --gpus=N
 
 
-def launched(place, out_dir, **options):
+def launch(place, out_dir, **options):
     """A process that a user starts: two ranks of it, by --gpus=2."""
     cfg = configured("grpo", out_dir, parallel="ddp", gpus=2, **BUDGET | options)
     config.save(cfg, f"{place}/{out_dir}.py")
@@ -497,10 +516,26 @@ def has_steps(place, out_dir, count: int) -> bool:
     return file.exists() and len(file.read_text().splitlines()) >= count
 
 
+@pytest.fixture
+def launched(place):
+    """launched(out_dir, …): a process that a user starts; two ranks of it, by --gpus=2."""
+    processes = []
+
+    def start(out_dir, **options):
+        process = launch(place, out_dir, **options)
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:  # where a test failed; its ranks end with it
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc here")
-def test_a_rank_that_is_killed_is_named_and_none_is_left(place):
-    process = launched(place, "gone", steps=100_000)
-    assert until(lambda: has_steps(place, "gone", 2))
+def test_a_rank_that_is_killed_is_named_and_none_is_left(launched, place):
+    process = launched("gone", steps=100_000)
+    assert until(lambda: has_steps(place, "gone", 2), HANGS)
     ranks = children_of(process.pid)
     os.kill(ranks[1], signal.SIGKILL)
     said, _ = process.communicate(timeout=HANGS)
@@ -510,9 +545,9 @@ def test_a_rank_that_is_killed_is_named_and_none_is_left(place):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc here")
-def test_ctrl_c_saves_and_a_launcher_that_is_killed_leaves_nobody(place, alone):
-    process = launched(place, "interrupted", steps=100_000, save_every=0)
-    assert until(lambda: has_steps(place, "interrupted", 1))
+def test_ctrl_c_saves_and_a_launcher_that_is_killed_leaves_nobody(launched, place):
+    process = launched("interrupted", steps=100_000, save_every=0)
+    assert until(lambda: has_steps(place, "interrupted", 1), HANGS)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=HANGS)
     assert process.returncode == 128 + signal.SIGINT, said
@@ -522,8 +557,8 @@ def test_ctrl_c_saves_and_a_launcher_that_is_killed_leaves_nobody(place, alone):
     (saved,) = (place / "interrupted" / "checkpoints").iterdir()
     assert saved.name == f"step-{steps:06d}"
 
-    process = launched(place, "interrupted", resume=True, steps=100_000, save_every=0)
-    assert until(lambda: has_steps(place, "interrupted", steps + 1))
+    process = launched("interrupted", resume=True, steps=100_000, save_every=0)
+    assert until(lambda: has_steps(place, "interrupted", steps + 1), HANGS)
     ranks = children_of(process.pid)
     process.kill()
     process.wait()

@@ -5,9 +5,9 @@ import time
 PATIENCE = 60.0  # seconds: generous, as only a test that fails waits for so long
 
 
-def until(condition) -> bool:
+def until(condition, seconds: float = PATIENCE) -> bool:
     """Whether condition() comes true."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
             return False
