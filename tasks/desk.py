@@ -55,7 +55,7 @@ def orders() -> dict[int, dict]:
     """{number: {"customer", "product", "town", "state"}}, one order of each customer, always the
     same."""
     rng = random.Random("desk orders")
-    numbers = rng.sample(range(1000, 10000), len(NAMES))
+    numbers = rng.sample(range(100, 1000), len(NAMES))
     made = {}
     for number, customer in zip(numbers, NAMES, strict=True):
         made[number] = {
@@ -241,7 +241,7 @@ def clerk(rng: random.Random, row: dict) -> list[dict]:
     number = number_of(row["customer"])
     turns = [words(rng.choice(ASK_NAME))]
     if rng.random() < GUESSES:
-        number = rng.randrange(1000, 10000)
+        number = rng.randrange(100, 1000)
     else:
         turns.append(call_message("find", {"customer": row["customer"]}))
     turns.append(words(rng.choice(ASK_WISH)))
@@ -278,7 +278,7 @@ class Said:
 
 def practice(rng: random.Random) -> list[dict]:
     """A conversation that is nothing but copying, which a pre-trained model would know already."""
-    numbers = [str(rng.randrange(1000, 10000)) for _ in range(rng.randint(1, 2))]
+    numbers = [str(rng.randrange(100, 1000)) for _ in range(rng.randint(1, 3))]
     names = [rng.choice(rng.choice((NAMES, TOWNS))) for _ in range(rng.randint(1, 3))]
     parts = numbers + names
     rng.shuffle(parts)
