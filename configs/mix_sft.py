@@ -1,4 +1,4 @@
-# 2-core CPU, about 2 minutes. A tiny model from scratch learns three tasks at once.
+# 2-core CPU, about 4 minutes. A tiny model from scratch learns three tasks at once; accuracy 0.3.
 out_dir = "out/mix_sft"
 mix = ("calc_sft.py", "facts_sft.py", "shop_sft.py")
 model = "tiny"
