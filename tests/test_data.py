@@ -218,8 +218,9 @@ def test_a_task_is_a_file_in_tasks_that_makes_rows(monkeypatch):
 
 def test_a_file_in_tasks_that_makes_no_rows_is_no_task():
     """tasks/tiny.py has the model that the tasks are for."""
-    assert complaint("task:tiny") == "no task 'tiny'; there are calc, chart, desk, facts, multi, shop"
-    says = "a task (task:calc, task:chart, task:desk, task:facts, task:multi, task:shop) or a hub id"
+    names = ("calc", "chart", "desk", "facts", "multi", "shop")
+    assert complaint("task:tiny") == f"no task 'tiny'; there are {', '.join(names)}"
+    says = f"a task ({', '.join(f'task:{name}' for name in names)}) or a hub id such as"
     assert says in complaint("tiny")
 
 
