@@ -1,4 +1,4 @@
-# 2-core CPU, 2.5 minutes of one core. GRPO from out/desk_sft: accuracy 0.3 -> 0.73 - 1.00.
+# 2-core CPU, about 3 minutes. GRPO from out/desk_sft: held-out accuracy 0.3 -> 1.00.
 out_dir = "out/desk"
 model = "out/desk_sft"
 data = "task:desk"

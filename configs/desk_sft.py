@@ -1,4 +1,4 @@
-# 2-core CPU, 2 minutes of one core. A tiny model from scratch learns the form; accuracy 0.3.
+# 2-core CPU, about 3 minutes. A tiny model from scratch learns the form; accuracy 0.3.
 out_dir = "out/desk_sft"
 model = "tiny"
 whole_names = True

@@ -5,10 +5,9 @@ its user is a simulated customer who tells a name and a wish only when asked for
 reward is 1.0 if the final database is the one that the customer wished for, with nothing else
 changed. `rows` are the problems for RL and evaluation, `demos` the demonstrations for SFT, made by
 clerks who talk to a Desk. Clerks are people: they do most of what is to be cancelled, but of the
-rest they say "Done." and do nothing; some take the wrong tool, or an order number from nowhere. So
+rest they say "Done." and do nothing; some take the wrong tool, or an order from nowhere. So
 a model that copies them well often fails, and GRPO has something to find: do what was asked for.
-Some conversations only repeat names and numbers: a model from scratch has to learn copying
-somewhere.
+Some conversations only repeat names and codes: a model from scratch has to learn copying somewhere.
 
 Train and held-out customers are disjoint by construction: the hash of a name says which of the two
 it belongs to.
@@ -27,6 +26,15 @@ from tasks.shop import PRODUCTS
 
 HELD_OUT = 5  # one customer in five is held out
 TOWNS = tuple(VALUES["town"])
+# An order has a code of two words, such as Heron Oak: the tiny model reads a word as one token.
+BIRDS = tuple(
+    """Avocet Crane Dove Dunlin Eagle Falcon Finch Gull Heron Ibis Jay Kite Lark Linnet Osprey Owl
+    Pipit Plover Raven Robin Shrike Swan Tern Thrush Wren""".split()
+)
+TREES = tuple(
+    """Acacia Alder Ash Aspen Beech Birch Cedar Cypress Elder Elm Fir Hazel Holly Juniper Larch
+    Laurel Lime Maple Oak Pine Poplar Rowan Spruce Willow Yew""".split()
+)
 PATIENCE = 2  # answers that ask for nothing and do nothing, before the customer goes
 
 GREETINGS = (
@@ -47,18 +55,18 @@ DOES_IT = {"cancel": 0.9, "refund": 0.4, "move": 0.4}  # share of the clerks who
 MISTAKEN = {"cancel": "refund", "refund": "cancel", "move": "cancel"}
 WRONG_TOOL = 1 / 8  # share of the clerks who then take another tool
 GUESSES = 1 / 8  # share of the clerks who do not look for the order
-PRACTICE = 0.2  # share of the conversations that only repeat names and numbers
+PRACTICE = 0.2  # share of the conversations that only repeat names and codes
 
 
 @functools.cache
-def orders() -> dict[int, dict]:
-    """{number: {"customer", "product", "town", "state"}}, one order of each customer, always the
+def orders() -> dict[str, dict]:
+    """{code: {"customer", "product", "town", "state"}}, one order of each customer, always the
     same."""
     rng = random.Random("desk orders")
-    numbers = rng.sample(range(100, 1000), len(NAMES))
+    codes = [f"{bird} {tree}" for bird in BIRDS for tree in TREES]
     made = {}
-    for number, customer in zip(numbers, NAMES, strict=True):
-        made[number] = {
+    for code, customer in zip(rng.sample(codes, len(NAMES)), NAMES, strict=True):
+        made[code] = {
             "customer": customer,
             "product": rng.choice(PRODUCTS),
             "town": rng.choice(TOWNS),
@@ -67,9 +75,9 @@ def orders() -> dict[int, dict]:
     return made
 
 
-def fresh() -> dict[int, dict]:
+def fresh() -> dict[str, dict]:
     """A database that may be changed."""
-    return {number: dict(order) for number, order in orders().items()}
+    return {code: dict(order) for code, order in orders().items()}
 
 
 class Desk:
@@ -91,41 +99,41 @@ class Desk:
         Args:
             customer: The whole name.
         """
-        for number, order in self.orders.items():
+        for code, order in self.orders.items():
             if order["customer"] == customer:
-                return f"Order {number}: {order['product']} to {order['town']}, {order['state']}."
+                return f"Order {code}: {order['product']} to {order['town']}, {order['state']}."
         return f"{customer} has no order."
 
-    def cancel(self, order: int) -> str:
+    def cancel(self, order: str) -> str:
         """Cancel an order.
 
         Args:
-            order: Its number.
+            order: Its code.
         """
         return self._change(order, "state", "cancelled")
 
-    def refund(self, order: int) -> str:
+    def refund(self, order: str) -> str:
         """Pay the money of an order back.
 
         Args:
-            order: Its number.
+            order: Its code.
         """
         return self._change(order, "state", "refunded")
 
-    def move(self, order: int, town: str) -> str:
+    def move(self, order: str, town: str) -> str:
         """Send an order to another town.
 
         Args:
-            order: Its number.
+            order: Its code.
             town: Where to.
         """
         return self._change(order, "town", town)
 
-    def _change(self, number, column, value):
-        if number not in self.orders:
-            return f"There is no order {number}."
-        self.orders[number][column] = value
-        return f"Order {number} has {column} {value}."
+    def _change(self, code, column, value):
+        if code not in self.orders:
+            return f"There is no order {code}."
+        self.orders[code][column] = value
+        return f"Order {code} has {column} {value}."
 
     # hooks
 
@@ -148,13 +156,13 @@ class Desk:
     def metrics(self) -> dict:
         """How many orders are not as they were."""
         before = orders()
-        return {"changed": sum(self.orders[number] != before[number] for number in before)}
+        return {"changed": sum(self.orders[code] != before[code] for code in before)}
 
 
-def wished(customer: str, wish: str, town: str) -> dict[int, dict]:
+def wished(customer: str, wish: str, town: str) -> dict[str, dict]:
     """The database as the customer wants it."""
     after = fresh()
-    order = after[number_of(customer)]
+    order = after[code_of(customer)]
     if wish == "move":
         order["town"] = town
     else:
@@ -163,11 +171,11 @@ def wished(customer: str, wish: str, town: str) -> dict[int, dict]:
 
 
 @functools.cache
-def number_of(customer: str) -> int:
-    """The number of a customer's order."""
-    for number, order in orders().items():
+def code_of(customer: str) -> str:
+    """The code of a customer's order."""
+    for code, order in orders().items():
         if order["customer"] == customer:
-            return number
+            return code
     raise UserError(f"task:desk has no customer {customer!r}")
 
 
@@ -191,7 +199,7 @@ def problem(rng: random.Random, split: str) -> dict:
     """One problem of the split: prompt, and what the customer wants, and says when asked."""
     customer = rng.choice(customers(split))
     wish = rng.choice(list(WISHES))
-    now = orders()[number_of(customer)]["town"]
+    now = orders()[code_of(customer)]["town"]
     town = rng.choice([town for town in TOWNS if town != now])  # else there is nothing to be done
     return {
         "prompt": rng.choice(GREETINGS),
@@ -212,9 +220,9 @@ def rows(split: str, seed: int = 0, n: int | None = None) -> list[dict]:
 # ---- conversations
 
 
-def action(tool: str, number: int, town: str) -> dict:
+def action(tool: str, code: str, town: str) -> dict:
     """The assistant's message that does something with an order."""
-    arguments = {"order": number}
+    arguments = {"order": code}
     if tool == "move":
         arguments["town"] = town
     return call_message(tool, arguments)
@@ -226,9 +234,14 @@ def oracle(row: dict) -> list[dict]:
         words(ASK_NAME[0]),
         call_message("find", {"customer": row["customer"]}),
         words(ASK_WISH[0]),
-        action(row["wish"], number_of(row["customer"]), row["town"]),
+        action(row["wish"], code_of(row["customer"]), row["town"]),
         words(DONE),
     ]
+
+
+def any_code(rng: random.Random) -> str:
+    """A code, whether there is such an order or not."""
+    return f"{rng.choice(BIRDS)} {rng.choice(TREES)}"
 
 
 def words(text: str) -> dict:
@@ -238,10 +251,10 @@ def words(text: str) -> dict:
 
 def clerk(rng: random.Random, row: dict) -> list[dict]:
     """The assistant's messages of a demonstrator."""
-    number = number_of(row["customer"])
+    code = code_of(row["customer"])
     turns = [words(rng.choice(ASK_NAME))]
     if rng.random() < GUESSES:
-        number = rng.randrange(100, 1000)
+        code = any_code(rng)
     else:
         turns.append(call_message("find", {"customer": row["customer"]}))
     turns.append(words(rng.choice(ASK_WISH)))
@@ -249,7 +262,7 @@ def clerk(rng: random.Random, row: dict) -> list[dict]:
         tool = row["wish"]
         if rng.random() < WRONG_TOOL:
             tool = MISTAKEN[tool]
-        turns.append(action(tool, number, row["town"]))
+        turns.append(action(tool, code, row["town"]))
     return [*turns, words(DONE)]
 
 
@@ -278,9 +291,9 @@ class Said:
 
 def practice(rng: random.Random) -> list[dict]:
     """A conversation that is nothing but copying, which a pre-trained model would know already."""
-    numbers = [str(rng.randrange(100, 1000)) for _ in range(rng.randint(1, 3))]
+    codes = [any_code(rng) for _ in range(rng.randint(1, 3))]
     names = [rng.choice(rng.choice((NAMES, TOWNS))) for _ in range(rng.randint(1, 3))]
-    parts = numbers + names
+    parts = codes + names
     rng.shuffle(parts)
     text = ", ".join(parts)
     return [

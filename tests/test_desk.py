@@ -82,9 +82,7 @@ def test_the_oracle_is_right_and_no_clerk_who_does_nothing_is(chat):
 def test_what_else_is_changed_costs_the_reward(chat):
     def too_much(row):
         *turns, last = desk.oracle(row)
-        other = next(
-            number for number in desk.orders() if number != desk.number_of(row["customer"])
-        )
+        other = next(code for code in desk.orders() if code != desk.code_of(row["customer"]))
         return [*turns, desk.action("cancel", other, ""), last]
 
     for t in play(chat, desk.rows("test", 0, 10), too_much):
@@ -120,8 +118,8 @@ def test_demonstrations_show_what_the_desk_says_and_are_often_wrong(chat):
 def test_the_database_of_a_trajectory_is_its_own():
     before = desk.fresh()
     one = Desk(desk.rows("test", 0, 1)[0])
-    number = next(iter(before))
-    assert one.cancel(number) == f"Order {number} has state cancelled."
+    code = next(iter(before))
+    assert one.cancel(code) == f"Order {code} has state cancelled."
     assert desk.fresh() == before == Desk(desk.rows("test", 0, 1)[0]).orders != one.orders
-    assert one.cancel(1) == "There is no order 1."
+    assert one.cancel("Heron") == "There is no order Heron."
     assert one.find("Nobody") == "Nobody has no order."
