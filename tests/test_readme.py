@@ -202,9 +202,12 @@ def test_the_desks_figures_are_those_of_the_evidence(seed):
     row = row_of_results(f"desk | `desk_sft.py`, `desk.py` | seed {seed} |")
     assert f"{before} {interval_before} -> {after} {interval_after}" in row
     summary = (ROOT / "evidence" / "desk" / f"seed{seed}-summary.txt").read_text()
-    assert f"| {re.search(r'cpu_seconds: +([0-9]+)', summary).group(1)} s |" in row
-    sampled, _ = interval_of(f"desk/seed{seed}-after-sampled.json")
-    assert f"| {sampled} |" in row
+    minutes = float(re.search(r"minutes: +([0-9.]+)", summary).group(1))
+    assert f"| {minutes:.1f} |" in row
+    sampled = [
+        interval_of(f"desk/seed{seed}-{when}-sampled.json")[0] for when in ("before", "after")
+    ]
+    assert f"| {sampled[0]} -> {sampled[1]} |" in row
 
 
 def minutes_of(file):
