@@ -677,8 +677,8 @@ def _read_rows(data, split, seed, limit):
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         tasks = ", ".join(f"task:{task}" for task in _task_names())
         raise UserError(
-            f"data = {data!r}: expected a .jsonl, .json or .parquet file, a task ({tasks}), "
-            "gym:NAME of reasoning_gym, or a hub id such as openai/gsm8k"
+            f"data = {data!r}: expected a .jsonl, .json or .parquet file, a task ({tasks}) or a "
+            "hub id such as openai/gsm8k"
         )
     return _hub_rows(name, config or None, split)
 
