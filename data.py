@@ -6,7 +6,8 @@
 
 `data` is a .jsonl, .json or .parquet file (rows in file order; a file has no splits), a folder or a
 Hugging Face hub id, with the name of its configuration after a colon, or task:calc, a generated
-task: tasks/calc.py, whose rows(split, seed=0) returns dicts with prompt and answer.
+task: tasks/calc.py, whose rows(split, seed=0) returns dicts with prompt and answer; or
+gym:leg_counting, a data set of the package reasoning_gym: tasks/gym.py.
 """
 
 import ast
@@ -20,6 +21,7 @@ from pathlib import Path
 from formats.base import THINK
 from formats.messages import NOT_SEEN, calls_of, has_images, read_messages, take_images
 from run.config import UserError, near
+from tasks import gym
 from tools import sql
 
 TASKS = Path(__file__).resolve().parent / "tasks"
@@ -75,7 +77,7 @@ def load(
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit = {limit}: expected at least 1, or none for all rows")
-    rows = itertools.islice(_read_rows(data, split, seed), limit)
+    rows = itertools.islice(_read_rows(data, split, seed, limit), limit)
     filled_in = _is_filled_in(data)
     folder = image_folder(data)
     examples = []
@@ -106,9 +108,14 @@ def load(
 def is_file(data) -> bool:
     """Says whether `data` names a file, which has no splits, and not a task, hub data set or
     folder."""
-    if data.startswith("task:"):
+    if is_made_up(data):
         return False
     return Path(data).suffix in SUFFIXES or Path(data).expanduser().is_file()
+
+
+def is_made_up(data) -> bool:
+    """Says whether `data` names rows that are made when they are read: others for another seed."""
+    return data.startswith(("task:", gym.PREFIX))
 
 
 def oracle(data, example) -> list[dict] | None:
@@ -231,7 +238,7 @@ def conversations(data, rows=None, seed=0, system_prompt="") -> list[dict]:
         demos = _task(data.removeprefix("task:")).demos(rows or 8192, seed)
         source = ({"messages": messages} for messages in demos)
     else:
-        source = itertools.islice(_read_rows(data, "train", seed), rows)
+        source = itertools.islice(_read_rows(data, "train", seed, rows), rows)
     filled_in = _is_filled_in(data)
     folder = image_folder(data)
     demonstrations = []
@@ -654,11 +661,13 @@ def check_names(examples: list[dict], tools: Container[str], rewards: Container[
 # ---- the rows of a file, a task, a folder or the hub
 
 
-def _read_rows(data, split, seed):
-    """An iterator over the rows, as dicts: what comes after `limit` is not read."""
+def _read_rows(data, split, seed, limit):
+    """An iterator over the rows, as dicts: what comes after `limit` is not read, or not made."""
     if data.startswith("task:"):
         task = _task(data.removeprefix("task:"))
         return iter(task.rows(split, seed=seed))
+    if data.startswith(gym.PREFIX):
+        return gym.problems(data.removeprefix(gym.PREFIX), split, seed, limit)
     path = Path(data).expanduser()
     if path.is_dir():
         return _hub_rows(str(path), None, split)

@@ -273,8 +273,7 @@ def origin_of_rows(cfg: train_grpo.Config) -> str:
         if place == Path(trained.data).expanduser().resolve():
             return "those it was trained on"
     elif (cfg.data, cfg.split) == (trained.data, trained.split):
-        is_made_up = cfg.data.startswith("task:")  # other rows for another seed
-        if not is_made_up or cfg.seed == trained.seed:
+        if not data.is_made_up(cfg.data) or cfg.seed == trained.seed:
             return "those it was trained on"
     return "held out by its run" if cfg.data == trained.eval_data else ""
 

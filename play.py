@@ -253,7 +253,7 @@ def half_blocks(image, columns: int = 48, most_rows: int = 16) -> Text:
 
 def is_here(source: str) -> bool:
     """Says whether the rows of `source` are on this machine."""
-    return source.startswith("task:") or Path(source).expanduser().exists()
+    return data.is_made_up(source) or Path(source).expanduser().exists()
 
 
 def check_held_out(cfg: train_grpo.Config, notes: list[str]) -> None:

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, fields, replace
 from grading.answers import answer, last_turn, places, words
 from grading.answers import f1 as f1_of
 from grading.equality import NotCompared, equal
+from grading.gym import gym
 from grading.judge import judge
 from grading.programs import code_tests
 from grading.queries import sql_match
@@ -226,6 +227,8 @@ def oracle(name: str, example: dict) -> str | None:
         return None
     if name in ("correct", "exact_match", "f1", "relaxed", "anls", "vqa"):
         return f"\\boxed{{{gold}}}"
+    if name == "gym":  # may have several lines, and braces
+        return f"<answer>{gold}</answer>"
     if name == "sql_match":
         return f"```sql\n{gold}\n```"
     if name == "code_tests":
@@ -438,10 +441,11 @@ def turn_results(trajectory, example):
 
 def need_answer(names: Sequence[str]) -> bool:
     """Says whether rows have to have an answer for these rewards, as they are given to `select`:
-    not where an environment says what is right, and the others look at how it was done."""
+    not where an environment or the row's own scorer says what is right, and the others look at how
+    it was done."""
     plain = {name.partition(":")[0] for name in names}
-    how = {reward.__name__ for reward in (environment, turn_results, *OF_THE_WAY)}
-    return "environment" not in plain or not plain <= how
+    how = {reward.__name__ for reward in (environment, gym, turn_results, *OF_THE_WAY)}
+    return not plain & {"environment", "gym"} or not plain <= how
 
 
 def check_environments(toolbox, selected: dict) -> None:
@@ -481,7 +485,7 @@ def _functions(selected):
 BUILT_IN = [
     correct, exact_match, f1, relaxed, anls, vqa, sql_match, code_tests, judge, format, tool_use,
     tool_bonus, needed_tool, tool_errors, repetition, repeated_calls, length, turn_calls,
-    redundancy, curiosity, diversity, ranking, environment, turn_results,
+    redundancy, curiosity, diversity, ranking, environment, turn_results, gym,
 ]  # fmt: skip
 OF_THE_WAY = (  # whatever the answer is
     format, tool_use, tool_bonus, tool_errors, repetition, repeated_calls, length, turn_calls,

@@ -113,7 +113,7 @@ class Config:
     offload: bool = False  # fsdp: shards and moments in the CPU's memory, where a GPU's is small
     # data
     mix: tuple[str, ...] = ()  # in the place of data: configs, each file.py[:weight]; run/mix.py
-    data: str = "task:calc"  # task:name, .jsonl, .parquet, or a hub id such as openai/gsm8k:main
+    data: str = "task:calc"  # task:name, gym:name, .jsonl, .parquet, hub id like openai/gsm8k:main
     split: str = "train"  # of a task or a hub data set; a file has none
     limit: int | None = None  # use the first n rows
     prompt_column: str = "prompt"  # text, or a list of chat messages

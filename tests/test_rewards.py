@@ -182,7 +182,7 @@ def test_two_rewards_of_one_file_share_its_module_and_a_file_that_fails_is_told(
             "unknown reward 'style' in 'style:2': there are correct, exact_match, f1, relaxed, "
             "anls, vqa, sql_match, code_tests, judge, format, tool_use, tool_bonus, needed_tool, "
             "tool_errors, repetition, repeated_calls, length, turn_calls, "
-            "redundancy, curiosity, diversity, ranking, environment, turn_results, "
+            "redundancy, curiosity, diversity, ranking, environment, turn_results, gym, "
             "or write file.py:function",
         ),
         (["format:big"], "rewards: cannot read the weight of 'format:big': expected a number"),

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from run import plugins
 from run.config import UserError, near
+from tools.calling import openenv
 from tools.calling.base import Environment, Result, Tool
 from tools.calling.environment import hooks_of, is_environment, tools_of
 
@@ -66,7 +67,7 @@ def load(
     texts = plugins.parse_options(options, OPTIONS)  # {tool: {option: text}}
     places = {}  # of what is given by name; an MCP server says itself what it has
     for item in items:
-        if isinstance(item, str) and not item.startswith(MCP):
+        if isinstance(item, str) and not item.startswith((MCP, openenv.PREFIX)):
             places[item] = _find(item)
 
     tools = []
@@ -86,6 +87,15 @@ def load(
                 if describe_only:
                     _refuse_idle_options(tool.name, texts, is_told=False)
                 tools.append(tool)
+        elif isinstance(item, str) and item.startswith(openenv.PREFIX):
+            environment, tool = openenv.load(item.removeprefix(openenv.PREFIX), timeout)
+            for name in (environment.name, tool.name):
+                _refuse_own_options(name, texts)
+                if describe_only:
+                    _refuse_idle_options(name, texts, is_told=False)
+            environment.timeout = tool.timeout = _timeout_of_all(environment.name, texts)
+            environments.append(environment)
+            tools.append(tool)
         else:
             target = _import(places[item], modules) if isinstance(item, str) else item
             if is_environment(target):

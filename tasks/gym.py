@@ -1,0 +1,78 @@
+"""Rows of a data set of the package reasoning_gym, for --data=gym:NAME: its problems as they are.
+
+The reward `gym` (grading/gym.py) asks the data set's own scorer. reasoning_gym makes problem i of a
+data set from the number seed + i, so neighbouring seeds share nearly all: here the numbers of each
+of our seeds begin somewhere else. Train and held-out problems are disjoint for all seeds: the hash
+of its question says which of the two a problem belongs to.
+"""
+
+import random
+import zlib
+from collections.abc import Iterator
+
+from run.config import UserError, near
+
+PREFIX = "gym:"  # begins the name of such data
+HELD_OUT = 5  # one problem in five is held out
+NUMBERS = 1_000_000  # problems that a seed can have
+BLOCK = 64  # of them are made ready at once: some data sets make all that they are asked for
+LARGEST = 2**31  # seed of theirs: numpy, which some use, takes none above twice that
+COUNT = 1000  # rows, where no limit says how many
+FRUITLESS = 2000  # problems in a row that are all of the other split: it has none
+
+
+def problems(name: str, split: str, seed: int, count: int | None) -> Iterator[dict]:
+    """The first `count` rows of a split, made while they are read: prompt, answer (None where the
+    data set knows none, but scores any), the data set's name, and its own entry for the scorer.
+    UserError for a name, a split or a number of rows that there is not."""
+    if split not in ("train", "test"):
+        raise UserError(f"split = {split!r}: gym:{name} has train and test")
+    made = 0
+    since_last = 0
+    for entry in _entries(name, seed):
+        since_last += 1
+        is_held_out = zlib.crc32(entry["question"].encode()) % HELD_OUT == 0
+        if is_held_out == (split == "test"):
+            row = {"prompt": entry["question"], "answer": entry["answer"]}
+            yield row | {"gym": name, "entry": entry}
+            made += 1
+            since_last = 0
+        if made == (count or COUNT):
+            return
+        if since_last == FRUITLESS:
+            break
+    raise UserError(f"gym:{name} has too few problems for split {split!r}: {made} were found")
+
+
+def _entries(name, seed):
+    start = zlib.crc32(str(seed).encode()) % LARGEST
+    for begin in range(start, start + NUMBERS, BLOCK):
+        block = data_set(name, begin, BLOCK)
+        for number in range(BLOCK):
+            # some draw from python's own random numbers beside those of their seed
+            state = random.getstate()
+            random.seed(begin + number)
+            entry = block[number]
+            random.setstate(state)
+            yield entry
+
+
+def data_set(name: str, seed: int, size: int):
+    """A data set of reasoning_gym. UserError without the package, for an unknown name, and for one
+    that cannot be made of its name alone."""
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ModuleNotFoundError as error:
+        if error.name != "reasoning_gym":
+            raise
+        raise UserError(
+            f"gym:{name} needs reasoning_gym: pip install 'reasoning-gym>=0.1.25,<0.2'"
+        ) from None
+    if name not in DATASETS:
+        hint = near(name, DATASETS) or f": there are {', '.join(sorted(DATASETS))}"
+        raise UserError(f"reasoning_gym has no data set {name!r}{hint}")
+    try:
+        return reasoning_gym.create_dataset(name, seed=seed, size=size)
+    except Exception as error:  # composite, which is made of others
+        raise UserError(f"gym:{name} cannot be made of its name alone: {error}") from None
