@@ -978,7 +978,7 @@ def desk(tmp_path_factory):
             prompts_per_step=2,
             group_size=3,
             max_tokens=200,
-            max_new_tokens=6,
+            max_new_tokens=40,
             learning_rate=1e-2,
             save_every=2,
             **given,
