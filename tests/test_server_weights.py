@@ -131,7 +131,8 @@ def test_the_canary_sees_half_of_the_weights(running, folder, tokenizer, tmp_pat
         moved(model, 5)
         weights_of = models.weights_of
         monkeypatch.setattr(models, "weights_of", lambda m: weights_of(m)[::2])
-        with pytest.raises(UserError, match="sync 1: the engine"):
+        # what was not given is whatever lay in that memory: other logprobs, or none that JSON has
+        with pytest.raises(UserError, match="sync 1: the engine|not JSON compliant"):
             run_blocking(sync_and_check(engine, model, 1, canary))
         monkeypatch.undo()
         assert run_blocking(sync_and_check(engine, model, 2, canary))["canary"] < 1e-4
