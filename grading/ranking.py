@@ -11,7 +11,7 @@ import hashlib
 import re
 
 from grading.answers import last_message
-from grading.judge import Grader, question_of, read_prompt, right_answer
+from grading.judge import Grader, filled, read_prompt
 from run.config import UserError
 
 PROMPT = """\
@@ -32,7 +32,6 @@ Where they stand does not matter. Think about it in a few sentences. Then write 
 all their numbers, the best first, with = between those that are equally good, such as
 "Ranking: 2 > 1 = 3".
 """
-FIELD = re.compile(r"\{(question|answer|replies)\}")
 # Counts are bounded: blanks without end take no time.
 RANKING = re.compile(
     r"""\branking["'*`\s]{0,8}[:=]["'*`$\[(\s]{0,8}([\d>=, \t*`#]{1,2000})""", re.I
@@ -98,13 +97,7 @@ class ranking:
 
     def _prompt_for(self, example, replies: list[str]) -> str:
         blocks = [f"<reply {i}>\n{text}\n</reply {i}>" for i, text in enumerate(replies, 1)]
-        fields = {
-            "question": question_of(example),
-            "answer": right_answer(example),
-            "replies": "\n\n".join(blocks),
-        }
-        # in one pass: a reply with "{answer}" in it stays as it is
-        return FIELD.sub(lambda match: fields[match[1]], self.prompt)
+        return filled(self.prompt, example, replies="\n\n".join(blocks))
 
 
 def _digest(text: str) -> bytes:
