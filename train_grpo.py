@@ -582,6 +582,12 @@ def saved_groups(groups: tuple | None, player: Player) -> dict | None:
     return {"played": player.as_saved(played), "learnt": learnt, "cursor": cursor}
 
 
+def saved_beside(groups: tuple | None, player: Player) -> dict:
+    """Names what a checkpoint of train_grpo.py holds beside weights, optimizers and counters."""
+    waiting = functools.partial(saved_groups, groups, player)  # long lists, if it is saved at all
+    return {"waiting": waiting, "pass_rates": player.pass_rates}
+
+
 def groups_of_saved(saved: dict | None, player: Player) -> tuple | None:
     """Makes what `sample_groups` returned of what `saved_groups` made of it."""
     if saved is None:
@@ -690,8 +696,7 @@ def train_here(cfg: Config) -> dict:
             last_metrics = metrics
             metrics = {"step": step}
             # what raises in here (a reward, an engine) is raised when the steps done are saved
-            groups = functools.partial(saved_groups, waiting, player)
-            saved = {"waiting": groups, "pass_rates": player.pass_rates}
+            saved = saved_beside(waiting, player)
             rescue = run.rescue(step, *kept, cursor=cursor, metrics=last_metrics, **saved)
             with rescue, parallel.whole(model):
                 # 3. sample from the weights of the last update; the canary proves that the engine
@@ -735,12 +740,11 @@ def train_here(cfg: Config) -> dict:
             trajectories = played = None
             if player.begun:  # if they fail, this step is saved without them
                 waiting_started = time.monotonic()
-                saved = {"pass_rates": player.pass_rates}
+                saved = saved_beside(None, player)
                 with run.rescue(step + 1, *kept, cursor=cursor, metrics=metrics, **saved):
                     waiting = sample(cursor=cursor, step=step + 1)
                 waited = time.monotonic() - waiting_started
-            groups = functools.partial(saved_groups, waiting, player)
-            saved = {"waiting": groups, "pass_rates": player.pass_rates}
+            saved = saved_beside(waiting, player)
             run.after(step + 1, cfg.steps, *kept, cursor=cursor, metrics=metrics, **saved)
 
         # 6. the model as from_pretrained loads it, and the last lines for people and for grep

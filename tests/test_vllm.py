@@ -602,11 +602,13 @@ def settings_of(folders, tmp_path, tune, steps):
         max_tokens = 448
         max_new_tokens = 8
         max_turns = 2
-        rewards = ({str(tmp_path / "r.py") + ":even"!r},)
+        rewards = ({str(tmp_path / "r.py") + ":another"!r},)
         learning_rate = 1e-2
     """
+    # no two trajectories get the same: a group in which all did would not be learnt from
     (tmp_path / "r.py").write_text(
-        "def even(trajectory, example):\n    return float(trajectory.ids[-1] % 2)\n"
+        "import itertools\n\ncount = itertools.count()\n\n\n"
+        "def another(trajectory, example):\n    return float(next(count))\n"
     )
     file = tmp_path / "run_config.py"
     file.write_text("\n".join(line.strip() for line in lines.splitlines()))
