@@ -7,9 +7,12 @@ Player(chat, engine, toolbox, rewards, Settings()).play(examples)   # of parts m
 """
 
 import asyncio
+import json
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import data
 import rewards as reward_functions
@@ -30,6 +33,7 @@ from run.loop import Running, run_blocking
 from tools import Toolbox
 from trajectory import Trajectory
 
+ASKED = "\ue0f6"  # stands for a question in the row that others are made like; for private use
 VALIDATION_SEED = 2_000_000  # of a task's rows: neither those of training nor evaluate.py's
 
 
@@ -48,6 +52,7 @@ class Player:
     cfg: object = None
     curriculum: Curriculum | None = None  # which of them come next; None: all in turn
     begun: Running | None = None  # what is being played, between `begin` and `take`
+    is_asked: bool = False  # by people, who may show images: see `for_questions`
 
     @classmethod
     def of(cls, cfg, tune: str = "none", limit: int | None = None) -> "Player":
@@ -76,13 +81,55 @@ class Player:
         settings = Settings.of(cfg)
         return cls(chat, None, toolbox, rewards, settings, None, model, examples, cfg)
 
+    @classmethod
+    def for_questions(cls, cfg) -> "Player":
+        """Makes one that people ask, by `question`: no row of the config is read, and nothing is
+        scored. Of a mix it is the first source's. UserError as `of`."""
+        if cfg.mix:
+            cfg = mix.sources(cfg)[0].cfg
+        # what only environments can be asked for stays: check_environments wants it named
+        of_tools = ("environment", "turn_results")
+        rewards = [name for name in cfg.rewards if name.partition(":")[0] in of_tools]
+        row = {cfg.prompt_column: ASKED, cfg.answer_column: "not known"}
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "question.jsonl"
+            file.write_text(json.dumps(row) + "\n")
+            cfg = replace(
+                cfg,
+                data=str(file),
+                answer_after="",
+                rewards=tuple(rewards) or ("correct",),
+                reward_options=(),
+                dynamic_sampling="",
+            )
+            player = cls.of(cfg, limit=1)
+        player.rewards = {}
+        player.is_asked = True
+        return player
+
+    def question(self, messages: list[dict], images: list = ()) -> dict:
+        """Makes the example of a conversation (formats.messages.read_messages), as the config makes
+        those of its rows: its system prompt in front of one that has none, its prompt_template
+        around the first text of the user. images: what says where each is, in order."""
+        *system, asked = self.examples[0]["messages"]
+        messages = list(messages)
+        for place, message in enumerate(messages):
+            if message["role"] == "user":
+                content = in_template(asked["content"], message["content"])
+                messages[place] = message | {"content": content}
+                break
+        if messages[0]["role"] != "system":
+            messages = system + messages
+        example = self.examples[0] | {"messages": messages}
+        return example | {"images": list(images)} if images else example
+
     def __enter__(self) -> "Player":
         try:
             if self.engine is None:
                 has_images = any(example.get("images") for example in self.examples)
                 # tools may return some; without them, and none in the rows, there will be none
                 has_tools = any(toolbox.tools for toolbox in self.toolboxes)
-                may_come = has_images or has_tools or self.cfg.train_vision
+                may_come = has_images or has_tools or self.cfg.train_vision or self.is_asked
                 vision = self.chat.vision if may_come else None
                 starting = start_engine(
                     self.cfg, self.model, self.chat.tokenizer, vision, has_images
@@ -345,6 +392,19 @@ class Mixture(Player):
             raise first from first.__cause__
         played = [trajectory for part in playing for trajectory in part.result()]
         return sorted(played, key=lambda trajectory: (trajectory.group, trajectory.sample))
+
+
+def in_template(template: str, content: str | list[dict]) -> str | list[dict]:
+    """Puts a content of the user in the place of ASKED: of parts, the last text."""
+    if isinstance(content, str):
+        return template.replace(ASKED, content)
+    texts = [place for place, part in enumerate(content) if "text" in part]
+    if not texts:
+        return content
+    text = template.replace(ASKED, content[texts[-1]]["text"])
+    parts = list(content)
+    parts[texts[-1]] = {"type": "text", "text": text}
+    return parts
 
 
 def load_policy(cfg, tune: str, *chats: Chat):

@@ -121,15 +121,16 @@ def _running_mean(steps: list[int], values: list[float], window: int) -> list[fl
 # ---- report.html
 
 
-def page(out_dir) -> None:
+def page(out_dir, title: str = "") -> None:
     """Writes report.html: page.html with the data of metrics.jsonl, rollouts.jsonl and config.py
     in it, and small copies of images. It loads nothing else: it can be mailed. A click on an image
-    opens the whole one, where the folder `images` is still beside the page."""
+    opens the whole one, where the folder `images` is still beside the page. title: "" is the
+    folder."""
     out_dir = Path(out_dir)
     rows = [finite_numbers(row) for row in steps_of(out_dir / "metrics.jsonl")]
     rollouts, written = _shown_rollouts(out_dir / "rollouts.jsonl")
     data = {
-        "out_dir": str(out_dir),
+        "out_dir": title or str(out_dir),
         "settings": _settings(out_dir / "config.py"),
         "panels": panels_of(dict.fromkeys(key for row in rows for key in row)),
         "steps": len(rows),

@@ -284,15 +284,20 @@ MOST = 4 * 2**20  # bytes of a request
 MOST_WITH_IMAGE = MOST + MAX_BYTES * 4 // 3  # which travels as base64
 
 
-def application(cfg: Config, box: Toolbox):
-    """The ASGI application: MCP, for who has the token."""
-    health = Health()
+def at_mcp(box: Toolbox, host: str, health: Health):
+    """The ASGI application of MCP at /mcp, for whoever asks; it has a lifespan."""
     sees = any(tool.sees for tool in box.tools.values())
-    inner = server(box, health=health).streamable_http_app(
-        host=cfg.host,
+    return server(box, health=health).streamable_http_app(
+        host=host,
         stateless_http=not stateful(box),
         max_request_body_size=MOST_WITH_IMAGE if sees else MOST,
     )
+
+
+def application(cfg: Config, box: Toolbox):
+    """The ASGI application: MCP, for who has the token."""
+    health = Health()
+    inner = at_mcp(box, cfg.host, health)
     token = key_from(cfg.token_env)
 
     async def app(scope, receive, send):

@@ -41,6 +41,7 @@ from tools.search import open_index
 
 try:
     from serve import web
+    from serve.web import Refused
 except ImportError as error:
     raise UserError(
         f'serve.retrieve needs a package ({error}): pip install -e ".[search]"'
@@ -85,15 +86,6 @@ def check(cfg: Config) -> None:
 # -- what a request may be
 
 
-class Refused(Exception):
-    """A request that is answered by a status of HTTP and a sentence."""
-
-    def __init__(self, status: int, why: str):
-        super().__init__(why)
-        self.status = status
-        self.why = why
-
-
 @dataclass
 class Question:
     """A request that is in order."""
@@ -133,24 +125,6 @@ def read_question(body: bytes, default_topk: int) -> Question:
     # half a character, which JSON can spell, is in no passage, and no encoder takes it
     queries = [query.encode("utf-8", "replace").decode() for query in queries]
     return Question(queries, topk, bool(with_scores))
-
-
-async def read_body(scope, receive) -> bytes:
-    """The body of a request. Raises Refused if it is too large, or its sender has gone."""
-    too_large = Refused(413, f"a request has at most {MOST_BYTES} bytes")
-    length = dict(scope["headers"]).get(b"content-length", b"0")
-    if length.isdigit() and int(length) > MOST_BYTES:
-        raise too_large
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Refused(400, "the request did not come to its end")
-        body += message.get("body", b"")
-        if len(body) > MOST_BYTES:
-            raise too_large
-        if not message.get("more_body"):
-            return bytes(body)
 
 
 # -- searching
@@ -255,17 +229,6 @@ def _shown(passages, question):
     return shown
 
 
-def prometheus(metrics: Metrics) -> str:
-    """The numbers in the text that Prometheus reads."""
-    lines = []
-    for name, value in vars(metrics).items():
-        is_counter = name in COUNTERS
-        full_name = f"nanotool_retrieve_{name}{'_total' if is_counter else ''}"
-        lines.append(f"# TYPE {full_name} {'counter' if is_counter else 'gauge'}")
-        lines.append(f"{full_name} {value}")
-    return "\n".join(lines) + "\n"
-
-
 # -- HTTP
 
 METHODS = {"/retrieve": "POST", "/health": "GET", "/metrics": "GET"}
@@ -282,7 +245,7 @@ def application(cfg: Config, index):
         if scope["type"] == "lifespan":
             retriever = Retriever(index, cfg)
             working = asyncio.create_task(retriever.work())
-            await _live(receive, send)
+            await web.live(receive, send)
             working.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await working
@@ -321,22 +284,13 @@ def application(cfg: Config, index):
         if path == "/health":
             await web.answer(send, 200, {"status": "healthy", **vars(retriever.metrics)})
         elif path == "/metrics":
-            await web.answer(send, 200, prometheus(retriever.metrics))
+            text = web.prometheus("nanotool_retrieve", retriever.metrics, COUNTERS)
+            await web.answer(send, 200, text)
         else:
-            body = await read_body(scope, receive)
+            body = await web.read_body(scope, receive, MOST_BYTES)
             await web.answer(send, 200, await retriever.retrieve(body))
 
     return app
-
-
-async def _live(receive, send):
-    """Returns when the server ends."""
-    while True:
-        message = await receive()
-        if message["type"] == "lifespan.shutdown":
-            await send({"type": "lifespan.shutdown.complete"})
-            return
-        await send({"type": "lifespan.startup.complete"})
 
 
 def main(argv: list[str]) -> None:

@@ -1,10 +1,12 @@
 """What our servers over HTTP have in common: where they listen, who may ask, and for how long.
 
-Used by mcp_server.py and retrieve.py. An ASGI application is served by uvicorn, in one process.
+Used by mcp_server.py, retrieve.py and agent.py. An ASGI application is served by uvicorn, in one
+process.
 """
 
 import hmac
 import json
+import signal
 import socket
 
 import h11
@@ -13,8 +15,21 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from run.config import UserError
 from run.http import is_on_this_machine, key_from
+from run.loop import Running
 
 REQUEST_SECONDS = 20.0  # that a request, its head and its body, has to arrive
+
+
+class Refused(Exception):
+    """A request that is answered by a status of HTTP and a sentence. param, code: what of it is
+    wrong, and how, in the errors of OpenAI's API."""
+
+    def __init__(self, status: int, why: str, param: str | None = None, code: str | None = None):
+        super().__init__(why)
+        self.status = status
+        self.why = why
+        self.param = param
+        self.code = code
 
 
 class ImpatientProtocol(H11Protocol):
@@ -62,6 +77,30 @@ def settings(app) -> uvicorn.Config:
 def serve(app, listening: socket.socket) -> None:
     """Serves until SIGTERM or Ctrl-C."""
     uvicorn.Server(settings(app)).run(sockets=[listening])
+
+
+def serve_on_loop(app, listening: socket.socket) -> None:
+    """Serves until SIGTERM or Ctrl-C, as `serve` does, on the one event loop on which engines and
+    tools are (run/loop.py)."""
+    server = uvicorn.Server(settings(app))
+
+    def end(*_):
+        server.force_exit = server.should_exit  # the second time, without waiting for anybody
+        server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    Running(server.serve(sockets=[listening])).result()
+
+
+async def live(receive, send) -> None:
+    """Answers the lifespan of an application; returns when the server ends."""
+    while True:
+        message = await receive()
+        if message["type"] == "lifespan.shutdown":
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        await send({"type": "lifespan.startup.complete"})
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -129,12 +168,56 @@ def names_loopback(headers: list) -> bool:
         return False
 
 
-async def answer(send, status: int, value, headers=()) -> None:
-    """Answers with JSON, or with a text as it is."""
-    kind = b"application/json"
-    body = json.dumps(value).encode() if not isinstance(value, str) else value.encode()
+def is_of_other_origin(headers: list) -> bool:
+    """Whether a request comes from a web page that this server did not serve."""
+    headers = dict(headers)
+    origin = headers.get(b"origin")
+    host = headers.get(b"host", b"")
+    return origin is not None and origin not in (b"http://" + host, b"https://" + host)
+
+
+# -- requests and answers
+
+
+async def read_body(scope, receive, most: int) -> bytes:
+    """The body of a request. Raises Refused if it has more than `most` bytes, or its sender has
+    gone."""
+    too_large = Refused(413, f"a request has at most {most} bytes")
+    length = dict(scope["headers"]).get(b"content-length", b"0")
+    if length.isdigit() and int(length) > most:
+        raise too_large
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Refused(400, "the request did not come to its end")
+        body += message.get("body", b"")
+        if len(body) > most:
+            raise too_large
+        if not message.get("more_body"):
+            return bytes(body)
+
+
+def prometheus(prefix: str, metrics, counters: list[str]) -> str:
+    """The numbers of a dataclass in the text that Prometheus reads. counters: those that only
+    grow."""
+    lines = []
+    for name, value in vars(metrics).items():
+        is_counter = name in counters
+        full_name = f"{prefix}_{name}{'_total' if is_counter else ''}"
+        lines.append(f"# TYPE {full_name} {'counter' if is_counter else 'gauge'}")
+        lines.append(f"{full_name} {value}")
+    return "\n".join(lines) + "\n"
+
+
+async def answer(send, status: int, value, headers=(), kind: bytes = b"") -> None:
+    """Answers with JSON, or with a text as it is, of the content type `kind`."""
     if isinstance(value, str):
-        kind = b"text/plain; version=0.0.4; charset=utf-8"
+        body = value.encode()
+        kind = kind or b"text/plain; version=0.0.4; charset=utf-8"
+    else:
+        body = json.dumps(value).encode()
+        kind = b"application/json"
     length = str(len(body)).encode()
     headers = [(b"content-type", kind), (b"content-length", length), *headers]
     await send({"type": "http.response.start", "status": status, "headers": headers})

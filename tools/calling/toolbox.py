@@ -11,7 +11,8 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import partial
 
 from run.config import UserError, tell
@@ -109,6 +110,16 @@ class Toolbox:
     def leaked(self) -> int:
         """Threads, and tasks that swallow their cancellation, past a deadline and still alive."""
         return sum(is_alive(job) for job in self._abandoned)
+
+    def with_tools(self, tools: Sequence[Tool]) -> "Toolbox":
+        """Makes one with more tools, for a trajectory that brings its own. Slots, counts, what is
+        known and what is shared are those of this one."""
+        other = copy(self)
+        other.tools = dict(self.tools)
+        for tool in tools:
+            other.tools[tool.name] = replace(tool, timeout=tool.timeout or self.timeout)
+        other.schemas = [tool.schema for tool in other.tools.values()]
+        return other
 
     def open(self, example: dict | None = None, images: list | None = None) -> "Session":
         """The tools of one trajectory. example: its data row. images: the trajectory's Pictures, a
