@@ -26,6 +26,7 @@ from run import config, mix, plugins
 from run import log as run_log
 from run import page as run_page
 from run.config import UserError
+from serve import runs
 from tools import Toolbox
 
 SCRIPTS = {"train_grpo.py": train_grpo, "train_sft.py": train_sft, "evaluate.py": evaluate}
@@ -153,12 +154,13 @@ def told_by(node) -> str:
 # ---- the checks
 
 
-def check(script: str, argv: list[str], is_start: bool = False) -> dict:
-    """Checks a command line as the script does before anything slow. is_start: that the model is
-    there too, which may ask the hub."""
+def check(script: str, argv: list[str], root: str, is_start: bool = False) -> dict:
+    """Checks a command line as the script does before anything slow, and that it writes below
+    root. is_start: that the model is there too, which may ask the hub."""
     cfg = parsed(script, argv)
     if script == "evaluate.py":
         return {"folder": cfg.save_to}
+    runs.below(Path(root), cfg.out_dir)
     if Path(cfg.out_dir).exists():
         checkpoint.Run(cfg)  # it says whether this run may write there, and writes nothing
     if cfg.resume:

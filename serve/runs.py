@@ -46,18 +46,41 @@ known_values: dict[Path, tuple] = {}  # of each config.py: what it was like, wha
 def folder_of(root: Path, name: str) -> Path:
     """The folder of a run by its name below root, "calc/eval". UserError for whatever would lead
     out of root, links too."""
-    parts = name.split("/")
-    is_plain = isinstance(name, str) and name and "\0" not in name and "\\" not in name
-    if not is_plain or any(part in ("", ".", "..") for part in parts):
-        raise UserError(f"run = {name!r}: expected a folder below {root}")
-    try:
-        name.encode()
-        folder = root / name
-        is_inside = folder.resolve().is_relative_to(root.resolve())
-    except (OSError, ValueError, RuntimeError):  # too long, half a character, a circle of links
-        is_inside = False
+    folder = root / name if is_inner(name) else None
+    is_inside = False
+    if folder is not None:
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # a circle of links, say
+            is_inside = folder.resolve().is_relative_to(root.resolve())
     if not is_inside:
-        raise UserError(f"run = {name!r}: expected a folder below {root}")
+        raise UserError(f"run = {name[:200]!r}: expected a folder below {root}")
+    return folder
+
+
+def is_inner(name: str) -> bool:
+    """Says whether this is a plain path to below where it begins."""
+    parts = name.split("/")
+    if "\0" in name or "\\" in name or len(name) > 1000:
+        return False
+    if any(part in ("", ".", "..") for part in parts):
+        return False
+    try:
+        return all(len(part.encode()) <= 255 for part in parts)  # as a disk takes it
+    except UnicodeEncodeError:  # half a character
+        return False
+
+
+def below(root: Path, name: str, key: str = "out_dir") -> Path:
+    """The folder that a run is to write to, which has to be below root to be seen. UserError if it
+    is not."""
+    folder = Path(name)
+    is_inside = False
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        inside = folder.resolve().relative_to(root.resolve())
+        is_inside = 1 <= len(inside.parts) <= DEPTH
+    if not is_inside or ".." in folder.parts:
+        raise UserError(
+            f"{key} = {name!r}: this page shows the runs below {root}: give --{key}={root}/a_name"
+        )
     return folder
 
 

@@ -1,9 +1,9 @@
 """A real browser, driven by the DevTools protocol: headless Chromium, as Debian has it.
 
-    with Browser(tmp_path) as browser:
-        page = browser.open("http://127.0.0.1:8799/")
-        page.until("document.querySelector('h1')?.textContent === 'Runs'")
-        page.click("a.primary")
+with Browser(tmp_path) as browser:
+    page = browser.open("http://127.0.0.1:8799/")
+    page.until("document.querySelector('h1')?.textContent === 'Runs'")
+    page.click("a.primary")
 """
 
 import base64
