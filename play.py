@@ -28,6 +28,7 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.color import Color
@@ -118,11 +119,11 @@ def with_own_row(cfg: train_grpo.Config, given: Config, folder: Path) -> train_g
     return dataclasses.replace(cfg, data=str(file), answer_after="")
 
 
-def play_made_up(cfg: train_grpo.Config) -> Trajectory:
-    """Plays and prints one rollout of an oracle, of a mix one of each source; UserError for what
-    the config gets wrong."""
+def play_made_up(cfg: train_grpo.Config, show: Callable | None = None) -> Trajectory:
+    """Plays one rollout of an oracle, of a mix one of each source, and prints it, or calls
+    show(trajectory, tokenizer); UserError for what the config gets wrong."""
     if cfg.mix:
-        return of_each_source(cfg, play_made_up)
+        return of_each_source(cfg, partial(play_made_up, show=show))
     notes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         # 1. rows that are here, and what an oracle says to the first
@@ -147,7 +148,7 @@ def play_made_up(cfg: train_grpo.Config) -> Trajectory:
         engine = ScriptedEngine(lambda ids, sampling: next_said(said), tokenizer)
         with Player(chat, engine, toolbox, rewards, Settings.of(cfg)) as player:
             (trajectory,) = player.play([example])
-    show_rollout(trajectory, tokenizer)
+    (show or show_rollout)(trajectory, tokenizer)
     notes += doubts(trajectory, player.outcome)
     is_own_tokenizer = not any(note.startswith("model:") for note in notes)
     if cfg.data.startswith("task:") or is_own_tokenizer:
@@ -156,11 +157,11 @@ def play_made_up(cfg: train_grpo.Config) -> Trajectory:
     return trajectory
 
 
-def show_demonstration(cfg: train_sft.Config) -> Trajectory:
-    """Renders and prints the first row of a config of train_sft.py, as it would be trained on; of a
-    mix, the first of each source."""
+def show_demonstration(cfg: train_sft.Config, show: Callable | None = None) -> Trajectory:
+    """Renders the first row of a config of train_sft.py, as it would be trained on, of a mix the
+    first of each source, and prints it, or calls show(trajectory, tokenizer)."""
     if cfg.mix:
-        return of_each_source(cfg, show_demonstration)
+        return of_each_source(cfg, partial(show_demonstration, show=show))
     notes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         cfg = with_local_data(cfg, folder, notes)
@@ -183,7 +184,7 @@ def show_demonstration(cfg: train_sft.Config) -> Trajectory:
     mask = samples[0].mask
     trajectory = Trajectory.of_demonstration(row, ids, mask)
     trajectory.images = samples[0].pictures()
-    show_rollout(trajectory, tokenizer)
+    (show or show_rollout)(trajectory, tokenizer)
     if len(ids) > cfg.max_tokens:
         what = f"this row has {len(ids)} tokens and would be cut"
         notes.append(f"max_tokens = {cfg.max_tokens}: {what}")

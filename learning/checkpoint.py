@@ -45,7 +45,7 @@ FREE |= {"eval_every", "eval_data", "eval_rows"}  # they are looked at, not lear
 FREE |= {"parallel", "gpus", "offload"}  # all ranks together learn what one process would
 NOT_DETERMINISTIC = "deterministic=false"  # the one engine option that changes what is learnt
 # All that a run may leave that ends before its first step is over.
-START = {config.LOCK, "config.py", "metrics.jsonl", "rollouts.jsonl", "checkpoints"}
+START = {*config.BEFORE, "config.py", "metrics.jsonl", "rollouts.jsonl", "checkpoints"}
 START |= {"report.html", "wandb", "wandb_id.txt", "tensorboard", "weights"}
 KEEP_LAST = 2  # checkpoints; each takes three times the memory of what is trained
 

@@ -50,6 +50,9 @@ DISK_REMEDIES = {
     errno.EIO: "look after the disk, or give another",
 }
 LOCK = ".lock"  # in an out_dir, of the process that trains there: all that a killed one may leave
+# What may lie in the folder of a run before it begins: that, and what serve/page.py writes which
+# starts it: who runs there, and what it says.
+BEFORE = {LOCK, "process.json", "log.txt"}
 
 
 class UserError(Exception):
@@ -316,7 +319,7 @@ def fresh_dir(path, way_out="remove it", key="out_dir"):
     remedy = f"give another with --{key}=…"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        is_empty = all(entry.name == LOCK for entry in path.iterdir())
+        is_empty = all(entry.name in BEFORE for entry in path.iterdir())
     except OSError as error:  # a file in its place, no permission, a read-only disk
         raise UserError(f"cannot use {key} '{path}' ({error.strerror}): {remedy}") from None
     if not is_empty:

@@ -127,23 +127,38 @@ def page(out_dir, title: str = "") -> None:
     opens the whole one, where the folder `images` is still beside the page. title: "" is the
     folder."""
     out_dir = Path(out_dir)
-    rows = [finite_numbers(row) for row in steps_of(out_dir / "metrics.jsonl")]
-    rollouts, written = _shown_rollouts(out_dir / "rollouts.jsonl")
+    rollouts, written = shown_rollouts(out_dir / "rollouts.jsonl")
     data = {
         "out_dir": title or str(out_dir),
-        "settings": _settings(out_dir / "config.py"),
+        "settings": settings_of(out_dir / "config.py"),
+        **points_of(out_dir / "metrics.jsonl"),
+        "written": written,
+        "rollouts": rollouts,
+        "images": images_of(out_dir, rollouts),
+    }
+    # ASCII, and no "<": no text of a model can end the script element that it stands in.
+    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    (out_dir / "report.html").write_text(_template().replace("{{data}}", text), encoding="utf-8")
+
+
+def _template() -> str:
+    """page.html with its style and its script in it."""
+    parts = {}
+    for name in ("page.html", "page.css", "page.js"):
+        parts[name] = (config.HERE / "run" / name).read_text(encoding="utf-8")
+    text = parts["page.html"].replace("{{style}}", parts["page.css"])
+    return text.replace("{{script}}", parts["page.js"])
+
+
+def points_of(path: Path) -> dict:
+    """What the curves of a metrics.jsonl are drawn from."""
+    rows = [finite_numbers(row) for row in steps_of(path)]
+    return {
         "panels": panels_of(dict.fromkeys(key for row in rows for key in row)),
         "steps": len(rows),
         "metrics": _points(rows),
         "thinned": math.ceil(len(rows) / POINTS),  # steps that a point is the mean of
-        "written": written,
-        "rollouts": rollouts,
-        "images": _images(out_dir, rollouts),
     }
-    # ASCII, and no "<": no text of a model can end the script element that it stands in.
-    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    template = (config.HERE / "run" / "page.html").read_text(encoding="utf-8")
-    (out_dir / "report.html").write_text(template.replace("{{data}}", text), encoding="utf-8")
 
 
 def _points(rows: list[dict]) -> dict[str, list]:
@@ -170,7 +185,7 @@ def _mean_of(key: str, rows: list[dict]) -> float | None:
     return six_digits(mean) if _is_finite(mean) else None  # the sum may be beyond all floats
 
 
-def _shown_rollouts(path: Path) -> tuple[list[dict], int]:
+def shown_rollouts(path: Path) -> tuple[list[dict], int]:
     """(the rollouts that the page shows, how many the file holds)."""
     if not path.exists():
         return [], 0
@@ -178,22 +193,22 @@ def _shown_rollouts(path: Path) -> tuple[list[dict], int]:
     most = ROLLOUTS
     if written:
         most = min(ROLLOUTS, ROLLOUT_BYTES * written // path.stat().st_size)
-    chosen = set(_spread(written, max(2, most)))
+    chosen = set(spread(written, max(2, most)))
     rollouts = []
     for number, row in enumerate(each_row(path, constant=str)):  # JSON proper has no NaN
         if number in chosen and is_rollout(row):
-            rollouts.append(_shown(row))
+            rollouts.append(shown(row))
     return rollouts, written
 
 
-def _spread(total: int, most: int) -> list[int]:
+def spread(total: int, most: int) -> list[int]:
     """The numbers of at most `most` of `total` things: evenly apart, the first, the last."""
     if total <= most:
         return list(range(total))
     return [i * (total - 1) // (most - 1) for i in range(most)]
 
 
-def _shown(row: dict) -> dict:
+def shown(row: dict) -> dict:
     """What the page holds of a row of rollouts.jsonl."""
     shown = {key: row.get(key) for key in ROLLOUT_KEYS}
     pieces = row.get("pieces")
@@ -232,7 +247,7 @@ def _image_spans(row: dict) -> list[list[int]]:
     return spans
 
 
-def _images(out_dir: Path, rollouts: list[dict]) -> dict[str, dict]:
+def images_of(out_dir: Path, rollouts: list[dict]) -> dict[str, dict]:
     """The images of the rollouts by their names: size, and a small copy as a data URI; None for one
     that is not there, and no copy of those for which there is no room."""
     images = {}
@@ -278,24 +293,28 @@ def _kinds_of_mask(mask: list[int]) -> str:
     return "".join("t" if trained else "c" for trained in mask)
 
 
-def _settings(path: Path) -> list[tuple[str, str, str | None]]:
+def settings_of(path: Path) -> list[tuple[str, str, str | None]]:
     """(name, value, default) as python text, from a run's config.py. Defaults are those of the
     training script whose Config has nearly these names; None for a name that it has not."""
-    if not path.exists():
-        return []
-    values = {}
-    try:
-        written = ast.parse(path.read_bytes()).body
-    except (SyntaxError, ValueError):  # no file of a run: torn, or somebody else's
-        return []
-    for node in written:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            values[node.targets[0].id] = ast.unparse(node.value)
+    values = values_of(path)
     choices = [{}]  # where no script is near
     for script in sorted(config.HERE.glob("train_*.py")):
         choices.append(_defaults(script))
     defaults = min(choices, key=lambda names: len(values.keys() ^ names))
     return [(name, value, defaults.get(name)) for name, value in values.items()]
+
+
+def values_of(path: Path) -> dict[str, str]:
+    """{name: value as python text} of a run's config.py; nothing of it is run."""
+    values = {}
+    try:
+        written = ast.parse(path.read_bytes()).body
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return {}  # no file, or none of a run: torn, or somebody else's
+    for node in written:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            values[node.targets[0].id] = ast.unparse(node.value)
+    return values
 
 
 def _defaults(script: Path) -> dict[str, str]:

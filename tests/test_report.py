@@ -451,8 +451,9 @@ def test_the_page_loads_nothing(tmp_path):
     link is to a file in `images`, the one picture a copy in the data."""
     run(tmp_path, range(3))
     page = Scripts((tmp_path / "report.html").read_text(encoding="utf-8"))
-    text = (ROOT / "run" / "page.html").read_text(encoding="utf-8")
-    assert text.count("href: name") == text.count("href") == 1
+    parts = [(ROOT / "run" / f"page.{kind}") for kind in ("html", "css", "js")]
+    text = "".join(part.read_text(encoding="utf-8") for part in parts)
+    assert text.count("href: place ?? name") == text.count("href") == 1
     assert text.count('setAttribute("src", copy)') == text.count('"src"') == 1
     assert not re.search(r"https?:|\bsrc *=|\.src\b|@import|url\(|innerHTML|document\.write", text)
     assert re.search(r"img-src data:\W", text)

@@ -1,0 +1,101 @@
+"""Asks questions.py in a process of its own: what hangs is ended, what crashes ends nothing else.
+
+    answer = asking.ask("check", {"script": "train_grpo.py", "argv": ["--steps=5"]}, seconds=60)
+
+Each process is forked from one that has imported torch already (multiprocessing's fork server), so
+a question costs tenths of a second and not the seconds of that import.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+from multiprocessing import forkserver
+
+from run import config
+from trajectory import escaped
+
+AT_ONCE = 3  # questions; others wait
+MOST_SAID = 20_000  # characters of what a question printed
+free = threading.BoundedSemaphore(AT_ONCE)
+context = multiprocessing.get_context("forkserver")
+
+
+def prepare() -> None:
+    """Starts the process that imports torch. It goes with this one."""
+    context.set_forkserver_preload(["serve.questions", "serve.page"])
+    # the fork server looks for modules where python does: it is not told our path
+    before = os.environ.get("PYTHONPATH")
+    paths = [str(config.HERE), *([before] if before else [])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def ask(name: str, arguments: dict, seconds: float) -> dict:
+    """The answer of questions.ALL[name](**arguments), with what it printed as `said`; {"error": a
+    sentence} if it has none, or none in time."""
+    if not free.acquire(timeout=seconds):
+        return {"error": f"{AT_ONCE} other questions take long: ask again"}
+    try:
+        with tempfile.TemporaryFile() as said:
+            answer = _ask(name, arguments, seconds, said)
+            said.seek(0)
+            text = said.read(4 * MOST_SAID).decode("utf-8", "replace")
+        return {"said": escaped(text)[:MOST_SAID].strip(), **answer}
+    finally:
+        free.release()
+
+
+def _ask(name: str, arguments: dict, seconds: float, said) -> dict:
+    near, far = context.Pipe(duplex=False)
+    printed = multiprocessing.reduction.DupFd(said.fileno())
+    process = context.Process(target=_answer, args=(far, printed, os.getcwd(), name, arguments))
+    process.start()
+    far.close()
+    answer = None
+    is_late = False
+    try:
+        is_late = not near.poll(seconds)
+        if not is_late:
+            with contextlib.suppress(EOFError):  # it ended
+                answer = json.loads(near.recv_bytes())
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)  # with whatever it started
+        process.kill()
+        process.join()
+        near.close()
+    if is_late:
+        return {"error": f"no answer within {seconds:g} seconds: something in it hangs"}
+    if answer is None:
+        return {"error": f"the check ended without an answer (exit code {process.exitcode})"}
+    return answer
+
+
+def _answer(connection, printed, folder: str, name: str, arguments: dict) -> None:
+    """In the new process."""
+    os.setsid()  # it ends with all that it starts
+    os.chdir(folder)
+    descriptor = printed.detach()
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    from serve import questions
+
+    try:
+        answer = questions.answer(name, arguments)
+    except KeyboardInterrupt:
+        answer = {"error": "interrupted"}
+    sys.stdout.flush()
+    connection.send_bytes(json.dumps(answer, default=str).encode())
+    connection.close()
+    os._exit(0)  # threads of tools need not be waited for
