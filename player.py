@@ -8,7 +8,7 @@ Player(chat, engine, toolbox, rewards, Settings()).play(examples)   # of parts m
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 
 import data
@@ -50,12 +50,13 @@ class Player:
     begun: Running | None = None  # what is being played, between `begin` and `take`
 
     @classmethod
-    def of(cls, cfg, tune: str = "none", limit: int | None = None) -> "Player":
+    def of(cls, cfg, tune: str = "none", limit: int | None = None, model=None) -> "Player":
         """Makes all that train_grpo's Config (or one like it) describes but the engine; what is
         cheap to check comes first.
 
         tune: how the model will be trained, "none" if it will not be. limit: use the first so many
-        rows, instead of cfg.limit. Raises UserError for whatever the config gets wrong.
+        rows, instead of cfg.limit. model: cfg's, if it was loaded for another player. Raises
+        UserError for whatever the config gets wrong.
         """
         # 1. what needs no model
         check_engine(cfg.engine, cfg.urls)
@@ -72,7 +73,8 @@ class Player:
         check_prompts(chat, examples, cfg.max_tokens)
 
         # 3. the weights, unless an engine elsewhere has them
-        model = load_policy(cfg, tune, chat)
+        if model is None:
+            model = load_policy(cfg, tune, chat)
         settings = Settings.of(cfg)
         return cls(chat, None, toolbox, rewards, settings, None, model, examples, cfg)
 
@@ -142,10 +144,11 @@ class Player:
         first_group: int = 0,
         temperature: float | None = None,
         on_done: Callable[[Trajectory], None] | None = None,
+        skip: Container[tuple[int, int]] = (),
     ) -> list[Trajectory]:
         """Plays and scores `samples` trajectories of each example; see rollout.rollouts.
         temperature: instead of that of the settings. Works in notebooks too."""
-        self.begin(examples, samples, step, first_group, temperature, on_done)
+        self.begin(examples, samples, step, first_group, temperature, on_done, skip)
         return self.take()
 
     def begin(
@@ -156,6 +159,7 @@ class Player:
         first_group: int = 0,
         temperature: float | None = None,
         on_done: Callable[[Trajectory], None] | None = None,
+        skip: Container[tuple[int, int]] = (),
     ) -> None:
         """Begins what `play` does and does not wait for it: `take` does."""
         assert self.begun is None, "what was begun before was not taken"
@@ -168,6 +172,7 @@ class Player:
             step=step,
             samples=samples,
             on_done=on_done,
+            skip=skip,
         )
         self.begun = Running(playing)
 
