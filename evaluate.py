@@ -2,6 +2,7 @@
 
     python evaluate.py --run=out/calc                                   # a run, by its own config
     python evaluate.py --run=out/calc --n=8 --k=1,4,8 --temperature=1
+    python evaluate.py --run=out/calc --resume=true                     # what a kill left to play
     python evaluate.py --model=Qwen/Qwen2.5-0.5B-Instruct --config gsm8k.py --limit=200
     python evaluate.py --config gsm8k.py --run=out/calc --data=gsm8k_test.jsonl --limit=50
     python evaluate.py --run=out/calc_lora --engine=server --urls=http://127.0.0.1:8000
@@ -14,10 +15,8 @@ out (eval_data), else on the "test" split where the data has splits. Samples tha
 did not grade (None) are in no mean; not_graded says how many they are.
 """
 
-import contextlib
 import json
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,17 +33,23 @@ from chat import images_as_user
 from engines.base import Sampling
 from engines.chat_api import Endpoint, sendable_call
 from formats import Call, too_deep
-from player import Player, prepare_task
+from grading.statistics import interval, majority, pass_at_k
+from player import Mixture, Player, load_examples, prepare_task
 from rollout import Settings, run_calls, seed_of, stop_before_calls
+from run import evaluation
 from run import log as run_log
 from run.config import UserError
+from run.evaluation import Record, fault_of
 from run.http import key_from
 from trajectory import Trajectory, escaped, mean, stats
+
+MOST_CATEGORIES = 100
 
 
 @dataclass
 class Config:
     run: str = ""  # the out_dir of a training run: its model and its config
+    resume: bool = False  # go on with an evaluation of these settings; without one, begin
     n: int = 1  # samples per problem; more than 1 needs a temperature above 0
     k: tuple[int, ...] = (1,)  # pass@k and maj@k for each of these, n at most
     pass_at: float = 1.0  # the outcome reward from which a sample counts as right in pass@k
@@ -56,6 +61,7 @@ class Config:
     endpoint: str = ""  # an OpenAI-compatible API, http(s)://host/v1, whose --model is evaluated
     key_env: str = "OPENAI_API_KEY"  # the environment variable that holds its key
     save_to: str = ""  # folder of eval.json and rollouts.jsonl; "" = eval/ in the run, or out/eval
+    category_column: str = ""  # of the rows, such as level: the average by its values too
 
 
 def check(cfg: Config) -> None:
@@ -77,50 +83,6 @@ def check(cfg: Config) -> None:
 
 
 # ---- what is measured
-
-
-def pass_at_k(n: int, right: int, k: int) -> float:
-    """Estimates the probability that at least one of k samples, drawn from the n without putting
-    back, is right: 1 - C(n - right, k) / C(n, k), unbiased (Chen et al. 2021, arXiv:2107.03374).
-    ValueError if k > n."""
-    if k > n:
-        raise ValueError(f"pass@{k} needs at least {k} samples, got {n}")
-    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Gives the 95 % interval of the mean of one value per problem: Wilson's where all are 0 or 1,
-    which stays inside [0, 1] and is right for small n too, else the normal one."""
-    n = len(values)
-    average = sum(values) / n
-    z = 1.96  # standard deviations on each side that hold 95 %
-    if all(value in (0, 1) for value in values):
-        shrink = 1 + z * z / n
-        centre = (average + z * z / (2 * n)) / shrink
-        half = z / shrink * math.sqrt(average * (1 - average) / n + z * z / (4 * n * n))
-        return max(0.0, centre - half), min(1.0, centre + half)
-    variance = sum((value - average) ** 2 for value in values) / max(1, n - 1)
-    half = z * math.sqrt(variance / n)
-    if 0 <= min(values) and max(values) <= 1:
-        return max(0.0, average - half), min(1.0, average + half)
-    return average - half, average + half
-
-
-def majority(answers: list[str | None], scores: list[float]) -> float:
-    """Finds the score of the answer given most often, the earlier one in a tie; None has no
-    vote."""
-    votes: list[list] = []  # [answer, its score, how many gave it or one that equals it]
-    for answer, score in zip(answers, scores, strict=True):
-        if answer is None:
-            continue
-        same = [vote for vote in votes if reward_functions.equal(answer, vote[0])]
-        if same:
-            same[0][2] += 1
-        else:
-            votes.append([answer, score, 1])
-    if not votes:
-        return 0.0
-    return max(votes, key=lambda vote: vote[2])[1]
 
 
 def summarize(
@@ -170,6 +132,7 @@ def summarize(
 
     # 4. what training logs too
     of_training = ("rollouts", "equal_groups", "tool_seconds")
+    of_machine = "seconds_p"  # of calls: no two evaluations have the same
     metrics = stats(trajectories)
     for name in dict.fromkeys(name for t in trajectories for name in t.rewards):
         if all(t.rewards.get(name) is None for t in trajectories):
@@ -180,7 +143,10 @@ def summarize(
         metrics["accuracy"] = numbers[f"avg@{n}"]
     if not any(trajectory.ids for trajectory in trajectories):
         metrics.pop("tokens")  # behind an API nobody here sees them
-    return numbers | {name: metrics[name] for name in metrics if name not in of_training}
+    for name, value in metrics.items():
+        if name not in of_training and not name.startswith(of_machine):
+            numbers[name] = value
+    return numbers
 
 
 def vote_of(samples: list[Trajectory]) -> float | None:
@@ -410,14 +376,64 @@ def refuse_constant(name: str) -> None:
 def evaluate(cfg: train_grpo.Config, given: Config) -> dict:
     """Plays the problems of cfg, writes eval.json and rollouts.jsonl, returns the numbers. If the
     disk did not take the files, "not_saved" in them is the sentence that says so."""
-    folder = None
-    if given.save_to:  # before the model is loaded: it may hold something
-        folder = config.fresh_dir(given.save_to, key="save_to")
+    # 1. what was played before; if that is all, no model is needed
+    record = find_record(cfg, given)
+    if record and not missing_of(record, given):
+        return finish(cfg, given, record, record.there)
+
+    # 2. the rest
     with open_player(cfg, given) as player:
-        if folder is None:
-            beside = Path(given.run) / "eval" if given.run else Path("out/eval")
-            folder = config.next_folder(beside)
-        trajectories, problem = play_all(player, given.n, given.batch, folder)
+        return evaluate_with(player, cfg, given, record)
+
+
+def evaluate_with(
+    player: Player, cfg: train_grpo.Config, given: Config, record: Record | None
+) -> dict:
+    """Plays what a player that has been entered is still to play. record: of `find_record`."""
+    if given.category_column:
+        check_category(given.category_column, player.examples)
+    if record is None:
+        folder = Path(given.save_to)
+        if not given.save_to:
+            folder = config.next_folder(default_folder(given))
+        record = Record.begin(folder, begun_of(cfg, given, player.examples, outcomes_of(player)))
+    trajectories = play_all(player, record, given.n, given.batch)
+    return finish(cfg, given, record, trajectories, player)
+
+
+def finish(
+    cfg: train_grpo.Config,
+    given: Config,
+    record: Record,
+    trajectories: list[Trajectory],
+    player: Player | None = None,
+) -> dict:
+    """Makes the numbers of all trajectories and writes them. player: None if none was needed."""
+    numbers = numbers_of(cfg, given, record.begun["outcomes"], trajectories)
+    if given.endpoint:
+        numbers |= player.engine.report() if player else {}
+        not_sent = record.not_sent()  # also before a kill
+        if not_sent:
+            numbers["not_sent"] = ", ".join(sorted(not_sent))
+    record.put_in_order(trajectories)
+    problem = record.save_numbers(numbers)
+    if record.unsaved:
+        lost = f"{len(record.unsaved)} of {len(trajectories)} rollouts"
+        problem = f"{lost} could not be written to {record.folder} ({record.problem})"
+    numbers["saved"] = str(record.folder)
+    if problem:
+        numbers["not_saved"] = (
+            f"{problem}: the numbers are whole as printed; make room and go on with --resume=true, "
+            "or give another folder with --save_to=…"
+        )
+    return numbers
+
+
+def numbers_of(
+    cfg: train_grpo.Config, given: Config, outcomes: dict, trajectories: list[Trajectory]
+) -> dict:
+    """Makes what eval.json holds. outcomes: the reward that says right or wrong, of each source of
+    a mix, and of all ("")."""
     numbers = {
         "model": cfg.model,
         "data": ", ".join(cfg.mix) or cfg.data,
@@ -428,90 +444,200 @@ def evaluate(cfg: train_grpo.Config, given: Config) -> dict:
     origin = origin_of_rows(cfg)
     if origin:
         numbers["rows"] = origin
-    numbers |= summarize(trajectories, player.outcome, given.k, given.pass_at)
+    numbers |= summarize(trajectories, outcomes[""], given.k, given.pass_at)
+    faults = sum(bool(fault_of(trajectory)) for trajectory in trajectories)
+    if faults:
+        numbers["faults"] = faults
     if cfg.mix:
         numbers["sources"] = {}
-        for name, of_source in player.players.items():
-            played = [t for t in trajectories if t.example[mix.KEY] == name]
-            summary = summarize(played, of_source.outcome, given.k, given.pass_at)
-            numbers["sources"][name] = summary
-    if given.endpoint:
-        numbers |= player.engine.report()
-    try:
-        save_whole(folder / "eval.json", json.dumps(numbers, indent=2) + "\n")
-    except OSError as error:
-        problem = f"eval.json could not be written to {folder} ({error.strerror or error})"
-    numbers["saved"] = str(folder)
-    if problem:
-        numbers["not_saved"] = (
-            f"{problem}: the numbers are whole as printed; make room, or give another folder with "
-            "--save_to=…, and evaluate again for the files"
-        )
+        for source in mix.sources(cfg):
+            played = [t for t in trajectories if t.example[mix.KEY] == source.name]
+            summary = summarize(played, outcomes[source.name], given.k, given.pass_at)
+            numbers["sources"][source.name] = summary
+    if given.category_column:
+        numbers["category_column"] = given.category_column
+        numbers["categories"] = summarize_categories(trajectories, given.category_column)
     return numbers
 
 
-def play_all(
-    player: Player, samples: int, batch: int, folder: Path
-) -> tuple[list[Trajectory], str]:
-    """Plays all examples, `batch` at a time, and writes rollouts.jsonl as they are done. Returns
-    (trajectories, what is wrong with that file). A full disk ends nothing: what it did not take is
-    tried again with the next batch. What was played before an error is written too."""
-    trajectories = []
-    unsaved = []
-    problem = ""
-    file = folder / "rollouts.jsonl"
-    tokenizer = player.chat.tokenizer
+def summarize_categories(trajectories: list[Trajectory], column: str) -> dict[str, dict]:
+    """Averages the outcome by the values of a column of the rows."""
+    by_value: dict[str, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        by_value.setdefault(str(trajectory.example[column]), []).append(trajectory)
+    categories = {}
+    for value, played in sorted(by_value.items()):
+        summary = summarize(played, "", ())
+        average = summary[f"avg@{summary['samples']}"]
+        categories[value] = {"problems": summary["problems"], "average": average}
+        for name in ("ci95_low", "ci95_high", "not_graded"):
+            categories[value][name] = summary[name]
+    return categories
+
+
+def check_category(column: str, examples: list[dict]) -> None:
+    """Checks that every row has the column, and that it says of what kind a row is."""
+    for example in examples:
+        if example.get(column) is None:
+            columns = ", ".join(name for name in example if name not in ("id", "messages"))
+            raise UserError(
+                f"category_column = {column!r}: row {example['id'] + 1} has none, it has {columns}"
+            )
+    values = {str(example[column]) for example in examples}
+    if len(values) > MOST_CATEGORIES:
+        raise UserError(
+            f"category_column = {column!r} has {len(values)} values in {len(examples)} rows: "
+            f"expected at most {MOST_CATEGORIES} kinds of rows"
+        )
+
+
+# ---- what was begun before
+
+
+def default_folder(given: Config) -> Path:
+    """Says where an evaluation is written that is not told where."""
+    return Path(given.run) / "eval" if given.run else Path("out/eval")
+
+
+def find_record(cfg: train_grpo.Config, given: Config) -> Record | None:
+    """Finds the evaluation that goes on, with what is there of it; None if this one begins. Checks,
+    before a model is loaded, that the folder is free, or holds an evaluation of these settings."""
+    # 1. it begins
+    if not given.resume:
+        if given.save_to:
+            config.fresh_dir(given.save_to, "go on with --resume=true", key="save_to")
+        return None
+
+    # 2. which folders may hold it, the newest first
+    if given.save_to:
+        folder = Path(given.save_to)
+        if not folder.is_dir() or evaluation.holds_only_a_start(folder):
+            for left in folder.glob("*"):
+                left.unlink()
+            config.fresh_dir(folder, key="save_to")
+            return None
+        folders = [folder]
+    else:
+        folders = config.numbered_folders(default_folder(given))[::-1]
+    begun = [(folder, evaluation.begun_in(folder)) for folder in folders]
+    begun = [(folder, old) for folder, old in begun if old]
+    if not begun and given.save_to:
+        raise UserError(
+            f"save_to '{folder}' holds no evaluation to go on with (no {evaluation.SETTINGS}): "
+            "give another with --save_to=…"
+        )
+
+    # 3. the newest that has these settings
+    if not begun:
+        return None
+    examples = examples_of(cfg, given.limit)
+    wanted = evaluation.plain(begun_of(cfg, given, examples, {}))
+    for folder, old in begun:
+        if not evaluation.difference(old, wanted):
+            record = Record.open(folder)
+            record.there = record.read(examples, given.n)
+            count = len(examples) * given.n
+            config.tell(f"{folder}: {len(record.there)} of {count} trajectories are there")
+            return record
+    folder, old = begun[0]
+    raise UserError(
+        f"{folder} cannot go on: {evaluation.difference(old, wanted)}; give that, or begin another "
+        "with --save_to=…"
+    )
+
+
+def missing_of(record: Record, given: Config) -> list[int]:
+    """Lists the problems of which a sample is still to be played."""
+    places = {(trajectory.group, trajectory.sample) for trajectory in record.there}
+    return evaluation.missing(places, record.begun["problems"], given.n)
+
+
+def begun_of(
+    cfg: train_grpo.Config, given: Config, examples: list[dict], outcomes: dict[str, str]
+) -> dict:
+    """Makes what settings.json holds: all by which an evaluation is known when it goes on."""
+    settings = {name: getattr(given, name) for name in Config.__dataclass_fields__}
+    settings |= {name: getattr(cfg, name) for name in config.ROLLOUT_KEYS}
+    settings["tune"] = cfg.tune  # an adapter on a rounded base is loaded on that
+    if cfg.mix:
+        for source in mix.sources(cfg):
+            for name in mix.OF_A_SOURCE:
+                if name in config.ROLLOUT_KEYS:
+                    settings[f"{source.name}: {name}"] = getattr(source.cfg, name)
+    return {
+        "settings": settings,
+        "problems": len(examples),
+        "rows": evaluation.digest_of_rows(examples),
+        "weights": "" if given.endpoint else evaluation.digest_of_weights(cfg.model),
+        "outcomes": outcomes,
+    }
+
+
+def outcomes_of(player: Player) -> dict[str, str]:
+    """Names the reward that says right or wrong: of all (""), and of each source of a mix."""
+    outcomes = {"": player.outcome}
+    for name, of_source in sources_of(player).items():
+        outcomes[name] = of_source.outcome
+    return outcomes
+
+
+def sources_of(player: Player) -> dict[str, Player]:
+    """The players of a mix by its sources; {} of a player that is none."""
+    return player.players if isinstance(player, Mixture) else {}
+
+
+def examples_of(cfg: train_grpo.Config, limit: int | None) -> list[dict]:
+    """Reads the rows that a player of cfg has, without a model."""
+    if not cfg.mix:
+        return load_examples(cfg, cfg.data, cfg.split, limit or cfg.limit, cfg.seed)
+    examples = []
+    for source in mix.sources(cfg):
+        with mix.told_by(source.name):
+            for example in examples_of(source.cfg, limit):
+                examples.append(example | {mix.KEY: source.name})
+    return examples
+
+
+def play_all(player: Player, record: Record, samples: int, batch: int) -> list[Trajectory]:
+    """Plays what is missing, `batch` problems at a time, and writes each trajectory as it ends.
+    Returns all, also those that were there. A full disk ends nothing: what it did not take is tried
+    again with the next batch."""
+    # 1. what is there; rewards that compare samples compare all of a group or none
+    there = record.there
+    players = sources_of(player).values() or [player]
+    if any(reward_functions.see_groups(one.rewards) for one in players):
+        there = evaluation.whole_groups(there, samples)
+    places = {(trajectory.group, trajectory.sample) for trajectory in there}
+    groups = evaluation.missing(places, len(player.examples), samples)
     total = len(player.examples) * samples
+    trajectories = list(there)
+
+    # 2. the rest
+    tokenizer = player.chat.tokenizer
     with run_log.progress() as bars:
-        count = run_log.counter(bars, bars.add_task("rollouts", total=total, note=""))
+        bar = bars.add_task("rollouts", total=total, completed=len(there), note="")
+        count = run_log.counter(bars, bar)
 
         def on_done(trajectory: Trajectory) -> None:
-            done.append(trajectory)
+            columns = {}
+            if isinstance(player.engine, Endpoint) and player.engine.api.not_taken:
+                columns["not_sent"] = sorted(player.engine.api.not_taken)
+            record.append(trajectory, tokenizer, **columns)
             count(trajectory)
 
-        for start in range(0, len(player.examples), batch):
-            done: list[Trajectory] = []  # of this batch, whoever ended first
-            part = player.examples[start : start + batch]
-            try:
-                played = player.play(part, samples, first_group=start, on_done=on_done)
-            except BaseException:
-                append_rollouts(file, unsaved + done, tokenizer)
-                raise
-            trajectories += played
-            unsaved += played
-            problem = append_rollouts(file, unsaved, tokenizer)
-            if not problem:
-                unsaved = []
-    if unsaved:
-        problem = f"{len(unsaved)} of {total} rollouts could not be written to {folder} ({problem})"
-    return trajectories, problem
-
-
-def append_rollouts(file: Path, trajectories: list[Trajectory], tokenizer) -> str:
-    """Appends all of the trajectories or none. Returns why it was none, or ""."""
-    size = file.stat().st_size if file.exists() else 0
-    try:
-        run_log.write_rollouts(file, trajectories, tokenizer)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # no file at all
-            os.truncate(file, size)
-        return error.strerror or str(error)
-    return ""
-
-
-def save_whole(file: Path, text: str) -> None:
-    """Writes a file so that it is whole or not there. OSError if the disk does not take it."""
-    aside = file.with_name(file.name + ".new")
-    try:
-        with open(aside, "w", encoding="utf-8") as written:
-            written.write(text)
-            written.flush()
-            os.fsync(written.fileno())  # some disks say only now that they are full
-        aside.replace(file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise
+        try:
+            for start in range(0, len(groups), batch):
+                part = groups[start : start + batch]
+                first = part[0]
+                examples = player.examples[first : part[-1] + 1]
+                trajectories += player.play(
+                    examples, samples, first_group=first, on_done=on_done, skip=places
+                )
+                record.flush(tokenizer)
+        except BaseException:
+            config.tell(f"what was played is in {record.folder}: go on with --resume=true")
+            raise
+    return sorted(trajectories, key=lambda trajectory: (trajectory.group, trajectory.sample))
 
 
 def repeats_of_average(numbers: dict) -> set[str]:
@@ -548,7 +674,7 @@ def table(numbers: dict) -> None:
         out.add_column(name, justify="right")
     repeated = repeats_of_average(numbers)
     for key, value in numbers.items():
-        if key in ("pass_at", "not_saved", "sources") or key in repeated:
+        if key in ("pass_at", "not_saved", "sources", "categories") or key in repeated:
             continue
         name = f"{key} (reward >= {numbers['pass_at']:g})" if key.startswith("pass@") else key
         cells = [cell(value)]

@@ -10,7 +10,7 @@ import asyncio
 import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -55,12 +55,13 @@ class Player:
     is_asked: bool = False  # by people, who may show images: see `for_questions`
 
     @classmethod
-    def of(cls, cfg, tune: str = "none", limit: int | None = None) -> "Player":
+    def of(cls, cfg, tune: str = "none", limit: int | None = None, model=None) -> "Player":
         """Makes all that train_grpo's Config (or one like it) describes but the engine; what is
         cheap to check comes first.
 
         tune: how the model will be trained, "none" if it will not be. limit: use the first so many
-        rows, instead of cfg.limit. Raises UserError for whatever the config gets wrong.
+        rows, instead of cfg.limit. model: cfg's, if it was loaded for another player. Raises
+        UserError for whatever the config gets wrong.
         """
         # 1. what needs no model
         check_engine(cfg.engine, cfg.urls)
@@ -77,7 +78,8 @@ class Player:
         check_prompts(chat, examples, cfg.max_tokens)
 
         # 3. the weights, unless an engine elsewhere has them
-        model = load_policy(cfg, tune, chat)
+        if model is None:
+            model = load_policy(cfg, tune, chat)
         settings = Settings.of(cfg)
         return cls(chat, None, toolbox, rewards, settings, None, model, examples, cfg)
 
@@ -189,10 +191,11 @@ class Player:
         first_group: int = 0,
         temperature: float | None = None,
         on_done: Callable[[Trajectory], None] | None = None,
+        skip: Container[tuple[int, int]] = (),
     ) -> list[Trajectory]:
         """Plays and scores `samples` trajectories of each example; see rollout.rollouts.
         temperature: instead of that of the settings. Works in notebooks too."""
-        self.begin(examples, samples, step, first_group, temperature, on_done)
+        self.begin(examples, samples, step, first_group, temperature, on_done, skip)
         return self.take()
 
     def begin(
@@ -203,6 +206,7 @@ class Player:
         first_group: int = 0,
         temperature: float | None = None,
         on_done: Callable[[Trajectory], None] | None = None,
+        skip: Container[tuple[int, int]] = (),
     ) -> None:
         """Begins what `play` does and does not wait for it: `take` does."""
         assert self.begun is None, "what was begun before was not taken"
@@ -215,6 +219,7 @@ class Player:
             step=step,
             samples=samples,
             on_done=on_done,
+            skip=skip,
         )
         self.begun = Running(playing)
 

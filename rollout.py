@@ -18,7 +18,7 @@ import asyncio
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import rewards as reward_functions
@@ -78,6 +78,7 @@ async def rollouts(
     on_done: Callable[[Trajectory], None] | None = None,
     groups: Sequence[int] | None = None,
     turn: Callable | None = None,
+    skip: Container[tuple[int, int]] = (),
 ) -> list[Trajectory]:
     """Plays `samples` trajectories for each example, settings.max_concurrent at once.
 
@@ -85,12 +86,13 @@ async def rollouts(
     still played, and by those that see its group when all of that have ended.
     on_done(trajectory) is called then too. groups: the number of each
     example, where a long list is played in parts; seeds depend on it; None: 0, 1, … turn: plays
-    one turn in the place of `play_turn`. Returns them in the order of the examples, the samples of
+    one turn in the place of `play_turn`. skip: (group, sample) of those that were played before; of
+    a group that is compared, all or none. Returns them in the order of the examples, the samples of
     one side by side. What raises in any of them ends all.
     """
     if groups is None:
         groups = range(len(examples))
-    waiting = unplayed(examples, groups, chat, samples)
+    waiting = unplayed(examples, groups, chat, samples, skip)
     finished: list[Trajectory] = []
     ended = defaultdict(list)  # group -> those of its trajectories that have their own scores
     see_groups = reward_functions.see_groups(rewards or {})
@@ -142,16 +144,23 @@ async def rollouts(
 
 
 def unplayed(
-    examples: list[dict], groups: Sequence[int], chat: Chat, samples: int
+    examples: list[dict],
+    groups: Sequence[int],
+    chat: Chat,
+    samples: int,
+    skip: Container[tuple[int, int]] = (),
 ) -> Iterator[tuple[Trajectory, list[int], list[Picture], Chat]]:
     """Yields (trajectory, prompt ids, their Pictures, the chat with the row's tools) for each
     sample of each example. A prompt is rendered once for its group, and its images opened, when its
     first trajectory is about to be played."""
     for group, example in zip(groups, examples, strict=True):
+        wanted = [sample for sample in range(samples) if (group, sample) not in skip]
+        if not wanted:
+            continue
         chat_of_row = chat.for_row(example)
         pictures = chat_of_row.pictures(example)
         prompt = chat_of_row.prompt(example["messages"], pictures)
-        for sample in range(samples):
+        for sample in wanted:
             yield Trajectory(example, group, sample), prompt, pictures, chat_of_row
 
 

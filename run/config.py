@@ -331,8 +331,16 @@ def fresh_dir(path, way_out="remove it", key="out_dir"):
 
 def next_folder(folder):
     """Makes `folder`, or folder-2, folder-3, …: nothing that is there is overwritten."""
-    names = [folder] + [folder.with_name(f"{folder.name}-{i}") for i in range(2, 1000)]
-    return fresh_dir(next(name for name in names if not name.exists()))
+    return fresh_dir(next(name for name in _numbered(folder) if not name.exists()))
+
+
+def numbered_folders(folder):
+    """Those that `next_folder` has made, the first one first."""
+    return [name for name in _numbered(folder) if name.is_dir()]
+
+
+def _numbered(folder):
+    return [folder] + [folder.with_name(f"{folder.name}-{i}") for i in range(2, 1000)]
 
 
 def near(name, names):

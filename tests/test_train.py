@@ -463,7 +463,8 @@ def test_an_evaluation_that_cannot_start_leaves_no_folder(full_run, folder, monk
 def test_evaluation_can_be_saved_elsewhere_but_not_over_something(full_run, tmp_path):
     place = tmp_path / "here"
     assert evaluated(full_run[0], save_to=str(place), limit=1)["saved"] == str(place)
-    assert sorted(f.name for f in place.iterdir()) == ["eval.json", "rollouts.jsonl"]
+    names = ["eval.json", "rollouts.jsonl", "settings.json"]
+    assert sorted(f.name for f in place.iterdir()) == names
     with pytest.raises(UserError, match="is not empty"):
         evaluated(full_run[0], save_to=str(place), limit=1)
 

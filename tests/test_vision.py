@@ -41,6 +41,7 @@ from player import Player
 from rollout import Settings, rollouts
 from run import config
 from run.config import UserError
+from run.evaluation import Record
 from run.loop import run_blocking
 from tools import Toolbox
 from trajectory import stats
@@ -1011,8 +1012,9 @@ def test_a_teachers_rollouts_with_live_tools_are_learnt_from(qwen, smol, workpla
         examples=data.load("rows.jsonl"),
     )
     Path("teacher").mkdir()
-    played, problem = evaluate.play_all(teacher, 1, 4, Path("teacher"))
-    assert not problem and [t.reward for t in played] == [1.0, 0.0] * 3
+    record = Record.begin(Path("teacher"), {})
+    played = evaluate.play_all(teacher, record, 1, 4)
+    assert not record.problem and [t.reward for t in played] == [1.0, 0.0] * 3
     right = [t for t in played if t.reward]
 
     # 2. a student with its tokenizer
