@@ -562,6 +562,7 @@ async def start_engine(
             full=cfg.dtype if is_full else "",
             out_dir=cfg.out_dir if is_full else "",
             lora_r=cfg.lora_r if has_adapter else 0,
+            transport=options.transport,
         )
 
     return await vllm.start(

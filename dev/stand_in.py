@@ -22,6 +22,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from engines.base import Sampling  # noqa: E402
 from engines.local import TransformersEngine  # noqa: E402
+from engines.worker import received  # noqa: E402
 from learning import model as models  # noqa: E402
 from run.loop import run_blocking  # noqa: E402
 
@@ -65,10 +66,15 @@ class Served:
         """As engines/worker.py."""
         if method == "what_it_has":
             return {"name": self.weights_name, "reads": Path(arguments[0]).exists()}
-        file, name = arguments
+        name = arguments[-1]
         with self.exchange:
             if name != self.weights_name:
-                missing, unknown = self.base.load_state_dict(load_file(file), strict=False)
+                if method == "receive_weights":
+                    transport, address, port, _ = arguments
+                    weights = dict(received(transport, address, int(port), "cpu"))
+                else:
+                    weights = load_file(arguments[0])
+                missing, unknown = self.base.load_state_dict(weights, strict=False)
                 assert not unknown, unknown
                 self.base.tie_weights()
                 self.weights_name = name

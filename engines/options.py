@@ -5,6 +5,7 @@ Each engine has its own; one that the chosen engine does not have is refused.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from run import plugins
 from run.config import UserError
@@ -30,6 +31,8 @@ class VllmOptions:
 class ServerOptions:
     timeout: float = 60.0  # seconds without any server that answers, before the run stops
     folder: str = ""  # where weights are laid for them; "": of this machine, in out_dir if full
+    transport: Literal["file", "gloo", "nccl"] = "file"  # of full weights; gloo: over the network
+    # without a folder that both see; nccl: so too, between GPUs
     canary: bool = True
 
 
@@ -55,6 +58,11 @@ def read_options(
         if getattr(read, name, 1) <= 0:
             value = getattr(read, name)
             raise UserError(f"engine_options: {engine}.{name} = {value}: expected more than 0")
+    if engine == "server" and read.folder and read.transport != "file":
+        raise UserError(
+            f"engine_options: server.folder has no effect with transport={read.transport}: "
+            "no file is written"
+        )
     if getattr(read, "kv_cache_gib", 0) < 0:
         raise UserError(f"engine_options: vllm.kv_cache_gib = {read.kv_cache_gib}: expected >= 0")
     return read

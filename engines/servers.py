@@ -8,8 +8,9 @@ trainer's, and for evaluation.
 
 Each version is written where the servers can read it as well. Adapters are loaded by all of them
 under a new name, and the one before is dropped. Full weights take the place of those before, when
-all turns have ended, by a method that engines/worker.py adds to vLLM's workers. Several ranks share
-the servers: the first writes, all of them see to it that each server has what was written.
+all turns have ended, by a method that engines/worker.py adds to vLLM's workers; with transport=gloo
+or nccl they are sent, not written. Several ranks share the servers: the first writes or sends, all
+of them see to it that each server has it.
 
 A turn whose server dies is sampled again by another, from the same ids and with the same seed: what
 a trajectory has is whole turns only, so nothing is lost or counted twice. A server that comes back
@@ -35,7 +36,7 @@ from pathlib import Path
 import httpx2 as httpx
 import torch
 
-from engines import server_answers
+from engines import sending, server_answers
 from engines.base import Completion, Engine, Sampling
 from engines.serving import start_command
 from images import Picture, to_data_uri
@@ -90,6 +91,7 @@ class Server:
         self.why = ""  # it was lost
         self.base = ""  # the name of the model it serves
         self.has = ""  # the name of the adapter, or of the full weights, that it was given
+        self.workers = 0  # processes that share its model, as far as it takes full weights
         self.room = None  # its max_model_len, if it says so
         self.proved = False  # that its logprobs are those at the temperature of the sampling
         self.shows = False  # that images become with it what they are to the trainer
@@ -103,7 +105,14 @@ class Server:
 class ServerEngine(Engine):
     """Several servers as one engine; made by `start`. events: what befell them, a line each."""
 
-    def __init__(self, urls: tuple[str, ...], timeout: float, memory: Path, full: str = ""):
+    def __init__(
+        self,
+        urls: tuple[str, ...],
+        timeout: float,
+        memory: Path,
+        full: str = "",
+        transport: str = "file",
+    ):
         self.servers = [Server(url) for url in urls]
         self.timeout = timeout  # seconds without any server, after which the run ends
         self.memory = memory  # the folder that the servers read
@@ -111,6 +120,9 @@ class ServerEngine(Engine):
         self.run = memory.name  # in all names of this run: the servers may know those of others
         self.name = ""  # of the adapter, or the full weights, in use; "" for what they began with
         self.path = ""  # of these: a folder, or a file
+        self.transport = transport
+        self.weights = []  # those in use, on the CPU: of the first rank, where they are sent
+        self.one_by_one = asyncio.Lock()  # they are sent to one server after another
         self.advice = ""  # how a server is started
         self.syncs = 0  # so far; of the ranks that share the servers, all have as many
         self.ready = asyncio.Event()  # clear while weights are exchanged
@@ -532,9 +544,13 @@ class ServerEngine(Engine):
         label = f"{version}-{self.syncs}"  # a name never stands for two weights
         self.ready.clear()
         try:
-            # 1. the first rank writes it for all
+            # 1. the first rank writes it for all, or keeps a copy: who comes back gets that
             path = self.memory / f"version-{label}"
-            await asyncio.to_thread(parallel.by_first, self._write, model, path)
+            weights = []
+            if self.transport == "file":
+                await asyncio.to_thread(parallel.by_first, self._write, model, path)
+            elif parallel.is_first():
+                weights = await asyncio.to_thread(_copies, model, self.full)
             if self.full:
                 await self._drain(old_version)
 
@@ -542,9 +558,16 @@ class ServerEngine(Engine):
             self.version = version
             self.name = f"{self.run}-{label}"
             self.path = str(path)
+            self.weights = weights
             self.homes.clear()  # their caches are salted with another version
-            living = await self._living()
-            await asyncio.gather(*(self._give(server) for server in living))
+            if self.transport != "file":  # the other ranks then find it there
+                loop = asyncio.get_running_loop()
+
+                def give():
+                    asyncio.run_coroutine_threadsafe(self._give_all(), loop).result()
+
+                await asyncio.to_thread(parallel.by_first, give)
+            await self._give_all()
 
             # 3. turns that began with the adapter before end with it
             if old_version != version:
@@ -578,6 +601,10 @@ class ServerEngine(Engine):
                 "another folder with --engine_options=folder=…"
             ) from error
 
+    async def _give_all(self) -> None:
+        living = await self._living()
+        await asyncio.gather(*(self._give(server) for server in living))
+
     async def _give(self, server: Server) -> None:
         """Brings a server that is alive up to date."""
         try:
@@ -592,12 +619,40 @@ class ServerEngine(Engine):
         while server.has != self.name:
             name = self.name
             if self.full:
-                await self._call_workers(server, "take_weights", [self.path, name])
+                if self.transport == "file":
+                    await self._call_workers(server, "take_weights", [self.path, name])
+                else:
+                    await self._send(server, name)
                 if self.probe is not None:  # what the old tower made of an image is known there
                     await self._post(server, "/reset_encoder_cache", {}, PATIENCE)
             else:
                 await self._load_adapter(server, name, self.path)
             server.has = name
+
+    async def _send(self, server: Server, name: str) -> None:
+        """Sends a server the weights in use; only the first rank does, the others look. _Lost where
+        it has not got them."""
+        if not parallel.is_first():
+            if await self._weights_of(server) != name:
+                self._lose(server, "it has not the weights in use yet")
+                raise _Lost
+            return
+        async with self.one_by_one:
+            try:
+                sender = await asyncio.to_thread(
+                    sending.Sender, self.transport, server.url, server.workers, self.weights
+                )
+            except OSError as error:
+                raise self._lose(server, _reason(error)) from None
+            task = asyncio.ensure_future(asyncio.to_thread(sender.send))
+            # where the server is lost that is the reason, and what the thread raises then is not
+            task.add_done_callback(lambda done: done.exception())
+            try:
+                arguments = [self.transport, sender.address, str(sender.port), name]
+                await self._call_workers(server, "receive_weights", arguments)
+                await task
+            finally:
+                sender.close()
 
     async def _call_workers(self, server: Server, method: str, arguments: list[str]) -> list:
         """What a method of engines/worker.py returns, of each of its workers."""
@@ -616,7 +671,8 @@ class ServerEngine(Engine):
                 f"{server.url} cannot take full weights ({error}): start it in nanotool's folder "
                 f"by {self.advice}"
             ) from None
-        if not all(reads for _, reads in has):
+        server.workers = len(results)
+        if self.transport == "file" and not all(reads for _, reads in has):
             raise UserError(
                 f"{server.url} cannot read {self.memory}: give a folder that it shares with this "
                 "machine, with --engine_options=folder=…"
@@ -690,6 +746,7 @@ async def start(
     full: str = "",
     out_dir: str = "",
     lora_r: int = 0,
+    transport: str = "file",
 ) -> ServerEngine:
     """Makes an engine over the servers at `urls`, which serve the model `name`, or the base of that
     adapter.
@@ -697,16 +754,28 @@ async def start(
     vision: of a model that may be shown images; has_images: will be. folder: in which what is
     synced is written; "": in out_dir, or without one where this machine has temporary files. full:
     the trainer's dtype where full weights will be synced, "" where adapters will; lora_r: of this
-    rank. UserError if none of the servers answers, or one has another tokenizer or less room, or
-    shows no images where some will come, or cannot take or read what is synced.
+    rank. transport: how full weights go over. UserError if none of the servers answers, or one has
+    another tokenizer or less room, or shows no images where some will come, or cannot take or read
+    what is synced.
     """
+    if lora_r and transport != "file":
+        raise UserError(
+            f"engine_options: server.transport = {transport!r} has no effect with adapters, which "
+            "servers read from a folder: drop it"
+        )
+    if full:
+        try:
+            sending.check(transport)
+        except ValueError as error:
+            reason = f"engine_options: server.transport = {transport!r}: {error}"
+            raise UserError(reason) from None
     if full and vision is not None and parallel.HERE.size > 1:
         raise UserError(
             "engine = 'server' with tune=full, images and several processes is not there: one may "
             "ask while another exchanges what a server knows of an image; use --tune=lora"
         )
     memory = await asyncio.to_thread(parallel.by_first, _make_folder, folder, out_dir)
-    engine = ServerEngine(urls, timeout, memory, full)
+    engine = ServerEngine(urls, timeout, memory, full, transport if full else "file")
     engine.advice = start_command(name, full, lora_r, max_tokens, vision is not None)
     try:
         if models.is_adapter(name):
@@ -759,13 +828,26 @@ def _save_weights(model, dtype: str, path: Path) -> None:
     """Writes all weights of a model, in the dtype that products are made in."""
     from safetensors.torch import save_file
 
-    kind = torch.float32 if dtype == "float32" else torch.bfloat16
+    kind = _sent_dtype(dtype)
     weights = {name: weight.to(kind).contiguous() for name, weight in models.weights_of(model)}
     size = sum(weight.nbytes for weight in weights.values())
     free = shutil.disk_usage(path.parent).free
     if size > free:
         raise OSError(f"{size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
     save_file(weights, path)
+
+
+def _copies(model, dtype: str) -> list[tuple[str, torch.Tensor]]:
+    """Copies all weights of a model to the CPU, in the dtype that products are made in."""
+    kind = _sent_dtype(dtype)
+    copies = []
+    for name, weight in models.weights_of(model):
+        copies.append((name, weight.detach().to("cpu", kind, copy=True).contiguous()))
+    return copies
+
+
+def _sent_dtype(dtype: str) -> torch.dtype:
+    return torch.float32 if dtype == "float32" else torch.bfloat16
 
 
 def content_parts(pictures: list[Picture]) -> list[dict]:

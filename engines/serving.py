@@ -76,18 +76,37 @@ def serve_command(folder: str, chat) -> str:
     """Writes the command that serves a trained model, or an adapter over its base, with its calls
     read; says so where its calls stay text."""
     folder = str(folder)
-    words = ["vllm", "serve", models.base_of(folder)]
     settings = models.adapter_settings(folder)
-    if settings:
-        words += ["--enable-lora", "--max-lora-rank", str(_room_for(settings["r"]))]
-        words += ["--lora-modules", f"{Path(folder).name}={folder}"]
-        template = Path(folder) / "chat_template.jinja"
-        if template.is_file():  # the base may have another one
-            words += ["--chat-template", str(template)]
+    template = Path(folder) / "chat_template.jinja"
+    return command_for(
+        models.base_of(folder),
+        chat,
+        has_calls=bool(chat.tools),
+        adapter=folder if settings else "",
+        lora_r=settings.get("r", 0),
+        template=str(template) if template.is_file() else "",  # the base may have another one
+    )
+
+
+def command_for(
+    model: str,
+    chat,
+    has_calls: bool,
+    adapter: str = "",
+    lora_r: int = 0,
+    template: str = "",
+) -> str:
+    """Writes the command that serves a model, with an adapter and the template of that over it."""
+    words = ["vllm", "serve", model]
+    if adapter:
+        words += ["--enable-lora", "--max-lora-rank", str(_room_for(lora_r))]
+        words += ["--lora-modules", f"{Path(adapter).name}={adapter}"]
+        if template:
+            words += ["--chat-template", template]
     parser = parser_of(chat)
-    if chat.tools and parser:
+    if has_calls and parser:
         words += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
     command = shlex.join(words)
-    if chat.tools and not parser:
+    if has_calls and not parser:
         command += f"   # vLLM has no parser for format={chat.format_name}: calls stay in the text"
     return command

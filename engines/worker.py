@@ -6,10 +6,49 @@
 It needs nothing else of nanotool: on another machine, this file in a folder `engines` will do.
 """
 
+import json
 import os
 import select
 import signal
 import threading
+from collections.abc import Iterator
+from datetime import timedelta
+
+STUCK = timedelta(seconds=120)  # for a connection to be made, or one tensor to go over
+
+
+def join(transport: str, store, rank: int, size: int):
+    """Makes the group of a trainer, which is rank 0, and a server's workers. It is beside those
+    that torch.distributed knows by name, of which both sides have their own."""
+    import torch.distributed as dist
+
+    if transport == "gloo":
+        return dist.ProcessGroupGloo(store, rank, size, STUCK)
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = STUCK
+    return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+def bytes_of(tensor):
+    """Returns a tensor's memory as bytes: every transport knows those, whatever the dtype."""
+    import torch
+
+    return tensor.flatten().view(torch.uint8)
+
+
+def received(transport: str, address: str, port: int, device) -> Iterator[tuple]:
+    """Yields the (name, tensor) that engines/sending.py sends from there, as they arrive."""
+    import torch
+    import torch.distributed as dist
+
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=STUCK)
+    said = json.loads(store.get("said"))
+    group = join(transport, store, store.add("joined", 1), said["size"])
+    for name, dtype, shape in said["tensors"]:
+        place = device if transport == "nccl" else "cpu"
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=place)
+        group.broadcast(bytes_of(tensor), 0).wait()
+        yield name, tensor
 
 
 class Worker:
@@ -41,8 +80,15 @@ class Worker:
 
         if name and name == self.weights_name:
             return
+        self._reload(iter(load_file(file).items()), name)
+
+    def receive_weights(self, transport: str, address: str, port: str, name: str) -> None:
+        """Replaces all weights by those that the trainer sends from there, "gloo" or "nccl"."""
+        self._reload(received(transport, address, int(port), self.device), name)
+
+    def _reload(self, weights: Iterator[tuple], name: str) -> None:
         self.weights_name = ""
-        self.reload_weights(weights_iterator=iter(load_file(file).items()))
+        self.reload_weights(weights_iterator=weights)
         if self.device.type == "cpu":
             self._repack_tied_head()
         self.weights_name = name

@@ -354,6 +354,56 @@ def damage_of(path: Path) -> str:
     return ""
 
 
+def unfinished(out_dir: Path) -> str:
+    """Says why an out_dir does not hold what a run writes when it has ended: the model of its last
+    checkpoint; "" if it does."""
+    # 1. a run that is still going on
+    lock = out_dir / config.LOCK
+    if lock.is_file() and os.access(lock, os.W_OK):
+        with open(lock, "r+") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    return "it is in use by another process: wait for it"
+
+    # 2. one that was stopped or killed, or whose last files are torn
+    go_on = "go on with --resume=true, which ends it"
+    if not any(out_dir.glob("*.safetensors")):
+        return f"it has not ended: {go_on}, or give one of its checkpoints"
+    steps = sorted(path for path in (out_dir / "checkpoints").glob("step-*") if path.is_dir())
+    if steps:
+        damage = damage_of(steps[-1])
+        if damage:
+            return f"{steps[-1]} is damaged ({damage})"
+        digests = json.loads((steps[-1] / "digests.json").read_text())
+        for name, digest in digests.items():
+            if name.endswith((".safetensors", ".safetensors.index.json")):
+                file = out_dir / name
+                if not file.is_file() or _digest(file) != digest:
+                    return f"{file} is not that of {steps[-1]}: {go_on}, or give that checkpoint"
+    return _torn(out_dir)
+
+
+def _torn(folder: Path) -> str:
+    """Names a file of weights that is cut off or missing, "" if there is none."""
+    from safetensors import SafetensorError, safe_open
+
+    names = {path.name for path in folder.glob("*.safetensors")}
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            names |= set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{index} cannot be read ({error})"
+    for name in sorted(names):
+        try:
+            with safe_open(folder / name, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{folder / name} cannot be read ({error})"
+    return ""
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 

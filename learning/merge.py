@@ -10,6 +10,7 @@ model is still another one than the one trained, whose base was rounded: evaluat
 
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from run import config
@@ -28,9 +29,9 @@ class Config:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the merged weights
 
 
-def merge(cfg: Config) -> None:
-    """Writes the merged model and its tokenizer to out_dir. Raises UserError where there is no
-    adapter."""
+def merge(cfg: Config) -> Path:
+    """Writes the merged model and its tokenizer to out_dir, and returns that. Raises UserError
+    where there is no adapter."""
     if not cfg.adapter:
         raise UserError("adapter is missing: write --adapter=<folder of a run with tune=lora>")
     method = models.quantization_of(models.base_of(cfg.adapter))
@@ -49,13 +50,14 @@ def merge(cfg: Config) -> None:
     merged = model.merge_and_unload()
     models.mend_generation_config(merged, cfg.adapter)
     models.save(merged, tokenizer, out_dir)
-    print(f"saved: {out_dir}")
-    # a GGUF file is not written here: llama.cpp's converter knows what its reader reads
-    print(f"gguf, by llama.cpp: python convert_hf_to_gguf.py {shlex.quote(str(out_dir))}")
+    return out_dir
 
 
 def main(argv: list[str]) -> None:
-    merge(config.parse(Config, argv))
+    out_dir = merge(config.parse(Config, argv))
+    print(f"saved: {out_dir}")
+    # a GGUF file is not written here: llama.cpp's converter knows what its reader reads
+    print(f"gguf, by llama.cpp: python convert_hf_to_gguf.py {shlex.quote(str(out_dir))}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import threading
 import time
 import types
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -26,10 +27,14 @@ from safetensors.torch import load_file
 from until import PATIENCE, until
 
 from chat import Chat
+from engines import sending
 from engines import servers as server_engine
 from engines.base import Sampling
+from engines.options import read_options
+from engines.worker import received
 from images import open_image
 from learning import model as models
+from learning import parallel
 from learning.vision import FAMILIES, Vision
 from rollout import Settings, rollouts
 from run import http
@@ -127,12 +132,28 @@ class Fake:
         if body["method"] == "what_it_has":
             (folder,) = body["args"]
             name = self.weights[-1] if self.weights else ""
-            return 200, {"results": [{"name": name, "reads": self.reads and Path(folder).is_dir()}]}
+            said = {"name": name, "reads": self.reads and Path(folder).is_dir()}
+            return 200, {"results": [said, said]}
+        if body["method"] == "receive_weights":
+            return self.receive(*body["args"])
         assert body["method"] == "take_weights"
         file, name = body["args"]
         if self.weights[-1:] != [name]:
             self.held = load_file(file)
             self.weights.append(name)
+        return 200, {"results": [None, None]}
+
+    def receive(self, transport, address, port, name):
+        """Both workers get all weights."""
+        with ThreadPoolExecutor(2) as workers:
+            asked = [
+                workers.submit(lambda: dict(received(transport, address, int(port), "cpu")))
+                for _ in range(2)
+            ]
+        self.held, same = (worker.result() for worker in asked)
+        assert self.held.keys() == same.keys()
+        assert all(torch.equal(self.held[name], same[name]) for name in same)
+        self.weights.append(name)
         return 200, {"results": [None, None]}
 
     def with_images(self, body):
@@ -384,6 +405,7 @@ def plain(monkeypatch):
 
 
 FULL = {"full": "float32"}
+SENT = FULL | {"transport": "gloo"}
 
 
 def test_full_weights_and_adapters_are_not_mistaken(fakes, tokenizer):
@@ -456,12 +478,13 @@ def test_full_weights_wait_until_all_turns_have_ended(fakes, tokenizer, plain, t
         assert order == [("turn", 1), ("turn", 2)]
 
 
+@pytest.mark.parametrize("options", [FULL, SENT], ids=["file", "sent"])
 def test_a_server_that_comes_back_is_given_the_weights_before_it_is_asked(
-    fakes, tokenizer, plain, tmp_path
+    fakes, tokenizer, plain, tmp_path, options
 ):
     """One that was only away is not given them again."""
     one, two = fakes()
-    with engine_of((one, two), tokenizer, **FULL, folder=str(tmp_path)) as engine:
+    with engine_of((one, two), tokenizer, **options, folder=str(tmp_path)) as engine:
         run_blocking(engine.sync(Whole(1), 1))
         one.die()
         wait_for_line(engine, "was lost")
@@ -481,7 +504,7 @@ def test_a_server_that_comes_back_is_given_the_weights_before_it_is_asked(
         back.die()
 
 
-@pytest.mark.parametrize("options", [FULL, {}], ids=["full", "adapters"])
+@pytest.mark.parametrize("options", [FULL, SENT, {}], ids=["full", "sent", "adapters"])
 def test_a_server_that_comes_back_during_a_sync_has_the_new_weights(
     fakes, tokenizer, plain, tmp_path, options
 ):
@@ -544,6 +567,116 @@ def test_a_folder_without_room_or_that_is_none_is_one_sentence(
     with pytest.raises(UserError, match="cannot write what the servers need to '.*/none'"):
         with engine_of(fakes(1), tokenizer, **FULL, folder=f"{tmp_path}/none"):
             pass
+
+
+def test_weights_are_sent_to_all_workers_and_no_file_is_written(
+    fakes, tokenizer, plain, tmp_path, monkeypatch
+):
+    """By gloo here; NCCL is another name in engines.worker.join."""
+    one, two = fakes()
+    matrix = torch.arange(6, dtype=torch.float32).view(2, 3)
+    with engine_of((one, two), tokenizer, **SENT, folder=str(tmp_path)) as engine:
+        one.reads = two.reads = False  # they see no folder of the trainer's
+        for version in range(3):
+            weights = [("turned", matrix.T * version), ("one", torch.tensor(7.5))]
+            monkeypatch.setattr(models, "weights_of", lambda model, made=weights: made)
+            run_blocking(engine.sync(Whole(version), version))
+            for server in (one, two):
+                assert server.held["turned"].tolist() == (matrix.T * version).tolist()
+                assert server.held["one"].tolist() == 7.5
+            play(engine, tokenizer, samples=1)
+            assert list(engine.memory.iterdir()) == []
+        assert one.weights == two.weights and len(one.weights) == 3
+        engine.full = "mixed"
+        run_blocking(engine.sync(Whole(3), 3))
+        assert two.held["turned"].dtype == torch.bfloat16
+        assert two.held["turned"].tolist() == (matrix.T * 2).tolist()
+
+
+def test_what_is_sent_is_of_the_sync_and_not_of_the_training_since(
+    fakes, tokenizer, plain, tmp_path
+):
+    one, two = fakes()
+    with engine_of((one, two), tokenizer, **SENT, folder=str(tmp_path)) as engine:
+        model = Whole(1)
+        run_blocking(engine.sync(model, 1))
+        one.die()
+        wait_for_line(engine, "was lost")
+        with torch.no_grad():
+            model.weight.fill_(9)  # an update, behind which no sync was yet
+        back = Fake(tokenizer, port=one.port)
+        wait_for_line(engine, "is back")
+        assert back.held["weight"].tolist() == [[1.0, 1.0], [1.0, 1.0]]
+        back.die()
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_a_server_that_dies_while_it_is_sent_weights_is_lost_and_the_others_go_on(
+    fakes, tokenizer, plain, tmp_path, joins
+):
+    one, two = fakes()
+
+    def dying(transport, address, port, name):
+        if joins:  # to the first tensor
+            one.workers_of_it = received(transport, address, int(port), "cpu")
+            other = received(transport, address, int(port), "cpu")
+            with ThreadPoolExecutor(2) as workers:
+                list(workers.map(next, (one.workers_of_it, other)))
+        one.deaf.set()
+        return 200, {}
+
+    with engine_of((one, two), tokenizer, **SENT, folder=str(tmp_path)) as engine:
+        one.receive = dying
+        run_blocking(engine.sync(Whole(1), 1))
+        assert [server.alive for server in engine.servers] == [False, True]
+        assert len(play(engine, tokenizer)) == 64 and not one.models
+        del one.receive
+        one.deaf.clear()
+        wait_for_line(engine, "is back")
+        assert one.weights == two.weights == [engine.name]
+
+
+def test_another_rank_finds_what_the_first_has_sent(fakes, tokenizer, plain, tmp_path, monkeypatch):
+    one, two = fakes()
+    with engine_of((one, two), tokenizer, **SENT, folder=str(tmp_path)) as first:
+        run_blocking(first.sync(Whole(1), 1))
+        monkeypatch.setattr(parallel.HERE, "rank", 1)
+        urls = (one.url, two.url)
+        second = server_engine.ServerEngine(urls, PATIENCE, first.memory, **SENT)
+        monkeypatch.setattr(sending, "Sender", None)
+        run_blocking(second.begin(tokenizer, 512, len(tokenizer)))
+        run_blocking(second.sync(Whole(1), 1))
+        assert [server.has for server in second.servers] == [first.name] * 2
+        two.weights.append("")  # started anew, and the first rank has not seen it yet
+        second.servers[1].has = ""
+        run_blocking(second._give_all())
+        assert [server.alive for server in second.servers] == [True, False]
+        two.weights.pop()
+        assert until(lambda: second.servers[1].alive)
+        monkeypatch.undo()
+        run_blocking(second.close())
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        ({"full": "float32", "transport": "nccl"}, "there is no GPU here that NCCL could send"),
+        ({"lora_r": 8, "transport": "gloo"}, "has no effect with adapters"),
+    ],
+)
+def test_a_transport_that_cannot_be_is_refused(tokenizer, monkeypatch, options, why):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    starting = server_engine.start(("http://127.0.0.1:9",), "x", tokenizer, **options)
+    with pytest.raises(UserError, match=f"server.transport = '.*{why}"):
+        run_blocking(starting)
+
+
+def test_a_folder_is_refused_where_nothing_is_written():
+    sent = ("transport=gloo", "folder=shared")
+    with pytest.raises(UserError, match="server.folder has no effect with transport=gloo"):
+        read_options("server", sent)
+    with pytest.raises(UserError, match="server.transport = 'ipc': expected one of file, gloo"):
+        read_options("server", ("transport=ipc",))
 
 
 def test_what_a_killed_run_left_in_its_out_dir_goes(fakes, tokenizer, plain, tmp_path):
