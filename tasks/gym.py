@@ -9,11 +9,12 @@ of its question says which of the two a problem belongs to.
 """
 
 import random
+import typing
 import zlib
 from collections.abc import Iterator
 from dataclasses import fields
 
-from run.config import UserError, near
+from run.config import UserError, describe_type, near
 from run.plugins import parse_source
 
 PREFIX = "gym:"  # begins the name of such data
@@ -81,6 +82,7 @@ def data_set(name: str, options: dict, seed: int, size: int):
         hint = near(name, DATASETS) or f": there are {', '.join(sorted(DATASETS))}"
         raise UserError(f"reasoning_gym has no data set {name!r}{hint}")
     _, settings = DATASETS[name]
+    kinds = typing.get_type_hints(settings)
     known = [field.name for field in fields(settings) if field.name not in OF_A_RUN]
     for option in options:
         if option in OF_A_RUN:
@@ -88,8 +90,18 @@ def data_set(name: str, options: dict, seed: int, size: int):
         if option not in known:
             hint = near(option, known) or f": there are {', '.join(known)}"
             raise UserError(f"gym:{name} has no option {option!r}{hint}")
+        _check_type(f"gym:{name}: {option}", options[option], kinds[option])
     try:
         return reasoning_gym.create_dataset(name, seed=seed, size=size, **options)
     except Exception as error:  # its own check of the options; composite, which is made of others
         why = f"{type(error).__name__}: {error}".removesuffix(": ")
         raise UserError(f"gym:{name} cannot be made with options {options}: {why}") from None
+
+
+def _check_type(what, value, kind):
+    """UserError for a value of another type, where that is a plain one: else it fails in a row."""
+    if kind not in (int, float, bool, str):
+        return
+    fits = isinstance(value, int if kind is float else kind) or isinstance(value, kind)
+    if not fits or isinstance(value, bool) != (kind is bool):
+        raise UserError(f"{what} = {value!r}: expected {describe_type(kind)}")

@@ -111,6 +111,8 @@ def test_a_limit_makes_as_many_rows_and_their_beginning_does_not_depend_on_it():
             "cannot be made with options {'max_animals': 0}",
         ),
         ("gym:leg_counting?max_animals=1&max_animals=2", "train", "max_animals is given twice"),
+        ("gym:chain_sum?max_terms=2.5", "train", "gym:chain_sum: max_terms = 2.5: expected "),
+        ("gym:chain_sum?max_terms=true", "train", "gym:chain_sum: max_terms = True: expected "),
         ("gym:leg_counting", "dev", "split = 'dev': gym:leg_counting has train and test"),
     ],
 )
