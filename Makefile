@@ -11,6 +11,9 @@ PYPI_SERVERS = mcp==2.3.0 mcp-server-time==2026.10.19 mcp-server-git==2026.10.19
 NPM_SERVERS = @modelcontextprotocol/server-everything@2026.8.31 \
   @modelcontextprotocol/server-filesystem@2026.8.31
 
+# other people's environments, for the tests; their packages want other versions than ours do
+ENVIRONMENTS = openenv-core==0.3.0 verifiers==0.3.1
+
 MEASURE = --temperature=1 --limit=256
 
 .PHONY: demo real test test-vllm clean
@@ -64,6 +67,12 @@ test-vllm: .venv/installed-torchvision
 	  || echo "the MCP servers of PyPI are not installed: their tests are skipped"
 	npm install --silent --no-audit --no-fund --prefix .venv/mcp-npm $(NPM_SERVERS) \
 	  || echo "the MCP servers of npm are not installed: their tests are skipped"
+	for package in $(ENVIRONMENTS); do \
+	  name=$${package%%==*}; folder=.venv/$${name%%-*}; \
+	  { test -x $$folder/bin/pip || $(RUN) -m venv $$folder; } && \
+	  $$folder/bin/python -m pip install --quiet --disable-pip-version-check $$package \
+	    || { rm -rf $$folder; echo "$$package is not installed: its tests are skipped"; }; \
+	done
 	touch $@
 
 # The CPU build asks for a torchvision that is made for GPUs, with which transformers cannot be

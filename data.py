@@ -7,7 +7,8 @@
 `data` is a .jsonl, .json or .parquet file (rows in file order; a file has no splits), a folder or a
 Hugging Face hub id, with the name of its configuration after a colon, or task:calc, a generated
 task: tasks/calc.py, whose rows(split, seed=0) returns dicts with prompt and answer; or
-gym:leg_counting, a data set of the package reasoning_gym: tasks/gym.py.
+gym:leg_counting, a data set of the package reasoning_gym: tasks/gym.py; or verifiers:my-env, an
+environment of the package verifiers: tools/calling/verifiers.py.
 """
 
 import ast
@@ -23,6 +24,7 @@ from formats.messages import NOT_SEEN, calls_of, has_images, read_messages, take
 from run.config import UserError, near
 from tasks import gym
 from tools import sql
+from tools.calling import verifiers
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -668,6 +670,8 @@ def _read_rows(data, split, seed, limit):
         return iter(task.rows(split, seed=seed))
     if data.startswith(gym.PREFIX):
         return gym.problems(data.removeprefix(gym.PREFIX), split, seed, limit)
+    if data.startswith(verifiers.PREFIX):
+        return iter(verifiers.rows(data.removeprefix(verifiers.PREFIX), split, limit))
     path = Path(data).expanduser()
     if path.is_dir():
         return _hub_rows(str(path), None, split)

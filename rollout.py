@@ -27,7 +27,7 @@ from engines.base import Engine, Sampling
 from images import Picture
 from run.config import UserError
 from tools import Toolbox
-from tools.calling.base import shorten
+from tools.calling.base import TURN, shorten
 from tools.calling.toolbox import add_up
 from trajectory import ToolCall, Trajectory, UserTurn
 
@@ -447,6 +447,7 @@ async def run_calls(
     another's model, which is told text.
     """
     turns = len(trajectory.turn_starts)
+    TURN.set((trajectory, calls))
     tasks = [asyncio.ensure_future(run_call(c, turns - 1, session, toolbox)) for c in calls]
     try:
         done = await asyncio.gather(*tasks)  # in call order, whatever finished first

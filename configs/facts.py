@@ -6,7 +6,7 @@ system_prompt = "Answer the question. You can search. Give the answer in \\boxed
 tools = ("search",)
 tool_options = ("search.corpus=task:facts", "search.k=1")  # needs .[search]
 format = "hermes"
-rewards = ("correct",)
+rewards = ("exact_match",)
 steps = 40
 token_budget = 4096  # on a CPU, what fits its caches is fastest
 prompts_per_step = 24

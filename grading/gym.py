@@ -4,6 +4,7 @@ Several of its scorers evaluate the answer as python. So they run in a process t
 but compute: grading/gym_worker.py.
 """
 
+import json
 import os
 import pickle
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from grading.answers import answer
 from run.config import UserError
+from run.plugins import parse_source
 from run.worker import WorkerDied, Workers
 from tools.sandbox.caller import report
 
@@ -40,11 +42,13 @@ class _Scorer:
         self.lock = threading.Lock()
         self.is_reported = False  # whether the user was told which layers are not around them
 
-    def score(self, name, text, entry):
+    def score(self, source, text, entry):
         """The score; None if the process died."""
+        name, options = parse_source(source)
         # pickled: JSON would make lists of the entry's tuples
         packed = pickle.dumps(entry)
         request = {"name": name, "answer": text, "entry": packed, "seconds": SECONDS}
+        request["options"] = json.dumps(options)
         try:
             with self.lock:
                 if not self.is_reported:

@@ -44,7 +44,7 @@ def answer(request: dict) -> dict:
     """{"score": what the data set `name` gives `answer` for `entry`}; or {"layers"}."""
     if "layers" in request:
         return {"layers": _layers}
-    data_set = _data_set(request["name"])
+    data_set = _data_set(request["name"], request["options"])
     entry = pickle.loads(request["entry"])
 
     reading, writing = os.pipe()
@@ -66,5 +66,6 @@ def answer(request: dict) -> dict:
 
 
 @functools.lru_cache(maxsize=200)
-def _data_set(name):
-    return reasoning_gym.create_dataset(name, seed=0, size=1)
+def _data_set(name, options):
+    """options: JSON, which can be a key of this cache."""
+    return reasoning_gym.create_dataset(name, seed=0, size=1, **json.loads(options))

@@ -34,7 +34,7 @@ import torch
 
 from learning import model as models
 from learning import parallel
-from run import config
+from run import config, mix
 from run.config import UserError
 
 # What may differ when a run goes on. Only steps and epochs change what is learnt, and only where
@@ -63,6 +63,7 @@ class Run:
         self.keep_last = keep_last
         self.out_dir = Path(cfg.out_dir)
         self.folder = self.out_dir / "checkpoints"
+        self.sources = mix.fingerprint(cfg)  # of the rows, and of the files of a mix
         self.saved: int | None = None  # the last step in a checkpoint
         self.signal: int | None = None  # the one that told it to stop
         self.handlers = {}  # signal: who handled it before
@@ -96,6 +97,7 @@ class Run:
         path = parallel.by_first(self._begin)
         if path:
             state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+            _check_same_sources(self.cfg, self.sources, state.pop("sources", {}))
             _restore_weights(model, state.pop("weights"), path)
             for optimizer, values in zip(optimizers, state.pop("optimizers"), strict=True):
                 optimizer.load_state_dict(parallel.cut_state(optimizer, values))
@@ -217,6 +219,7 @@ class Run:
         # of shards, what all ranks have of it
         trained = {name: p.detach() for name, p in _trained(model).items()}
         state["step"] = step
+        state["sources"] = self.sources
         state["weights"] = parallel.joined(trained)
         state["generators"] = _generators()
         state["optimizers"] = [parallel.joined(one.state_dict()) for one in optimizers]
@@ -466,6 +469,21 @@ def _check_same_config(cfg, file: Path) -> None:
                 f"{name} = {new!r}, but the run in {cfg.out_dir} has {old!r}: give that, or begin "
                 "another with --out_dir=…"
             )
+
+
+def _check_same_sources(cfg, now: dict, before: dict) -> None:
+    """Checks that no source of a mix says something else than when the run began, and no file of
+    rows holds others: the run would go on with other prompts. {source: {key: value}}."""
+    for name, values in before.items():  # the names are those of `mix`, which is the same
+        for key, old in values.items():
+            new = now[name].get(key)
+            if new == old or key in FREE:
+                continue
+            said = f"{key} = {new!r}, but the run in {cfg.out_dir} has {old!r}"
+            if key == "rows":
+                said = f"the file of its data has changed since the run in {cfg.out_dir} saved"
+            where = f"{name}: " if name else ""
+            raise UserError(f"{where}{said}: give that, or begin another with --out_dir=…")
 
 
 def _trained(model) -> dict:

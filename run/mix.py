@@ -9,6 +9,7 @@ and all else are not looked at: those of the mix hold for all. Prompts are drawn
 
 import contextlib
 import functools
+import hashlib
 import math
 import random
 import re
@@ -68,6 +69,27 @@ def sources(cfg) -> list[Source]:
         found.append(Source(name, _weight(text, weight), _of_source(cfg, of_file)))
     order_of_sources(tuple((source.name, source.weight) for source in found))  # it has one
     return found
+
+
+def fingerprint(cfg) -> dict[str, dict]:
+    """What the rows of a run are and how they are played: {source: {key: value}}, with the digest
+    of its file as "rows". A config without a mix is the one source "", and has only the digest: its
+    keys are its own."""
+    described = {}
+    for source in sources(cfg):
+        keys = [key for key in (*OF_A_SOURCE, *UNLESS_OF_THE_MIX) if hasattr(source.cfg, key)]
+        described[source.name] = {key: getattr(source.cfg, key) for key in keys}
+        described[source.name]["rows"] = _digest(source.cfg.data)
+    return described or {"": {"rows": _digest(cfg.data)}}
+
+
+def _digest(data: str) -> str:
+    """Of a file of rows; "" for what is no file."""
+    path = Path(data).expanduser()
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _weight(text: str, weight: str) -> Fraction:

@@ -11,6 +11,7 @@ top, what can be named; that is read from its text: a typo is told before the fi
 
 import importlib.util
 import inspect
+import json
 import re
 import sys
 import traceback
@@ -96,6 +97,25 @@ def _joined(texts):
         else:
             joined.append(text)
     return joined
+
+
+def parse_source(text: str) -> tuple[str, dict[str, object]]:
+    """("chain_sum", {"max_terms": 3}) of "chain_sum?max_terms=3", where data is named with what it
+    is made of; more behind &. A value is JSON, or else text. UserError for what is no such thing.
+    """
+    name, _, query = text.partition("?")
+    values = {}
+    for part in query.split("&") if query else []:
+        option, equals, value = part.partition("=")
+        if not (equals and option.isidentifier()):
+            raise UserError(f"{text}: cannot read {part!r}: write {name}?option=value&option=value")
+        if option in values:
+            raise UserError(f"{text}: {option} is given twice: keep one of them")
+        try:
+            values[option] = json.loads(value)
+        except ValueError:
+            values[option] = value
+    return name, values
 
 
 def bind(

@@ -92,13 +92,43 @@ def test_a_limit_makes_as_many_rows_and_their_beginning_does_not_depend_on_it():
     [
         ("gym:leg_countin", "train", "no data set 'leg_countin': did you mean leg_counting?"),
         ("gym:", "train", "no data set '': there are ab, acre, advanced_geometry, "),
-        ("gym:composite", "train", "gym:composite cannot be made of its name alone: Must specify"),
+        (
+            "gym:composite",
+            "train",
+            "gym:composite cannot be made with options {}: AssertionError: ",
+        ),
+        (
+            "gym:leg_counting?max_animal=3",
+            "train",
+            "no option 'max_animal': did you mean max_animals",
+        ),
+        ("gym:leg_counting?x=3", "train", "no option 'x': there are min_animals, max_animals, "),
+        ("gym:leg_counting?size=3", "train", "size is the run's: give --limit=…"),
+        ("gym:leg_counting?max_animals", "train", "cannot read 'max_animals': write leg_counting?"),
+        (
+            "gym:leg_counting?max_animals=0",
+            "train",
+            "cannot be made with options {'max_animals': 0}",
+        ),
+        ("gym:leg_counting?max_animals=1&max_animals=2", "train", "max_animals is given twice"),
+        ("gym:chain_sum?max_terms=2.5", "train", "gym:chain_sum: max_terms = 2.5: expected "),
+        ("gym:chain_sum?max_terms=true", "train", "gym:chain_sum: max_terms = True: expected "),
         ("gym:leg_counting", "dev", "split = 'dev': gym:leg_counting has train and test"),
     ],
 )
 def test_what_there_is_not_is_told_in_one_sentence(source, split, says):
     with pytest.raises(UserError, match=re.escape(says)):
         data.load(source, split)
+
+
+def test_options_of_a_data_set_shape_its_problems_and_its_scorer():
+    easy = load("chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1", 20)
+    for row in easy:
+        terms, operators = row["entry"]["metadata"]["num_terms"], row["prompt"].count("+")
+        assert terms == 2 and operators <= 1
+        assert gym(answering(f"<answer>{row['answer']}</answer>", row), row) == 1.0
+        assert row["gym"].startswith("chain_sum?min_terms=2&")
+    assert [row["prompt"] for row in easy] != [row["prompt"] for row in load("chain_sum", 20)]
 
 
 def test_a_data_set_without_problems_of_a_split_says_so(monkeypatch):

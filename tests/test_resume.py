@@ -921,6 +921,36 @@ def test_a_folder_with_more_than_a_start_is_refused_as_before(name, tmp_path):
         Run(cfg)
 
 
+@pytest.mark.parametrize(
+    "name, file, old, new, says",
+    [
+        ("grpo_mix", "two.py", "tokens = 2", "tokens = 3", "two: max_new_tokens = 3, but .* has 2"),
+        ("grpo_mix", "one.py", "coin", "coin:2", r"one: rewards = .*coin:2',\), but the run in"),
+        ("grpo_mix", "rows.jsonl", "2 + 2", "2 + 9", "one: the file of its data has changed since"),
+        ("sft_mix", "four.py", '"Hi"', '"Ho"', "four: system_prompt = 'Ho', but the run in .* has"),
+        ("sft", "demos.jsonl", "2 + 2", "2 + 9", "the file of its data has changed since the run"),
+    ],
+)
+def test_a_source_or_a_file_that_has_changed_is_refused_at_a_resume(
+    here, tmp_path, monkeypatch, name, file, old, new, says
+):
+    folder = tmp_path / "copy"
+    shutil.copytree(here, folder, ignore=shutil.ignore_patterns("out*"))
+    monkeypatch.chdir(folder)
+    script = EVERY_RUN[name][0]
+    steps = {} if name.startswith("sft") else {"steps": 2}
+    cfg = configured(name, "again", save_every=2, **steps)
+    script.train(cfg)
+    path = folder / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=f"^{says}"):
+        script.train(replace(cfg, resume=True))
+    path.write_text(text)
+    script.train(replace(cfg, resume=True))  # as it was, it goes on
+
+
 def test_two_runs_that_begin_in_one_folder_do_not_mix(laid):
     """B9: the second has looked before the first was done, and is refused when it has its turn."""
     second, (model, _, optimizers, _) = laid()

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # Seconds that the call which runs here has, 0 for one that nobody stops: for limits of its own.
 DEADLINE = ContextVar("deadline", default=0.0)
+# (the trajectory, all calls of its turn) where the calls run here: for who hears a turn as a whole.
+TURN = ContextVar("turn")
 
 
 @dataclass

@@ -17,12 +17,13 @@ from pathlib import Path
 
 from run import plugins
 from run.config import UserError, near
-from tools.calling import openenv
+from tools.calling import openenv, verifiers
 from tools.calling.base import Environment, Result, Tool
 from tools.calling.environment import hooks_of, is_environment, tools_of
 
 OPTIONS = "tool_options"  # the config key, for messages
 MCP = "mcp:"  # begins the name of tools that MCP servers have
+OF_OTHERS = (MCP, openenv.PREFIX, verifiers.PREFIX)  # begin what says itself what it has
 RETRIES = 2  # after a NetworkError, where neither the tool nor the user says otherwise
 
 
@@ -67,7 +68,7 @@ def load(
     texts = plugins.parse_options(options, OPTIONS)  # {tool: {option: text}}
     places = {}  # of what is given by name; an MCP server says itself what it has
     for item in items:
-        if isinstance(item, str) and not item.startswith((MCP, openenv.PREFIX)):
+        if isinstance(item, str) and not item.startswith(OF_OTHERS):
             places[item] = _find(item)
 
     tools = []
@@ -89,13 +90,14 @@ def load(
                 tools.append(tool)
         elif isinstance(item, str) and item.startswith(openenv.PREFIX):
             environment, tool = openenv.load(item.removeprefix(openenv.PREFIX), timeout)
-            for name in (environment.name, tool.name):
-                _refuse_own_options(name, texts)
-                if describe_only:
-                    _refuse_idle_options(name, texts, is_told=False)
-            environment.timeout = tool.timeout = _timeout_of_all(environment.name, texts)
+            _set_timeout(environment, [tool], texts, describe_only)
             environments.append(environment)
             tools.append(tool)
+        elif isinstance(item, str) and item.startswith(verifiers.PREFIX):
+            environment, methods = verifiers.load(item.removeprefix(verifiers.PREFIX))
+            _set_timeout(environment, methods, texts, describe_only)
+            environments.append(environment)
+            tools += methods
         else:
             target = _import(places[item], modules) if isinstance(item, str) else item
             if is_environment(target):
@@ -125,6 +127,17 @@ def load(
         tool.network = getattr(state, "network", tool.network)  # its options decide
         _set_common_options(tool, texts, concurrency, cached)
     return tools, states, environments
+
+
+def _set_timeout(environment, tools, texts, describe_only):
+    """Sets the one option that an environment of others has. UserError for any other."""
+    for each in (environment, *tools):
+        _refuse_own_options(each.name, texts)
+        if describe_only:
+            _refuse_idle_options(each.name, texts, is_told=False)
+    environment.timeout = _timeout_of_all(environment.name, texts)
+    for tool in tools:
+        tool.timeout = environment.timeout
 
 
 def _check_users(environments):

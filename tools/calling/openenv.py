@@ -1,36 +1,34 @@
 """An environment that a server of OpenEnv plays: --tools=openenv:http://127.0.0.1:8000.
 
-Each trajectory has a session of its own there (openenv-core's GenericEnvClient, a WebSocket). The
-observation of its reset goes on with the prompt; its action is the tool `step`, whose schema is the
-server's; the rewards of all steps, added up, are the reward `environment`; `done` ends the episode.
-The reset is given seed, the number of the row, so that a group plays one problem, and what the
-row's column `reset` has, {name: value}, in front of that.
+Each trajectory has a session of its own there, a WebSocket. The observation of its reset goes on
+with the prompt; its action is the tool `step`, whose schema is the server's; the rewards of all
+steps, added up, are the reward `environment`; `done` ends the episode. The reset is given seed, the
+number of the row, so that a group plays one problem, and what the row's column `reset` has, {name:
+value}, in front of that.
 """
 
 import asyncio
 import functools
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 from run.config import UserError
 from run.http import HttpClient, HttpError
+from run.loop import run_blocking
 from tools.calling.base import Environment, Result, Tool, ToolError
 from tools.calling.environment import hooks_of
 from tools.calling.http import check_address
 
 PREFIX = "openenv:"  # begins the name of such an environment
-INSTALL = "pip install 'openenv-core>=0.3,<0.4'"
+LARGEST = 100 << 20  # bytes of a message, as in OpenEnv's own client
 
 
 def load(url: str, timeout: float) -> tuple[Environment, Tool]:
     """The environment of a server, and its one tool. timeout: seconds that the server has to say
     what its action is. UserError where there is none, or it cannot be honoured."""
     check_address(url)
-    client = _client_class()
-    with ThreadPoolExecutor(1) as thread:  # a notebook's own has a loop that runs
-        schema = thread.submit(asyncio.run, _schema_of_action(url, timeout)).result()
-        thread.submit(asyncio.run, _refuse_one_session(client, url, timeout)).result()
-    make = functools.partial(Session, client, url.rstrip("/"))
+    schema = run_blocking(_schema_of_action(url, timeout))
+    run_blocking(_refuse_one_session(url, timeout))
+    make = functools.partial(Session, url)
     environment = Environment("openenv", make, hooks_of(Session))
     function = {"name": "step", "description": schema.pop("description", ""), "parameters": schema}
     tool = Tool(
@@ -43,14 +41,6 @@ def load(url: str, timeout: float) -> tuple[Environment, Tool]:
         gives_result=True,
     )
     return environment, tool
-
-
-def _client_class():
-    try:
-        from openenv.core.generic_client import GenericEnvClient
-    except ModuleNotFoundError as error:
-        raise UserError(f"{PREFIX}… needs openenv-core ({error}): {INSTALL}") from None
-    return GenericEnvClient
 
 
 async def _schema_of_action(url, timeout):
@@ -75,12 +65,14 @@ async def _schema_of_action(url, timeout):
     return {**schema, "properties": properties}
 
 
-async def _refuse_one_session(client, url, timeout):
+async def _refuse_one_session(url, timeout):
     """UserError where the server plays one episode at a time: a group is played at once."""
-    sessions = [client(url, mode="simulation", message_timeout_s=timeout) for _ in range(2)]
+    sessions = [Session(url, {"id": 0}) for _ in range(2)]
     try:
         for session in sessions:
-            await session.reset(seed=0)
+            await asyncio.wait_for(session.opening(), timeout)
+    except UserError:
+        raise
     except Exception as error:
         remedy = "start it with max_concurrent_envs for all that are played at once"
         raise UserError(
@@ -94,36 +86,52 @@ async def _refuse_one_session(client, url, timeout):
 class Session:
     """One episode on the server."""
 
-    def __init__(self, client, url: str, example: dict):
-        self.client = client(url, mode="simulation")
+    def __init__(self, url: str, example: dict):
+        self.address = "ws" + url.removeprefix("http").rstrip("/") + "/ws"
         self.reset = {"seed": example["id"], **(example.get("reset") or {})}
+        self.socket = None
         self.total = 0.0  # of the rewards that came
         self.is_lost = False  # whether what state it is in is no longer known
 
     async def opening(self):
-        began = await self.client.reset(**self.reset)
-        if began.done:
+        try:
+            from websockets.asyncio.client import connect
+        except ModuleNotFoundError as error:
+            needed = f"{PREFIX}… needs websockets ({error})"
+            raise UserError(f'{needed}: pip install -e ".[openenv]"') from None
+        self.socket = await connect(self.address, max_size=LARGEST, proxy=None)
+        began = await self._ask("reset", self.reset)
+        if began["done"]:
             raise RuntimeError("the episode had ended when it was reset")
-        return _text(began.observation)
+        return _text(began["observation"])
+
+    async def _ask(self, kind, data):
+        """What the server replies to a message. RuntimeError with its word where it refuses."""
+        await self.socket.send(json.dumps({"type": kind, "data": data}))
+        reply = json.loads(await self.socket.recv())
+        if reply["type"] == "error":
+            raise RuntimeError(reply["data"]["message"])
+        return reply["data"]
 
     async def _step(self, **action):
         if self.is_lost:
             raise ToolError("lost", "error: the environment no longer answers")
         try:
-            result = await self.client.step(action)
+            done = await self._ask("step", action)
         except RuntimeError as error:  # the server's word that it does not take this action
             raise ToolError("refused", f"error: {error}") from None
         except BaseException:  # also at the deadline: the next answer would be that of this step
             self.is_lost = True
             raise
-        self.total += float(result.reward or 0.0)
-        return Result(_text(result.observation), ends=bool(result.done))
+        self.total += float(done["reward"] or 0.0)
+        return Result(_text(done["observation"]), ends=bool(done["done"]))
 
     def reward(self, trajectory):
         return None if self.is_lost else self.total
 
     async def close(self):
-        await self.client.close()
+        if self.socket is not None:
+            await self.socket.close()
 
 
 def _text(observation):

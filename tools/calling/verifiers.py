@@ -1,0 +1,270 @@
+"""Environments of the package verifiers, as load_environment() returns them: data, tools, rubric.
+
+    --data=verifiers:NAME --tools=verifiers:NAME --rewards=environment
+
+NAME is its module, installed beside verifiers or in this folder; `?name=value&…` are arguments of
+load_environment(). It is played by verifiers' own loop, in a process of a python that has the
+package (tools/calling/verifiers_worker.py): all calls of a turn go there at once, its user speaks
+behind an answer, its rubric's reward is the reward `environment`, and what the rubric's functions
+gave is logged as environment_<function>.
+"""
+
+import asyncio
+import functools
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+
+from run import config, plugins
+from run.config import UserError
+from tools.calling.base import TURN, Environment, Result, Tool, ToolError
+from tools.calling.environment import hooks_of
+
+PREFIX = "verifiers:"  # begins the name of such data and tools
+WORKER = Path(__file__).with_name("verifiers_worker.py")
+BESIDE = config.HERE / ".venv/verifiers/bin/python"  # where it is installed apart from all else
+INSTALL = "python -m venv .venv/verifiers; .venv/verifiers/bin/pip install 'verifiers>=0.2,<0.4'"
+_numbers = itertools.count(1)  # of requests and episodes
+
+
+def rows(source: str, split: str, limit: int | None) -> list[dict]:
+    """The first rows of its data set: prompt, answer, and, for its rollout, `of_verifiers`."""
+    if split not in ("train", "test"):
+        raise UserError(f"split = {split!r}: {PREFIX}{source} has train and test")
+    made = []
+    for row in _process(source).ask("rows", split=split, limit=limit).result():
+        if "tool_defs" in (row.get("info") or ()):
+            raise UserError(f"{PREFIX}{source}: its rows have tools of their own (info.tool_defs)")
+        prompt = [_without_none(message) for message in row["prompt"]]
+        of_verifiers = {"source": source, "row": {**row, "prompt": prompt}}
+        made.append({"prompt": prompt, "answer": row.get("answer"), "of_verifiers": of_verifiers})
+    if not made:
+        which = "eval_dataset" if split == "test" else "dataset"
+        raise UserError(f"{PREFIX}{source} has no {which}, so no split {split!r}")
+    return made
+
+
+def load(source: str) -> tuple[Environment, list[Tool]]:
+    """The environment, and its tools. UserError where there is none, or it cannot be honoured."""
+    make = functools.partial(Episode, source)
+    environment = Environment("verifiers", make, hooks_of(Episode))
+    tools = []
+    for offered in _process(source).tools:
+        function = {key: offered[key] for key in ("name", "description", "parameters")}
+        tool = Tool(
+            name=offered["name"],
+            schema={"type": "function", "function": function},
+            function=functools.partial(_call, offered["name"]),
+            is_async=True,
+            make=make,
+            environment=environment,
+            gives_result=True,
+        )
+        tools.append(tool)
+    return environment, tools
+
+
+async def _call(name, episode, /, **arguments):
+    return await episode._result_of(name, arguments)
+
+
+class Episode:
+    """One rollout in the process."""
+
+    def __init__(self, source: str, example: dict):
+        if example.get("of_verifiers", {}).get("source") != source:
+            raise UserError(f"{PREFIX}{source}: the rows are of other data: give --data the same")
+        self.process = _process(source)
+        self.number = next(_numbers)
+        self.row = example["of_verifiers"]["row"]
+        self.told = 0  # turns of the model, of which it knows
+        self.results = {}  # what the calls of the last of them gave, by their ids
+        self.has_ended = False
+        self.failure = ""  # how it failed: nothing can be asked of it then
+        self.measured = {}  # what the rubric's functions gave
+
+    async def opening(self):
+        reply = await self._ask("begin", row=self.row)
+        if reply["ended"] or _plain(reply["messages"]) != _plain(self.row["prompt"]):
+            raise UserError(
+                f"{self.process.name}: its setup changes the prompt, or ends the rollout"
+            )
+
+    async def user(self, trajectory):
+        reply = await self._tell(trajectory)
+        if reply["ended"]:
+            return None
+        return "\n\n".join(message["content"] for message in reply["messages"])
+
+    async def reward(self, trajectory):
+        if _count_turns(trajectory) > self.told and not self.has_ended:
+            await self._tell(trajectory)  # the last turn, which a limit of ours ended
+        if self.failure:
+            raise RuntimeError(self.failure)
+        scored = await self._ask("score")
+        self.measured = scored["metrics"]
+        return scored["reward"]
+
+    def metrics(self):
+        return self.measured
+
+    async def close(self):
+        await self._ask("close")
+
+    async def _result_of(self, name, arguments):
+        trajectory, calls = TURN.get()
+        if _count_turns(trajectory) > self.told:
+            reply = await self._tell(trajectory, calls)
+            if any(message["role"] != "tool" for message in reply["messages"]):
+                raise UserError(f"{self.process.name}: it answers calls with more than results")
+            self.results = {m["tool_call_id"]: m["content"] for m in reply["messages"]}
+        for index, call in enumerate(calls):
+            if (call.name, call.arguments) == (name, arguments):
+                text = self.results.pop(f"call-{index}", None)
+                if text is not None:
+                    return Result(text, ends=self.has_ended)
+        return Result("the episode has ended", ends=True)
+
+    async def _tell(self, trajectory, calls=()):
+        """Gives it the turns of which it does not know; returns what it replies to the last one.
+        calls: those of the last one, where they are about to run."""
+        turns = _turns(trajectory, calls)[self.told :]
+        self.told += len(turns)
+        reply = await self._ask("say", turns=turns)
+        self.has_ended = reply["ended"]
+        return reply
+
+    async def _ask(self, what, **of_it):
+        if self.failure:
+            raise ToolError("lost", f"error: {self.failure}")
+        self.failure = "the environment did not answer in time"
+        answer = await asyncio.wrap_future(self.process.ask(what, episode=self.number, **of_it))
+        self.failure = ""
+        return answer
+
+
+def _count_turns(trajectory):
+    return len(_assistants(trajectory))
+
+
+def _assistants(trajectory):
+    """The model's messages."""
+    messages = trajectory.messages[len(trajectory.example["messages"]) :]
+    return [message for message in messages if message["role"] == "assistant"]
+
+
+def _turns(trajectory, calls):
+    """The model's turns as the process is told them."""
+    turns = []
+    assistants = _assistants(trajectory)
+    for number, message in enumerate(assistants):
+        run = [call for call in trajectory.calls if call.turn == number]
+        if number == len(assistants) - 1:
+            run = run or calls
+        named = []
+        for index, call in enumerate(run):
+            arguments = json.dumps(call.arguments) if call.arguments is not None else ""
+            named.append({"id": f"call-{index}", "name": call.name or "", "arguments": arguments})
+        turns.append({"content": message["content"], "tool_calls": named, "was_cut": False})
+    if trajectory.stop == "length":
+        turns[-1]["was_cut"] = True
+    return turns
+
+
+def _plain(messages):
+    return [(message["role"], message["content"]) for message in messages]
+
+
+def _without_none(message):
+    """A message as it was before a table of messages gave it the fields of all others."""
+    return {key: value for key, value in message.items() if value is not None}
+
+
+# ---- the process
+
+
+class Process:
+    """A python that has verifiers, with one environment. Any thread may ask it."""
+
+    def __init__(self, source: str):
+        self.name = f"{PREFIX}{source}"
+        module, arguments = plugins.parse_source(source)
+        command = [_python(), "-P", str(WORKER), module, json.dumps(arguments)]
+        self.running = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for this program alone
+        )
+        self.asked = {}  # the number of a request -> its Future
+        self.lock = threading.Lock()
+        threading.Thread(target=self._read, daemon=True).start()
+        try:
+            about = self.ask("about").result()
+        except RuntimeError as error:
+            raise UserError(f"{self.name} cannot be loaded: {error}") from None
+        self.tools = about["tools"]
+        if about["refused"]:
+            raise UserError(f"{self.name} cannot be honoured: {about['refused']}")
+
+    def ask(self, what: str, **of_it) -> Future:
+        """Asks something of the worker; the Future has its answer, or raises RuntimeError."""
+        future = Future()
+        with self.lock:
+            number = next(_numbers)
+            self.asked[number] = future
+            line = json.dumps({"number": number, "what": what, **of_it}) + "\n"
+            try:
+                self.running.stdin.write(line.encode())
+                self.running.stdin.flush()
+            except OSError:  # it ended: _read has told, or tells, all that wait
+                pass
+        if self.running.poll() is not None:
+            self._fail_all("its process ended")
+        return future
+
+    def _read(self):
+        for line in self.running.stdout:
+            reply = json.loads(line)
+            if reply["number"] == 0:  # of no request: it does not start
+                self._fail_all(reply["error"])
+                continue
+            future = self.asked.pop(reply["number"])
+            if not future.set_running_or_notify_cancel():
+                continue  # its deadline has passed
+            if "error" in reply:
+                future.set_exception(RuntimeError(reply["error"]))
+            else:
+                future.set_result(reply["result"])
+        self._fail_all("its process ended")
+
+    def _fail_all(self, why):
+        while self.asked:
+            _, future = self.asked.popitem()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(RuntimeError(why))
+
+
+_processes = {}  # source -> its Process
+
+
+def _process(source: str) -> Process:
+    """The process of an environment; another one where that has ended."""
+    if source not in _processes or _processes[source].running.poll() is not None:
+        _processes[source] = Process(source)
+    return _processes[source]
+
+
+def _python():
+    """The python that has verifiers: this one, or that of .venv/verifiers."""
+    if importlib.util.find_spec("verifiers"):
+        return sys.executable
+    if not BESIDE.exists():
+        raise UserError(f"{PREFIX}… needs verifiers, in an environment of its own: {INSTALL}")
+    return str(BESIDE)
