@@ -5,7 +5,7 @@ const SCRIPT_NAMES = {
   "train_grpo.py": "GRPO, from trying (train_grpo.py)",
 };
 const CHECK_PAUSE = 400;  // ms behind the last key
-const ALWAYS = ["out_dir"];  // fields that are never folded
+const ALWAYS = ["out_dir", "model", "data", "tools"];  // fields that are never folded
 const LONG_TEXTS = ["system_prompt", "prompt_template"];
 
 async function newView(main, {script = "train_sft.py", config = "", evaluate = ""}) {
