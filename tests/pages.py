@@ -12,6 +12,8 @@ from pathlib import Path
 import httpx2
 from until import until
 
+from serve import runs
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -56,10 +58,10 @@ class Served:
     def end_runs(self) -> None:
         """Ends what was started from here and runs still."""
         for file in self.out.rglob("process.json"):
-            record = json.loads(file.read_text())
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                if os.getpgid(record["pid"]) == record["pid"]:
-                    os.killpg(record["pid"], signal.SIGKILL)
+            pid = runs.record_of(file.parent).get("pid", 0)
+            if pid and pid == runs.pid_of(file.parent):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(pid, signal.SIGKILL)
 
 
 HOSTILE = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>\'"&lt;'

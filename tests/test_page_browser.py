@@ -177,6 +177,7 @@ def test_rows_tools_and_a_made_up_rollout_are_shown(page, served):
     page.until("document.querySelectorAll('#result .t').length > 3")
     assert "stand-in" in page.value("document.querySelector('#result .log').innerText")
     picture(page, "made_up")
+    page.click(".ours summary")
     page.click("input[type=checkbox][value=search]")
     page.until("document.querySelector('.command').innerText.includes('--tools=python,search')")
 

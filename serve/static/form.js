@@ -147,16 +147,23 @@ function toolsInput(field, tools, tell) {
   const others = el("input", {type: "text", spellcheck: "false",
     placeholder: "my_tools.py:weather, mcp:servers.json", "aria-label": "other tools"});
   let order = [];  // as they were named: what a model is shown first
+  const summary = el("summary");
+  const count = () => {
+    const ticked = ticks.filter(tick => tick.checked).map(tick => tick.value);
+    summary.textContent = `our tools: ${ticked.join(", ") || "none"} (of ${ticks.length})`;
+  };
   const set = value => {
     order = value.split(",").map(name => name.trim()).filter(Boolean);
     for (const tick of ticks) tick.checked = order.includes(tick.value);
     others.value = order.filter(name => !ours.has(name)).join(",");
+    count();
   };
   const update = () => {
     const named = others.value.split(",").map(name => name.trim()).filter(Boolean);
     const ticked = ticks.filter(tick => tick.checked).map(tick => tick.value);
     const now = new Set([...ticked, ...named]);
     order = [...order.filter(name => now.has(name)), ...[...now].filter(n => !order.includes(n))];
+    count();
     tell(order.join(","));
   };
   for (const tick of ticks) tick.onchange = update;
@@ -168,7 +175,7 @@ function toolsInput(field, tools, tell) {
     update();
   };
   const element = el("div", {class: "tools", role: "group", "aria-label": "tools"},
-    el("details", {open: ""}, el("summary", {}, "our tools"), el("div", {class: "ticks"}, ...boxes)),
+    el("details", {class: "ours"}, summary, el("div", {class: "ticks"}, ...boxes)),
     el("label", {}, "others, by file or server ", others), serverForm(add));
   return {element, set};
 }
