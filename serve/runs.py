@@ -334,7 +334,8 @@ def status_of(folder: Path, state: dict) -> tuple[str, str]:
     if state["kind"] == "evaluation":
         is_done = (folder / "eval.json").is_file()
     else:
-        is_done = is_finished(folder)
+        is_short = state["steps"] is not None and state["step"] < state["steps"]  # made longer
+        is_done = is_finished(folder) and not is_short
     if is_done:  # what was refused later, to go on with it say, is told
         return "ended", words if words.startswith("error:") else ""
     if words.startswith("stopped after") or words == "interrupted":

@@ -40,10 +40,10 @@ class Served:
         found = re.search(r"http://\S+token=\S+", self.said.read_text())
         return found[0] if found else None
 
-    def read(self, name: str, **values) -> dict:
+    def read(self, name: str, /, **values) -> dict:
         return self.client.get(f"/api/{name}", params=values).json()
 
-    def act(self, name: str, **asked) -> dict:
+    def act(self, name: str, /, **asked) -> dict:
         return self.client.post(f"/api/{name}", json=asked).json()
 
     def state(self, run: str) -> dict:

@@ -458,6 +458,27 @@ def test_the_form_has_every_key_with_its_comment(served):
     assert all(tool["help"] for tool in form["tools"])
 
 
+def test_an_evaluation_of_a_run_is_set_up(served):
+    """Its form is that of evaluate.py, its folder is chosen so that it can be watched."""
+    import train_grpo
+
+    run = served.out / "grpo"
+    (run / "eval").mkdir(parents=True)
+    config.save(train_grpo.Config(out_dir=str(run)), run / "config.py")
+    asked = {"script": "evaluate.py", "evaluate": "grpo"}
+    names = [field["name"] for field in served.act("form", **asked, values={})["fields"]]
+    assert {"n", "k", "limit", "temperature"} <= set(names) and "run" not in names
+    answer = served.act("check", **asked, values={"limit": "7"})
+    command = f"python evaluate.py --run={run} --limit=7 --save_to={run}/eval-2"
+    assert answer["command"] == command and "error" not in answer
+    answer = served.act("check", **asked, values={"n": "4"})
+    assert answer["error"] == "n = 4 samples at temperature 0 are all alike: use --temperature=1"
+    answer = served.act("start", **asked, values={"save_to": "/tmp/elsewhere"})
+    assert "save_to = '/tmp/elsewhere': this page shows" in answer["error"]
+    answer = served.act("start", **asked, values={"endpoint": "http://127.0.0.1:9/v1"})
+    assert "model is missing" in answer["error"] and not (run / "eval-2").exists()
+
+
 def test_an_mcp_server_is_asked_for_its_tools_or_says_why_not(served):
     command = f"{sys.executable} -m serve.mcp_server python --stdio"
     written = served.act("server", name="ours", where=command)
