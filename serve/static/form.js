@@ -73,7 +73,8 @@ function formOf(start, form) {
   const names = form.fields.map(field => field.name);
   const differs = name => ALWAYS.includes(name)
     || fields[name].field.value !== fields[name].field.default;
-  const first = names.filter(differs);
+  const isWide = name => name === "tools" || LONG_TEXTS.includes(name);  // these come last
+  const first = names.filter(differs).sort((a, b) => isWide(a) - isWide(b));
   const others = names.filter(name => !differs(name));
   return [
     el("div", {class: "fields", id: "fields"}, ...first.map(name => fields[name].box)),
