@@ -227,6 +227,7 @@ def test_two_runs_are_compared(page, served):
     page.go(served.url + "/#/")
     for name in ("one", "two"):
         page.click(f"[data-key='tick {name}']")
+    picture(page, "runs")
     page.click("a.button[href^='#/compare']")
     page.until("document.querySelector('iframe.report')")
     report = page.browser.open()

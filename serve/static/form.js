@@ -226,9 +226,12 @@ function showCheck(answer, fields, verdict, command) {
   if (answer.command) command.replaceChildren(copied(answer.command));
 }
 function formButtons(start, asked, fields, verdict, result) {
-  const wait = words => result.replaceChildren(el("p", {class: "dim"}, words));
-  const refused = answer => result.replaceChildren(el("p", {class: "why"}, answer.error),
-    ...said(answer));
+  const put = (...parts) => {
+    result.replaceChildren(...parts);
+    result.scrollIntoView({block: "start"});
+  };
+  const wait = words => put(el("p", {class: "dim", role: "status"}, words));
+  const refused = answer => put(el("p", {class: "why"}, answer.error), ...said(answer));
   const run = button(start.script === "evaluate.py" ? "Evaluate" : "Start", async () => {
     verdict.className = "verdict dim";
     verdict.textContent = "checking, then starting …";
@@ -245,21 +248,20 @@ function formButtons(start, asked, fields, verdict, result) {
     wait("reading the first rows …");
     const answer = await act("rows", asked());
     if (answer.error) return refused(answer);
-    result.replaceChildren(...rowList(answer));
+    put(...rowList(answer));
   });
   const rollout = button("Play one made-up rollout", async () => {
     wait("playing …");
     const answer = await act("made_up", asked());
     if (answer.error) return refused(answer);
-    result.replaceChildren(...madeUp(answer));
+    put(...madeUp(answer));
   });
   const tools = button("Test the tools", async () => {
     wait("loading the tools …");
     const valueOf = name => asked().values[name] ?? fields[name]?.field.value ?? "";
     const list = name => valueOf(name).split(",").map(one => one.trim()).filter(Boolean);
     const answer = await act("tools", {names: list("tools"), options: list("tool_options")});
-    result.replaceChildren(el("h2", {}, "What the model is told of the tools"),
-      ...toolList(answer));
+    put(el("h2", {}, "What the model is told of the tools"), ...toolList(answer));
   });
   return [run, rows, tools, rollout];
 }
