@@ -340,6 +340,7 @@ class Pager {
     this.rows = [];  // all; shown: those that pass the filter
     this.shown = [];
     this.at = 0;
+    this.drawn = null;  // the facts of the one that stands there
     this.box = box;
     this.build();
   }
@@ -413,9 +414,17 @@ class Pager {
     this.next.disabled = !row || this.at === this.shown.length - 1;
     const step = row && typeof row.step === "number" ? `step ${row.step}, ` : "";
     this.where.textContent = `${step}${row ? this.at + 1 : 0} of ${this.shown.length}`;
-    if (!row) { this.view.replaceChildren("No rollout passes the filter."); return; }
+    if (!row) {
+      this.drawn = null;
+      this.view.replaceChildren("No rollout passes the filter.");
+      return;
+    }
+    // what stands there already is left as it is: somebody reads it while the run goes on
+    const known = row.number === undefined ? null : JSON.stringify(row);
+    if (known && known === this.drawn) return;
     const loaded = await this.load(row);
     if (row !== this.shown[this.at] || !loaded) return;  // another one is looked at by now
+    this.drawn = known;
     this.view.replaceChildren(...rolloutView(loaded.row, loaded.images, this.largest));
   }
   key(event) {

@@ -131,7 +131,7 @@ def page(out_dir, title: str = "") -> None:
     data = {
         "out_dir": title or str(out_dir),
         "settings": settings_of(out_dir / "config.py"),
-        **points_of(out_dir / "metrics.jsonl"),
+        **curves_of(out_dir / "metrics.jsonl"),
         "written": written,
         "rollouts": rollouts,
         "images": images_of(out_dir, rollouts),
@@ -150,18 +150,18 @@ def _template() -> str:
     return text.replace("{{script}}", parts["page.js"])
 
 
-def points_of(path: Path) -> dict:
+def curves_of(path: Path) -> dict:
     """What the curves of a metrics.jsonl are drawn from."""
     rows = [finite_numbers(row) for row in steps_of(path)]
     return {
         "panels": panels_of(dict.fromkeys(key for row in rows for key in row)),
         "steps": len(rows),
-        "metrics": _points(rows),
+        "metrics": points_of(rows),
         "thinned": math.ceil(len(rows) / POINTS),  # steps that a point is the mean of
     }
 
 
-def _points(rows: list[dict]) -> dict[str, list]:
+def points_of(rows: list[dict]) -> dict[str, list]:
     """The values of each key, None where there is none; of many steps, means of a few of them."""
     size = max(1, math.ceil(len(rows) / POINTS))
     parts = []
@@ -197,7 +197,7 @@ def shown_rollouts(path: Path) -> tuple[list[dict], int]:
     rollouts = []
     for number, row in enumerate(each_row(path, constant=str)):  # JSON proper has no NaN
         if number in chosen and is_rollout(row):
-            rollouts.append(shown(row))
+            rollouts.append(shown_of(row))
     return rollouts, written
 
 
@@ -208,7 +208,7 @@ def spread(total: int, most: int) -> list[int]:
     return [i * (total - 1) // (most - 1) for i in range(most)]
 
 
-def shown(row: dict) -> dict:
+def shown_of(row: dict) -> dict:
     """What the page holds of a row of rollouts.jsonl."""
     shown = {key: row.get(key) for key in ROLLOUT_KEYS}
     pieces = row.get("pieces")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+cpu_seen = {"times": psutil.cpu_times()}  # psutil itself would remember them for each thread
 cards_seen = {"at": 0.0, "cards": []}  # of nvidia-smi, which takes a while
 
 
@@ -15,7 +16,7 @@ def machine(root: Path) -> dict:
     memory = psutil.virtual_memory()
     answer = {
         "cores": psutil.cpu_count(),
-        "cpu": psutil.cpu_percent(),  # since it was asked last
+        "cpu": cpu_percent(),
         "memory_used": memory.total - memory.available,
         "memory": memory.total,
         "gpus": gpus(),
@@ -23,6 +24,16 @@ def machine(root: Path) -> dict:
     with contextlib.suppress(OSError):
         answer["disk_free"] = psutil.disk_usage(str(root)).free
     return answer
+
+
+def cpu_percent() -> float:
+    """The share of all cores that was busy since this was asked last, in percent."""
+    before = cpu_seen["times"]
+    now = psutil.cpu_times()
+    cpu_seen["times"] = now
+    passed = sum(now) - sum(before)
+    idle = now.idle - before.idle + getattr(now, "iowait", 0) - getattr(before, "iowait", 0)
+    return round(100 * max(0.0, 1 - idle / passed), 1) if passed > 0 else 0.0
 
 
 def gpus() -> list[dict]:

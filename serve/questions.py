@@ -33,7 +33,11 @@ SCRIPTS = {"train_grpo.py": train_grpo, "train_sft.py": train_sft, "evaluate.py"
 ROWS = 5  # that are looked at
 LONG = 4000  # characters of a text that is shown
 # keys that the page sets itself, by its buttons
-BY_BUTTON = {"train_grpo.py": {"resume"}, "train_sft.py": {"resume"}, "evaluate.py": {"run"}}
+BY_BUTTON = {
+    "train_grpo.py": {"resume"},
+    "train_sft.py": {"resume"},
+    "evaluate.py": {"run", "resume"},
+}
 
 
 def parsed(script: str, argv: list[str]):
@@ -283,7 +287,15 @@ def made_up(script: str, argv: list[str]) -> dict:
     return {"rollouts": rollouts, "images": images}
 
 
+def compare(folders: list[str]) -> dict:
+    """The page of report.py about several runs."""
+    import report
+
+    return {"html": report.page_of([Path(folder) for folder in folders])}
+
+
 ALL = {"form": form, "check": check, "rows": rows, "tools": tools, "made_up": made_up}
+ALL["compare"] = compare
 
 
 def answer(name: str, arguments: dict) -> dict:

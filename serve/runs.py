@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -254,8 +255,22 @@ def is_finished(folder: Path) -> bool:
     return not checkpoint.exists() or max(there) >= checkpoint.stat().st_mtime_ns
 
 
+def said_steps(folder: Path) -> int | None:
+    """The updates of an SFT, which follow from its rows: it prints them when it has read them."""
+    with contextlib.suppress(OSError), open(folder / SAID, "rb") as file:
+        said = re.findall(
+            rb"; (\d{1,12}) steps, [\d,]+ of ", file.read(TAIL) + tail_of(folder / SAID)
+        )
+        return int(said[-1]) if said else None
+    return None
+
+
 def last_words(folder: Path) -> str:
-    """The last line that a started run printed."""
+    """The last line that a started run printed; "" where the run went on since, without us."""
+    with contextlib.suppress(OSError):
+        logged = (folder / "metrics.jsonl").stat().st_mtime
+        if logged > (folder / SAID).stat().st_mtime + 60:
+            return ""
     lines = tail_of(folder / SAID).decode("utf-8", "replace").splitlines()
     lines = [line.strip() for line in lines if line.strip()]
     return lines[-1][:500] if lines else ""
@@ -268,7 +283,7 @@ def state_of(root: Path, folder: Path) -> dict:
     record = record_of(folder)
     row = last_row(folder / "metrics.jsonl")
     pid = pid_of(folder)
-    steps = plain(values.get("steps"))
+    steps = plain(values.get("steps")) if kind != "SFT" else said_steps(folder)
     state = {
         "name": folder.relative_to(root).as_posix(),
         "kind": kind,
@@ -279,7 +294,7 @@ def state_of(root: Path, folder: Path) -> dict:
         "data": ", ".join(plain(values.get("mix")) or ()) or plain(values.get("data")),
         "changed": changed(folder),
         "command": record.get("command"),
-        "told_to_stop": bool(record.get("told_to_stop")),
+        "told_to_stop": bool(record.get("told_to_stop")) and record["pid"] == pid,
         "checkpoint": newest_checkpoint(folder),
         "numbers": numbers_of(folder, row),
     }
@@ -319,7 +334,8 @@ def status_of(folder: Path, state: dict) -> tuple[str, str]:
     if state["kind"] == "evaluation":
         is_done = (folder / "eval.json").is_file()
     else:
-        is_done = is_finished(folder)
+        is_short = state["steps"] is not None and state["step"] < state["steps"]  # made longer
+        is_done = is_finished(folder) and not is_short
     if is_done:  # what was refused later, to go on with it say, is told
         return "ended", words if words.startswith("error:") else ""
     if words.startswith("stopped after") or words == "interrupted":

@@ -23,7 +23,7 @@ from serve.machine import machine
 
 MOST_RUNS = 8  # that are compared
 MOST_LOG = 2**16  # bytes of log.txt that are shown
-SECONDS = {"form": 60, "check": 60, "rows": 120, "tools": 60, "made_up": 300}
+SECONDS = {"form": 60, "check": 60, "rows": 120, "tools": 60, "made_up": 300, "compare": 120}
 STATIC = {  # all files that are served, by their names in a URL
     "page.css": ("run/page.css", "text/css"),
     "page.js": ("run/page.js", "text/javascript"),
@@ -112,16 +112,14 @@ class Views:
         try:
             if not 2 <= len(names) <= MOST_RUNS:
                 raise UserError(f"expected 2 to {MOST_RUNS} runs to compare")
-            folders = [runs.folder_of(self.root, name) for name in names]
-            try:
-                import report
-            except ImportError:
-                raise UserError("report.py is not here: it draws the comparison") from None
-            text = report.page_of(folders)
+            folders = [str(runs.folder_of(self.root, name)) for name in names]
         except UserError as error:
             return refusal(400, str(error))
+        answer = asking.ask("compare", {"folders": folders}, SECONDS["compare"])
+        if "error" in answer:
+            return refusal(400, answer["error"])
         headers = {"content-security-policy": REPORT_POLICY}
-        return Response(text, media_type="text/html; charset=utf-8", headers=headers)
+        return Response(answer["html"], media_type="text/html; charset=utf-8", headers=headers)
 
     def folder(self, request: Request) -> Path:
         """The folder of the run that a request is about."""
@@ -143,7 +141,7 @@ class Views:
         stamp = stamp_of(metrics)
         answer["stamp"] = stamp
         if request.query_params.get("seen") != stamp:
-            answer["curves"] = run_page.points_of(metrics)
+            answer["curves"] = run_page.curves_of(metrics)
             answer["settings"] = run_page.settings_of(folder / "config.py")
             answer["evaluation"] = runs.evaluation_of(folder)
         rollouts = folder / "rollouts.jsonl"
@@ -169,7 +167,7 @@ class Views:
             row = self.index(folder / "rollouts.jsonl").row(int(number))
         if row is None:
             raise UserError(f"no rollout {number!r} in '{folder}'")
-        shown = run_page.shown(row)
+        shown = run_page.shown_of(row)
         images = run_page.images_of(folder, [shown])
         name = folder.relative_to(self.root).as_posix()
         for image, about in images.items():

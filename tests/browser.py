@@ -54,14 +54,15 @@ class Browser:
                 command, stdout=said, stderr=said, stdin=subprocess.DEVNULL
             )
         assert until(self._address, SECONDS), self.said.read_text(errors="replace")
-        self.socket = connect(self._address(), max_size=None, proxy=None)
+        self.connection = connect(self._address(), max_size=None, proxy=None)
+        self.socket = self.connection.__enter__()
         self.numbers = itertools.count(1)
         self.events: list[dict] = []
         return self
 
     def __exit__(self, *_) -> None:
         with contextlib.suppress(Exception):
-            self.socket.close()
+            self.connection.__exit__(None, None, None)
         self.process.terminate()
         try:
             self.process.wait(20)
@@ -119,18 +120,16 @@ class Page:
         assert "exceptionDetails" not in answer, (expression, answer["exceptionDetails"])
         return answer["result"].get("value")
 
-    def until(self, expression: str, seconds: float = SECONDS):
-        """Waits until a line of javascript is true; returns what it gives."""
-        values = []
+    def until(self, expression: str, seconds: float = SECONDS) -> None:
+        """Waits until a line of javascript gives something that counts as true there."""
 
-        def is_true():
+        def is_true() -> bool:
             with contextlib.suppress(AssertionError):  # the page is loading
-                values.append(self.value(expression))
-            return bool(values and values[-1])
+                return self.value(f"!!({expression})")
+            return False
 
         is_there = until(is_true, seconds)
         assert is_there, f"{expression}\n{self.value('document.body.innerText')[:3000]}"
-        return values[-1]
 
     def click(self, selector: str) -> None:
         """Clicks with the mouse, in the middle of the element."""

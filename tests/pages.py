@@ -12,6 +12,8 @@ from pathlib import Path
 import httpx2
 from until import until
 
+from serve import runs
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -38,10 +40,10 @@ class Served:
         found = re.search(r"http://\S+token=\S+", self.said.read_text())
         return found[0] if found else None
 
-    def read(self, name: str, **values) -> dict:
+    def read(self, name: str, /, **values) -> dict:
         return self.client.get(f"/api/{name}", params=values).json()
 
-    def act(self, name: str, **asked) -> dict:
+    def act(self, name: str, /, **asked) -> dict:
         return self.client.post(f"/api/{name}", json=asked).json()
 
     def state(self, run: str) -> dict:
@@ -56,10 +58,10 @@ class Served:
     def end_runs(self) -> None:
         """Ends what was started from here and runs still."""
         for file in self.out.rglob("process.json"):
-            record = json.loads(file.read_text())
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                if os.getpgid(record["pid"]) == record["pid"]:
-                    os.killpg(record["pid"], signal.SIGKILL)
+            pid = runs.record_of(file.parent).get("pid", 0)
+            if pid and pid == runs.pid_of(file.parent):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(pid, signal.SIGKILL)
 
 
 HOSTILE = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>\'"&lt;'

@@ -67,14 +67,13 @@ def test_the_link_gives_a_cookie_that_no_script_and_no_other_site_gets(served):
     cookie = answer.headers["set-cookie"].lower()
     assert "httponly" in cookie and "samesite=strict" in cookie
     policy = answer.headers["content-security-policy"]
-    assert (
-        "default-src 'none'" in policy and "unsafe" not in policy and "script-src 'self'" in policy
-    )
+    assert "default-src 'none'" in policy and "script-src 'self'" in policy
+    assert "unsafe" not in policy
     assert answer.headers["referrer-policy"] == "no-referrer"
+    served.client.cookies.clear()  # the other tests begin without it
     pair = answer.headers["set-cookie"].partition(";")[0]
-    assert served.client.get("/api/runs", headers={"Authorization": "", "Cookie": pair}).json()[
-        "root"
-    ] == str(served.out)
+    answer = served.client.get("/api/runs", headers={"Authorization": "", "Cookie": pair})
+    assert answer.json()["root"] == str(served.out)
     # a link with the token is for the page alone: an address that does something takes none
     answer = served.client.get(f"/api/runs?token={served.token}", headers={"Authorization": ""})
     assert answer.status_code == 401
@@ -241,9 +240,9 @@ def test_a_config_that_ends_or_hangs_the_check_harms_nothing(served):
     from serve import asking
 
     asking.prepare()
-    (evil / "config.py").write_text("while True:\n    pass\n")
+    (evil / "config.py").write_text("import time\ntime.sleep(600)\n")
     given = {"script": "train_sft.py", "argv": [f"--config={evil}/config.py"], "root": "out"}
-    assert "hangs" in asking.ask("check", given, seconds=20)["error"]
+    assert "hangs" in asking.ask("check", given, seconds=10)["error"]
 
 
 # ---- what is on the disk
@@ -457,6 +456,27 @@ def test_the_form_has_every_key_with_its_comment(served):
     assert form["suggested"] == {"out_dir": f"{served.out}/calc"}
     assert "python" in [tool["name"] for tool in form["tools"]]
     assert all(tool["help"] for tool in form["tools"])
+
+
+def test_an_evaluation_of_a_run_is_set_up(served):
+    """Its form is that of evaluate.py, its folder is chosen so that it can be watched."""
+    import train_grpo
+
+    run = served.out / "grpo"
+    (run / "eval").mkdir(parents=True)
+    config.save(train_grpo.Config(out_dir=str(run)), run / "config.py")
+    asked = {"script": "evaluate.py", "evaluate": "grpo"}
+    names = [field["name"] for field in served.act("form", **asked, values={})["fields"]]
+    assert {"n", "k", "limit", "temperature"} <= set(names) and "run" not in names
+    answer = served.act("check", **asked, values={"limit": "7"})
+    command = f"python evaluate.py --run={run} --limit=7 --save_to={run}/eval-2"
+    assert answer["command"] == command and "error" not in answer
+    answer = served.act("check", **asked, values={"n": "4"})
+    assert answer["error"] == "n = 4 samples at temperature 0 are all alike: use --temperature=1"
+    answer = served.act("start", **asked, values={"save_to": "/tmp/elsewhere"})
+    assert "save_to = '/tmp/elsewhere': this page shows" in answer["error"]
+    answer = served.act("start", **asked, values={"endpoint": "http://127.0.0.1:9/v1"})
+    assert "model is missing" in answer["error"] and not (run / "eval-2").exists()
 
 
 def test_an_mcp_server_is_asked_for_its_tools_or_says_why_not(served):

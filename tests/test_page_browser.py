@@ -99,7 +99,7 @@ def test_a_run_is_set_up_started_watched_stopped_and_resumed(page, served):
     page.until(f"{steps} > {stopped_at}")
 
     # 5. a rollout is opened, by the keyboard too; SFT writes its first three samples
-    page.until("document.querySelectorAll('#rollouts .t').length > 3")
+    page.until("document.querySelectorAll('#rollouts .tokens .t').length > 3")
     assert page.value("document.querySelector('#rollouts .bar').innerText").count("1 of 3")
     page.key("ArrowRight")
     page.until("document.querySelector('#rollouts .bar').innerText.includes('2 of 3')")
@@ -121,17 +121,18 @@ def test_what_a_model_writes_stays_text(page, served, hostile):
     own = page.value(ELEMENTS)
     page.until("document.querySelectorAll('.runs tbody tr').length > 0")
     assert hostile in page.value("document.querySelector('.runs').innerText")
-    page.fill("input[type=search]", HOSTILE)
+    page.fill("input[type=search]", f"{HOSTILE} <b>nothing</b>")
     page.until("document.querySelector('.empty')")
     assert page.value(SAFE) and page.value(ELEMENTS) == own
     page.value(f"location.hash = toRun({json.dumps(hostile)})")
-    page.until("document.querySelectorAll('#rollouts .t').length === 2")
+    page.until("document.querySelectorAll('#rollouts .tokens .t').length === 2")
     for section in ("curves", "rollouts", "log", "settings", "evaluation"):
-        assert HOSTILE in page.value(f"document.querySelector('#{section}').textContent"), section
+        said = page.value(f"document.querySelector('#{section}').textContent")
+        assert "<script>window.hacked=1</script>" in said, section
     assert HOSTILE in page.value("document.querySelector('.runhead').textContent")
     assert page.value("document.title").startswith(hostile)
     page.value(
-        "document.querySelector('#rollouts .t').dispatchEvent("
+        "document.querySelector('#rollouts .tokens .t').dispatchEvent("
         "new MouseEvent('mouseover', {bubbles: true}))"
     )
     assert "<img" in page.value("document.querySelector('#tip').textContent")
@@ -174,9 +175,10 @@ def test_rows_tools_and_a_made_up_rollout_are_shown(page, served):
     page.value(f"{press % 'Test the tools'}.click()")
     page.until("document.querySelector('#result .toollist dt')?.innerText === 'python(code)'")
     page.value(f"{press % 'Play one made-up rollout'}.click()")
-    page.until("document.querySelectorAll('#result .t').length > 3")
+    page.until("document.querySelectorAll('#result .tokens .t').length > 3")
     assert "stand-in" in page.value("document.querySelector('#result .log').innerText")
     picture(page, "made_up")
+    page.click(".ours summary")
     page.click("input[type=checkbox][value=search]")
     page.until("document.querySelector('.command').innerText.includes('--tools=python,search')")
 
@@ -192,7 +194,7 @@ def test_a_phone_and_the_dark_see_all_of_it(page, served, hostile):
     assert page.value(wide)
     picture(page, "phone_dark")
     page.value(f"location.hash = toRun({json.dumps(hostile)})")
-    page.until("document.querySelectorAll('#rollouts .t').length === 2")
+    page.until("document.querySelectorAll('#rollouts .tokens .t').length === 2")
     assert page.value(wide)
     page.value("location.hash = place('new', {script: 'train_grpo.py', config: 'calc.py'})")
     page.until("document.querySelector('.verdict')?.innerText.length > 3")
@@ -225,6 +227,7 @@ def test_two_runs_are_compared(page, served):
     page.go(served.url + "/#/")
     for name in ("one", "two"):
         page.click(f"[data-key='tick {name}']")
+    picture(page, "runs")
     page.click("a.button[href^='#/compare']")
     page.until("document.querySelector('iframe.report')")
     report = page.browser.open()

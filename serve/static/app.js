@@ -190,7 +190,7 @@ function runsTable({root, runs}, words, compare) {
       el("td", {}, progressOf(run), run.steps && run.step
         ? el("progress", {max: run.steps, value: run.step, "aria-label": "steps"}) : ""),
       el("td", {class: "numbers"}, numbersOf(run)),
-      el("td", {class: "source"}, source),
+      el("td", {class: "source"}, el("div", {title: source}, source)),
       el("td", {class: "when"}, ago(run.changed))));
   }
   return [table];

@@ -5,7 +5,7 @@ const SCRIPT_NAMES = {
   "train_grpo.py": "GRPO, from trying (train_grpo.py)",
 };
 const CHECK_PAUSE = 400;  // ms behind the last key
-const ALWAYS = ["out_dir"];  // fields that are never folded
+const ALWAYS = ["out_dir", "model", "data", "tools"];  // fields that are never folded
 const LONG_TEXTS = ["system_prompt", "prompt_template"];
 
 async function newView(main, {script = "train_sft.py", config = "", evaluate = ""}) {
@@ -73,7 +73,8 @@ function formOf(start, form) {
   const names = form.fields.map(field => field.name);
   const differs = name => ALWAYS.includes(name)
     || fields[name].field.value !== fields[name].field.default;
-  const first = names.filter(differs);
+  const isWide = name => name === "tools" || LONG_TEXTS.includes(name);  // these come last
+  const first = names.filter(differs).sort((a, b) => isWide(a) - isWide(b));
   const others = names.filter(name => !differs(name));
   return [
     el("div", {class: "fields", id: "fields"}, ...first.map(name => fields[name].box)),
@@ -147,16 +148,23 @@ function toolsInput(field, tools, tell) {
   const others = el("input", {type: "text", spellcheck: "false",
     placeholder: "my_tools.py:weather, mcp:servers.json", "aria-label": "other tools"});
   let order = [];  // as they were named: what a model is shown first
+  const summary = el("summary");
+  const count = () => {
+    const ticked = ticks.filter(tick => tick.checked).map(tick => tick.value);
+    summary.textContent = `our tools: ${ticked.join(", ") || "none"} (of ${ticks.length})`;
+  };
   const set = value => {
     order = value.split(",").map(name => name.trim()).filter(Boolean);
     for (const tick of ticks) tick.checked = order.includes(tick.value);
     others.value = order.filter(name => !ours.has(name)).join(",");
+    count();
   };
   const update = () => {
     const named = others.value.split(",").map(name => name.trim()).filter(Boolean);
     const ticked = ticks.filter(tick => tick.checked).map(tick => tick.value);
     const now = new Set([...ticked, ...named]);
     order = [...order.filter(name => now.has(name)), ...[...now].filter(n => !order.includes(n))];
+    count();
     tell(order.join(","));
   };
   for (const tick of ticks) tick.onchange = update;
@@ -168,7 +176,7 @@ function toolsInput(field, tools, tell) {
     update();
   };
   const element = el("div", {class: "tools", role: "group", "aria-label": "tools"},
-    el("details", {open: ""}, el("summary", {}, "our tools"), el("div", {class: "ticks"}, ...boxes)),
+    el("details", {class: "ours"}, summary, el("div", {class: "ticks"}, ...boxes)),
     el("label", {}, "others, by file or server ", others), serverForm(add));
   return {element, set};
 }
@@ -218,9 +226,12 @@ function showCheck(answer, fields, verdict, command) {
   if (answer.command) command.replaceChildren(copied(answer.command));
 }
 function formButtons(start, asked, fields, verdict, result) {
-  const wait = words => result.replaceChildren(el("p", {class: "dim"}, words));
-  const refused = answer => result.replaceChildren(el("p", {class: "why"}, answer.error),
-    ...said(answer));
+  const put = (...parts) => {
+    result.replaceChildren(...parts);
+    result.scrollIntoView({block: "start"});
+  };
+  const wait = words => put(el("p", {class: "dim", role: "status"}, words));
+  const refused = answer => put(el("p", {class: "why"}, answer.error), ...said(answer));
   const run = button(start.script === "evaluate.py" ? "Evaluate" : "Start", async () => {
     verdict.className = "verdict dim";
     verdict.textContent = "checking, then starting …";
@@ -237,21 +248,20 @@ function formButtons(start, asked, fields, verdict, result) {
     wait("reading the first rows …");
     const answer = await act("rows", asked());
     if (answer.error) return refused(answer);
-    result.replaceChildren(...rowList(answer));
+    put(...rowList(answer));
   });
   const rollout = button("Play one made-up rollout", async () => {
     wait("playing …");
     const answer = await act("made_up", asked());
     if (answer.error) return refused(answer);
-    result.replaceChildren(...madeUp(answer));
+    put(...madeUp(answer));
   });
   const tools = button("Test the tools", async () => {
     wait("loading the tools …");
     const valueOf = name => asked().values[name] ?? fields[name]?.field.value ?? "";
     const list = name => valueOf(name).split(",").map(one => one.trim()).filter(Boolean);
     const answer = await act("tools", {names: list("tools"), options: list("tool_options")});
-    result.replaceChildren(el("h2", {}, "What the model is told of the tools"),
-      ...toolList(answer));
+    put(el("h2", {}, "What the model is told of the tools"), ...toolList(answer));
   });
   return [run, rows, tools, rollout];
 }
