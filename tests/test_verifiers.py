@@ -312,7 +312,7 @@ def test_a_process_that_dies_costs_its_trajectories_and_another_one_starts(token
 
 def test_without_the_package_one_sentence_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(verifiers, "BESIDE", Path("nowhere/python"))
-    with pytest.raises(UserError, match=re.escape("pip install 'verifiers>=0.2,<0.4'")):
+    with pytest.raises(UserError, match=re.escape("pip install 'verifiers>=0.3,<0.4'")):
         load("shelf-env?bonus=0.125")
 
 

@@ -28,7 +28,7 @@ from tools.calling.environment import hooks_of
 PREFIX = "verifiers:"  # begins the name of such data and tools
 WORKER = Path(__file__).with_name("verifiers_worker.py")
 BESIDE = config.HERE / ".venv/verifiers/bin/python"  # where it is installed apart from all else
-INSTALL = "python -m venv .venv/verifiers; .venv/verifiers/bin/pip install 'verifiers>=0.2,<0.4'"
+INSTALL = "python -m venv .venv/verifiers; .venv/verifiers/bin/pip install 'verifiers>=0.3,<0.4'"
 _numbers = itertools.count(1)  # of requests and episodes
 
 
@@ -85,6 +85,7 @@ class Episode:
         self.told = 0  # turns of the model, of which it knows
         self.results = {}  # what the calls of the last of them gave, by their ids
         self.has_ended = False
+        self.last_words = ""  # of the environment, where a call ended the episode
         self.failure = ""  # how it failed: nothing can be asked of it then
         self.measured = {}  # what the rubric's functions gave
 
@@ -97,9 +98,7 @@ class Episode:
 
     async def user(self, trajectory):
         reply = await self._tell(trajectory)
-        if reply["ended"]:
-            return None
-        return "\n\n".join(message["content"] for message in reply["messages"])
+        return None if reply["ended"] else _joined(reply["messages"])
 
     async def reward(self, trajectory):
         if _count_turns(trajectory) > self.told and not self.has_ended:
@@ -113,22 +112,25 @@ class Episode:
     def metrics(self):
         return self.measured
 
-    async def close(self):
-        await self._ask("close")
+    def close(self):
+        self.process.ask("close", episode=self.number)
 
     async def _result_of(self, name, arguments):
         trajectory, calls = TURN.get()
         if _count_turns(trajectory) > self.told:
             reply = await self._tell(trajectory, calls)
-            if any(message["role"] != "tool" for message in reply["messages"]):
+            if reply["ended"]:
+                self.last_words = _joined(reply["messages"]) or "the episode has ended"
+            elif any(message["role"] != "tool" for message in reply["messages"]):
                 raise UserError(f"{self.process.name}: it answers calls with more than results")
             self.results = {m["tool_call_id"]: m["content"] for m in reply["messages"]}
+        if self.has_ended:
+            return Result(self.last_words, ends=True)
         for index, call in enumerate(calls):
-            if (call.name, call.arguments) == (name, arguments):
-                text = self.results.pop(f"call-{index}", None)
-                if text is not None:
-                    return Result(text, ends=self.has_ended)
-        return Result("the episode has ended", ends=True)
+            of_this = (call.name, call.arguments) == (name, arguments)
+            if of_this and f"call-{index}" in self.results:
+                return Result(self.results.pop(f"call-{index}"))
+        raise UserError(f"{self.process.name}: it gave a call of {name} no result")
 
     async def _tell(self, trajectory, calls=()):
         """Gives it the turns of which it does not know; returns what it replies to the last one.
@@ -142,8 +144,13 @@ class Episode:
     async def _ask(self, what, **of_it):
         if self.failure:
             raise ToolError("lost", f"error: {self.failure}")
-        self.failure = "the environment did not answer in time"
-        answer = await asyncio.wrap_future(self.process.ask(what, episode=self.number, **of_it))
+        self.failure = "the environment did not answer in time"  # if this is cancelled
+        try:
+            asked = self.process.ask(what, episode=self.number, **of_it)
+            answer = await asyncio.wrap_future(asked)
+        except RuntimeError as error:
+            self.failure = str(error)
+            raise
         self.failure = ""
         return answer
 
@@ -174,6 +181,10 @@ def _turns(trajectory, calls):
     if trajectory.stop == "length":
         turns[-1]["was_cut"] = True
     return turns
+
+
+def _joined(messages):
+    return "\n\n".join(message["content"] for message in messages)
 
 
 def _plain(messages):
