@@ -312,8 +312,9 @@ def test_a_process_that_dies_costs_its_trajectories_and_another_one_starts(token
 
 def test_without_the_package_one_sentence_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(verifiers, "BESIDE", Path("nowhere/python"))
+    monkeypatch.setattr(verifiers, "_processes", [])
     with pytest.raises(UserError, match=re.escape("pip install 'verifiers>=0.3,<0.4'")):
-        load("shelf-env?bonus=0.125")
+        load("shelf-env")
 
 
 def test_five_steps_of_grpo_and_an_evaluation(tokenizer, tmp_path):

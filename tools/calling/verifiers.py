@@ -10,6 +10,7 @@ gave is logged as environment_<function>.
 """
 
 import asyncio
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -37,7 +38,12 @@ def rows(source: str, split: str, limit: int | None) -> list[dict]:
     if split not in ("train", "test"):
         raise UserError(f"split = {split!r}: {PREFIX}{source} has train and test")
     made = []
-    for row in _process(source).ask("rows", split=split, limit=limit).result():
+    asked = _process(source).ask("rows", source=source, split=split, limit=limit)
+    try:
+        found = asked.result()
+    except RuntimeError as error:  # a download, say
+        raise UserError(f"{PREFIX}{source}: its rows cannot be read: {error}") from None
+    for row in found:
         if "tool_defs" in (row.get("info") or ()):
             raise UserError(f"{PREFIX}{source}: its rows have tools of their own (info.tool_defs)")
         prompt = [_without_none(message) for message in row["prompt"]]
@@ -54,7 +60,7 @@ def load(source: str) -> tuple[Environment, list[Tool]]:
     make = functools.partial(Episode, source)
     environment = Environment("verifiers", make, hooks_of(Episode))
     tools = []
-    for offered in _process(source).tools:
+    for offered in _process(source).tools[source]:
         function = {key: offered[key] for key in ("name", "description", "parameters")}
         tool = Tool(
             name=offered["name"],
@@ -79,6 +85,7 @@ class Episode:
     def __init__(self, source: str, example: dict):
         if example.get("of_verifiers", {}).get("source") != source:
             raise UserError(f"{PREFIX}{source}: the rows are of other data: give --data the same")
+        self.name = f"{PREFIX}{source}"
         self.process = _process(source)
         self.number = next(_numbers)
         self.row = example["of_verifiers"]["row"]
@@ -90,11 +97,10 @@ class Episode:
         self.measured = {}  # what the rubric's functions gave
 
     async def opening(self):
-        reply = await self._ask("begin", row=self.row)
+        source = self.name.removeprefix(PREFIX)
+        reply = await self._ask("begin", source=source, row=self.row)
         if reply["ended"] or _plain(reply["messages"]) != _plain(self.row["prompt"]):
-            raise UserError(
-                f"{self.process.name}: its setup changes the prompt, or ends the rollout"
-            )
+            raise UserError(f"{self.name}: its setup changes the prompt, or ends the rollout")
 
     async def user(self, trajectory):
         reply = await self._tell(trajectory)
@@ -122,7 +128,7 @@ class Episode:
             if reply["ended"]:
                 self.last_words = _joined(reply["messages"]) or "the episode has ended"
             elif any(message["role"] != "tool" for message in reply["messages"]):
-                raise UserError(f"{self.process.name}: it answers calls with more than results")
+                raise UserError(f"{self.name}: it answers calls with more than results")
             self.results = {m["tool_call_id"]: m["content"] for m in reply["messages"]}
         if self.has_ended:
             return Result(self.last_words, ends=True)
@@ -130,7 +136,7 @@ class Episode:
             of_this = (call.name, call.arguments) == (name, arguments)
             if of_this and f"call-{index}" in self.results:
                 return Result(self.results.pop(f"call-{index}"))
-        raise UserError(f"{self.process.name}: it gave a call of {name} no result")
+        raise UserError(f"{self.name}: it gave a call of {name} no result")
 
     async def _tell(self, trajectory, calls=()):
         """Gives it the turns of which it does not know; returns what it replies to the last one.
@@ -200,52 +206,49 @@ def _without_none(message):
 
 
 class Process:
-    """A python that has verifiers, with one environment. Any thread may ask it."""
+    """A python that has verifiers, with its environments. Any thread may ask it."""
 
-    def __init__(self, source: str):
-        self.name = f"{PREFIX}{source}"
-        module, arguments = plugins.parse_source(source)
-        command = [_python(), "-P", str(WORKER), module, json.dumps(arguments)]
+    def __init__(self):
         self.running = subprocess.Popen(
-            command,
+            [_python(), "-P", str(WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for this program alone
         )
         self.asked = {}  # the number of a request -> its Future
+        self.tools = {}  # source -> what its environment offers
         self.lock = threading.Lock()
         threading.Thread(target=self._read, daemon=True).start()
-        try:
-            about = self.ask("about").result()
-        except RuntimeError as error:
-            raise UserError(f"{self.name} cannot be loaded: {error}") from None
-        self.tools = about["tools"]
-        if about["refused"]:
-            raise UserError(f"{self.name} cannot be honoured: {about['refused']}")
 
-    def ask(self, what: str, **of_it) -> Future:
+    def load(self, source: str) -> None:
+        """Loads an environment. UserError if that fails, or if it cannot be honoured."""
+        name, arguments = plugins.parse_source(source)
+        asked = self.ask("load", source=source, name=name, arguments=arguments)
+        try:
+            loaded = asked.result()
+        except RuntimeError as error:
+            raise UserError(f"{PREFIX}{source} cannot be loaded: {error}") from None
+        if loaded["refused"]:
+            raise UserError(f"{PREFIX}{source} cannot be honoured: {loaded['refused']}")
+        self.tools[source] = loaded["tools"]
+
+    def ask(self, what: str, **request) -> Future:
         """Asks something of the worker; the Future has its answer, or raises RuntimeError."""
         future = Future()
         with self.lock:
             number = next(_numbers)
             self.asked[number] = future
-            line = json.dumps({"number": number, "what": what, **of_it}) + "\n"
-            try:
-                self.running.stdin.write(line.encode())
+            with contextlib.suppress(OSError):  # it has ended, as _read finds out
+                self.running.stdin.write(json.dumps([number, what, request]).encode() + b"\n")
                 self.running.stdin.flush()
-            except OSError:  # it ended: _read has told, or tells, all that wait
-                pass
         if self.running.poll() is not None:
-            self._fail_all("its process ended")
+            self._fail_all()
         return future
 
     def _read(self):
         for line in self.running.stdout:
             reply = json.loads(line)
-            if reply["number"] == 0:  # of no request: it does not start
-                self._fail_all(reply["error"])
-                continue
             future = self.asked.pop(reply["number"])
             if not future.set_running_or_notify_cancel():
                 continue  # its deadline has passed
@@ -253,23 +256,28 @@ class Process:
                 future.set_exception(RuntimeError(reply["error"]))
             else:
                 future.set_result(reply["result"])
-        self._fail_all("its process ended")
+        self.running.wait()
+        self._fail_all()
 
-    def _fail_all(self, why):
+    def _fail_all(self):
         while self.asked:
             _, future = self.asked.popitem()
             if future.set_running_or_notify_cancel():
-                future.set_exception(RuntimeError(why))
+                future.set_exception(RuntimeError("the process of verifiers ended"))
 
 
-_processes = {}  # source -> its Process
+_processes = []  # the one that runs
+_starting = threading.Lock()  # held while it is started
 
 
 def _process(source: str) -> Process:
-    """The process of an environment; another one where that has ended."""
-    if source not in _processes or _processes[source].running.poll() is not None:
-        _processes[source] = Process(source)
-    return _processes[source]
+    """The process, with this environment loaded; another one where that has ended."""
+    with _starting:
+        if not _processes or _processes[-1].running.poll() is not None:
+            _processes[:] = [Process()]
+        if source not in _processes[-1].tools:
+            _processes[-1].load(source)
+        return _processes[-1]
 
 
 def _python():
