@@ -135,7 +135,7 @@ def load_environment(kind="tools", reward="right", bonus=0.0):
     if kind == "rewriting":
         return Rewriting(**common)
     if kind == "judge":
-        rubric = vf.JudgeRubric(judge_client=object())
+        rubric = vf.RubricGroup([rubric, vf.RubricGroup([vf.JudgeRubric(judge_client=object())])])
         return vf.SingleTurnEnv(**common | {"rubric": rubric})
     if kind == "group":
         return vf.EnvGroup([vf.SingleTurnEnv(**common), vf.SingleTurnEnv(**common)])

@@ -47,6 +47,8 @@ def rows(source: str, split: str, limit: int | None) -> list[dict]:
         if "tool_defs" in (row.get("info") or ()):
             raise UserError(f"{PREFIX}{source}: its rows have tools of their own (info.tool_defs)")
         prompt = [_without_none(message) for message in row["prompt"]]
+        if any(isinstance(message.get("content"), list) for message in prompt):
+            raise UserError(f"{PREFIX}{source}: its prompts have images or other parts than text")
         of_verifiers = {"source": source, "row": {**row, "prompt": prompt}}
         made.append({"prompt": prompt, "answer": row.get("answer"), "of_verifiers": of_verifiers})
     if not made:
@@ -194,7 +196,7 @@ def _joined(messages):
 
 
 def _plain(messages):
-    return [(message["role"], message["content"]) for message in messages]
+    return [(message["role"], message.get("content") or "") for message in messages]
 
 
 def _without_none(message):

@@ -133,8 +133,7 @@ def shown(error):
 
 def why_refused(environment) -> str:
     """Why it cannot be honoured; "" if it can."""
-    parts = [environment, environment.rubric, *getattr(environment.rubric, "rubrics", [])]
-    for part in parts:
+    for part in (environment, *rubrics_in(environment.rubric)):
         for base in type(part).__mro__:
             if base.__name__ in REFUSED:
                 return f"{type(part).__name__}: {REFUSED[base.__name__]}"
@@ -143,6 +142,14 @@ def why_refused(environment) -> str:
     if environment.message_type != "chat":
         return "its prompts are no chat messages"
     return ""
+
+
+def rubrics_in(rubric) -> list:
+    """The rubric, and those of which it is a group."""
+    found = [rubric]
+    for part in getattr(rubric, "rubrics", []):
+        found += rubrics_in(part)
+    return found
 
 
 def load(source: str, name: str, arguments: dict) -> dict:
