@@ -223,7 +223,7 @@ def _database(row, template, prompt_template):
 # ---- demonstrations: what SFT trains on
 
 
-def conversations(data, rows=None, seed=0, system_prompt="") -> list[dict]:
+def conversations(data, rows=None, seed=0, system_prompt="", recorded=True) -> list[dict]:
     """Reads what SFT trains on: `rows` demonstrations of a task (default 8192), or the first `rows`
     rows of a file or hub data set, each in one of two forms. "row" is its number, from 1.
 
@@ -234,7 +234,9 @@ def conversations(data, rows=None, seed=0, system_prompt="") -> list[dict]:
     are left out. Both keep the columns `reward` and `text`, and have `images` and `image_folder` if
     there are images, as in `load`; those of a trajectory are as they were shown.
 
-    system_prompt as in `load`. Raises UserError, with the row's number, where a row does not fit.
+    system_prompt as in `load`. recorded=False: the messages of a trajectory, for a model with
+    another tokenizer than the one that played it. Raises UserError, with the row's number, where a
+    row does not fit.
     """
     if data.startswith("task:"):
         demos = _task(data.removeprefix("task:")).demos(rows or 8192, seed)
@@ -244,11 +246,14 @@ def conversations(data, rows=None, seed=0, system_prompt="") -> list[dict]:
     filled_in = _is_filled_in(data)
     folder = image_folder(data)
     demonstrations = []
+    has_ids = False
     for number, row in enumerate(source, 1):
         try:
             _refuse_unseen(row)
             # an endpoint's rollouts (evaluate.py) have no ids: they are conversations
-            if row.get("ids") and row.get("mask") is not None:
+            is_recorded = bool(row.get("ids")) and row.get("mask") is not None
+            has_ids = has_ids or is_recorded
+            if is_recorded and recorded:
                 demonstration = _recorded(row, folder)
             else:
                 demonstration = _conversation(row, filled_in, folder)
@@ -260,6 +265,8 @@ def conversations(data, rows=None, seed=0, system_prompt="") -> list[dict]:
         demonstrations.append({"row": number, **demonstration})
     if not demonstrations:
         raise UserError(f"{data} has no rows")
+    if not recorded and not has_ids:
+        raise UserError(f"recorded=false has no effect: no row of {data} has ids, so drop it")
     if system_prompt:
         _add_system_prompt(demonstrations, system_prompt, data)
     return demonstrations
@@ -334,8 +341,8 @@ def check_ids(row, tokenizer) -> None:
     else:
         return
     remedy = (
-        "give the model that recorded it, or one with its tokenizer; or take 'ids' out of the "
-        "rows, which makes conversations of them"
+        "give the model that recorded it, or one with its tokenizer; or learn its messages, with "
+        "--recorded=false"
     )
     raise UserError(f"to the model's tokenizer its ids are {what}: {remedy}")
 

@@ -166,7 +166,7 @@ def show_demonstration(cfg: train_sft.Config, show: Callable | None = None) -> T
     with tempfile.TemporaryDirectory() as folder:
         cfg = with_local_data(cfg, folder, notes)
         few = min(cfg.rows or 64, 64) if cfg.data.startswith("task:") else cfg.rows
-        rows = data.conversations(cfg.data, few, cfg.seed, cfg.system_prompt)
+        rows = data.conversations(cfg.data, few, cfg.seed, cfg.system_prompt, cfg.recorded)
     toolbox = Toolbox(cfg.tools, options=cfg.tool_options, describe_only=True)
     rows = data.rewarded(rows, cfg.min_reward, cfg.data)
     conversations = [row["messages"] for row in rows if "messages" in row]

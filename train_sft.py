@@ -87,6 +87,7 @@ class Config:
     data: str = "task:calc"  # demonstrations of a task, or rows of .jsonl, .parquet or a hub id
     rows: int | None = None  # use the first n; for a task: make n (default 8192)
     min_reward: float | None = None  # of these, only rows whose `reward` is at least this
+    recorded: bool = True  # false: of rollouts, their messages, for a model with another tokenizer
     val_rows: int = 0  # held out, chosen by the seed, to measure val_loss and val_token_accuracy on
     val_every: int = 50  # updates between two such measurements; there is one at the end too
     system_prompt: str = ""  # put in front of conversations that have none
@@ -509,7 +510,7 @@ def read_part(source: str, cfg: Config) -> Part:
     toolbox = Toolbox(cfg.tools, options=cfg.tool_options, describe_only=True)
     if cfg.model != "tiny":
         models.find(cfg.model)
-    rows = data.conversations(cfg.data, cfg.rows, cfg.seed, cfg.system_prompt)
+    rows = data.conversations(cfg.data, cfg.rows, cfg.seed, cfg.system_prompt, cfg.recorded)
     check_rows(cfg, rows)
     chosen = data.rewarded(rows, cfg.min_reward, cfg.data)
     return Part(source, cfg, toolbox.schemas, chosen, len(rows) - len(chosen))

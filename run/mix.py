@@ -23,7 +23,7 @@ from run.config import UserError
 # The keys of both training scripts that each source has for itself.
 OF_A_SOURCE = tuple(
     """
-    data eval_data rows min_reward prompt_column answer_column answer_after system_prompt
+    data eval_data rows min_reward recorded prompt_column answer_column answer_after system_prompt
     prompt_template database format tools tool_options tool_timeout tool_concurrency rewards
     reward_options max_new_tokens max_turns max_tool_calls max_observation_tokens
     trajectory_timeout final_turn turns_left

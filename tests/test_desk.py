@@ -6,13 +6,19 @@ tests/test_tasks.py has what holds for the other tasks.
 """
 
 import asyncio
+import threading
 
 import pytest
+from ports import free_port
 
 import rewards as reward_functions
+import train_grpo
 from chat import Chat
+from dev.stand_in import Served, Server, handler_of
 from engines.scripted import ScriptedEngine
+from learning import model as models
 from play import sampled_turns
+from player import Player
 from rollout import Settings, rollouts
 from run.config import UserError
 from tasks import desk, tiny
@@ -123,3 +129,43 @@ def test_the_database_of_a_trajectory_is_its_own():
     assert desk.fresh() == before == Desk(desk.rows("test", 0, 1)[0]).orders != one.orders
     assert one.cancel("Heron") == "There is no order Heron."
     assert one.find("Nobody") == "Nobody has no order."
+
+
+def test_over_http_the_user_speaks_and_masks_are_those_of_an_engine_here(chat, tmp_path):
+    """engine=server, against dev/stand_in.py, whose model says what the oracle says."""
+    (given,) = [example(row) for row in desk.rows("test", 0, 1)]
+    turns = sampled_turns(chat, given, desk.oracle(given))
+    header = chat.encode("<|im_start|>assistant")
+
+    def next_turn(ids, sampling):
+        starts = range(len(ids) - len(header) + 1)
+        return turns[sum(ids[i : i + len(header)] == header for i in starts) - 1]
+
+    folder = str(tmp_path / "model")
+    models.save(tiny.tiny(chat.tokenizer, layers=1, hidden_size=32), chat.tokenizer, folder)
+    served = Served(folder, is_batched=True)
+    served.engine.generate = ScriptedEngine(next_turn, chat.tokenizer).generate
+    server = Server(("127.0.0.1", free_port()), handler_of(served))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    cfg = train_grpo.Config(
+        data="task:desk",
+        split="test",
+        limit=1,
+        tools=("tasks/desk.py:Desk",),
+        rewards=("environment",),
+        model=folder,
+        engine="server",
+        urls=(address,),
+        max_turns=8,
+        max_tokens=384,
+    )
+    with Player.of(cfg) as player:
+        played = player.play(player.examples, samples=3)
+    server.shutdown()
+    server.server_close()
+    (expected,) = play(chat, desk.rows("test", 0, 1), desk.oracle)
+    for t in played:
+        assert (t.stop, t.reward, t.images) == ("answered", 1.0, [])
+        assert (t.ids, t.mask, t.messages) == (expected.ids, expected.mask, expected.messages)
+        assert len(t.user_turns) == 2 and sum(t.mask) == sum(map(len, turns))

@@ -26,9 +26,8 @@ import torch
 import ways
 from safetensors.torch import load_file
 from test_resume import (  # fixtures are found by their names
+    EVERY_RUN,
     HANGS,
-    RUNS,
-    SEEING,
     UPDATES,
     assert_same,
     command,
@@ -117,7 +116,7 @@ def begin(nursery, place):
         mine = []
         for number, environment in enumerate(ranks_of(size) if size > 1 else [{}]):
             what = (point, call) if every_rank or number == rank else ("", 1)
-            script = (RUNS | SEEING)[name][0].__name__
+            script = EVERY_RUN[name][0].__name__
             arguments = (environment, script, argv, str(place), *what)
             child = nursery.Process(target=as_rank, args=arguments)
             child.start()
@@ -256,6 +255,23 @@ def test_the_gradient_of_one_rank_alone_would_be_seen(ranks, alone, place):
     assert codes == [0, 0], said
     with pytest.raises(AssertionError):
         assert_learnt_alike(place / "unsummed", alone("sft", **ADAMW))
+
+
+@pytest.mark.parametrize("name, options", [("grpo_mix", {}), ("sft_mix", ADAMW)])
+def test_a_mix_draws_on_two_ranks_the_rows_that_one_process_draws(
+    ranks, alone, place, name, options
+):
+    folder = place / f"two_{name}"
+    codes, said = ranks(name, 2, "ddp", folder.name, **options)
+    assert codes == [0, 0], said
+    assert_learnt_alike(alone(name, **options), folder)
+    drawn = []
+    for out_dir in (alone(name, **options), folder):
+        rows = lines(out_dir / "rollouts.jsonl")
+        drawn.append([(row["step"], row.get("source"), row["ids"]) for row in rows])
+    assert drawn[0] == drawn[1] and len(drawn[0]) > 2
+    if name == "grpo_mix":
+        assert {source for _, source, _ in drawn[0]} == {"one", "two"}
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -593,7 +609,7 @@ def test_ctrl_c_saves_and_a_launcher_that_is_killed_leaves_nobody(launched, plac
 )
 @pytest.mark.parametrize("name", ["grpo", "sft"])
 def test_what_has_no_effect_is_refused(name, options, why):
-    script = RUNS[name][0]
+    script = EVERY_RUN[name][0]
     options = {"optimizer": "adamw"} | options
     with pytest.raises(UserError) as caught:
         script.check(configured(name, "refused", **options))

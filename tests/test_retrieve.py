@@ -85,6 +85,33 @@ def test_it_answers_as_search_r1s_server_does(port):
     assert bonn["document"] == {"id": "2", "contents": text}
 
 
+def test_the_request_of_search_r1s_own_clients_and_what_they_read_of_the_answer(port):
+    """Its trainer (search_r1/llm_agent/generation.py at commit 54f5bb86) and its script
+    (search_r1/search/retrieval_request.py at 0789f5e3) both post a JSON of these three keys by
+    `requests`, with scores; they read result[i][j]["document"]["contents"], whose first line is
+    the title. A batch in which nobody searches sends no queries, and expects no results."""
+    requests = pytest.importorskip("requests")
+    queries = ["capital of Norway", "What is the capital of Italy?", "café “Rhine”", "\n"]
+    for topk, asked in ((3, queries), (5, queries[:1]), (3, [])):
+        payload = {"queries": asked, "topk": topk, "return_scores": True}
+        request = requests.Request("POST", f"http://127.0.0.1:{port}/retrieve", json=payload)
+        sent = request.prepare()
+        assert sent.body == json.dumps(payload).encode()  # not one byte is of our making
+        assert sent.headers["content-type"] == "application/json"
+        with requests.Session() as session:
+            session.trust_env = False  # no proxy between us
+            answer = session.send(sent, timeout=PATIENCE)
+        answer.raise_for_status()
+        found = answer.json()["result"]
+        assert len(found) == len(asked)
+        for passages in found:
+            assert len(passages) <= topk
+            for passage in passages:
+                title, *lines = passage["document"]["contents"].split("\n")
+                assert title.strip('"') in ("Oslo", "Rome", "Bonn") and title.strip('"') in lines[0]
+                assert isinstance(passage["score"], float)
+
+
 def test_without_scores_a_passage_is_its_document_and_topk_has_a_default(port):
     (found,) = post(port, {"queries": ["capital"]})["result"]
     assert [document["id"] for document in found] == ["8", "2"]  # --topk=2; shorter is better

@@ -174,6 +174,32 @@ def test_a_recorded_trajectory_is_trained_on_token_for_token(played, tokenizer, 
     assert (again[:end], mask[:end]) == (first.ids[:end], first.mask[:end])
 
 
+def test_the_messages_of_trajectories_are_learnt_by_a_model_with_another_tokenizer(
+    played, tokenizer, tmp_path, folder
+):
+    chat, first, second = played
+    path = tmp_path / "rollouts.jsonl"
+    run_log.write_rollouts(path, [first, second], tokenizer)
+    rows = data.conversations(str(path), recorded=False)
+    assert [row["messages"] for row in rows] == [first.messages, second.messages]
+    assert [row["reward"] for row in rows] == [1.0, 0.0]
+    cfg = settings(
+        folder,
+        path,
+        tmp_path / "out",
+        min_reward=1,
+        recorded=False,
+        tools=("python",),
+        batch_size=1,
+    )
+    _, _, (sample,), *_ = train_sft.setup(cfg)
+    assert sample == Sample(*chat.render(first.messages))
+    messages = tmp_path / "messages.jsonl"
+    messages.write_text(json.dumps({"messages": first.messages}) + "\n")
+    with pytest.raises(UserError, match="recorded=false has no effect: no row of .* has ids"):
+        data.conversations(str(messages), recorded=False)
+
+
 def test_min_reward_takes_the_trajectories_that_reach_it(played, tokenizer, tmp_path, folder):
     _, first, second = played
     path = tmp_path / "rollouts.jsonl"
@@ -229,8 +255,7 @@ def test_ids_of_another_tokenizer_are_refused(played, tokenizer, folder, tmp_pat
         said = complaint(folder, path, tmp_path / "out", tools=("python",))
         assert said == (
             f"{path}, row 2: to the model's tokenizer its ids are {what}: give the model that "
-            "recorded it, or one with its tokenizer; or take 'ids' out of the rows, which makes "
-            "conversations of them"
+            "recorded it, or one with its tokenizer; or learn its messages, with --recorded=false"
         )
     said = complaint("tiny", tmp_path / "x.jsonl", tmp_path / "out", tools=("python",))
     assert said == "model = 'tiny' has a new tokenizer: recorded ids need their own model"

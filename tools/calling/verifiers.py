@@ -10,6 +10,7 @@ gave is logged as environment_<function>.
 """
 
 import asyncio
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -28,7 +29,7 @@ from tools.calling.environment import hooks_of
 PREFIX = "verifiers:"  # begins the name of such data and tools
 WORKER = Path(__file__).with_name("verifiers_worker.py")
 BESIDE = config.HERE / ".venv/verifiers/bin/python"  # where it is installed apart from all else
-INSTALL = "python -m venv .venv/verifiers; .venv/verifiers/bin/pip install 'verifiers>=0.2,<0.4'"
+INSTALL = "python -m venv .venv/verifiers; .venv/verifiers/bin/pip install 'verifiers>=0.3,<0.4'"
 _numbers = itertools.count(1)  # of requests and episodes
 
 
@@ -37,10 +38,17 @@ def rows(source: str, split: str, limit: int | None) -> list[dict]:
     if split not in ("train", "test"):
         raise UserError(f"split = {split!r}: {PREFIX}{source} has train and test")
     made = []
-    for row in _process(source).ask("rows", split=split, limit=limit).result():
+    asked = _process(source).ask("rows", source=source, split=split, limit=limit)
+    try:
+        found = asked.result()
+    except RuntimeError as error:  # a download, say
+        raise UserError(f"{PREFIX}{source}: its rows cannot be read: {error}") from None
+    for row in found:
         if "tool_defs" in (row.get("info") or ()):
             raise UserError(f"{PREFIX}{source}: its rows have tools of their own (info.tool_defs)")
         prompt = [_without_none(message) for message in row["prompt"]]
+        if any(isinstance(message.get("content"), list) for message in prompt):
+            raise UserError(f"{PREFIX}{source}: its prompts have images or other parts than text")
         of_verifiers = {"source": source, "row": {**row, "prompt": prompt}}
         made.append({"prompt": prompt, "answer": row.get("answer"), "of_verifiers": of_verifiers})
     if not made:
@@ -54,7 +62,7 @@ def load(source: str) -> tuple[Environment, list[Tool]]:
     make = functools.partial(Episode, source)
     environment = Environment("verifiers", make, hooks_of(Episode))
     tools = []
-    for offered in _process(source).tools:
+    for offered in _process(source).tools[source]:
         function = {key: offered[key] for key in ("name", "description", "parameters")}
         tool = Tool(
             name=offered["name"],
@@ -79,27 +87,26 @@ class Episode:
     def __init__(self, source: str, example: dict):
         if example.get("of_verifiers", {}).get("source") != source:
             raise UserError(f"{PREFIX}{source}: the rows are of other data: give --data the same")
+        self.name = f"{PREFIX}{source}"
         self.process = _process(source)
         self.number = next(_numbers)
         self.row = example["of_verifiers"]["row"]
         self.told = 0  # turns of the model, of which it knows
         self.results = {}  # what the calls of the last of them gave, by their ids
         self.has_ended = False
+        self.last_words = ""  # of the environment, where a call ended the episode
         self.failure = ""  # how it failed: nothing can be asked of it then
         self.measured = {}  # what the rubric's functions gave
 
     async def opening(self):
-        reply = await self._ask("begin", row=self.row)
+        source = self.name.removeprefix(PREFIX)
+        reply = await self._ask("begin", source=source, row=self.row)
         if reply["ended"] or _plain(reply["messages"]) != _plain(self.row["prompt"]):
-            raise UserError(
-                f"{self.process.name}: its setup changes the prompt, or ends the rollout"
-            )
+            raise UserError(f"{self.name}: its setup changes the prompt, or ends the rollout")
 
     async def user(self, trajectory):
         reply = await self._tell(trajectory)
-        if reply["ended"]:
-            return None
-        return "\n\n".join(message["content"] for message in reply["messages"])
+        return None if reply["ended"] else _joined(reply["messages"])
 
     async def reward(self, trajectory):
         if _count_turns(trajectory) > self.told and not self.has_ended:
@@ -113,22 +120,25 @@ class Episode:
     def metrics(self):
         return self.measured
 
-    async def close(self):
-        await self._ask("close")
+    def close(self):
+        self.process.ask("close", episode=self.number)
 
     async def _result_of(self, name, arguments):
         trajectory, calls = TURN.get()
         if _count_turns(trajectory) > self.told:
             reply = await self._tell(trajectory, calls)
-            if any(message["role"] != "tool" for message in reply["messages"]):
-                raise UserError(f"{self.process.name}: it answers calls with more than results")
+            if reply["ended"]:
+                self.last_words = _joined(reply["messages"]) or "the episode has ended"
+            elif any(message["role"] != "tool" for message in reply["messages"]):
+                raise UserError(f"{self.name}: it answers calls with more than results")
             self.results = {m["tool_call_id"]: m["content"] for m in reply["messages"]}
+        if self.has_ended:
+            return Result(self.last_words, ends=True)
         for index, call in enumerate(calls):
-            if (call.name, call.arguments) == (name, arguments):
-                text = self.results.pop(f"call-{index}", None)
-                if text is not None:
-                    return Result(text, ends=self.has_ended)
-        return Result("the episode has ended", ends=True)
+            of_this = (call.name, call.arguments) == (name, arguments)
+            if of_this and f"call-{index}" in self.results:
+                return Result(self.results.pop(f"call-{index}"))
+        raise UserError(f"{self.name}: it gave a call of {name} no result")
 
     async def _tell(self, trajectory, calls=()):
         """Gives it the turns of which it does not know; returns what it replies to the last one.
@@ -142,8 +152,13 @@ class Episode:
     async def _ask(self, what, **of_it):
         if self.failure:
             raise ToolError("lost", f"error: {self.failure}")
-        self.failure = "the environment did not answer in time"
-        answer = await asyncio.wrap_future(self.process.ask(what, episode=self.number, **of_it))
+        self.failure = "the environment did not answer in time"  # if this is cancelled
+        try:
+            asked = self.process.ask(what, episode=self.number, **of_it)
+            answer = await asyncio.wrap_future(asked)
+        except RuntimeError as error:
+            self.failure = str(error)
+            raise
         self.failure = ""
         return answer
 
@@ -176,8 +191,12 @@ def _turns(trajectory, calls):
     return turns
 
 
+def _joined(messages):
+    return "\n\n".join(message["content"] for message in messages)
+
+
 def _plain(messages):
-    return [(message["role"], message["content"]) for message in messages]
+    return [(message["role"], message.get("content") or "") for message in messages]
 
 
 def _without_none(message):
@@ -189,52 +208,49 @@ def _without_none(message):
 
 
 class Process:
-    """A python that has verifiers, with one environment. Any thread may ask it."""
+    """A python that has verifiers, with its environments. Any thread may ask it."""
 
-    def __init__(self, source: str):
-        self.name = f"{PREFIX}{source}"
-        module, arguments = plugins.parse_source(source)
-        command = [_python(), "-P", str(WORKER), module, json.dumps(arguments)]
+    def __init__(self):
         self.running = subprocess.Popen(
-            command,
+            [_python(), "-P", str(WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for this program alone
         )
         self.asked = {}  # the number of a request -> its Future
+        self.tools = {}  # source -> what its environment offers
         self.lock = threading.Lock()
         threading.Thread(target=self._read, daemon=True).start()
-        try:
-            about = self.ask("about").result()
-        except RuntimeError as error:
-            raise UserError(f"{self.name} cannot be loaded: {error}") from None
-        self.tools = about["tools"]
-        if about["refused"]:
-            raise UserError(f"{self.name} cannot be honoured: {about['refused']}")
 
-    def ask(self, what: str, **of_it) -> Future:
+    def load(self, source: str) -> None:
+        """Loads an environment. UserError if that fails, or if it cannot be honoured."""
+        name, arguments = plugins.parse_source(source)
+        asked = self.ask("load", source=source, name=name, arguments=arguments)
+        try:
+            loaded = asked.result()
+        except RuntimeError as error:
+            raise UserError(f"{PREFIX}{source} cannot be loaded: {error}") from None
+        if loaded["refused"]:
+            raise UserError(f"{PREFIX}{source} cannot be honoured: {loaded['refused']}")
+        self.tools[source] = loaded["tools"]
+
+    def ask(self, what: str, **request) -> Future:
         """Asks something of the worker; the Future has its answer, or raises RuntimeError."""
         future = Future()
         with self.lock:
             number = next(_numbers)
             self.asked[number] = future
-            line = json.dumps({"number": number, "what": what, **of_it}) + "\n"
-            try:
-                self.running.stdin.write(line.encode())
+            with contextlib.suppress(OSError):  # it has ended, as _read finds out
+                self.running.stdin.write(json.dumps([number, what, request]).encode() + b"\n")
                 self.running.stdin.flush()
-            except OSError:  # it ended: _read has told, or tells, all that wait
-                pass
         if self.running.poll() is not None:
-            self._fail_all("its process ended")
+            self._fail_all()
         return future
 
     def _read(self):
         for line in self.running.stdout:
             reply = json.loads(line)
-            if reply["number"] == 0:  # of no request: it does not start
-                self._fail_all(reply["error"])
-                continue
             future = self.asked.pop(reply["number"])
             if not future.set_running_or_notify_cancel():
                 continue  # its deadline has passed
@@ -242,23 +258,28 @@ class Process:
                 future.set_exception(RuntimeError(reply["error"]))
             else:
                 future.set_result(reply["result"])
-        self._fail_all("its process ended")
+        self.running.wait()
+        self._fail_all()
 
-    def _fail_all(self, why):
+    def _fail_all(self):
         while self.asked:
             _, future = self.asked.popitem()
             if future.set_running_or_notify_cancel():
-                future.set_exception(RuntimeError(why))
+                future.set_exception(RuntimeError("the process of verifiers ended"))
 
 
-_processes = {}  # source -> its Process
+_processes = []  # the one that runs
+_starting = threading.Lock()  # held while it is started
 
 
 def _process(source: str) -> Process:
-    """The process of an environment; another one where that has ended."""
-    if source not in _processes or _processes[source].running.poll() is not None:
-        _processes[source] = Process(source)
-    return _processes[source]
+    """The process, with this environment loaded; another one where that has ended."""
+    with _starting:
+        if not _processes or _processes[-1].running.poll() is not None:
+            _processes[:] = [Process()]
+        if source not in _processes[-1].tools:
+            _processes[-1].load(source)
+        return _processes[-1]
 
 
 def _python():

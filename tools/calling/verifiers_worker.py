@@ -1,4 +1,4 @@
-"""What runs where the package verifiers is installed: one environment, played by its own loop.
+"""What runs where the package verifiers is installed: its environments, played by its own loop.
 
 tools/calling/verifiers.py is the other side: a line of JSON on stdin asks something, a line on
 stdout answers it, and many episodes go on at once. An episode is verifiers' own rollout(), with its
@@ -26,6 +26,8 @@ REFUSED = {
     "JudgeRubric": "it asks a model of its own, with a key: use the reward judge",
 }
 failures = ContextVar("failures")  # of reward functions, while an episode is scored
+environments = {}  # source -> what was loaded
+episodes = {}  # number -> Episode
 
 
 class Episode(Client):
@@ -45,8 +47,8 @@ class Episode(Client):
             state = await self.environment.rollout(row, self, "policy", {})
             if state.get("error") is not None:
                 raise RuntimeError(f"the environment failed: {state['error']!r}")
-            if state.get("final_env_response"):
-                reply["messages"] = vf_texts(state["final_env_response"])
+            messages = [*state["prompt"], *state["completion"]]
+            reply["messages"] = texts_of(messages[len(self.known) :])  # its last words, if any
             return state
         except Exception as error:
             reply["error"] = shown(error)
@@ -56,7 +58,7 @@ class Episode(Client):
     async def get_response(self, prompt, **others):
         if said(prompt[: len(self.known)]) != said(self.known):
             raise NotImplementedError("it changes messages that the model has read")
-        reply = {"messages": vf_texts(prompt[len(self.known) :]), "ended": False}
+        reply = {"messages": texts_of(prompt[len(self.known) :]), "ended": False}
         self.replies.put_nowait(reply)
         turn = await self.turns.get()
         if turn is None:
@@ -111,7 +113,7 @@ def said(messages):
     return [(message.role, message.content) for message in messages]
 
 
-def vf_texts(messages):
+def texts_of(messages):
     """[{role, content, tool_call_id}] of messages. NotImplementedError for what is no text."""
     texts = []
     for message in messages:
@@ -131,8 +133,7 @@ def shown(error):
 
 def why_refused(environment) -> str:
     """Why it cannot be honoured; "" if it can."""
-    parts = [environment, environment.rubric, *getattr(environment.rubric, "rubrics", [])]
-    for part in parts:
+    for part in (environment, *rubrics_in(environment.rubric)):
         for base in type(part).__mro__:
             if base.__name__ in REFUSED:
                 return f"{type(part).__name__}: {REFUSED[base.__name__]}"
@@ -143,31 +144,41 @@ def why_refused(environment) -> str:
     return ""
 
 
-def about(environment) -> dict:
-    """What it is: its tools, and why it is refused, if it is."""
+def rubrics_in(rubric) -> list:
+    """The rubric, and those of which it is a group."""
+    found = [rubric]
+    for part in getattr(rubric, "rubrics", []):
+        found += rubrics_in(part)
+    return found
+
+
+def load(source: str, name: str, arguments: dict) -> dict:
+    """Loads an environment; returns its tools, and why it is refused, if it is."""
+    environment = vf.load_environment(name, **arguments)
+    environments[source] = environment
     tools = [tool.model_dump() for tool in environment.tool_defs or []]
     return {"tools": tools, "refused": why_refused(environment)}
 
 
 def rows(environment, split: str, limit: int | None) -> list[dict]:
     """The first rows of the data set (train) or the evaluation's (test); [] if there is none."""
+    count = limit or -1
     if split == "test":
         has_rows = environment.eval_dataset_source is not None
-        return list(environment.get_eval_dataset(limit or -1)) if has_rows else []
+        return list(environment.get_eval_dataset(count)) if has_rows else []
     has_rows = environment.dataset_source is not None
-    return list(environment.get_dataset(limit or -1)) if has_rows else []
+    return list(environment.get_dataset(count)) if has_rows else []
 
 
-async def answer(environment, episodes: dict, request: dict):
+async def answer(what: str, request: dict):
     """The result of one request."""
-    what = request["what"]
-    number = request.get("episode")
-    if what == "about":
-        return about(environment)
+    if what == "load":
+        return load(**request)
     if what == "rows":
-        return rows(environment, request["split"], request["limit"])
+        return rows(environments[request.pop("source")], **request)
+    number = request["episode"]
     if what == "begin":
-        episodes[number] = Episode(environment, request["row"])
+        episodes[number] = Episode(environments[request["source"]], request["row"])
         return await episodes[number].say([])
     if what == "say":
         return await episodes[number].say(request["turns"])
@@ -178,43 +189,31 @@ async def answer(environment, episodes: dict, request: dict):
     return None
 
 
-async def serve(environment, asked, answers) -> None:
+async def serve(asked, answers) -> None:
     """Answers requests until stdin ends. asked, answers: binary files."""
     loop = asyncio.get_running_loop()
     lines = asyncio.StreamReader(limit=1 << 30)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), asked)
-    episodes = {}
     tasks = set()
 
-    async def reply_to(request):
-        reply = {"number": request["number"]}
+    async def reply_to(number, what, request):
+        reply = {"number": number}
         try:
-            reply["result"] = await answer(environment, episodes, request)
+            reply["result"] = await answer(what, request)
         except Exception as error:
             reply["error"] = shown(error)
         answers.write(json.dumps(reply, default=str).encode() + b"\n")
         answers.flush()
 
     while line := await lines.readline():
-        task = asyncio.ensure_future(reply_to(json.loads(line)))
+        task = asyncio.ensure_future(reply_to(*json.loads(line)))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
 
-def main(name: str, arguments: str) -> None:
-    """Loads the environment of that name, with these arguments in JSON, and serves it."""
+if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what an environment prints is no answer
     sys.path.append(os.getcwd())
     logging.getLogger("verifiers").addHandler(Failures(level=logging.ERROR))
-    try:
-        environment = vf.load_environment(name, **json.loads(arguments))
-    except Exception as error:
-        reply = {"number": 0, "error": shown(error)}
-        answers.write(json.dumps(reply).encode() + b"\n")
-        return
-    asyncio.run(serve(environment, sys.stdin.buffer, answers))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    asyncio.run(serve(sys.stdin.buffer, answers))
