@@ -130,10 +130,10 @@ def page(out_dir) -> None:
     rollouts, written = _shown_rollouts(out_dir / "rollouts.jsonl")
     data = {
         "out_dir": str(out_dir),
-        "settings": _settings(out_dir / "config.py"),
+        "settings": settings_of(out_dir / "config.py"),
         "panels": panels_of(dict.fromkeys(key for row in rows for key in row)),
         "steps": len(rows),
-        "metrics": _points(rows),
+        "metrics": points_of(rows),
         "thinned": math.ceil(len(rows) / POINTS),  # steps that a point is the mean of
         "written": written,
         "rollouts": rollouts,
@@ -145,7 +145,7 @@ def page(out_dir) -> None:
     (out_dir / "report.html").write_text(template.replace("{{data}}", text), encoding="utf-8")
 
 
-def _points(rows: list[dict]) -> dict[str, list]:
+def points_of(rows: list[dict]) -> dict[str, list]:
     """The values of each key, None where there is none; of many steps, means of a few of them."""
     size = max(1, math.ceil(len(rows) / POINTS))
     parts = []
@@ -181,7 +181,7 @@ def _shown_rollouts(path: Path) -> tuple[list[dict], int]:
     rollouts = []
     for number, row in enumerate(each_row(path, constant=str)):  # JSON proper has no NaN
         if number in chosen and is_rollout(row):
-            rollouts.append(_shown(row))
+            rollouts.append(shown_of(row))
     return rollouts, written
 
 
@@ -192,7 +192,7 @@ def _spread(total: int, most: int) -> list[int]:
     return [i * (total - 1) // (most - 1) for i in range(most)]
 
 
-def _shown(row: dict) -> dict:
+def shown_of(row: dict) -> dict:
     """What the page holds of a row of rollouts.jsonl."""
     shown = {key: row.get(key) for key in ROLLOUT_KEYS}
     pieces = row.get("pieces")
@@ -277,7 +277,7 @@ def _kinds_of_mask(mask: list[int]) -> str:
     return "".join("t" if trained else "c" for trained in mask)
 
 
-def _settings(path: Path) -> list[tuple[str, str, str | None]]:
+def settings_of(path: Path) -> list[tuple[str, str, str | None]]:
     """(name, value, default) as python text, from a run's config.py. Defaults are those of the
     training script whose Config has nearly these names; None for a name that it has not."""
     if not path.exists():
