@@ -435,6 +435,7 @@ def finish(
             numbers["not_sent"] = ", ".join(sorted(not_sent))
     record.put_in_order(trajectories)
     problem = record.save_numbers(numbers)
+    record.close()
     if record.unsaved:
         lost = f"{len(record.unsaved)} of {len(trajectories)} rollouts"
         problem = f"{lost} could not be written to {record.folder} ({record.problem})"
@@ -659,6 +660,7 @@ def play_all(player: Player, record: Record, samples: int, batch: int) -> list[T
                 record.flush(tokenizer)
         except BaseException:
             config.tell(f"what was played is in {record.folder}: go on with --resume=true")
+            record.close()
             raise
     return sorted(trajectories, key=lambda trajectory: (trajectory.group, trajectory.sample))
 
@@ -800,8 +802,8 @@ def any_training_of(model: str):
 
 def play_suite(plan: suite.Suite) -> list[Cell]:
     """Plays all cells of a suite that are not there, model after model, each loaded once; writes
-    suite.json and suite.html, also when it is interrupted. What fails is said, and its cells have
-    no numbers; the others go on."""
+    suite.json and suite.html and prints them, also when it is interrupted. What fails is said, and
+    its cells have no numbers; the others go on."""
     # 1. all mistakes that can be seen at once
     cells = cells_of(plan)
     if plan.resume:
@@ -816,7 +818,9 @@ def play_suite(plan: suite.Suite) -> list[Cell]:
         for _, of_model in itertools.groupby(cells, key=lambda cell: cell.model.name):
             play_cells(list(of_model))
     finally:
-        save_suite(plan, cells)
+        shown = comparing.data_of_evaluations(evaluations_of(cells))
+        save_suite(plan, cells, shown)
+        print_suite(plan, shown)
     return cells
 
 
@@ -934,15 +938,10 @@ def print_cell(cell: Cell) -> None:
     print(escaped(f"{cell.model.name} on {cell.data.name}"), flush=True)
 
 
-def save_suite(plan: suite.Suite, cells: list[Cell]) -> None:
-    """Writes suite.json and suite.html, of what there is."""
-    # 1. what a page and a table show
-    evaluations = evaluations_of(cells)
-    shown = comparing.data_of_evaluations(evaluations)
-
-    # 2. the same as JSON, with all numbers
+def save_suite(plan: suite.Suite, cells: list[Cell], shown: dict) -> None:
+    """Writes suite.json, with all numbers, and suite.html. shown: of grading/comparing.py."""
     entries = []
-    for one in evaluations:
+    for one in evaluations_of(cells):
         entry = {"model": one.model, "data": one.data, "folder": str(one.folder)}
         entry |= {"numbers": one.numbers} if one.numbers else {"missing": one.missing}
         entries.append(entry)
@@ -977,15 +976,13 @@ def evaluations_of(cells: list[Cell]) -> list[Evaluated]:
     return evaluations
 
 
-def print_suite(plan: suite.Suite, cells: list[Cell]) -> None:
+def print_suite(plan: suite.Suite, shown: dict) -> None:
     """Prints a table of each data set, the averages of all, and the differences."""
-    evaluations = evaluations_of(cells)
-    for shown in comparing.tables_of(evaluations):
-        print_table(shown)
-    print_table(comparing.overview_of(evaluations))
-    pairs = comparing.compare_all(evaluations)
-    if pairs:
-        print_table(comparing.table_of_pairs(pairs))
+    for table_of_data in shown["tables"]:
+        print_table(table_of_data)
+    print_table(shown["overview"])
+    if shown["differences"]:
+        print_table(shown["differences"])
     print(f"saved: {plan.out_dir}/suite.json, suite.html")
 
 
@@ -1015,15 +1012,14 @@ def dry_run(plan: suite.Suite) -> None:
 
 
 def run_suite(argv: list[str]) -> None:
-    """Plays a suite and prints it; with --dry_run=true it only plays a made-up rollout of each data
-    set. UserError, when all is written, if cells are missing."""
+    """Plays a suite; with --dry_run=true it only plays a made-up rollout of each data set.
+    UserError, when all is written, if cells are missing."""
     is_dry, argv = config.take_flag(argv, "dry_run")
     plan = config.parse(suite.Suite, argv, suite.check)
     if is_dry:
         dry_run(plan)
         return
     cells = play_suite(plan)
-    print_suite(plan, cells)
     missing = [cell for cell in cells if cell.numbers is None]
     if missing:
         names = ", ".join(f"{cell.model.name} on {cell.data.name}" for cell in missing)

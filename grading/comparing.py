@@ -1,7 +1,7 @@
 """Evaluations and runs side by side: the same problems, what differs, and by how much.
 
     first, second = evaluated(Path("out/a/eval")), evaluated(Path("out/b/eval"))
-    pair = compare(first, second)  # difference, interval, which problems got better or worse
+    (pair,) = compare_all([first, second])  # difference, interval, what got better or worse
 
 What makes two rollouts those of one problem is what was asked: the messages before the first answer
 but for the system prompt, their images, and the right answer.
@@ -69,11 +69,11 @@ def evaluated(folder: Path) -> Evaluated:
 # ---- the same problems
 
 
-def compare(first: Evaluated, second: Evaluated) -> dict:
+def compare(
+    first: Evaluated, second: Evaluated, before: dict[str, Problem], after: dict[str, Problem]
+) -> dict:
     """Compares two evaluations problem by problem: the mean of the second minus that of the first,
-    on the problems that both have graded."""
-    before = problems_of(first.folder)
-    after = problems_of(second.folder)
+    on the problems that both have graded. before, after: their problems."""
     shared = [key for key in before if key in after]
     shared = [key for key in shared if before[key].outcomes and after[key].outcomes]
     pair = {
@@ -118,9 +118,11 @@ def compare_all(evaluations: list[Evaluated]) -> list[dict]:
     pairs = []
     for data in dict.fromkeys(one.data for one in evaluations):
         there = [one for one in evaluations if one.data == data and one.numbers]
-        firsts = there if len(there) <= 4 else there[:1]
-        for place, first in enumerate(firsts):
-            pairs += [compare(first, second) for second in there[place + 1 :]]
+        problems = [problems_of(one.folder) for one in there]
+        firsts = len(there) if len(there) <= 4 else 1
+        for i in range(firsts):
+            for j in range(i + 1, len(there)):
+                pairs.append(compare(there[i], there[j], problems[i], problems[j]))
     return pairs
 
 

@@ -48,7 +48,7 @@ def fault_of(trajectory: Trajectory) -> str:
 
 
 class Record:
-    """What an evaluation writes to its folder. It is locked as long as this is there."""
+    """What an evaluation writes to its folder, which is locked until it is closed."""
 
     def __init__(self, folder: Path, begun: dict):
         self.folder = folder
@@ -85,6 +85,10 @@ class Record:
         begun = begun_in(folder)
         assert begun is not None, f"{folder} holds no evaluation"
         return cls(folder, begun)
+
+    def close(self) -> None:
+        """Leaves the folder to others."""
+        self.lock.close()
 
     # -- what is there
 

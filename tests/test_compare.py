@@ -91,8 +91,7 @@ def test_problems_are_told_by_what_was_asked_and_not_by_their_number(tmp_path):
         folder = an_evaluation(tmp_path / name, [1] * 4)
         rows = [row(i, float(q == "y"), prompt=q) for i, q in enumerate(order)]
         (folder / "rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    one, two = (comparing.evaluated(tmp_path / name) for name in "ab")
-    pair = comparing.compare(one, two)
+    (pair,) = comparing.compare_all([comparing.evaluated(tmp_path / name) for name in "ab"])
     assert (pair["problems"], pair["better"], pair["worse"]) == (4, 0, 0)  # x is there twice
     assert pair["ci95_low"] < 0 == pair["difference"] < pair["ci95_high"]
 
@@ -102,7 +101,7 @@ def test_those_without_a_problem_in_common_or_a_grade_have_no_difference(tmp_pat
     second = an_evaluation(tmp_path / "b", [1, 1])
     rows = [row(0, None), row(5, 1)]
     (second / "rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    pair = comparing.compare(comparing.evaluated(first), comparing.evaluated(second))
+    (pair,) = comparing.compare_all([comparing.evaluated(first), comparing.evaluated(second)])
     assert pair["problems"] == 0 and "difference" not in pair
     (line,) = comparing.table_of_pairs([pair])["rows"]
     assert "no problem in common" in line

@@ -6,6 +6,8 @@ missing is said, and only that is played again.
 
 import http.server
 import json
+import os
+import signal
 import threading
 from pathlib import Path
 
@@ -123,7 +125,7 @@ def test_killed_in_a_cell_the_cells_before_are_not_played_again(here, loads, mon
         append(record, trajectory, *arguments, **columns)
         written.append(record.folder)
         if len(written) == 6 + 6 + 12 + 4:  # in the fourth cell
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)  # to the thread that waits
 
     monkeypatch.setattr(evaluation.Record, "append", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -131,11 +133,10 @@ def test_killed_in_a_cell_the_cells_before_are_not_played_again(here, loads, mon
     stopped = json.loads(Path("out/suite/suite.json").read_text())
     assert [("numbers" in cell) for cell in stopped["cells"]] == [True] * 3 + [False] * 6
     assert stopped["cells"][5]["missing"] == "not played yet"
-    written.clear()
     loads.clear()
     cells = table_of(run("--resume=true"))
     assert cells == whole and loads == ["out/two", "out/three"]
-    assert len(written) == 6 * 24 // 2 - 28 and not any("one" in folder.parts for folder in written)
+    assert len(written) == 3 * 24  # each trajectory once
 
     # all is there: nothing is loaded
     loads.clear()

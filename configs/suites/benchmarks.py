@@ -9,6 +9,7 @@ _flash = "--data=RUC-NLPIR/FlashRAG_datasets"
 _eval = "--data=openai/openai_humaneval --prompt_column=prompt --answer_column=test"
 _mbpp = "--data=google-research-datasets/mbpp:sanitized --prompt_column=prompt --answer_column=code"
 _tests = "--reward_options=code_tests.column=test_list"
+_shown = "'--prompt_template={prompt} It must pass: {test_list}'"
 data = (
     # DeepSeek-R1-Distill-Qwen-7B 55.5, 1.5B 28.9: pass@1 of 64 samples (arXiv:2501.12948)
     # Qwen3-8B 76.0, 4B 73.8: mean of 64, thinking (arXiv:2505.09388)
@@ -22,7 +23,7 @@ data = (
     # Qwen2.5-7B-Instruct 84.8 (the same report)
     f"humaneval: acecoder.py {_eval} --reward_options=code_tests.column=test",
     # Qwen2.5-7B-Instruct 79.2 on MBPP (the same report); the prompt shows the tests, as is usual
-    f"mbpp: acecoder.py {_mbpp} {_tests} '--prompt_template={{prompt}} It must pass: {{test_list}}'",
+    f"mbpp: acecoder.py {_mbpp} {_tests} {_shown}",
     # by exact match, Search-R1 from Qwen2.5-7B: NQ 48.0, HotpotQA 43.3 (arXiv:2503.09516); their
     # search is a server that has to run: see nq_search.py
     "nq: nq_search.py",
