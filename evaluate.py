@@ -7,6 +7,7 @@
     python evaluate.py --config gsm8k.py --run=out/calc --data=gsm8k_test.jsonl --limit=50
     python evaluate.py --run=out/calc_lora --engine=server --urls=http://127.0.0.1:8000
     python evaluate.py --run=out/calc --endpoint=http://127.0.0.1:8000/v1 --model=gpt  # a baseline
+    python evaluate.py --config suites/tiny.py                          # several models x data sets
 
 Three layers, each over the one before: the run's config.py, --config, --key=value. With --run the
 model is the run's, whatever the other config says; --model on the command line wins over all. By
@@ -15,8 +16,12 @@ out (eval_data), else on the "test" split where the data has splits. Samples tha
 did not grade (None) are in no mean; not_graded says how many they are.
 """
 
+import contextlib
+import gc
+import itertools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,21 +31,28 @@ if __name__ == "__main__":
     # the keys of train_grpo.py that shape a rollout can be given here too
     config.answer_help(__file__, "train_grpo.py", keys=config.ROLLOUT_KEYS)
 
+import torch
+
 import data
+import play
 import rewards as reward_functions
 import train_grpo
+import train_sft
 from chat import images_as_user
 from engines.base import Sampling
 from engines.chat_api import Endpoint, sendable_call
 from formats import Call, too_deep
+from grading import comparing
+from grading.comparing import Evaluated, repeats_of_average
 from grading.statistics import interval, majority, pass_at_k
+from learning import model as models
 from player import Mixture, Player, load_examples, prepare_task
 from rollout import Settings, run_calls, seed_of, stop_before_calls
-from run import evaluation
+from run import evaluation, suite
 from run import log as run_log
 from run.config import UserError
 from run.evaluation import Record, fault_of
-from run.http import key_from
+from run.http import HttpError, key_from
 from trajectory import Trajectory, escaped, mean, stats
 
 MOST_CATEGORIES = 100
@@ -192,11 +204,8 @@ def load_config(argv: list[str], given: Config) -> train_grpo.Config:
     # 2. what would have no effect here is refused, or left out where only the run gives it
     if given.endpoint and "model" not in typed:
         raise UserError("model is missing: --endpoint needs --model=<its name there>")
-    of_our_engines = {"format", "template_options", "chat_template", "dtype", "engine", "urls"}
-    of_our_engines |= {"engine_options", "gpu_memory_utilization", "min_pixels", "max_pixels"}
-    useless = sorted(typed & of_our_engines)
-    if given.endpoint and useless:
-        raise UserError(f"{useless[0]} has no effect with --endpoint: drop it")
+    if given.endpoint:
+        refuse_keys_of_engines(typed)
     if given.split != Config.split and data.is_file(cfg.data):
         raise UserError(f"split has no effect on {cfg.data!r}: a file has no splits, so drop it")
     cfg = without_idle_keys(cfg, base, typed)
@@ -206,6 +215,15 @@ def load_config(argv: list[str], given: Config) -> train_grpo.Config:
     cfg = for_evaluation(cfg, given, model)
     train_grpo.check(cfg)
     return cfg
+
+
+def refuse_keys_of_engines(typed: set[str]) -> None:
+    """Raises UserError for a key of our engines that was typed for a model behind an API."""
+    of_our_engines = {"format", "template_options", "chat_template", "dtype", "engine", "urls"}
+    of_our_engines |= {"engine_options", "gpu_memory_utilization", "min_pixels", "max_pixels"}
+    useless = sorted(typed & of_our_engines)
+    if useless:
+        raise UserError(f"{useless[0]} has no effect with --endpoint: drop it")
 
 
 def rows_to_play(cfg: train_grpo.Config, base: train_grpo.Config) -> str:
@@ -417,6 +435,7 @@ def finish(
             numbers["not_sent"] = ", ".join(sorted(not_sent))
     record.put_in_order(trajectories)
     problem = record.save_numbers(numbers)
+    record.close()
     if record.unsaved:
         lost = f"{len(record.unsaved)} of {len(trajectories)} rollouts"
         problem = f"{lost} could not be written to {record.folder} ({record.problem})"
@@ -556,6 +575,17 @@ def begun_of(
     cfg: train_grpo.Config, given: Config, examples: list[dict], outcomes: dict[str, str]
 ) -> dict:
     """Makes what settings.json holds: all by which an evaluation is known when it goes on."""
+    return {
+        "settings": settings_of(cfg, given),
+        "problems": len(examples),
+        "rows": evaluation.digest_of_rows(examples),
+        "weights": "" if given.endpoint else evaluation.digest_of_weights(cfg.model),
+        "outcomes": outcomes,
+    }
+
+
+def settings_of(cfg: train_grpo.Config, given: Config) -> dict:
+    """Lists the keys of an evaluation, those of the sources of a mix too."""
     settings = {name: getattr(given, name) for name in Config.__dataclass_fields__}
     settings |= {name: getattr(cfg, name) for name in config.ROLLOUT_KEYS}
     settings["tune"] = cfg.tune  # an adapter on a rounded base is loaded on that
@@ -564,13 +594,7 @@ def begun_of(
             for name in mix.OF_A_SOURCE:
                 if name in config.ROLLOUT_KEYS:
                     settings[f"{source.name}: {name}"] = getattr(source.cfg, name)
-    return {
-        "settings": settings,
-        "problems": len(examples),
-        "rows": evaluation.digest_of_rows(examples),
-        "weights": "" if given.endpoint else evaluation.digest_of_weights(cfg.model),
-        "outcomes": outcomes,
-    }
+    return settings
 
 
 def outcomes_of(player: Player) -> dict[str, str]:
@@ -636,17 +660,9 @@ def play_all(player: Player, record: Record, samples: int, batch: int) -> list[T
                 record.flush(tokenizer)
         except BaseException:
             config.tell(f"what was played is in {record.folder}: go on with --resume=true")
+            record.close()
             raise
     return sorted(trajectories, key=lambda trajectory: (trajectory.group, trajectory.sample))
-
-
-def repeats_of_average(numbers: dict) -> set[str]:
-    """Finds what is avg@n under another name, where it is: the table has it once, eval.json all."""
-    if "samples" not in numbers:
-        return set()
-    average = numbers[f"avg@{numbers['samples']}"]
-    names = {"accuracy", "reward", "pass@1", f"reward_{numbers['outcome']}"}
-    return {name for name in names if name in numbers and numbers[name] == average}
 
 
 def cell(value):
@@ -685,7 +701,340 @@ def table(numbers: dict) -> None:
     Console(highlight=False).print(out)
 
 
+# ---- a suite: several models on several data sets (run/suite.py)
+
+# What belongs to a model, as it is loaded once for all data sets: of a run its own, else what its
+# entry says.
+OF_LOADING = (
+    "dtype tune lora_r lora_alpha lora_targets engine urls engine_options gpu_memory_utilization "
+    "max_concurrent"
+).split()
+# What belongs to a run that it was trained with; of another model, what the data set's config says.
+OF_PROMPTS = ("format", "template_options", "min_pixels", "max_pixels")
+
+
+@dataclass
+class Cell:
+    """One model on one data set."""
+
+    model: suite.Entry
+    data: suite.Entry
+    cfg: train_grpo.Config
+    given: Config
+    record: Record | None = None  # what was played before
+    numbers: dict | None = None
+    missing: str = "not played yet"  # why there are no numbers
+
+
+def cells_of(plan: suite.Suite) -> list[Cell]:
+    """Reads all configs of a suite: model after model, each with all data sets."""
+    cells = []
+    for model in suite.entries(plan.models, "models"):
+        for source in suite.chosen(plan):
+            with mix.told_by(f"{model.name} on {source.name}"):
+                cells.append(cell_of(plan, model, source))
+    return cells
+
+
+def cell_of(plan: suite.Suite, model: suite.Entry, source: suite.Entry) -> Cell:
+    """Makes a cell: the rows, prompts, tools, rewards and limits of the data set's config; what
+    belongs to the model from its run; and over both what is typed in the entries."""
+    # 1. the keys of this script
+    names = Config.__dataclass_fields__
+    of_model, model_options = config.split(model.options, names)
+    of_source, source_options = config.split(source.options, names)
+    typed_of_model = keys_of(of_model)
+    of_source = [item for item in of_source if keys_of([item]) - typed_of_model]
+    for_all = suite.options_for_all(plan, model.options, source.options)
+    given = config.parse(Config, [*for_all, *of_source, *of_model], check)
+    save_to = Path(plan.out_dir) / model.name / source.name
+    given = replace(given, save_to=str(save_to), resume=plan.resume)
+    if given.run or "--config" in model.options:
+        raise UserError("models are named first of all, without --run and --config")
+
+    # 2. the data set's config, and what of it belongs to the model
+    misplaced = sorted(keys_of(source_options) & {*OF_LOADING, "model"})
+    if misplaced:
+        raise UserError(f"{misplaced[0]} belongs to a model: write it behind one")
+    source_argv = ["--config", source.what, *source_options]
+    cfg = config.parse(train_grpo.Config, source_argv, keys=config.ROLLOUT_KEYS)
+    if cfg.mix:
+        raise UserError(f"{source.what} is a mix: name its sources as data sets of their own")
+    if "data" not in keys_of(source_options):
+        cfg = replace(cfg, data=cfg.eval_data or cfg.data)
+    trained = any_training_of(model.what)
+    plain = train_grpo.Config()
+    changes = {name: getattr(trained, name, getattr(plain, name)) for name in OF_LOADING}
+    if trained:
+        of_prompts = {name: getattr(trained, name, getattr(plain, name)) for name in OF_PROMPTS}
+        changes |= of_prompts | {"chat_template": ""}  # which is saved with the model
+    base = replace(cfg, **changes)
+
+    # 3. what is typed for the model
+    typed = keys_of(model_options)
+    if given.endpoint:
+        refuse_keys_of_engines(typed)
+    cfg = config.parse(train_grpo.Config, model_options, keys=config.ROLLOUT_KEYS, base=base)
+    if given.split != Config.split and data.is_file(cfg.data):
+        raise UserError(f"split has no effect on {cfg.data!r}: a file has no splits, so drop it")
+    cfg = without_idle_keys(cfg, base, typed)
+    cfg = for_evaluation(cfg, given, model.what)
+    train_grpo.check(cfg)
+    return Cell(model, source, cfg, given)
+
+
+def keys_of(options: Sequence[str]) -> set[str]:
+    """Names the keys of `--key=value`s."""
+    return {item.removeprefix("--").partition("=")[0] for item in options}
+
+
+def any_training_of(model: str):
+    """Reads the config by which train_grpo.py or train_sft.py made a model; None if neither did."""
+    trained = training_of(model)
+    file = Path(model) / "config.py"
+    if trained or not file.is_file():
+        return trained
+    try:
+        return config.parse(train_sft.Config, ["--config", str(file)])
+    except UserError:
+        return None
+
+
+def play_suite(plan: suite.Suite) -> list[Cell]:
+    """Plays all cells of a suite that are not there, model after model, each loaded once; writes
+    suite.json and suite.html and prints them, also when it is interrupted. What fails is said, and
+    its cells have no numbers; the others go on."""
+    # 1. all mistakes that can be seen at once
+    cells = cells_of(plan)
+    if plan.resume:
+        for cell in cells:
+            refuse_other_settings(cell)
+        Path(plan.out_dir).mkdir(parents=True, exist_ok=True)
+    else:
+        config.fresh_dir(plan.out_dir, "go on with --resume=true")
+
+    # 2. model after model
+    try:
+        for _, of_model in itertools.groupby(cells, key=lambda cell: cell.model.name):
+            play_cells(list(of_model))
+    finally:
+        shown = comparing.data_of_evaluations(evaluations_of(cells))
+        save_suite(plan, cells, shown)
+        print_suite(plan, shown)
+    return cells
+
+
+def refuse_other_settings(cell: Cell) -> None:
+    """Checks that what was begun of a cell may go on with its settings."""
+    folder = Path(cell.given.save_to)
+    begun = evaluation.begun_in(folder)
+    if begun is None:
+        return
+    now = evaluation.plain(settings_of(cell.cfg, cell.given))
+    problem = evaluation.difference_of_settings(begun["settings"], now)
+    if problem:
+        raise UserError(
+            f"{folder} cannot go on: {problem}; give that, or begin another suite with --out_dir=…"
+        )
+
+
+@contextlib.contextmanager
+def noted(cells: list[Cell]):
+    """Notes for cells why they have no numbers, says it once, and lets the others go on."""
+    try:
+        yield
+    except Exception as error:  # whatever a model, an engine or a data set may raise
+        why = " ".join(str(error).split())[:500]
+        if not isinstance(error, UserError):
+            why = f"{type(error).__name__}: {why}"
+        for cell in cells:
+            if cell.numbers is None:
+                cell.missing = why
+        names = ", ".join(f"{cell.model.name} on {cell.data.name}" for cell in cells)
+        config.tell(f"{names}: {why}")
+
+
+def play_cells(cells: list[Cell]) -> None:
+    """Plays the cells of one model."""
+    # 1. what was played before needs no model
+    waiting = []
+    for cell in cells:
+        with noted([cell]):
+            cell.record = find_record(cell.cfg, cell.given)
+            if cell.record and not missing_of(cell.record, cell.given):
+                cell.numbers = finish(cell.cfg, cell.given, cell.record, cell.record.there)
+            else:
+                waiting.append(cell)
+
+    # 2. the rest; one that is loaded shows images in one way
+    local = []
+    for cell in waiting:
+        if cell.given.endpoint:
+            with noted([cell]), open_player(cell.cfg, cell.given) as player:
+                require_endpoint(player.engine)
+                print_cell(cell)
+                cell.numbers = evaluate_with(player, cell.cfg, cell.given, cell.record)
+        else:
+            local.append(cell)
+    for _, alike in itertools.groupby(local, key=lambda c: (c.cfg.min_pixels, c.cfg.max_pixels)):
+        alike = list(alike)
+        with noted(alike):
+            play_with_one_model(alike)
+        gc.collect()  # its weights, before the next are loaded
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def require_endpoint(endpoint: Endpoint) -> None:
+    """Checks that an API is there, which its first question would wait half a minute for."""
+    try:
+        endpoint.api.check_reachable()
+    except HttpError as error:
+        raise endpoint.api.refusal(error, "--key_env") from None
+
+
+def play_with_one_model(cells: list[Cell]) -> None:
+    """Plays cells of one model, which is loaded once, and whose engine is started once."""
+    # 1. a player for each data set; the first one loads the model
+    players = {}
+    model = None
+    for cell in cells:
+        with noted([cell]):
+            player = Player.of(cell.cfg, limit=cell.given.limit, model=model)
+            model = player.model
+            players[cell.data.name] = player
+    if not players:
+        return
+
+    # 2. the engine, with room for the longest
+    first = next(iter(players.values()))
+    longest = max(player.settings.max_tokens for player in players.values())
+    everything = Mixture(
+        first.chat,
+        None,
+        first.toolbox,
+        first.rewards,
+        first.settings,
+        model=model,
+        examples=[example for player in players.values() for example in player.examples],
+        cfg=replace(first.cfg, max_tokens=longest),
+        players=players,
+    )
+    with everything:
+        for cell in cells:
+            player = players.get(cell.data.name)
+            if player is None:
+                continue
+            player.engine = everything.engine
+            with noted([cell]):
+                if model is not None:
+                    models.check_positions(model, cell.cfg.model, cell.cfg.max_tokens)
+                print_cell(cell)
+                cell.numbers = evaluate_with(player, cell.cfg, cell.given, cell.record)
+
+
+def print_cell(cell: Cell) -> None:
+    """Says what is played next."""
+    print(escaped(f"{cell.model.name} on {cell.data.name}"), flush=True)
+
+
+def save_suite(plan: suite.Suite, cells: list[Cell], shown: dict) -> None:
+    """Writes suite.json, with all numbers, and suite.html. shown: of grading/comparing.py."""
+    entries = []
+    for one in evaluations_of(cells):
+        entry = {"model": one.model, "data": one.data, "folder": str(one.folder)}
+        entry |= {"numbers": one.numbers} if one.numbers else {"missing": one.missing}
+        entries.append(entry)
+    written = {
+        "models": dict(zip(names_of(plan.models, "models"), plan.models, strict=True)),
+        "data": dict(zip(names_of(plan.data, "data"), plan.data, strict=True)),
+        "cells": entries,
+        "compared": shown["pairs"],
+    }
+    folder = Path(plan.out_dir)
+    evaluation.save_whole(folder / "suite.json", json.dumps(written, indent=2) + "\n")
+    page = comparing.page(f"{plan.out_dir}: suite", shown)
+    evaluation.save_whole(folder / "suite.html", page)
+
+
+def names_of(texts: tuple[str, ...], key: str) -> list[str]:
+    """Names the entries of a suite."""
+    return [entry.name for entry in suite.entries(texts, key)]
+
+
+def evaluations_of(cells: list[Cell]) -> list[Evaluated]:
+    """Makes what is shown of cells: by the names of the suite."""
+    evaluations = []
+    for cell in cells:
+        numbers = cell.numbers
+        if numbers is not None:
+            numbers = {name: value for name, value in numbers.items() if name != "saved"}
+        missing = "" if numbers else cell.missing
+        folder = Path(cell.given.save_to)
+        one = Evaluated(cell.model.name, cell.data.name, folder, numbers, missing)
+        evaluations.append(one)
+    return evaluations
+
+
+def print_suite(plan: suite.Suite, shown: dict) -> None:
+    """Prints a table of each data set, the averages of all, and the differences."""
+    for table_of_data in shown["tables"]:
+        print_table(table_of_data)
+    print_table(shown["overview"])
+    if shown["differences"]:
+        print_table(shown["differences"])
+    print(f"saved: {plan.out_dir}/suite.json, suite.html")
+
+
+def print_table(shown: dict) -> None:
+    """Prints a table of grading/comparing.py; its texts without markup: a name may look like it."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    title = Text(escaped(shown["title"]))
+    caption = Text(escaped(shown["caption"])) if shown["caption"] else None
+    out = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for place, name in enumerate(shown["columns"]):
+        out.add_column(Text(escaped(name)), justify="right" if place else "left")
+    for row in shown["rows"]:
+        out.add_row(*(Text(escaped(text)) for text in row))
+    Console(highlight=False).print(out)
+
+
+def dry_run(plan: suite.Suite) -> None:
+    """Plays a made-up rollout of each data set (play.py), for the first model."""
+    cells = cells_of(plan)
+    for cell in cells:
+        if cell.model == cells[0].model:
+            print_cell(cell)
+            play.play_made_up(cell.cfg)
+
+
+def run_suite(argv: list[str]) -> None:
+    """Plays a suite; with --dry_run=true it only plays a made-up rollout of each data set.
+    UserError, when all is written, if cells are missing."""
+    is_dry, argv = config.take_flag(argv, "dry_run")
+    plan = config.parse(suite.Suite, argv, suite.check)
+    if is_dry:
+        dry_run(plan)
+        return
+    cells = play_suite(plan)
+    missing = [cell for cell in cells if cell.numbers is None]
+    if missing:
+        names = ", ".join(f"{cell.model.name} on {cell.data.name}" for cell in missing)
+        raise UserError(
+            f"{len(missing)} of {len(cells)} cells are missing ({names}): --resume=true plays them"
+        )
+    for cell in cells:
+        if "not_saved" in cell.numbers:
+            raise UserError(cell.numbers["not_saved"])
+
+
 def main(argv: list[str]) -> None:
+    if suite.is_suite(argv):
+        run_suite(argv)
+        return
     mine, others = config.split(argv, Config.__dataclass_fields__)
     given = config.parse(Config, mine, check)
     numbers = evaluate(load_config(others, given), given)

@@ -110,7 +110,7 @@ def _read_command_line(argv, kinds, keys, default):
                 script = Path(sys.argv[0]).name
                 raise UserError(f"{key} has no effect in {script}: drop it")
             if not equals:
-                value = _text(getattr(default, key))
+                value = as_typed(getattr(default, key))
                 if items and not items[0].startswith("--") and "=" not in items[0]:
                     value = items[0]  # written behind a blank
                 raise UserError(f"cannot read {item!r}: write --{key}={value}")
@@ -376,10 +376,10 @@ def _instead(item):
     return "--key=value or --config file.py"
 
 
-def _text(value):
+def as_typed(value):
     """A default as one would type it, for messages: 2e-5, none, true, a,b."""
     if isinstance(value, tuple):
-        return ",".join(_text(item) for item in value)
+        return ",".join(as_typed(item) for item in value)
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -391,14 +391,33 @@ def _text(value):
     return str(value) or "…"
 
 
-def _run_file(name, kinds):
-    """Executes the config file and returns {key: value}, unchecked but for the names."""
+def names_in(name):
+    """The names that a config file assigns; none of one that cannot be read: `parse` tells that."""
+    try:
+        tree = ast.parse(_found(name).read_bytes())
+    except (OSError, SyntaxError, ValueError, UserError):
+        return set()
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            names.update(target.id for target in node.targets if isinstance(target, ast.Name))
+    return names
+
+
+def _found(name):
+    """The path of a config file: here, or in configs/."""
     path = Path(name)
     if not path.is_file():
         path = HERE / "configs" / name
     if not path.is_file():
         looked = "" if Path(name).is_absolute() else f"; looked for {name} and configs/{name}"
         raise UserError(f"no config file {name!r}{looked}")
+    return path
+
+
+def _run_file(name, kinds):
+    """Executes the config file and returns {key: value}, unchecked but for the names."""
+    path = _found(name)
     try:
         tree = ast.parse(path.read_bytes(), str(path))
     except SyntaxError as error:  # no line: bytes that are no text

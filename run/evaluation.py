@@ -48,7 +48,7 @@ def fault_of(trajectory: Trajectory) -> str:
 
 
 class Record:
-    """What an evaluation writes to its folder. It is locked as long as this is there."""
+    """What an evaluation writes to its folder, which is locked until it is closed."""
 
     def __init__(self, folder: Path, begun: dict):
         self.folder = folder
@@ -85,6 +85,10 @@ class Record:
         begun = begun_in(folder)
         assert begun is not None, f"{folder} holds no evaluation"
         return cls(folder, begun)
+
+    def close(self) -> None:
+        """Leaves the folder to others."""
+        self.lock.close()
 
     # -- what is there
 
@@ -175,7 +179,7 @@ class Record:
         for line in self._lines():
             row = row_of(line) or {}
             place = (row.get("group"), row.get("sample"))
-            if place in wanted:
+            if all(type(part) is int for part in place) and place in wanted:
                 places[place] = (at, len(line))
             order.append(place)
             at += len(line)
@@ -274,8 +278,19 @@ def plain(settings: dict) -> dict:
 def difference(begun: dict, wanted: dict) -> str:
     """Says in what an evaluation that was begun differs from the one that is wanted; "" if it may
     go on as that. Both as settings.json holds them."""
-    before = begun["settings"]
     now = wanted["settings"]
+    of_settings = difference_of_settings(begun["settings"], now)
+    if of_settings:
+        return of_settings
+    if begun.get("rows") != wanted["rows"]:
+        return f"the rows of {now.get('data')!r} are not those that it was begun with"
+    if begun.get("weights") != wanted["weights"]:
+        return f"the files of model = {now.get('model')!r} were written anew since it was begun"
+    return ""
+
+
+def difference_of_settings(before: dict, now: dict) -> str:
+    """Says which key differs in a way that changes what is played; "" if none does."""
     for name in sorted(before.keys() | now.keys()):
         key = name.rpartition(": ")[2]  # "calc: tools", of the source of a mix
         old = before.get(name)
@@ -285,10 +300,6 @@ def difference(begun: dict, wanted: dict) -> str:
             new = [option for option in new or () if option == "deterministic=false"]
         if old != new and key not in FREE:
             return f"{name} = {new!r}, but it was begun with {old!r}"
-    if begun.get("rows") != wanted["rows"]:
-        return f"the rows of {now.get('data')!r} are not those that it was begun with"
-    if begun.get("weights") != wanted["weights"]:
-        return f"the files of model = {now.get('model')!r} were written anew since it was begun"
     return ""
 
 

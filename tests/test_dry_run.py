@@ -8,6 +8,7 @@ import json
 import runpy
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,14 @@ import evaluate
 import play
 import train_grpo
 import train_sft
-from run import config
+from run import config, suite
 from run.config import UserError
 
 ROOT = Path(config.HERE)
 SHARED = ROOT.parent / "shared" / "data"
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
 SUITES = sorted(path.name for path in (ROOT / "configs" / "suites").glob("*.py"))
+OF_MODELS = [name for name in SUITES if suite.is_suite(["--config", f"suites/{name}"])]
 # What the real rows in ../shared/data are for, and where they differ from the hub's.
 REAL = {
     "aime.py": ("aime24.jsonl", "--prompt_column=problem", "--answer_column=answer"),
@@ -96,7 +98,28 @@ def test_real_rows_are_played_too(name, retriever, capsys):
     assert trajectory.stop == "answered"
 
 
-@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize("name", OF_MODELS)
+def test_a_suite_of_models_is_played_and_each_right_answer_is_rewarded(
+    name, retriever, monkeypatch, capsys
+):
+    """AIME 24 and 25, MATH-500, GSM8K, HumanEval, MBPP, NQ, HotpotQA, Spider, ChartQA."""
+    played = []
+    play_made_up = play.play_made_up
+
+    def noted(cfg):
+        if "search" in cfg.tools:
+            cfg = replace(cfg, tool_options=(f"search.url={retriever}",))
+        played.append(play_made_up(cfg))
+
+    monkeypatch.setattr(play, "play_made_up", noted)
+    evaluate.main(["--config", f"suites/{name}", "--dry_run=true"])
+    said = capsys.readouterr().out
+    assert [t.outcome for t in played] == [1.0] * len(played), said
+    assert all(call.error is None for t in played for call in t.calls), said
+    assert len(played) == {"benchmarks.py": 9, "charts.py": 3}[name]
+
+
+@pytest.mark.parametrize("name", [name for name in SUITES if name not in OF_MODELS])
 def test_a_suite_has_rows_and_rewards_and_all_else_is_the_runs(name, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
