@@ -10,6 +10,9 @@ RUN = .venv/bin/python
 PYPI_SERVERS = mcp==2.3.0 mcp-server-time==2026.10.19 mcp-server-git==2026.10.19
 NPM_SERVERS = @modelcontextprotocol/server-everything@2026.8.31 \
   @modelcontextprotocol/server-filesystem@2026.8.31
+# a client of the agent endpoint that nobody here wrote; it has a module evaluate, as we have, so it
+# is in an environment of its own, which sees the packages of .venv behind its own
+LM_EVAL = lm_eval[api]==0.4.13
 
 # other people's environments, for the tests; their packages want other versions than ours do
 ENVIRONMENTS = openenv-core==0.3.0 verifiers==0.3.1
@@ -73,6 +76,11 @@ test-vllm: .venv/installed-torchvision
 	  $$folder/bin/python -m pip install --quiet --disable-pip-version-check $$package \
 	    || { rm -rf $$folder; echo "$$package is not installed: its tests are skipped"; }; \
 	done
+	test -x .venv/lm-eval/bin/python || $(RUN) -m venv .venv/lm-eval
+	$(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > $$(.venv/lm-eval/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth
+	.venv/lm-eval/bin/python -m pip install --quiet --disable-pip-version-check "$(LM_EVAL)" \
+	  || echo "lm_eval is not installed: its test is skipped"
 	touch $@
 
 # The CPU build asks for a torchvision that is made for GPUs, with which transformers cannot be

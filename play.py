@@ -3,10 +3,17 @@ yellow.
 
     python play.py --config calc.py --model=out/calc               # one episode of a real model
     python play.py --config calc.py --temperature=0 --seed=3
-    python play.py --config calc.py --prompt="What is 6 * 7?"      # your own question
-    python play.py --config calc.py --model=out/sees --prompt="What is this?" --image=cat.jpg
+    python play.py --run=out/calc --prompt="What is 6 * 7?"        # your own question
+    python play.py --run=out/sees --prompt="What is this?" --image=cat.jpg
+    python play.py --run=out/calc --chat=true                      # a talk, tools and all
+    python play.py --run=out/calc --group=8                        # rewards and advantages compared
     python play.py --config gsm8k.py --made_up=true                # without its model or a download
     python play.py --config sft_gsm8k.py --demonstration=true      # a row as SFT is trained on it
+
+--run takes model and config as evaluate.py does: by default greedy, on a row held out. In a talk
+each question is a rollout of its own, whose prompt is all that was said, tool calls included;
+/reset begins anew, Ctrl-D ends it. Through a pipe a line is a question. A group is what GRPO
+compares: samples of one row, by default at temperature 1.
 
 --made_up=true checks a config (`--dry_run=true` on a training script calls it): all rows are read,
 those held out too; the first one's prompt is rendered, and an oracle plays it through the scripted
@@ -22,9 +29,11 @@ configs/samples.jsonl has for the data set, written by us with the columns of th
 the model is not on this machine, a stand-in tokenizer takes the place of its own.
 """
 
+import contextlib
 import dataclasses
 import json
 import sqlite3
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +43,7 @@ from pathlib import Path
 from rich.color import Color
 from rich.console import Console
 from rich.style import Style
+from rich.table import Table
 from rich.text import Text
 
 from run import config, mix
@@ -42,6 +52,7 @@ if __name__ == "__main__":
     config.answer_help(__file__, "train_grpo.py", keys=config.ROLLOUT_KEYS)
 
 import data
+import evaluate
 import rewards as reward_functions
 import train_grpo
 import train_sft
@@ -52,12 +63,13 @@ from formats.messages import calls_of, has_images
 from images import open_image
 from learning import model as models
 from learning.vision import Vision, find_vision, tiny_vision
+from loss import set_advantages
 from player import Player, check_prompts, prepare_task, validation_examples
 from rollout import Settings
 from run.config import UserError
 from tasks import tiny
 from tools import Toolbox
-from trajectory import Trajectory, escaped, show
+from trajectory import COLOURS, Trajectory, escaped, show, spans
 
 SAMPLES = config.HERE / "configs" / "samples.jsonl"
 # need the model's own template; hermes has one in the stand-in
@@ -65,58 +77,196 @@ OWN_FORMATS = [name for name, format in FORMATS.items() if not format.inline and
 STAND_IN_FORMATS = ("auto", *OWN_FORMATS)
 # what tools that see take in any image
 SEEN = {"box": [0, 0, 16, 16], "point": [8, 8], "frames": [1]}
+OF_EVALUATION = ("temperature", "seed", "split")  # keys that evaluate.py has itself
+RESET = "/reset"
 NO_ORACLE = "I do not know."  # the answer where neither a reward nor the row has a right one
 
 
 @dataclass
 class Config:
+    run: str = ""  # the out_dir of a training run: its model and its config
     made_up: bool = False  # an oracle plays, not the model: to check a config of train_grpo.py
     demonstration: bool = False  # nothing is played: a row of a config of train_sft.py is shown
     prompt: str = ""  # a question of your own in the place of a row; its answer is not graded
     image: tuple[str, ...] = ()  # files of pictures that it is about
+    chat: bool = False  # question after question, on the terminal or through a pipe
+    group: int = 0  # samples of one row, side by side, with their rewards and advantages
 
 
 def check(cfg: Config) -> None:
     """Checks the rules across keys."""
     if cfg.made_up and cfg.demonstration:
         raise UserError("made_up and demonstration: expected one of them")
-    if cfg.prompt and (cfg.made_up or cfg.demonstration):
+    without_model = cfg.made_up or cfg.demonstration
+    if cfg.prompt and without_model:
         raise UserError("prompt has no effect with made_up and demonstration, which show a row")
+    for key in ("run", "chat", "group"):
+        if getattr(cfg, key) and without_model:
+            raise UserError(f"{key} has no effect with made_up and demonstration: drop it")
     if cfg.image and not cfg.prompt:
         raise UserError("image has no effect without a question: give --prompt=…")
+    if cfg.chat and (cfg.prompt or cfg.group):
+        raise UserError("chat asks for the questions itself: drop prompt and group")
+    if cfg.group and cfg.prompt:
+        raise UserError("group compares rewards, and a question of your own has none: drop one")
+    if cfg.group and cfg.group < 2:
+        raise UserError(f"group = {cfg.group}: expected at least 2, to be compared")
+
+
+def load_config(argv: list[str], given: Config) -> train_grpo.Config:
+    """Reads what is played, and by which model: with --run as evaluate.py does."""
+    typed = {item.partition("=")[0] for item in argv}
+    if given.group and given.run and "--temperature" not in typed:
+        argv = [*argv, "--temperature=1"]  # greedy ones are all alike
+    if given.run:
+        mine, argv = config.split(argv, OF_EVALUATION)
+        of_run = config.parse(evaluate.Config, [f"--run={given.run}", *mine], evaluate.check)
+        cfg = evaluate.load_config(argv, of_run)
+    else:
+        cfg = config.parse(train_grpo.Config, argv, train_grpo.check, keys=config.ROLLOUT_KEYS)
+    if given.group and cfg.temperature == 0:
+        raise UserError("temperature = 0: the samples of a group would be all alike, write 1")
+    return cfg
 
 
 def play_model(cfg: train_grpo.Config, given: Config) -> Trajectory:
     """Plays and prints the first example of a config, or the question given, with its model."""
-    if cfg.mix and given.prompt:
-        cfg = mix.sources(cfg)[0].cfg  # asked as the first of them asks
-    with tempfile.TemporaryDirectory() as folder:
-        if given.prompt:
-            cfg = with_own_row(cfg, given, Path(folder))
+    if given.prompt:
+        question = own_question(given)
+        with Player.for_questions(cfg) as player:
+            trajectories = player.play([player.question(*question)])
+    else:
         with Player.of(cfg, limit=1) as player:
-            if given.prompt:
-                player.rewards.clear()  # there is no right answer to compare with
             trajectories = player.play(player.examples)  # of a mix, one of each source
     for trajectory in trajectories:
         show_rollout(trajectory, player.chat.tokenizer, save_images(trajectory))
     return trajectories[0]
 
 
-def with_own_row(cfg: train_grpo.Config, given: Config, folder: Path) -> train_grpo.Config:
-    """Gives the config one row: the question and pictures of the command line, written to the
-    folder."""
-    names = []
-    for number, source in enumerate(given.image, 1):
+def own_question(given: Config) -> tuple[list[dict], list]:
+    """Makes messages of the question of the command line, and opens the images in them."""
+    content = given.prompt
+    images = []
+    for source in given.image:
         path = Path(source).expanduser()
-        image = open_image(path.name, folder=path.parent)
-        names.append(f"{number}.png")
-        image.save(folder / names[-1])
-    row = {cfg.prompt_column: given.prompt, cfg.answer_column: "not known"}
-    if names:
-        row["images"] = names
-    file = folder / "row.jsonl"
-    file.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    return dataclasses.replace(cfg, data=str(file), answer_after="")
+        images.append(open_image(path.name, folder=path.parent))
+    if images:
+        shown = [{"type": "image"}] * len(images)
+        content = [*shown, {"type": "text", "text": given.prompt}]
+    return [{"role": "user", "content": content}], images
+
+
+# ---- a group, and a talk
+
+
+def play_group(cfg: train_grpo.Config, given: Config) -> list[Trajectory]:
+    """Plays samples of the first example, and prints them side by side: what each earned, and its
+    advantage over the others, as train_grpo.py computes it."""
+    with Player.of(cfg, limit=1) as player:
+        trajectories = player.play(player.examples[:1], samples=given.group)
+    set_advantages(trajectories, cfg.adv_norm, cfg.turn_credit, cfg.overlong)
+    first = trajectories[0]
+    tokenizer = player.chat.tokenizer
+    console = Console(highlight=False)
+    end = first.turn_starts[0] if first.turn_starts else len(first.ids)
+    prompt = tokenizer.decode(first.ids[:end], skip_special_tokens=False)
+    console.print(Text(escaped(prompt), style=COLOURS["c"]))
+    table = Table(show_lines=True)
+    table.add_column("rollout", ratio=1)
+    for name in ("reward", "advantage", "calls", "stop"):
+        table.add_column(name, justify="right")
+    for trajectory in trajectories:
+        table.add_row(
+            coloured(trajectory, tokenizer),
+            rewards_in_words(trajectory),
+            advantages_in_words(trajectory),
+            f"{len(trajectory.calls)}",
+            trajectory.stop,
+        )
+    console.print(table)
+    console.print(Text(escaped(f"the answer is {first.example.get('answer')!r}")))
+    return trajectories
+
+
+def rewards_in_words(trajectory: Trajectory) -> Text:
+    """Writes the reward, and what it is the sum of, where that is more than one."""
+    lines = [number_in_words(trajectory.reward)]
+    if len(trajectory.rewards) > 1:
+        for name, value in trajectory.rewards.items():
+            lines.append(f"{name} {number_in_words(value)}")
+    return Text(escaped("\n".join(lines)))
+
+
+def number_in_words(value: float | None) -> str:
+    return "none" if value is None else f"{value:g}"
+
+
+def advantages_in_words(trajectory: Trajectory) -> Text:
+    """Writes the advantage; of turns that have their own, each."""
+    values = list(dict.fromkeys(trajectory.advantages)) or [0.0]
+    text = Text()
+    for place, value in enumerate(values):
+        colour = "green" if value > 0 else "red" if value < 0 else ""
+        text.append(f"{', ' if place else ''}{value:+.2f}", style=colour)
+    return text
+
+
+def coloured(trajectory: Trajectory, tokenizer) -> Text:
+    """Writes what stands behind the prompt, each token in the colour of its kind."""
+    text = Text()
+    if not trajectory.turn_starts:
+        return text
+    for kind, part in spans(trajectory, tokenizer, start=trajectory.turn_starts[0]):
+        text.append(escaped(f"[{part}]" if kind == "i" else part), style=COLOURS[kind])
+    return text
+
+
+def talk(cfg: train_grpo.Config) -> None:
+    """Answers question after question of stdin, until it ends or Ctrl-C comes."""
+    is_terminal = sys.stdin.isatty()
+    sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8
+    console = Console(highlight=False, soft_wrap=True)
+    with Player.for_questions(cfg) as player, contextlib.suppress(EOFError, KeyboardInterrupt):
+        tools = ", ".join(player.toolbox.tools) or "none"
+        console.print(Text(escaped(f"tools: {tools}. {RESET} begins anew, Ctrl-D ends it.")))
+        messages: list[dict] = []
+        images: list = []
+        asked = 0  # questions so far: each is sampled with noise of its own
+        while True:
+            line = input("> " if is_terminal else "").strip()
+            if line == RESET:
+                messages = []
+                images = []
+                continue
+            if not line:
+                continue
+            said = [*messages, {"role": "user", "content": line}]
+            (trajectory,) = player.play([player.question(said, images)], step=asked)
+            asked += 1
+            show_answer(trajectory, player.chat.tokenizer, console)
+            messages = said + to_go_on(trajectory)
+            images = [picture.original for picture in trajectory.images]
+
+
+def to_go_on(trajectory: Trajectory) -> list[dict]:
+    """Copies the messages behind the prompt, so that a question can follow them: calls of the last
+    turn were not run, or gave the answer."""
+    messages = trajectory.messages[len(trajectory.example["messages"]) :]
+    if messages and messages[-1].get("tool_calls"):
+        words = trajectory.answer or messages[-1]["content"]
+        messages[-1] = {"role": "assistant", "content": words}
+    return messages
+
+
+def show_answer(trajectory: Trajectory, tokenizer, console: Console) -> None:
+    """Prints what stands behind the prompt, and in a line how it ended."""
+    console.print(coloured(trajectory, tokenizer))
+    failed = sum(bool(call.error) for call in trajectory.calls)
+    line = f"{trajectory.stop}, {len(trajectory.calls)} calls, {failed} failed"
+    line += f", {len(trajectory.ids)} tokens, {trajectory.seconds:.1f} s"
+    if trajectory.stop == "length":
+        line += f": raise max_tokens or max_new_tokens, or begin anew with {RESET}"
+    console.print(Text(escaped(line), style=COLOURS["c"]))
 
 
 def play_made_up(cfg: train_grpo.Config, show: Callable | None = None) -> Trajectory:
@@ -526,8 +676,13 @@ def main(argv: list[str]) -> None:
     elif given.made_up:
         play_made_up(config.parse(train_grpo.Config, others, train_grpo.check))
     else:
-        keys = config.ROLLOUT_KEYS
-        play_model(config.parse(train_grpo.Config, others, train_grpo.check, keys=keys), given)
+        cfg = load_config(others, given)
+        if given.chat:
+            talk(cfg)
+        elif given.group:
+            play_group(cfg, given)
+        else:
+            play_model(cfg, given)
 
 
 if __name__ == "__main__":

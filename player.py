@@ -544,7 +544,8 @@ async def start_engine(
     no image will come. has_images: some will, by the rows."""
     options = read_options(cfg.engine, cfg.engine_options)
     if cfg.engine == "transformers":
-        return TransformersEngine(model, tokenizer, options.deterministic)
+        patience = options.patience
+        return TransformersEngine(model, tokenizer, options.deterministic, patience=patience)
 
     is_trained = model is not None and any(p.requires_grad for p in model.parameters())
     has_adapter = is_trained and cfg.tune != "full"

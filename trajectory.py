@@ -279,14 +279,16 @@ def texts_around(text: str, images: list[int]) -> list[str]:
     return [part for part in parts if part]
 
 
-def spans(trajectory: Trajectory, tokenizer) -> list[tuple[str, str]]:
-    """Joins neighbouring tokens of one kind: [(letter of token_kinds, text)]. An image stands for
-    itself, in words."""
+def spans(trajectory: Trajectory, tokenizer, start: int = 0) -> list[tuple[str, str]]:
+    """Joins neighbouring tokens of one kind: [(letter of token_kinds, text)], from token `start`
+    on. An image stands for itself, in words."""
     texts = token_texts(trajectory.ids, tokenizer)
     kinds = token_kinds(trajectory, texts)
     firsts = [first for first, _ in image_spans(trajectory.ids, trajectory.images)]
     joined: list[tuple[str, str]] = []
     for i, (kind, text) in enumerate(zip(kinds, texts, strict=True)):
+        if i < start:
+            continue
         if i in firsts:
             joined.append((kind, in_words(trajectory, firsts.index(i) + 1)))
         elif kind == "i":

@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ LEAST = 0.8
 
 @dataclass
 class Config:
-    run: str = "out/calc"  # the out_dir of a run of a task
+    run: str = "out/calc"  # the out_dir of a run of configs/calc.py
     at_once: int = 200
     rounds: int = 7
     save_to: str = ""  # a .json for the results
@@ -46,12 +47,18 @@ class Config:
 def play_rounds(cfg: Config) -> None:
     """Plays a round for each line of stdin; prints what it took. First it prints the questions."""
     import evaluate
+    from tasks import calc
 
     count = cfg.at_once * (cfg.rounds + 1)  # the first round warms both sides up
-    given = evaluate.Config(run=cfg.run, limit=count)
-    with evaluate.open_player(evaluate.load_config([], given), given) as player:
-        questions = [example["messages"][-1]["content"] for example in player.examples]
-        print(json.dumps(questions), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        rows = calc.rows("test", seed=17, n=count)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        given = evaluate.Config(run=cfg.run)
+        rollout_cfg = evaluate.load_config([f"--data={file}"], given)
+        player = evaluate.open_player(rollout_cfg, given)
+    with player:
+        print(json.dumps([row["prompt"] for row in rows]), flush=True)
         for start in range(0, count, cfg.at_once):
             sys.stdin.readline()
             began = time.perf_counter()

@@ -46,14 +46,23 @@ class TransformersEngine(Engine):
 
     deterministic=True: a batch is formed only when every unfinished trajectory waits, and in an
     order that does not depend on who came first, so equal seeds give equal bits. False lets fast
-    ones go ahead while others wait for a slow tool.
+    ones go ahead while others wait for a slow tool, after `patience` seconds.
     """
 
-    def __init__(self, model, tokenizer, deterministic: bool = True, max_batch: int = 256):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        deterministic: bool = True,
+        max_batch: int = 256,
+        patience: float = 0.0,
+    ):
         self.model = model
         self.tokenizer = tokenizer
         self.deterministic = deterministic
         self.max_batch = max_batch
+        self.patience = patience
+        self.timer = None  # of the patience, while a batch waits for others
         self.may_pad = may_pad(model)
         self.may_keep = self.may_pad and may_keep(model)
         self.unfinished = 0  # trajectories that have joined and not left
@@ -106,21 +115,38 @@ class TransformersEngine(Engine):
         logprobs = logprobs.gather(-1, next_tokens)  # (T - 1, 1)
         return logprobs[:, 0].tolist()
 
-    def _start_batch(self) -> None:
-        """Decodes those who wait, unless a batch is running or somebody has to be waited for."""
+    def _start_batch(self, is_late: bool = False) -> None:
+        """Decodes those who wait, unless a batch is running or somebody has to be waited for.
+        is_late: those who are elsewhere were waited for."""
         # a deadline may have cancelled one
         self.waiting = [request for request in self.waiting if not request.future.done()]
         if self.is_decoding or not self.waiting:
             return
-        if self.deterministic and len(self.waiting) < self.unfinished:
-            return
+        if len(self.waiting) < self.unfinished and not is_late:
+            if self.deterministic or self._waits_for_others():
+                return
         # equal prompts become neighbours, and lengths that differ little share a batch
         batch = sorted(self.waiting, key=lambda row: (len(row.ids), row.prompt, row.sampling.seed))
         loop = asyncio.get_running_loop()
         done = loop.run_in_executor(self.thread, self._run, batch)  # raises if the engine is closed
         self.is_decoding = True
         self.waiting = []
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
         done.add_done_callback(lambda done: self._batch_done(done, batch))
+
+    def _waits_for_others(self) -> bool:
+        """Says whether those who are elsewhere may still come in time: a batch of many takes hardly
+        longer than one of few, and who comes too late waits for all of it."""
+        if self.patience and self.timer is None:
+            loop = asyncio.get_running_loop()
+            self.timer = loop.call_later(self.patience, self._lose_patience)
+        return self.timer is not None
+
+    def _lose_patience(self) -> None:
+        self.timer = None
+        self._start_batch(is_late=True)
 
     def _batch_done(self, done: asyncio.Future, batch: list[_Request]) -> None:
         self.is_decoding = False

@@ -14,6 +14,7 @@ from run.config import UserError
 @dataclass
 class TransformersOptions:
     deterministic: bool = True  # equal seeds give equal bits; false: nobody waits for slow tools
+    patience: float = 0.0  # with deterministic=false: seconds that a batch waits for quick ones
     canary: bool = True  # false: a run goes on though the engine has other weights than the trainer
 
 
@@ -63,6 +64,10 @@ def read_options(
             f"engine_options: server.folder has no effect with transport={read.transport}: "
             "no file is written"
         )
+    if getattr(read, "patience", 0) < 0:
+        raise UserError(f"engine_options: patience = {read.patience}: expected seconds, >= 0")
+    if getattr(read, "patience", 0) and read.deterministic:
+        raise UserError("engine_options: patience has no effect without deterministic=false")
     if getattr(read, "kv_cache_gib", 0) < 0:
         raise UserError(f"engine_options: vllm.kv_cache_gib = {read.kv_cache_gib}: expected >= 0")
     return read

@@ -42,6 +42,7 @@ if __name__ == "__main__":
 import data
 import evaluate
 from chat import Chat
+from engines.base import Engine
 from images import Picture
 from player import Player
 from rollout import Settings, play, play_turn
@@ -63,6 +64,7 @@ from serve.traces import Traces
 MOST_BYTES = 4 * 2**20  # of a request
 MOST_BYTES_WITH_IMAGES = 24 * 2**20  # to a model that sees
 MOST_SAMPLES = 128  # n of a request
+ENGINE_OPTIONS = ("deterministic=false", "patience=0.03")  # of transformers, unless told otherwise
 CHATS = 64  # sets of clients' tools whose prompts are known
 ALIVE = 10.0  # seconds of silence after which a stream says that it is there
 HANDED_OUT = "(handed to the client)"
@@ -100,7 +102,8 @@ def load_player(cfg: Config, argv: list[str]) -> Player:
     is_said = any(option.startswith("deterministic=") for option in options)
     if rollout_cfg.engine == "transformers" and not is_said:
         # else a slow tool of one client holds up all the others
-        rollout_cfg = replace(rollout_cfg, engine_options=(*options, "deterministic=false"))
+        options = (*options, *ENGINE_OPTIONS)
+        rollout_cfg = replace(rollout_cfg, engine_options=options)
     player = Player.for_questions(rollout_cfg)
     check_tools(player.toolbox)
     return player
@@ -144,6 +147,21 @@ COUNTERS = """
 """.split()
 
 
+class Expected:
+    """A request that is being read: a batch that is about to start waits a moment for its first
+    turn."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.is_here = False
+        engine.join()
+
+    def end(self) -> None:
+        if not self.is_here:
+            self.is_here = True
+            self.engine.leave()
+
+
 @dataclass
 class Asked:
     """A request that is ready to be played."""
@@ -157,6 +175,7 @@ class Asked:
     settings: Settings
     pictures: list[Picture]
     prompt: list[int]  # ids
+    expected: Expected
 
     @property
     def own_tools(self) -> list[str]:
@@ -189,7 +208,7 @@ class Agent:
     def most_bytes(self) -> int:
         return MOST_BYTES_WITH_IMAGES if self.player.chat.sees else MOST_BYTES
 
-    async def prepare(self, request: Request) -> Asked:
+    async def prepare(self, request: Request, expected: Expected) -> Asked:
         """Makes all that is needed to play a request. Raises Refused."""
         # 1. is it for this model?
         if request.model != self.name:
@@ -223,10 +242,18 @@ class Agent:
                 "context_length_exceeded",
             )
         tools = [as_tool(schema) for schema in request.tools] if request.may_call else []
-        toolbox = self.player.toolbox.with_tools(tools)
-        id = f"chatcmpl-{secrets.token_hex(12)}"
-        created = int(time.time())
-        return Asked(id, created, request, example, chat, toolbox, settings, pictures, prompt)
+        return Asked(
+            id=f"chatcmpl-{secrets.token_hex(12)}",
+            created=int(time.time()),
+            request=request,
+            example=example,
+            chat=chat,
+            toolbox=self.player.toolbox.with_tools(tools),
+            settings=settings,
+            pictures=pictures,
+            prompt=prompt,
+            expected=expected,
+        )
 
     def _settings(self, request: Request) -> Settings:
         temperature = request.temperature
@@ -287,6 +314,7 @@ class Agent:
                     trajectory.stop = "length"
                     return
                 settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, left))
+            asked.expected.end()
             await play_turn(trajectory, chat, engine, session, toolbox, settings, step)
             if not trajectory.stop:
                 on_turn(trajectory)
@@ -511,9 +539,11 @@ class Server:
         if self.metrics.waiting >= self.cfg.most_waiting:
             raise Refused(429, f"{self.cfg.most_waiting} requests are here already: come again")
         self.metrics.waiting += 1
+        expected = Expected(self.agent.player.engine)
         try:
             body = await web.read_body(scope, receive, self.agent.most_bytes)
-            working = asyncio.create_task(self._work(body, send))
+            asked = await self.agent.prepare(read_request(body, MOST_SAMPLES), expected)
+            working = asyncio.create_task(self._work(asked, send))
             leaving = asyncio.create_task(disconnected(receive))
             try:
                 await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -526,12 +556,12 @@ class Server:
             if not working.cancelled():
                 working.result()
         finally:
+            expected.end()
             self.metrics.waiting -= 1
 
-    async def _work(self, body: bytes, send) -> None:
+    async def _work(self, asked: Asked, send) -> None:
         try:
             async with asyncio.timeout(self.cfg.timeout) as deadline:
-                asked = await self.agent.prepare(read_request(body, MOST_SAMPLES))
                 if asked.request.is_streamed:
                     await self._stream(asked, send)
                 else:

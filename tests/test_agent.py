@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 import httpx2 as httpx
 import pytest
-from agents import scripted_player, serving
+from agents import call, scripted_player, serving
 from PIL import Image
 from until import PATIENCE, until
 

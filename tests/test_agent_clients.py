@@ -7,12 +7,21 @@ The model is a script (tests/agents.py), or a tiny one made here; the server is 
 
 import asyncio
 import json
+import os
+import re
+import subprocess
+from pathlib import Path
 
 import pytest
 from agents import SYSTEM, WEATHER, scripted_player, serving
 
 pytest.importorskip("mcp", reason='no MCP here: pip install -e ".[mcp]"')
 openai = pytest.importorskip("openai", reason='no openai here: pip install -e ".[test]"')
+
+import data
+import evaluate
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +217,64 @@ def test_mcps_own_client_calls_the_same_tools(served):
             return [tool.name for tool in listed.tools], result.content[0].text
 
     assert asyncio.run(use()) == (["add"], "42")
+
+
+# -- lm_eval
+
+
+LM_EVAL = ROOT / ".venv/lm-eval/bin/python"
+TASK = """\
+task: sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["\\n\\n"], do_sample: false}}
+filter_list:
+  - name: number
+    filter: [{{function: regex, regex_pattern: "(\\\\d+)\\\\."}}, {{function: take_first}}]
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def says_number(trajectory, example):
+    """The reward that grades as the task above does."""
+    found = re.search(r"(\d+)\.", trajectory.messages[-1]["content"])
+    return float(found is not None and found[1] == example["answer"])
+
+
+def test_lm_eval_gives_the_accuracy_that_evaluate_gives(tokenizer, tmp_path):
+    """Unchanged, as a process of its own; half of the rows are solved, some wrongly, some not."""
+    if not LM_EVAL.exists():
+        pytest.skip("no lm_eval in .venv/lm-eval: make .venv/installed-test installs it")
+    rows = []
+    for number in range(24):
+        prompt = f"sum {number} 4" if number % 3 else f"say about {number}."
+        answer = number + 4 if number % 2 else number + 5
+        rows.append({"prompt": prompt, "answer": str(answer)})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "sums.yaml").write_text(TASK.format(rows=file))
+    player, script = scripted_player(tokenizer)
+    with serving(player) as address:
+        url = f"{address}/v1/chat/completions"
+        command = [LM_EVAL, "-m", "lm_eval", "run", "--model", "local-chat-completions"]
+        command += ["--model_args", f"model=calc,base_url={url},num_concurrent=8,max_retries=1"]
+        command += ["--tasks", "sums", "--include_path", tmp_path, "--apply_chat_template"]
+        command += ["--output_path", tmp_path / "out"]
+        offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OPENAI_API_KEY": "none"}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | offline, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        (results,) = (tmp_path / "out").rglob("results_*.json")
+        accuracy = json.loads(results.read_text())["results"]["sums"]["exact_match,number"]
+        asked = set(script.prompts)
+        # the same rows by the same model, as evaluate.py plays and counts them
+        examples = data.load(str(file), system_prompt=SYSTEM["content"])
+        player.rewards = {"says_number": (says_number, 1.0)}
+        numbers = evaluate.summarize(player.play(examples), "says_number", (1,))
+    assert accuracy == numbers["accuracy"] and 0.2 < accuracy < 0.8
+    assert set(script.prompts) == asked  # token by token what the endpoint's rollouts read

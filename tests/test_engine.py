@@ -390,6 +390,36 @@ def test_without_deterministic_nobody_waits(policy, tokenizer):
     run_blocking(main())
 
 
+def test_with_patience_a_batch_waits_for_quick_ones_and_not_for_slow_ones(policy, tokenizer):
+    sizes = []
+
+    def spied(rows):
+        sizes.append(len(rows))
+        decode(rows)
+
+    async def main():
+        # 1. the other comes soon: both are one batch, long before the patience is over
+        engine.join(), engine.join()
+        first = asyncio.create_task(engine.generate(PROMPTS[0], [], greedy(2)))
+        await asyncio.sleep(0)
+        other = asyncio.create_task(engine.generate(PROMPTS[1], [], greedy(2)))
+        await asyncio.wait_for(asyncio.gather(first, other), GUARD)
+        # 2. the other never comes: the batch starts without it
+        engine.patience = 0.05
+        await asyncio.wait_for(engine.generate(PROMPTS[0], [], greedy(2)), GUARD)
+        # 3. nobody else is there: it starts at once
+        engine.leave()
+        engine.patience = 10 * GUARD
+        await asyncio.wait_for(engine.generate(PROMPTS[0], [], greedy(2)), GUARD)
+        await engine.close()
+
+    engine = TransformersEngine(policy, tokenizer, deterministic=False, patience=10 * GUARD)
+    decode = engine._decode
+    engine._decode = spied
+    run_blocking(main())
+    assert sizes == [2, 1, 1]
+
+
 def test_turns_asked_for_during_a_batch_are_sampled_after_it(engine, monkeypatch):
     """They wait in line, and the end of the batch starts the next."""
 
