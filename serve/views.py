@@ -51,6 +51,7 @@ class Views:
     def routes(self) -> list[Route]:
         routes = [
             Route("/", self.home),
+            Route("/favicon.ico", self.favicon),
             Route("/static/{name}", self.static),
             Route("/image", self.image),
             Route("/compare", self.compare),
@@ -94,6 +95,10 @@ class Views:
             return refusal(404, "no such file")
         return FileResponse(config.HERE / file, media_type=kind)
 
+    def favicon(self, request: Request) -> Response:
+        """None: a browser asks for it of itself, and would log an error."""
+        return Response(status_code=204)
+
     def image(self, request: Request) -> Response:
         """An image of a rollout, which run/log.py wrote."""
         name = request.query_params.get("name", "")
@@ -107,19 +112,19 @@ class Views:
         return FileResponse(file, media_type="image/png")
 
     def compare(self, request: Request) -> Response:
-        """The page of report.py about several runs."""
+        """The page of report.py about several runs, or the sentence why there is none."""
         names = request.query_params.getlist("run")
+        headers = {"content-security-policy": REPORT_POLICY}
         try:
             if not 2 <= len(names) <= MOST_RUNS:
                 raise UserError(f"expected 2 to {MOST_RUNS} runs to compare")
             folders = [str(runs.folder_of(self.root, name)) for name in names]
+            answer = asking.ask("compare", {"folders": folders}, SECONDS["compare"])
+            if "error" in answer:
+                raise UserError(answer["error"])
         except UserError as error:
-            return refusal(400, str(error))
-        answer = asking.ask("compare", {"folders": folders}, SECONDS["compare"])
-        if "error" in answer:
-            return refusal(400, answer["error"])
-        headers = {"content-security-policy": REPORT_POLICY}
-        return Response(answer["html"], media_type="text/html; charset=utf-8", headers=headers)
+            return Response(str(error), 400, headers, media_type="text/plain; charset=utf-8")
+        return Response(answer["html"], 200, headers, media_type="text/html; charset=utf-8")
 
     def folder(self, request: Request) -> Path:
         """The folder of the run that a request is about."""
