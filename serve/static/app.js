@@ -187,7 +187,7 @@ function runsTable({root, runs}, words, compare) {
       el("td", {class: "tick"}, tick),
       el("td", {class: "name"}, link, el("span", {class: "kind"}, run.kind)),
       el("td", {class: "status"}, badge(run.status), why),
-      el("td", {}, progressOf(run), run.steps && run.step
+      el("td", {class: "steps"}, progressOf(run), run.steps && run.step
         ? el("progress", {max: run.steps, value: run.step, "aria-label": "steps"}) : ""),
       el("td", {class: "numbers"}, numbersOf(run)),
       el("td", {class: "source"}, el("div", {title: source}, source)),
