@@ -340,6 +340,8 @@ def status_of(folder: Path, state: dict) -> tuple[str, str]:
         return "ended", words if words.startswith("error:") else ""
     if words.startswith("stopped after") or words == "interrupted":
         return "stopped", words
+    if words.startswith("step "):
+        return "crashed", f"it was killed, or the power was gone; its last line: {words}"
     if words:  # that of a started run, which ended otherwise
         return "crashed", words
     is_saved = state["step"] and state["checkpoint"] == state["step"]

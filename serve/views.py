@@ -10,15 +10,15 @@ from urllib.parse import urlencode
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from run import config
 from run import page as run_page
 from run.config import UserError
 from serve import asking, runs
-from serve.guard import body_of, cookie_name, refusal
-from serve.index import Index, finite
+from serve.guard import body_of, cookie_name, refusal, reply
+from serve.index import Index
 from serve.machine import machine
 
 MOST_RUNS = 8  # that are compared
@@ -178,7 +178,7 @@ class Views:
         for image, about in images.items():
             if about:
                 about["place"] = f"/image?{query(run=name, name=image)}"
-        return {"row": finite(shown), "images": images}
+        return {"row": shown, "images": images}
 
     def log(self, request: Request) -> dict:
         """The end of what a run printed."""
@@ -386,9 +386,13 @@ def answering(reader):
 
     def endpoint(request: Request) -> Response:
         try:
-            return JSONResponse(reader(request))
+            return reply(reader(request))
         except UserError as error:
             return refusal(404, str(error))
+        except OSError as error:  # it was removed meanwhile, say
+            return refusal(404, config.disk_problem(error))
+        except RecursionError:
+            return refusal(404, "what is on the disk there is nested too deeply to be shown")
 
     return endpoint
 
@@ -401,10 +405,10 @@ def acting(action):
             asked = await body_of(request)
             answer = await run_in_threadpool(action, asked)
         except UserError as error:
-            return JSONResponse({"error": str(error)})
+            return reply({"error": str(error)})
         except OSError as error:
-            return JSONResponse({"error": config.disk_problem(error)})
-        return JSONResponse(answer)
+            return reply({"error": config.disk_problem(error)})
+        return reply(answer)
 
     return endpoint
 

@@ -266,8 +266,14 @@ def test_torn_and_foreign_files_are_read_as_far_as_they_are_whole(served):
     (foreign / "log.txt").write_bytes(b"\xff\xfe half \xc3")
     assert served.state("foreign")["status"] in ("crashed", "ended")
     assert served.read("log", run="foreign")["is_there"]
+    deep = served.out / "deep"
+    deep.mkdir()
+    (deep / "eval.json").write_text('{"a": ' + "[" * 900 + "]" * 900 + "}")
+    assert served.read("run", run="deep").keys() & {"state", "error"}
+    os.mkdir(os.fsencode(served.out) + b"/half\xff")  # no name that UTF-8 has
+    (served.out / os.fsdecode(b"half\xff") / "eval.json").write_text("{}")
     names = {run["name"] for run in served.read("runs")["runs"]}
-    assert {"torn", "foreign"} <= names
+    assert {"torn", "foreign", "deep"} <= names
 
 
 def test_a_rollout_that_is_appended_or_replaced_is_seen(tmp_path):
