@@ -291,7 +291,9 @@ class Views:
         resumed = word(asked, "resume")
         evaluated = word(asked, "evaluate")
         name = word(asked, "config")
-        if resumed:
+        if resumed and script_of(asked) == "evaluate.py":
+            argv += self.recorded(resumed)
+        elif resumed:
             file = runs.folder_of(self.root, resumed) / "config.py"
             argv += ["--config", str(file), "--resume=true"]
         elif evaluated:
@@ -310,6 +312,15 @@ class Views:
         for item in argv:
             require_sendable(item)
         return argv
+
+    def recorded(self, name: str) -> list[str]:
+        """The command line of an evaluation that was started from here, to go on with it."""
+        record = runs.record_of(runs.folder_of(self.root, name))
+        command = record.get("command")
+        if record.get("script") != "evaluate.py" or not isinstance(command, list):
+            raise UserError(f"'{name}' was not started from here: evaluate again")
+        options = [str(word) for word in command if str(word).startswith("--")]
+        return [*(word for word in options if word != "--resume=true"), "--resume=true"]
 
     def config_file(self, name: str) -> str:
         """The config file of this name: one of configs/, or "run:calc", that of a run."""

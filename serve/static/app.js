@@ -300,6 +300,11 @@ function runButtons(state, told) {
   if (script && !state.pid) {
     buttons.push(resumeForm(state, script, tell));
   }
+  if (state.kind === "evaluation" && state.command && ["stopped", "crashed"].includes(state.status)) {
+    const asked = {script: "evaluate.py", resume: state.name, values: {}};
+    buttons.push(button("Resume", async () => tell(await act("start", asked)),
+      {"data-key": "resume"}));
+  }
   if (script) {
     buttons.push(
       el("a", {class: "button", "data-key": "like", href: place("new", {script,
