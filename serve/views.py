@@ -129,7 +129,7 @@ class Views:
     def folder(self, request: Request) -> Path:
         """The folder of the run that a request is about."""
         folder = runs.folder_of(self.root, request.query_params.get("run", ""))
-        if not folder.is_dir():
+        if not folder.is_dir() or runs.leads_out(self.root, folder):
             raise UserError(f"no run '{folder}'")
         return folder
 

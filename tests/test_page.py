@@ -160,6 +160,11 @@ def test_no_request_leads_outside(served, tmp_path):
     run = hostile_run(served.out, "paths")
     (run / "images").mkdir()
     (run / "images" / f"{0:016x}.png").symlink_to(secret)
+    for name in ("log.txt", "images"):
+        linked = served.out / f"linked_{name[:3]}"
+        linked.mkdir()
+        (linked / "metrics.jsonl").write_text('{"step": 0, "loss": 1}\n')
+        (linked / name).symlink_to(secret if name == "log.txt" else secret.parent)
     (served.out / "way").symlink_to("/etc")
     paths = [
         "/static/../page.py",
@@ -169,6 +174,8 @@ def test_no_request_leads_outside(served, tmp_path):
         "/image?run=paths&name=../../secret.txt",
         f"/image?run=paths&name=images/{0:016x}.png",
         "/image?run=..&name=secret.txt",
+        "/api/log?run=linked_log",
+        "/api/run?run=linked_ima",
         "/image?run=way&name=passwd",
         "/api/log?run=../out",
         "/api/run?run=way",
