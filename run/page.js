@@ -146,7 +146,8 @@ function curves(data, onStep, hasRollouts, chosen = {}) {
   const moving = others.filter(key => new Set(data.metrics[key]).size > 1);
   const initial = (moving.length ? moving : others).slice(0, 3);
   initial.forEach((first, place) => {
-    const choice = el("select", {"aria-label": "metric"}, ...others.map(key => el("option", {}, key)));
+    const options = others.map(key => el("option", {}, key));
+    const choice = el("select", {"aria-label": "metric"}, ...options);
     let box = grid.appendChild(el("div"));
     choice.value = others.includes(chosen[place]) ? chosen[place] : first;
     const redraw = () => {

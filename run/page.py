@@ -141,26 +141,6 @@ def page(out_dir, title: str = "") -> None:
     (out_dir / "report.html").write_text(_template().replace("{{data}}", text), encoding="utf-8")
 
 
-def _template() -> str:
-    """page.html with its style and its script in it."""
-    parts = {}
-    for name in ("page.html", "page.css", "page.js"):
-        parts[name] = (config.HERE / "run" / name).read_text(encoding="utf-8")
-    text = parts["page.html"].replace("{{style}}", parts["page.css"])
-    return text.replace("{{script}}", parts["page.js"])
-
-
-def curves_of(path: Path) -> dict:
-    """What the curves of a metrics.jsonl are drawn from."""
-    rows = [finite_numbers(row) for row in steps_of(path)]
-    return {
-        "panels": panels_of(dict.fromkeys(key for row in rows for key in row)),
-        "steps": len(rows),
-        "metrics": points_of(rows),
-        "thinned": math.ceil(len(rows) / POINTS),  # steps that a point is the mean of
-    }
-
-
 def points_of(rows: list[dict]) -> dict[str, list]:
     """The values of each key, None where there is none; of many steps, means of a few of them."""
     size = max(1, math.ceil(len(rows) / POINTS))
@@ -326,6 +306,26 @@ def _defaults(script: Path) -> dict[str, str]:
                 if isinstance(field, ast.AnnAssign) and field.value:
                     defaults[field.target.id] = ast.unparse(field.value)
     return defaults
+
+
+def _template() -> str:
+    """page.html with its style and its script in it."""
+    parts = {}
+    for name in ("page.html", "page.css", "page.js"):
+        parts[name] = (config.HERE / "run" / name).read_text(encoding="utf-8")
+    text = parts["page.html"].replace("{{style}}", parts["page.css"])
+    return text.replace("{{script}}", parts["page.js"])
+
+
+def curves_of(path: Path) -> dict:
+    """What the curves of a metrics.jsonl are drawn from."""
+    rows = [finite_numbers(row) for row in steps_of(path)]
+    return {
+        "panels": panels_of(dict.fromkeys(key for row in rows for key in row)),
+        "steps": len(rows),
+        "metrics": points_of(rows),
+        "thinned": math.ceil(len(rows) / POINTS),  # steps that a point is the mean of
+    }
 
 
 # ---- rows of metrics.jsonl and rollouts.jsonl

@@ -2,10 +2,11 @@
 
 import hmac
 import json
+import math
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from run.config import UserError
 from serve import web
@@ -100,8 +101,26 @@ def with_headers(send):
     return wrapped
 
 
+def reply(value, status: int = 200) -> Response:
+    """An answer as JSON, in ASCII: a text on the disk may hold half a character, which UTF-8 has
+    not."""
+    text = json.dumps(finite(value), allow_nan=False)
+    return Response(text, status, {"cache-control": "no-store"}, media_type="application/json")
+
+
+def finite(value):
+    """A value without the numbers that JSON has not: they become texts."""
+    if isinstance(value, dict):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
 def refusal(status: int, sentence: str) -> Response:
-    return JSONResponse({"error": sentence}, status, {"cache-control": "no-store"})
+    return reply({"error": sentence}, status)
 
 
 async def body_of(request: Request) -> dict:

@@ -77,14 +77,3 @@ def facts_of(row: dict, number: int) -> dict:
         "failed": any(call.get("error") for call in row["calls"]),
         "strongest": max([abs(value) for value in advantages.values()], default=0.0),
     }
-
-
-def finite(value):
-    """A value without the numbers that JSON has not: they become texts."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [finite(inner) for inner in value]
-    if isinstance(value, float) and value - value != 0:
-        return str(value)
-    return value

@@ -31,6 +31,7 @@ from run.config import UserError
 
 PROCESS = "process.json"
 SAID = "log.txt"  # what a started run prints
+FILES = ("metrics.jsonl", "rollouts.jsonl", "eval.json", PROCESS, "config.py", SAID)  # of a run
 SCRIPTS = {"train_grpo.py": "GRPO", "train_sft.py": "SFT", "evaluate.py": "evaluation"}
 MOST = 1000  # folders that are listed
 DEPTH = 4  # of a run below the folder
@@ -85,6 +86,15 @@ def below(root: Path, name: str, key: str = "out_dir") -> Path:
     return folder
 
 
+def leads_out(root: Path, folder: Path) -> bool:
+    """Says whether a file of a run is a link to something that is not below root."""
+    for name in (*FILES, "images"):
+        file = folder / name
+        if file.is_symlink() and not file.resolve().is_relative_to(root.resolve()):
+            return True
+    return False
+
+
 def found(root: Path) -> list[Path]:
     """The folders of runs below root, the one that was written to last first."""
     folders = []
@@ -94,7 +104,7 @@ def found(root: Path) -> list[Path]:
         inner[:] = [name for name in inner if name not in INNER and not name.startswith(".")]
         if depth == DEPTH:
             inner.clear()
-        if depth and is_run(files):
+        if depth and is_run(files) and not leads_out(root, folder):
             folders.append(folder)
     folders.sort(key=changed, reverse=True)
     return folders[:MOST]
@@ -108,7 +118,7 @@ def is_run(files: list[str]) -> bool:
 def changed(folder: Path) -> float:
     """When a run last wrote, in seconds since 1970."""
     times = [0.0]
-    for name in ("metrics.jsonl", "rollouts.jsonl", "eval.json", PROCESS, "config.py"):
+    for name in FILES:
         with contextlib.suppress(OSError):
             times.append((folder / name).stat().st_mtime)
     return max(times)
@@ -340,6 +350,8 @@ def status_of(folder: Path, state: dict) -> tuple[str, str]:
         return "ended", words if words.startswith("error:") else ""
     if words.startswith("stopped after") or words == "interrupted":
         return "stopped", words
+    if words.startswith("step "):
+        return "crashed", f"it was killed, or the power was gone; its last line: {words}"
     if words:  # that of a started run, which ended otherwise
         return "crashed", words
     is_saved = state["step"] and state["checkpoint"] == state["step"]
@@ -379,6 +391,8 @@ def start(root: Path, folder: Path, command: list[str], script: str, cwd=None) -
                 f"'{folder}' is in use by process {pid}: wait for it, stop it, or give another "
                 "folder"
             )
+        if leads_out(root, folder):
+            raise UserError(f"'{folder}' has links that lead out of {root}: give another folder")
         folder.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         environment.pop("NANOTOOL_PAGE_TOKEN", None)  # it is not for what a model writes

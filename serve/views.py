@@ -10,15 +10,15 @@ from urllib.parse import urlencode
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from run import config
 from run import page as run_page
 from run.config import UserError
 from serve import asking, runs
-from serve.guard import body_of, cookie_name, refusal
-from serve.index import Index, finite
+from serve.guard import body_of, cookie_name, refusal, reply
+from serve.index import Index
 from serve.machine import machine
 
 MOST_RUNS = 8  # that are compared
@@ -51,6 +51,7 @@ class Views:
     def routes(self) -> list[Route]:
         routes = [
             Route("/", self.home),
+            Route("/favicon.ico", self.favicon),
             Route("/static/{name}", self.static),
             Route("/image", self.image),
             Route("/compare", self.compare),
@@ -94,6 +95,10 @@ class Views:
             return refusal(404, "no such file")
         return FileResponse(config.HERE / file, media_type=kind)
 
+    def favicon(self, request: Request) -> Response:
+        """None: a browser asks for it of itself, and would log an error."""
+        return Response(status_code=204)
+
     def image(self, request: Request) -> Response:
         """An image of a rollout, which run/log.py wrote."""
         name = request.query_params.get("name", "")
@@ -107,24 +112,24 @@ class Views:
         return FileResponse(file, media_type="image/png")
 
     def compare(self, request: Request) -> Response:
-        """The page of report.py about several runs."""
+        """The page of report.py about several runs, or the sentence why there is none."""
         names = request.query_params.getlist("run")
+        headers = {"content-security-policy": REPORT_POLICY}
         try:
             if not 2 <= len(names) <= MOST_RUNS:
                 raise UserError(f"expected 2 to {MOST_RUNS} runs to compare")
             folders = [str(runs.folder_of(self.root, name)) for name in names]
+            answer = asking.ask("compare", {"folders": folders}, SECONDS["compare"])
+            if "error" in answer:
+                raise UserError(answer["error"])
         except UserError as error:
-            return refusal(400, str(error))
-        answer = asking.ask("compare", {"folders": folders}, SECONDS["compare"])
-        if "error" in answer:
-            return refusal(400, answer["error"])
-        headers = {"content-security-policy": REPORT_POLICY}
-        return Response(answer["html"], media_type="text/html; charset=utf-8", headers=headers)
+            return Response(str(error), 400, headers, media_type="text/plain; charset=utf-8")
+        return Response(answer["html"], 200, headers, media_type="text/html; charset=utf-8")
 
     def folder(self, request: Request) -> Path:
         """The folder of the run that a request is about."""
         folder = runs.folder_of(self.root, request.query_params.get("run", ""))
-        if not folder.is_dir():
+        if not folder.is_dir() or runs.leads_out(self.root, folder):
             raise UserError(f"no run '{folder}'")
         return folder
 
@@ -173,7 +178,7 @@ class Views:
         for image, about in images.items():
             if about:
                 about["place"] = f"/image?{query(run=name, name=image)}"
-        return {"row": finite(shown), "images": images}
+        return {"row": shown, "images": images}
 
     def log(self, request: Request) -> dict:
         """The end of what a run printed."""
@@ -286,7 +291,9 @@ class Views:
         resumed = word(asked, "resume")
         evaluated = word(asked, "evaluate")
         name = word(asked, "config")
-        if resumed:
+        if resumed and script_of(asked) == "evaluate.py":
+            argv += self.recorded(resumed)
+        elif resumed:
             file = runs.folder_of(self.root, resumed) / "config.py"
             argv += ["--config", str(file), "--resume=true"]
         elif evaluated:
@@ -305,6 +312,15 @@ class Views:
         for item in argv:
             require_sendable(item)
         return argv
+
+    def recorded(self, name: str) -> list[str]:
+        """The command line of an evaluation that was started from here, to go on with it."""
+        record = runs.record_of(runs.folder_of(self.root, name))
+        command = record.get("command")
+        if record.get("script") != "evaluate.py" or not isinstance(command, list):
+            raise UserError(f"'{name}' was not started from here: evaluate again")
+        options = [str(word) for word in command if str(word).startswith("--")]
+        return [*(word for word in options if word != "--resume=true"), "--resume=true"]
 
     def config_file(self, name: str) -> str:
         """The config file of this name: one of configs/, or "run:calc", that of a run."""
@@ -381,9 +397,13 @@ def answering(reader):
 
     def endpoint(request: Request) -> Response:
         try:
-            return JSONResponse(reader(request))
+            return reply(reader(request))
         except UserError as error:
             return refusal(404, str(error))
+        except OSError as error:  # it was removed meanwhile, say
+            return refusal(404, config.disk_problem(error))
+        except RecursionError:
+            return refusal(404, "what is on the disk there is nested too deeply to be shown")
 
     return endpoint
 
@@ -396,10 +416,10 @@ def acting(action):
             asked = await body_of(request)
             answer = await run_in_threadpool(action, asked)
         except UserError as error:
-            return JSONResponse({"error": str(error)})
+            return reply({"error": str(error)})
         except OSError as error:
-            return JSONResponse({"error": config.disk_problem(error)})
-        return JSONResponse(answer)
+            return reply({"error": config.disk_problem(error)})
+        return reply(answer)
 
     return endpoint
 

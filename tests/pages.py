@@ -96,12 +96,13 @@ def hostile_run(out: Path, name: str) -> Path:
         "pieces": pieces,
         "kinds": "ctto",
         "logprobs": [0.0, -1.0, -0.5, 0.0],
-        "metrics": {HOSTILE: 1.0},
+        "metrics": {HOSTILE: float("nan"), "half": "\ud800"},
         "failure": HOSTILE,
         "images": ["../../secret.png"],
     }
     whole = json.dumps(row) + "\n"
     (folder / "rollouts.jsonl").write_text(whole * 3 + whole[:100])  # torn
     (folder / "log.txt").write_text(f"going on\n{HOSTILE}\nerror: {HOSTILE}\n")
-    (folder / "eval.json").write_text(json.dumps({"avg@1": 0.5, HOSTILE: HOSTILE}))
+    numbers = {"avg@1": 0.5, HOSTILE: HOSTILE, "none": float("inf"), "half": "\ud800"}
+    (folder / "eval.json").write_text(json.dumps(numbers))
     return folder

@@ -160,6 +160,11 @@ def test_no_request_leads_outside(served, tmp_path):
     run = hostile_run(served.out, "paths")
     (run / "images").mkdir()
     (run / "images" / f"{0:016x}.png").symlink_to(secret)
+    for name in ("log.txt", "images"):
+        linked = served.out / f"linked_{name[:3]}"
+        linked.mkdir()
+        (linked / "metrics.jsonl").write_text('{"step": 0, "loss": 1}\n')
+        (linked / name).symlink_to(secret if name == "log.txt" else secret.parent)
     (served.out / "way").symlink_to("/etc")
     paths = [
         "/static/../page.py",
@@ -169,6 +174,8 @@ def test_no_request_leads_outside(served, tmp_path):
         "/image?run=paths&name=../../secret.txt",
         f"/image?run=paths&name=images/{0:016x}.png",
         "/image?run=..&name=secret.txt",
+        "/api/log?run=linked_log",
+        "/api/run?run=linked_ima",
         "/image?run=way&name=passwd",
         "/api/log?run=../out",
         "/api/run?run=way",
@@ -266,8 +273,14 @@ def test_torn_and_foreign_files_are_read_as_far_as_they_are_whole(served):
     (foreign / "log.txt").write_bytes(b"\xff\xfe half \xc3")
     assert served.state("foreign")["status"] in ("crashed", "ended")
     assert served.read("log", run="foreign")["is_there"]
+    deep = served.out / "deep"
+    deep.mkdir()
+    (deep / "eval.json").write_text('{"a": ' + "[" * 900 + "]" * 900 + "}")
+    assert served.read("run", run="deep").keys() & {"state", "error"}
+    os.mkdir(os.fsencode(served.out) + b"/half\xff")  # no name that UTF-8 has
+    (served.out / os.fsdecode(b"half\xff") / "eval.json").write_text("{}")
     names = {run["name"] for run in served.read("runs")["runs"]}
-    assert {"torn", "foreign"} <= names
+    assert {"torn", "foreign", "deep"} <= names
 
 
 def test_a_rollout_that_is_appended_or_replaced_is_seen(tmp_path):

@@ -223,15 +223,21 @@ def test_the_page_goes_on_when_its_server_comes_back(page, served, tmp_path):
 @pytest.mark.skipif(not importlib.util.find_spec("report"), reason="report.py is not there yet")
 def test_two_runs_are_compared(page, served):
     for name in ("one", "two"):
-        hostile_run(served.out, name)
+        run = hostile_run(served.out, name)
+        (run / "eval.json").unlink()
     page.go(served.url + "/#/")
     for name in ("one", "two"):
         page.click(f"[data-key='tick {name}']")
     picture(page, "runs")
     page.click("a.button[href^='#/compare']")
-    page.until("document.querySelector('iframe.report')")
+    page.until("document.querySelector('iframe.report')?.src.includes('run=one&run=two')")
     report = page.browser.open()
+    report.size(1280, 860)
     report.go(f"{served.url}/compare?run=one&run=two")
-    report.until("document.body.innerText.includes('one')")
-    assert report.value(SAFE)
+    report.until("document.body.innerText.includes('loss')")
+    assert HOSTILE in report.value("document.body.innerText")
+    assert report.value(SAFE) and report.value("document.querySelector('img') === null")
+    # in its sandbox it has no cookie, and reaches nothing of the page
+    assert report.value("fetch('/api/runs').then(() => 'reached', () => 'refused')") == "refused"
+    page.browser.events.clear()  # that was logged
     picture(report, "compare")

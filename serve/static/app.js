@@ -187,7 +187,7 @@ function runsTable({root, runs}, words, compare) {
       el("td", {class: "tick"}, tick),
       el("td", {class: "name"}, link, el("span", {class: "kind"}, run.kind)),
       el("td", {class: "status"}, badge(run.status), why),
-      el("td", {}, progressOf(run), run.steps && run.step
+      el("td", {class: "steps"}, progressOf(run), run.steps && run.step
         ? el("progress", {max: run.steps, value: run.step, "aria-label": "steps"}) : ""),
       el("td", {class: "numbers"}, numbersOf(run)),
       el("td", {class: "source"}, el("div", {title: source}, source)),
@@ -219,7 +219,10 @@ function runView(main, {name}) {
   let seen = "", rollouts_seen = "", shownHead = "";
   live(async () => {
     const answer = await read("run", {run: name, seen, rollouts_seen});
-    if (answer.error) { head.replaceChildren(el("h1", {}, name), el("p", {}, answer.error)); return; }
+    if (answer.error) {
+      head.replaceChildren(el("h1", {}, name), el("p", {}, answer.error));
+      return;
+    }
     seen = answer.stamp;
     rollouts_seen = answer.rollouts_stamp;
     const now = JSON.stringify([answer.state, answer.evaluations]);
@@ -259,7 +262,8 @@ function runCurves({curves: data, state}, pager, choices) {
 }
 function runHead(state, evaluations, told) {
   const parts = [state.kind, progressOf(state), state.model, state.data].filter(Boolean);
-  const why = state.why ? el("p", {class: state.status === "crashed" ? "why" : "dim"}, state.why) : "";
+  const kind = state.status === "crashed" ? "why" : "dim";
+  const why = state.why ? el("p", {class: kind}, state.why) : "";
   const head = [
     el("div", {class: "head"}, el("h1", {}, state.name), badge(state.status),
       ...runButtons(state, told)),
@@ -299,6 +303,12 @@ function runButtons(state, told) {
   }
   if (script && !state.pid) {
     buttons.push(resumeForm(state, script, tell));
+  }
+  const isOpen = ["stopped", "crashed"].includes(state.status);
+  if (state.kind === "evaluation" && state.command && isOpen) {
+    const asked = {script: "evaluate.py", resume: state.name, values: {}};
+    buttons.push(button("Resume", async () => tell(await act("start", asked)),
+      {"data-key": "resume"}));
   }
   if (script) {
     buttons.push(

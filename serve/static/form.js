@@ -217,7 +217,8 @@ function showCheck(answer, fields, verdict, command) {
     box.classList.remove("wrong");
   }
   verdict.className = answer.error ? "verdict why" : "verdict good";
-  verdict.textContent = answer.error ? `✕ ${answer.error}` : "✓ the checks of the command line pass";
+  const good = "✓ the checks of the command line pass";
+  verdict.textContent = answer.error ? `✕ ${answer.error}` : good;
   const named = answer.error?.match(/^(\w+)/)?.[1];
   if (answer.error && fields[named]) {
     fields[named].element.setAttribute("aria-invalid", "true");
