@@ -20,7 +20,7 @@ PRIVATE = {"urls", "engine_options", "tool_options", "reward_options", "curricul
 PRIVATE |= {"database", "chat_template"}
 NOT_TOLD = {"out_dir", "resume", "logger", "save_every"}  # they are no part of what was learnt
 LOOKS_PRIVATE = re.compile(
-    r"://|^[~/]|[\s,'\"(=][~/]\w|\b(hf|sk|gh[pousr]|xox[bp])[-_]\w{8,}|AKIA\w{12}", re.I
+    r"://|^[~/]|[\s,:'\"(=][~/][\w/]|\b(hf|sk|gh[pousr]|xox[bp])[-_]\w{8,}|AKIA\w{12}", re.I
 )
 LONG = 200  # characters of a value; a longer one is left out
 # Of the last line of metrics.jsonl and of eval.json, what a reader looks for.
@@ -88,12 +88,17 @@ def settings(cfg) -> tuple[dict, list[str]]:
     """Returns (what was set and may be told, the names of what was set and may not)."""
     told = {}
     untold = []
+    changed = config.changed(cfg)
     for field in dataclasses.fields(cfg):
         name = field.name
-        if name not in config.changed(cfg) or name in NOT_TOLD:
+        if name not in changed or name in NOT_TOLD:
             continue
         value = getattr(cfg, name)
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        text = str(value)
+        if isinstance(value, tuple):
+            text = ",".join(map(str, value))
+        if isinstance(value, bool):
+            text = text.lower()
         if name in PRIVATE or LOOKS_PRIVATE.search(text) or len(text) > LONG:
             untold.append(name)
         else:
