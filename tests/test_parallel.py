@@ -519,7 +519,7 @@ with parallel.started("ddp"):
         parallel.total({"steps": 1})
         if parallel.is_first():
             with open(sys.argv[2], "a") as file:
-                file.write("one more\n")
+                print("one more", file=file)
         time.sleep(0.01)
 """
 
@@ -580,7 +580,8 @@ def launched(place):
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc here")
 def test_a_rank_that_is_killed_is_named_and_none_is_left(launched, place):
     process = launched(launch_ranks, "gone")
-    assert until(lambda: has_lines(place / "gone", 2), HANGS)
+    assert until(lambda: has_lines(place / "gone", 2) or process.poll(), HANGS)
+    assert process.poll() is None, process.stdout.read()
     ranks = children_of(process.pid)
     os.kill(ranks[1], signal.SIGKILL)
     said, _ = process.communicate(timeout=HANGS)
@@ -592,7 +593,8 @@ def test_a_rank_that_is_killed_is_named_and_none_is_left(launched, place):
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc here")
 def test_a_launcher_that_is_killed_leaves_nobody(launched, place):
     process = launched(launch_ranks, "left")
-    assert until(lambda: has_lines(place / "left", 1), HANGS)
+    assert until(lambda: has_lines(place / "left", 1) or process.poll(), HANGS)
+    assert process.poll() is None, process.stdout.read()
     ranks = children_of(process.pid)
     process.kill()
     process.wait()
