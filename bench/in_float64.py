@@ -36,5 +36,4 @@ if __name__ == "__main__":
     models.load = load_double
     tiny_model.tiny = make_tiny_double
     torch.Tensor.bfloat16 = torch.Tensor.double
-    torch.Tensor.float = torch.Tensor.double
     runpy.run_path(str(ROOT / os.environ["NANOTOOL_SCRIPT"]), run_name="__main__")
