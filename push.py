@@ -180,13 +180,14 @@ def make_card(name: str, folder: Path, home: Path, cfg: Config) -> str:
     is_adapter = models.is_adapter(str(folder)) and not cfg.merge
     chat = Chat(models.load_tokenizer(str(folder)), last.format, [], last.template_options)
     root = card.root_of(stages)
+    here = card.folder_of(name)
     serve = command_for(
-        root or "FOLDER_OF_ITS_BASE" if is_adapter else name,
+        root or "FOLDER_OF_ITS_BASE" if is_adapter else here,
         chat,
         has_calls=bool(last.tools),
-        adapter=name if is_adapter else "",
+        adapter=here if is_adapter else "",
         lora_r=last.lora_r,
-        template=f"{name}/chat_template.jinja",
+        template=f"{here}/chat_template.jinja",
     )
     about = card.About(
         name=name,

@@ -281,6 +281,7 @@ def test_values_that_look_like_addresses_paths_or_keys_are_not_told():
             reward_options=("judge.key=OTHER",),
             tool_options=("search.url=x",),
             system_prompt="hf_abcdefghijklmnop",
+            answer_after="api_key: 7",
             prompt_template="{prompt} " + 300 * "x",
             learning_rate=1e-5,
             out_dir="out/mine",
@@ -292,6 +293,7 @@ def test_values_that_look_like_addresses_paths_or_keys_are_not_told():
         "learning_rate": "1e-05",
     }
     hidden = {"model", "urls", "tools", "reward_options", "tool_options", "system_prompt"}
+    hidden |= {"answer_after"}
     assert set(untold) == hidden | {"prompt_template"}
 
 
@@ -397,6 +399,7 @@ def test_a_repository_is_made_private_and_gets_one_commit(here, hub, tmp_path):
     files = hub.repositories["you/calc"]
     folder = pushed(run="grpo", to=f"{tmp_path}/calc")
     assert b'from_pretrained("you/calc"' in files["README.md"]
+    assert b"hf download you/calc --local-dir calc\nvllm serve calc" in files["README.md"]
     same = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert files == same | {"README.md": files["README.md"]}
 
