@@ -49,6 +49,7 @@ TAKEN = """
     vocab.json vocab.txt merges.txt chat_template.jinja preprocessor_config.json
     processor_config.json video_preprocessor_config.json
 """.split()
+NO_HUB = (KeyError, ValueError, TypeError)  # what the client raises where something else answers
 PACKAGES = ("torch", "transformers", "peft")
 
 
@@ -125,7 +126,7 @@ def evaluation_of(home: Path, folder: Path) -> dict:
     files = [*home.glob("eval/eval.json"), *home.glob("eval-*/eval.json")]
     if home.resolve() != folder.resolve() or not files:  # it is of the finished model
         return {}
-    newest = max(files, key=lambda file: file.stat().st_mtime)
+    newest = max(files, key=lambda file: file.stat().st_mtime)  # of several evaluations
     weights = max(path.stat().st_mtime for path in folder.glob("*.safetensors"))
     if newest.stat().st_mtime < weights:
         config.tell(f"{newest} is older than the model, and is not told in its card")
@@ -135,7 +136,10 @@ def evaluation_of(home: Path, folder: Path) -> dict:
         is_whole = {"data", "split", "problems", "samples", "temperature"} <= numbers.keys()
     except (ValueError, AttributeError) as error:
         raise UserError(f"cannot read {newest} ({error}): evaluate again") from None
-    return numbers if is_whole else {}
+    # with --model, or of an API, it is of another model than the run's
+    name = str(numbers.get("model"))
+    is_of_this = Path(name).expanduser().resolve() == home or Path(name).name == home.name
+    return numbers if is_whole and is_of_this else {}
 
 
 def license_of(base: str) -> str:
@@ -176,13 +180,14 @@ def make_card(name: str, folder: Path, home: Path, cfg: Config) -> str:
     is_adapter = models.is_adapter(str(folder)) and not cfg.merge
     chat = Chat(models.load_tokenizer(str(folder)), last.format, [], last.template_options)
     root = card.root_of(stages)
+    here = card.folder_of(name)
     serve = command_for(
-        root or "FOLDER_OF_ITS_BASE" if is_adapter else name,
+        root or "FOLDER_OF_ITS_BASE" if is_adapter else here,
         chat,
         has_calls=bool(last.tools),
-        adapter=name if is_adapter else "",
+        adapter=here if is_adapter else "",
         lora_r=last.lora_r,
-        template=f"{name}/chat_template.jinja",
+        template=f"{here}/chat_template.jinja",
     )
     about = card.About(
         name=name,
@@ -235,7 +240,8 @@ def check_hub(name: str, replace: bool):
     hub = HfApi(library_name="nanotool")
     with hub_problem(name):
         there = hub.repo_exists(name)
-    if there and not replace:
+        holds = set(hub.list_repo_files(name)) - {".gitattributes"} if there else set()
+    if holds and not replace:  # an empty one is what a push leaves that the hub refused
         raise UserError(f"to = 'hub:{name}' is there: give another name, or --replace=true")
     return hub, there
 
@@ -247,7 +253,7 @@ def hub_problem(name: str):
 
     try:
         yield
-    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError, *NO_HUB) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"the hub did not take {name} ({reason})") from None
 

@@ -78,6 +78,7 @@ class Config:
     dtype: str = "bfloat16"  # vllm: or float32
     gpu_memory_utilization: float = 0.4  # vllm: what it takes of the GPU
     requests: int = 256  # vllm: turns of 128 tokens, for tokens per second
+    minutes: float = 15.0  # for all of it; what has not begun by then is skipped
     save_to: str = ""  # a .md for the result
     part: str = ""  # for the subprocesses: learn:Qwen3-0.6B:lora, bfloat16, recomputed
 
@@ -86,6 +87,7 @@ def check(cfg: Config) -> None:
     wrong = set(cfg.parts) - set(PARTS)
     if wrong:
         raise UserError(f"parts: there is no {min(wrong)!r}; there are {', '.join(PARTS)}")
+    config.require_positive(cfg, "minutes")
     if not cfg.cpu and not torch.cuda.is_available():
         raise UserError(
             "there is no GPU here: run it where torch.cuda.is_available(), or rehearse it with "
@@ -348,13 +350,16 @@ def command_of(case: str, cfg: Config) -> list[str]:
     return [sys.executable, __file__, *words]
 
 
-def run_case(case: str, cfg: Config) -> dict:
+def run_case(case: str, cfg: Config, seconds_left: float) -> dict:
     """Runs one case in a process of its own; what fails becomes a row that says so."""
+    if seconds_left <= 0:
+        return {"skipped": f"the {cfg.minutes:g} minutes were over: --parts=… runs some of them"}
     command = command_of(case, cfg)
+    patience = min(PATIENCE, seconds_left)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=patience, cwd=ROOT)
     except subprocess.TimeoutExpired:
-        return {"failed": f"took more than {PATIENCE:.0f} s"}
+        return {"failed": f"took more than {patience:.0f} s"}
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return {"failed": lines[-1][:200]}
@@ -417,7 +422,8 @@ def main(argv: list[str]) -> None:
     results = {}
     for case in cases(cfg):
         print(f"{case} ...", flush=True)
-        results[case] = run_case(case, cfg)
+        seconds_left = 60 * cfg.minutes - (time.monotonic() - started)
+        results[case] = run_case(case, cfg, seconds_left)
     text = report(results, cfg, time.monotonic() - started)
     print(text)
     if cfg.save_to:

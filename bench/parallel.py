@@ -3,6 +3,7 @@
     python bench/parallel.py                                # all cases: an hour on 2 cores
     python bench/parallel.py --cases=calc --sizes=2         # less of it
     python bench/parallel.py --models=out                   # start from out/calc_sft and others
+    python bench/parallel.py --float64=true --sizes=2,4     # is what is left a rounding?
     # other results in the file stay
 
 Each run is one of a user's, `python train_grpo.py … --parallel=fsdp --gpus=2`; one process is
@@ -55,10 +56,13 @@ COLUMNS = {"train_grpo.py": train_grpo.COLUMNS, "train_sft.py": train_sft.COLUMN
 NOT_COMPARED = ("seconds", "gpu_gib", "tools_leaked")
 
 
-def run(script: str, arguments: list[str], is_rank: bool = False) -> None:
+def run(script: str, arguments: list[str], is_rank: bool = False, is_float64: bool = False) -> None:
     """Runs a script. is_rank: as torchrun starts the only process of a group."""
     command = [sys.executable, script, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if is_float64:
+        command[1] = str(ROOT / "bench/in_float64.py")
+        environment["NANOTOOL_SCRIPT"] = script
     if is_rank:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -94,7 +98,7 @@ def compare(script: str, one: Path, several: Path) -> dict:
     others = load_file(several / file.name)
     weight_difference = 0.0
     for name, weight in weights.items():
-        difference = (weight.float() - others[name].float()).abs().max().item()
+        difference = (weight.double() - others[name].double()).abs().max().item()
         weight_difference = max(weight_difference, difference)
     return {
         "steps": len(rows_of(one)),
@@ -110,10 +114,12 @@ def main() -> None:
     parser.add_argument("--kinds", default="ddp,fsdp,deepspeed")
     parser.add_argument("--sizes", default="1,2,4")
     parser.add_argument("--models", default="", help="folder of models to start from, if there")
+    parser.add_argument("--float64", choices=("true", "false"), default="false")
     parser.add_argument("--save_to", default=str(ROOT / "evidence/bench/parallel.json"))
     arguments = parser.parse_args()
     kinds = arguments.kinds.split(",")
     sizes = [int(size) for size in arguments.sizes.split(",")]
+    is_float64 = arguments.float64 == "true"
 
     save_to = Path(arguments.save_to)
     results = json.loads(save_to.read_text())["results"] if save_to.exists() else []
@@ -130,15 +136,16 @@ def main() -> None:
                     run(first, ["--config", config, f"--out_dir={begun}"])
                 common.append(f"--model={begun}")
             one = Path(folder) / f"{name}-one"
-            run(script, [*common, f"--out_dir={one}"])
+            run(script, [*common, f"--out_dir={one}"], is_float64=is_float64)
             for kind in kinds:
                 if kind == "deepspeed" and name == "calc_sft":
                     continue  # muon: refused
                 for size in sizes:
                     out_dir = Path(folder) / f"{name}-{kind}{size}"
                     flags = [f"--parallel={kind}", f"--gpus={size}", f"--out_dir={out_dir}"]
-                    run(script, [*common, *flags], is_rank=size == 1)
+                    run(script, [*common, *flags], size == 1, is_float64)
                     about = {"case": name, "parallel": kind, "processes": size}
+                    about["dtype"] = "float64" if is_float64 else "as in the config"
                     result = about | compare(script, one, out_dir)
                     print(json.dumps(result), flush=True)
                     others = [row for row in results if about.items() - row.items()]

@@ -122,7 +122,6 @@ class ServerEngine(Engine):
         self.path = ""  # of these: a folder, or a file
         self.transport = transport
         self.weights = []  # those in use, on the CPU: of the first rank, where they are sent
-        self.one_by_one = asyncio.Lock()  # they are sent to one server after another
         self.advice = ""  # how a server is started
         self.syncs = 0  # so far; of the ranks that share the servers, all have as many
         self.ready = asyncio.Event()  # clear while weights are exchanged
@@ -637,22 +636,21 @@ class ServerEngine(Engine):
                 self._lose(server, "it has not the weights in use yet")
                 raise _Lost
             return
-        async with self.one_by_one:
-            try:
-                sender = await asyncio.to_thread(
-                    sending.Sender, self.transport, server.url, server.workers, self.weights
-                )
-            except OSError as error:
-                raise self._lose(server, _reason(error)) from None
-            task = asyncio.ensure_future(asyncio.to_thread(sender.send))
-            # where the server is lost that is the reason, and what the thread raises then is not
-            task.add_done_callback(lambda done: done.exception())
-            try:
-                arguments = [self.transport, sender.address, str(sender.port), name]
-                await self._call_workers(server, "receive_weights", arguments)
-                await task
-            finally:
-                sender.close()
+        try:
+            sender = await asyncio.to_thread(
+                sending.Sender, self.transport, server.url, server.workers, self.weights
+            )
+        except OSError as error:
+            raise self._lose(server, _reason(error)) from None
+        task = asyncio.ensure_future(asyncio.to_thread(sender.send))
+        # where the server is lost that is the reason, and what the thread raises then is not
+        task.add_done_callback(lambda done: done.exception())
+        try:
+            arguments = [self.transport, sender.address, str(sender.port), name]
+            await self._call_workers(server, "receive_weights", arguments)
+            await task
+        finally:
+            sender.close()
 
     async def _call_workers(self, server: Server, method: str, arguments: list[str]) -> list:
         """What a method of engines/worker.py returns, of each of its workers."""

@@ -115,13 +115,20 @@ class Zero1:
         """Takes this rank's part of such a state; the weights have to be the saved ones already."""
         for numbers, group in zip(self.numbers, self.zero.param_groups, strict=True):
             (part,) = group["params"]
-            values = [saved["state"][number] for number in numbers]
-            for name, value in values[0].items():
+            known = [saved["state"][number] for number in numbers if number in saved["state"]]
+            if not known:
+                continue
+            for name, value in known[0].items():
                 if value.ndim == 0:
                     self.zero.state[part][name] = value.to(part.device)
                     continue
-                whole = torch.cat([value[name].flatten() for value in values])
-                self.zero.state[part][name] = _part_like(part, whole)
+                moments = []
+                for number in numbers:
+                    moment = saved["state"].get(number, {}).get(name)
+                    if moment is None:  # one process keeps none of what never had a gradient
+                        moment = torch.zeros_like(self.parameters[number], device=value.device)
+                    moments.append(moment.flatten())
+                self.zero.state[part][name] = _part_like(part, torch.cat(moments))
         self.zero.refresh_fp32_params()
 
 

@@ -20,7 +20,9 @@ PRIVATE = {"urls", "engine_options", "tool_options", "reward_options", "curricul
 PRIVATE |= {"database", "chat_template"}
 NOT_TOLD = {"out_dir", "resume", "logger", "save_every"}  # they are no part of what was learnt
 LOOKS_PRIVATE = re.compile(
-    r"://|^[~/]|[\s,'\"(=][~/]\w|\b(hf|sk|gh[pousr]|xox[bp])[-_]\w{8,}|AKIA\w{12}", re.I
+    r"://|^[~/]|[\s,:'\"(=][~/][\w/]|\b(hf|sk|gh[pousr]|xox[bp])[-_]\w{8,}|AKIA\w{12}"
+    r"|(key|token|secret|password)\w*\s*[=:]",
+    re.I,
 )
 LONG = 200  # characters of a value; a longer one is left out
 # Of the last line of metrics.jsonl and of eval.json, what a reader looks for.
@@ -88,12 +90,17 @@ def settings(cfg) -> tuple[dict, list[str]]:
     """Returns (what was set and may be told, the names of what was set and may not)."""
     told = {}
     untold = []
+    changed = config.changed(cfg)
     for field in dataclasses.fields(cfg):
         name = field.name
-        if name not in config.changed(cfg) or name in NOT_TOLD:
+        if name not in changed or name in NOT_TOLD:
             continue
         value = getattr(cfg, name)
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        text = str(value)
+        if isinstance(value, tuple):
+            text = ",".join(map(str, value))
+        if isinstance(value, bool):
+            text = text.lower()
         if name in PRIVATE or LOOKS_PRIVATE.search(text) or len(text) > LONG:
             untold.append(name)
         else:
@@ -206,22 +213,33 @@ def how_to_use(about: About) -> str:
         "into the prompt by the tokenizer's chat template: `apply_chat_template(messages, "
         "tools=…)`. With calls read, as an endpoint:",
         "",
-        f"```bash\n{about.serve}\n```",
+        f"```bash\n{download(about.name)}{about.serve}\n```",
         "",
-        "As a GGUF file, in the folder of [llama.cpp](https://github.com/ggml-org/llama.cpp):",
+        "As a GGUF file, by [llama.cpp](https://github.com/ggml-org/llama.cpp):",
         "",
-        f"```bash\n{gguf_command(about)}\n```",
+        f"```bash\n{download(about.name)}{gguf_command(about)}\n```",
     ]
     return "\n".join(lines)
 
 
+def folder_of(name: str) -> str:
+    """Returns the folder in which the files of a repository, or those of that folder, lie."""
+    return name.rpartition("/")[2]
+
+
+def download(name: str) -> str:
+    """Writes the line that fetches a repository; "" for a folder."""
+    return f"hf download {name} --local-dir {folder_of(name)}\n" if "/" in name else ""
+
+
 def gguf_command(about: About) -> str:
     """Writes llama.cpp's command that converts these files."""
+    folder = folder_of(about.name)
     if about.is_adapter:
         base = root_of(about.stages)
         of_base = f"--base-model-id {base}" if base else "--base FOLDER_OF_ITS_BASE"
-        return f"python convert_lora_to_gguf.py {about.name} {of_base} --outfile adapter.gguf"
-    convert = f"python convert_hf_to_gguf.py {about.name} --outtype bf16"
+        return f"python convert_lora_to_gguf.py {folder} {of_base} --outfile adapter.gguf"
+    convert = f"python convert_hf_to_gguf.py {folder} --outtype bf16"
     lines = [f"{convert} --outfile model.gguf"]
     if about.sees:
         lines.append(f"{convert} --outfile mmproj.gguf --mmproj")

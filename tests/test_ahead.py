@@ -107,7 +107,16 @@ def undisturbed(run, place, ahead):
     return left_by(place / "ahead")
 
 
-def test_each_batch_is_played_by_the_weights_before_the_last_update(undisturbed, place, run, url):
+@pytest.fixture(scope="module")
+def not_ahead(run, place, url):
+    """What a run leaves that does not."""
+    out_dir = place / "not_ahead"
+    exitcode, log = run("grpo", out_dir, resume=False, engine="server", urls=(url,))
+    assert exitcode == 0, log
+    return left_by(out_dir)
+
+
+def test_each_batch_is_played_by_the_weights_before_the_last_update(undisturbed, not_ahead):
     rows = undisturbed["metrics"]
     assert [row["step"] for row in rows] == list(range(STEPS))
     assert [row["lag"] for row in rows] == [0] + [1] * (STEPS - 1)
@@ -115,11 +124,18 @@ def test_each_batch_is_played_by_the_weights_before_the_last_update(undisturbed,
     # the engine's logprobs are those of the policy before: that is in the correction
     assert all(row["sampler_logprob_diff"] > 1e-4 for row in rows[1:])
     assert rows[0]["sampler_logprob_diff"] < 1e-4
-    exitcode, log = run("grpo", place / "not_ahead", resume=False, engine="server", urls=(url,))
-    assert exitcode == 0, log
-    others = lines(place / "not_ahead" / "metrics.jsonl")
+    others = not_ahead["metrics"]
     assert all("lag" not in row and row["sampler_logprob_diff"] < 1e-4 for row in others)
     assert rows[0]["reward"] == others[0]["reward"]  # the first batch is the same
+
+
+def test_weights_that_are_sent_make_the_run_of_those_in_a_file(run, place, url, not_ahead):
+    """Bit for bit, and without a file."""
+    out_dir = place / "sent"
+    options = {"engine": "server", "urls": (url,), "engine_options": ("transport=gloo",)}
+    exitcode, log = run("grpo", out_dir, resume=False, **options)
+    assert exitcode == 0, log
+    assert_same(left_by(out_dir), not_ahead)
 
 
 def test_a_run_killed_again_and_again_is_the_run_that_nobody_disturbed(

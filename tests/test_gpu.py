@@ -89,7 +89,13 @@ def test_a_part_that_does_not_end_is_ended(monkeypatch):
     forever = [sys.executable, "-c", "import time; time.sleep(3600)"]
     monkeypatch.setattr(gpu, "command_of", lambda case, cfg: forever)
     monkeypatch.setattr(gpu, "PATIENCE", 0.1)
-    assert gpu.run_case("parity", REHEARSAL) == {"failed": "took more than 0 s"}
+    assert gpu.run_case("parity", REHEARSAL, 60.0) == {"failed": "took more than 0 s"}
+
+
+def test_what_has_not_begun_in_time_is_skipped(monkeypatch):
+    monkeypatch.setattr(gpu, "command_of", lambda case, cfg: pytest.fail("it is not run"))
+    row = gpu.run_case("vllm:full", REHEARSAL, -1.0)
+    assert row == {"skipped": "the 15 minutes were over: --parts=… runs some of them"}
 
 
 def test_its_cases_are_those_of_the_parts_that_are_asked_for():

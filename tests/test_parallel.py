@@ -49,8 +49,9 @@ from run.config import UserError
 
 FAR = 2e-6  # how far weights may be from those of one process: they are sums in another order
 BUDGET = {"token_budget": 60}  # small, so that there are more micro-batches than ranks
+SHORT = {"steps": 5, "save_every": 0}  # where nothing is killed; each checkpoint takes its time
 KINDS = ["ddp", "fsdp", "deepspeed"]
-ADAMW = {"optimizer": "adamw", "learning_rate": 1e-3}
+ADAMW = {"optimizer": "adamw", "learning_rate": 1e-3, "save_every": 0}
 # of roundings alone: rows are sampled and learnt from beside other ones
 NOISE = {"sampler_logprob_diff", "sampler_logprob_diff_p95", "sampler_logprob_diff_max"}
 NOISE |= {"mismatch_kl", "canary"}
@@ -207,7 +208,7 @@ def test_two_processes_learn_what_one_learns(two_ranks, alone, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name, size, options", [("grpo_lora", 2, {}), ("sft", 4, ADAMW)])
+@pytest.mark.parametrize("name, size, options", [("grpo_lora", 2, SHORT), ("sft", 4, ADAMW)])
 def test_adapters_and_demonstrations(ranks, alone, place, name, size, options, kind):
     codes, said = ranks(name, size, kind, f"{kind}-{name}", **options)
     assert codes == [0] * size, said
@@ -218,7 +219,7 @@ BY_TURN = """
 def by_turn(trajectory, example):
     return [float(sum(trajectory.ids) % 2)] * len(trajectory.turn_starts)
 """
-CHECKPOINTING = {"gradient_checkpointing": True, "turn_credit": True, "steps": 3}
+CHECKPOINTING = {"gradient_checkpointing": True, "turn_credit": True, "steps": 3, "save_every": 0}
 CHECKPOINTING |= {"rewards": ("my_rewards.py:coin", "by_turn.py:by_turn")}
 QLORA = {"tune": "qlora", "dtype": "bfloat16"}
 MIXED = ("grpo", {"dtype": "mixed"} | CHECKPOINTING, 5e-3)
@@ -299,9 +300,12 @@ def test_several_processes_learn_from_images_what_one_learns(
     kind,
 ):
     """Each rank makes the pixels of the others' images anew."""
-    codes, said = ranks(name, 2, kind, f"{kind}-{name}", optimizer="adamw", token_budget=400)
+    options = {"optimizer": "adamw", "token_budget": 400, "save_every": 0}
+    if name == "grpo_images":
+        options |= SHORT
+    codes, said = ranks(name, 2, kind, f"{kind}-{name}", **options)
     assert codes == [0, 0], said
-    one = alone(name, optimizer="adamw", token_budget=400)
+    one = alone(name, **options)
     assert_learnt_alike(pictures / f"{kind}-{name}", one)
     recorded = lines(one / "rollouts.jsonl")
     others = lines(pictures / f"{kind}-{name}" / "rollouts.jsonl")
@@ -383,6 +387,10 @@ def test_deepspeed_tells_of_a_gradient_that_is_not_finite(found):
     assert found["norm of nan"] == float("inf")
 
 
+def test_deepspeed_goes_on_from_one_process_whose_weights_had_not_all_a_gradient(found):
+    assert found["without a gradient"] == 0.0
+
+
 def test_fsdp_cuts_weights_of_four_bits_and_offload_takes_them_to_the_cpu(found):
     assert found["four bits"]["share"] == 1 / ways.RANKS
     assert all(found["four bits"]["offloaded"])
@@ -433,7 +441,8 @@ def errors_in(said: str) -> set[str]:
     return {line for line in said.splitlines() if line.startswith("error: ")}
 
 
-def test_a_reward_that_raises_on_one_rank_ends_all_and_what_was_learnt_is_saved(ranks, place):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reward_that_raises_on_one_rank_ends_all_and_what_was_learnt_is_saved(ranks, place, kind):
     broken = (
         "import os\n\ncalls = []\n\ndef coin(trajectory, example):\n    calls.append(1)\n"
         "    if os.environ['RANK'] == '1' and len(calls) > 12:\n"
@@ -442,17 +451,19 @@ def test_a_reward_that_raises_on_one_rank_ends_all_and_what_was_learnt_is_saved(
     (place / "broken.py").write_text(broken)
     options = {"rewards": ("broken.py:coin",), "save_every": 0, "eval_every": 0}
     options |= {"eval_data": "", "eval_rows": 128}
-    codes, said = ranks("grpo", 2, "ddp", "raises", **options)
+    out_dir = f"raises-{kind}"
+    codes, said = ranks("grpo", 2, kind, out_dir, **options)
     assert 0 not in codes
     assert "rank 1: " in said and "KeyError" in said, said
-    (saved,) = (place / "raises" / "checkpoints").iterdir()
-    steps = len(lines(place / "raises" / "metrics.jsonl"))
+    (saved,) = (place / out_dir / "checkpoints").iterdir()
+    steps = len(lines(place / out_dir / "metrics.jsonl"))
     assert steps >= 1
     assert saved.name == f"step-{steps:06d}"
 
 
-def test_one_rank_without_memory_ends_all_with_what_to_lower(ranks):
-    codes, said = ranks("grpo", 2, "ddp", "memory", "no memory", rank=1)
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_rank_without_memory_ends_all_with_what_to_lower(ranks, kind):
+    codes, said = ranks("grpo", 2, kind, f"memory-{kind}", "no memory", rank=1)
     assert codes == [2, 2]
     for error in errors_in(said):
         assert error.startswith("error: out of memory: lower token_budget, max_tokens, group_size")
@@ -476,10 +487,13 @@ def test_a_full_disk_ends_all_ranks_and_nothing_saved_is_lost(ranks, alone, plac
     assert_learnt_alike(place / out_dir, alone("grpo"))
 
 
-def test_ranks_that_are_told_to_stop_stop_at_the_same_step(begin, ranks, alone, place):
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_that_are_told_to_stop_stop_at_the_same_step(begin, ranks, alone, place, kind):
     """A signal reaches one rank a step sooner than another, or one alone."""
     (place / "go").unlink(missing_ok=True)
-    started = begin("grpo", 2, "ddp", "stopped", "halt", 2 * UPDATES + 1, rank=1, save_every=0)
+    out_dir = f"stopped-{kind}"
+    halt = ("halt", 2 * UPDATES + 1)
+    started = begin("grpo", 2, kind, out_dir, *halt, rank=1, save_every=0)
     wait_for(place / "log", "halted")
     os.kill(started[1].pid, signal.SIGTERM)
     wait_for(place / "log", "finishing this step, then saving")
@@ -487,11 +501,13 @@ def test_ranks_that_are_told_to_stop_stop_at_the_same_step(begin, ranks, alone, 
     for child in started:
         child.join(HANGS)
     assert [child.exitcode for child in started] == [128 + signal.SIGTERM] * 2
-    (saved,) = (place / "stopped" / "checkpoints").iterdir()
-    assert saved.name == f"step-{len(lines(place / 'stopped' / 'metrics.jsonl')):06d}"
-    codes, said = ranks("grpo", 2, "ddp", "stopped")
+    (saved,) = (place / out_dir / "checkpoints").iterdir()
+    assert saved.name == f"step-{len(lines(place / out_dir / 'metrics.jsonl')):06d}"
+    if kind != "ddp":  # to go on with it is the same for all
+        return
+    codes, said = ranks("grpo", 2, kind, out_dir)
     assert codes == [0, 0], said
-    assert_learnt_alike(place / "stopped", alone("grpo"))
+    assert_learnt_alike(place / out_dir, alone("grpo"))
 
 
 # -- --gpus=N
@@ -501,10 +517,39 @@ def launch(place, out_dir, **options):
     """A process that a user starts: two ranks of it, by --gpus=2."""
     cfg = configured("grpo", out_dir, parallel="ddp", gpus=2, **BUDGET | options)
     config.save(cfg, f"{place}/{out_dir}.py")
-    script = str(config.HERE / "train_grpo.py")
+    return started(place, str(config.HERE / "train_grpo.py"), "--config", f"{out_dir}.py")
+
+
+# What a launcher sees of a script, without the seconds in which three of them import it.
+RANK = """
+import sys
+import time
+
+sys.path.insert(0, sys.argv[1])
+from learning import parallel
+
+if parallel.must_launch(2):
+    parallel.launch(2)
+with parallel.started("ddp"):
+    while True:
+        parallel.total({"steps": 1})
+        if parallel.is_first():
+            with open(sys.argv[2], "a") as file:
+                print("one more", file=file)
+        time.sleep(0.01)
+"""
+
+
+def launch_ranks(place, file):
+    """Two ranks that do nothing but wait for each other, and write to the file."""
+    (place / "rank.py").write_text(RANK)
+    return started(place, "rank.py", str(config.HERE), file)
+
+
+def started(place, *command):
     environment = {name: value for name, value in os.environ.items() if name != "RANK"}
     return subprocess.Popen(
-        [sys.executable, script, "--config", f"{out_dir}.py"],
+        [sys.executable, *command],
         cwd=place,
         env=environment,
         stdout=subprocess.PIPE,
@@ -527,31 +572,32 @@ def is_there(pid: int) -> bool:
         return False
 
 
-def has_steps(place, out_dir, count: int) -> bool:
-    file = place / out_dir / "metrics.jsonl"
+def has_lines(file, count: int) -> bool:
     return file.exists() and len(file.read_text().splitlines()) >= count
 
 
 @pytest.fixture
 def launched(place):
-    """launched(out_dir, …): a process that a user starts; two ranks of it, by --gpus=2."""
+    """launched(launch, …): a process that a user starts, whose ranks end with it."""
     processes = []
 
-    def start(out_dir, **options):
-        process = launch(place, out_dir, **options)
+    def start(launch, *args, **options):
+        process = launch(place, *args, **options)
         processes.append(process)
         return process
 
     yield start
-    for process in processes:  # where a test failed; its ranks end with it
+    for process in processes:  # where a test failed
         process.kill()
         process.wait()
+        process.stdout.close()
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc here")
 def test_a_rank_that_is_killed_is_named_and_none_is_left(launched, place):
-    process = launched("gone", steps=100_000)
-    assert until(lambda: has_steps(place, "gone", 2), HANGS)
+    process = launched(launch_ranks, "gone")
+    assert until(lambda: has_lines(place / "gone", 2) or process.poll(), HANGS)
+    assert process.poll() is None, process.stdout.read()
     ranks = children_of(process.pid)
     os.kill(ranks[1], signal.SIGKILL)
     said, _ = process.communicate(timeout=HANGS)
@@ -561,25 +607,33 @@ def test_a_rank_that_is_killed_is_named_and_none_is_left(launched, place):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc here")
-def test_ctrl_c_saves_and_a_launcher_that_is_killed_leaves_nobody(launched, place):
-    process = launched("interrupted", steps=100_000, save_every=0)
-    assert until(lambda: has_steps(place, "interrupted", 1), HANGS)
+def test_a_launcher_that_is_killed_leaves_nobody(launched, place):
+    process = launched(launch_ranks, "left")
+    assert until(lambda: has_lines(place / "left", 1) or process.poll(), HANGS)
+    assert process.poll() is None, process.stdout.read()
+    ranks = children_of(process.pid)
+    process.kill()
+    process.wait()
+    assert until(lambda: not any(is_there(pid) for pid in ranks))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc here")
+def test_ctrl_c_saves_on_all_ranks(launched, ranks, place):
+    """By the command line of a user, each rank an interpreter of its own."""
+    process = launched(launch, "interrupted", steps=100_000, save_every=0)
+    assert until(lambda: has_lines(place / "interrupted" / "metrics.jsonl", 1), HANGS)
+    children = children_of(process.pid)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=HANGS)
     assert process.returncode == 128 + signal.SIGINT, said
     assert re.search(r"stopped after \d+ of 100000 steps; go on with ", said)
     assert "Traceback" not in said
+    assert not any(is_there(pid) for pid in children)
     steps = len(lines(place / "interrupted" / "metrics.jsonl"))
     (saved,) = (place / "interrupted" / "checkpoints").iterdir()
     assert saved.name == f"step-{steps:06d}"
-
-    process = launched("interrupted", resume=True, steps=100_000, save_every=0)
-    assert until(lambda: has_steps(place, "interrupted", steps + 1), HANGS)
-    ranks = children_of(process.pid)
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    assert until(lambda: not any(is_there(pid) for pid in ranks))
+    codes, said = ranks("grpo", 2, "ddp", "interrupted", steps=steps + 1, save_every=0)
+    assert codes == [0, 0] and f"going on with step {steps}" in said, said
 
 
 @pytest.mark.parametrize(

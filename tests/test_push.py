@@ -7,8 +7,6 @@ huggingface.co does where small files are sent; the client is the real one.
 """
 
 import base64
-import contextlib
-import fcntl
 import json
 import os
 import re
@@ -19,6 +17,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -134,6 +133,23 @@ def test_its_card_says_what_the_run_says_and_nothing_confidential(here, tmp_path
         assert str(here).encode() not in content, path
 
 
+@pytest.mark.parametrize("why", ["older than the model", "of another model"])
+def test_an_evaluation_that_is_not_of_this_model_is_not_told(copy, tmp_path, why, capsys):
+    file = copy / "eval" / "eval.json"
+    numbers = json.loads(file.read_text()) | {"model": "copy"}
+    if why == "of another model":
+        numbers["model"] = "gpt"
+    file.write_text(json.dumps(numbers))
+    assert "0.75" in (pushed(run=str(copy), to=f"{tmp_path}/a") / "README.md").read_text() or (
+        numbers["model"] == "gpt"
+    )
+    if why == "older than the model":
+        os.utime(file, (0, 0))
+    text = (pushed(run=str(copy), to=f"{tmp_path}/b") / "README.md").read_text()
+    assert "0.75" not in text and "## Evaluation" not in text
+    assert ("is older than the model" in capsys.readouterr().err) == (numbers["model"] == "copy")
+
+
 def test_the_commands_of_a_card_are_read_by_the_scripts(here, tmp_path):
     stages = card.stages_of("lora", push.CLASSES)
     assert [stage.script for stage in stages] == ["train_grpo.py", "train_sft.py"]
@@ -199,15 +215,13 @@ def test_an_unfinished_or_torn_run_is_refused_and_nothing_is_written(copy, tmp_p
     checkpoints = copy / "checkpoints"
     step = sorted(checkpoints.iterdir())[-1]
 
-    with open(copy / config.LOCK, "w") as file:
-        code = f"import fcntl; fcntl.lockf(open({str(copy / config.LOCK)!r}, 'w'), fcntl.LOCK_EX)"
-        code += "; print(1, flush=True); input()"
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
-            other.stdout.readline()
-            assert "in use by another process" in refusal(**keys)
-            other.stdin.close()
-        fcntl.lockf(file, fcntl.LOCK_UN)
+    code = f"import fcntl; file = open({str(copy / config.LOCK)!r}, 'w')"
+    code += "; fcntl.lockf(file, fcntl.LOCK_EX); print(1, flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        other.stdout.readline()
+        assert "in use by another process" in refusal(**keys)
+        other.stdin.close()
 
     whole = (copy / "model.safetensors").read_bytes()
     cut(copy / "model.safetensors")
@@ -222,7 +236,7 @@ def test_an_unfinished_or_torn_run_is_refused_and_nothing_is_written(copy, tmp_p
     cut(copy / "model.safetensors")
     assert "model.safetensors cannot be read" in refusal(**keys)
     (copy / "config.py").unlink()
-    assert "no config.py there" in refusal(**keys)
+    assert "with its config.py" in refusal(**keys)
     assert not to.exists()
 
 
@@ -267,6 +281,7 @@ def test_values_that_look_like_addresses_paths_or_keys_are_not_told():
             reward_options=("judge.key=OTHER",),
             tool_options=("search.url=x",),
             system_prompt="hf_abcdefghijklmnop",
+            answer_after="api_key: 7",
             prompt_template="{prompt} " + 300 * "x",
             learning_rate=1e-5,
             out_dir="out/mine",
@@ -278,6 +293,7 @@ def test_values_that_look_like_addresses_paths_or_keys_are_not_told():
         "learning_rate": "1e-05",
     }
     hidden = {"model", "urls", "tools", "reward_options", "tool_options", "system_prompt"}
+    hidden |= {"answer_after"}
     assert set(untold) == hidden | {"prompt_template"}
 
 
@@ -323,6 +339,10 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def said(self, path, body):
+        if path == "/api/validate-yaml":  # of the card
+            head = json.loads(body)["content"].split("---\n")[1]
+            errors = [] if yaml.safe_load(head)["tags"] else [{"message": "no tags"}]
+            return 200, {"errors": errors, "warnings": []}
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
@@ -335,8 +355,8 @@ class Hub:
         files = self.repositories[name]
         if "/preupload/" in path:
             asked = json.loads(body)["files"]
-            modes = [{"path": f["path"], "uploadMode": "regular"} for f in asked]
-            return 200, {"files": modes}
+            how = {"uploadMode": "regular", "shouldIgnore": False}
+            return 200, {"files": [{"path": file["path"], **how} for file in asked]}
         if "/commit/" in path:
             if self.refuses:
                 return self.refuses, {"error": "You are out of storage"}
@@ -347,22 +367,24 @@ class Hub:
                     del files[line["value"]["path"]]
             oid = 40 * "a"
             return 200, {"commitUrl": f"{self.url}/{name}/commit/{oid}", "commitOid": oid}
+        if "/tree/" in path:
+            return 200, [{"type": "file", "path": f, "size": 1, "oid": "a"} for f in files]
         siblings = [{"rfilename": file} for file in files]
         return 200, {"id": name, "sha": 40 * "a", "siblings": siblings}
 
 
 @pytest.fixture
-def hub(tmp_path):
+def hub():
     made = Hub()
-    with contextlib.closing(made.server):
-        yield made
-        made.server.shutdown()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
 
 
-def by_command(hub, *argv, token="hf_of_a_test"):
+def by_command(hub, *argv):
     """python push.py, whose hub is ours."""
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
-    environment |= {"HF_HOME": "nowhere", "HF_HUB_OFFLINE": "0", "HF_TOKEN": token}
+    environment |= {"HF_HOME": "nowhere", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_of_a_test"}
     command = [sys.executable, f"{config.HERE}/push.py", *argv]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -372,28 +394,51 @@ def test_a_repository_is_made_private_and_gets_one_commit(here, hub, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"pushed: {hub.url}/you/calc"
     (created,) = hub.created
-    assert created["private"] is True
+    assert created.get("visibility", created.get("private")) in ("private", True)
     assert "Bearer hf_of_a_test" in hub.tokens
     files = hub.repositories["you/calc"]
     folder = pushed(run="grpo", to=f"{tmp_path}/calc")
-    assert files == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert b'from_pretrained("you/calc"' in files["README.md"]
+    assert b"hf download you/calc --local-dir calc\nvllm serve calc" in files["README.md"]
+    same = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert files == same | {"README.md": files["README.md"]}
 
-    # it is there now: nothing is overwritten unless that is asked for, and then nothing is left
-    before = dict(files)
-    done = by_command(hub, "--run=lora", "--to=hub:you/calc", "--merge=true")
-    assert done.returncode == 2 and "'hub:you/calc' is there" in done.stderr
-    assert files == before
+
+@pytest.fixture
+def asked_here(hub, monkeypatch):
+    """Has the client in this process ask that hub."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    return hub
+
+
+def test_what_is_there_is_replaced_only_where_that_is_asked_for(here, asked_here):
+    push.push(push.Config(run="grpo", to="hub:you/calc", private=False))
+    (created,) = asked_here.created
+    assert created.get("visibility", created.get("private")) in ("public", False)
+    files = asked_here.repositories["you/calc"]
     files["adapter_config.json"] = b"{}"
-    done = by_command(hub, "--run=lora", "--to=hub:you/calc", "--merge=true", "--replace=true")
-    assert done.returncode == 0, done.stderr
+    before = dict(files)
+    keys = {"run": "lora", "to": "hub:you/calc", "merge": True}
+    assert "'hub:you/calc' is there" in refusal(**keys)
+    assert files == before
+    push.push(push.Config(**keys, replace=True))
     assert "adapter_config.json" not in files and files["README.md"] != before["README.md"]
 
 
-def test_what_the_hub_refuses_is_one_sentence(here, hub):
-    done = by_command(hub, "--run=grpo", "--to=hub:you/calc", token="")
-    assert done.returncode == 2 and "no token of the hub is here" in done.stderr
-    assert not hub.created
-    hub.refuses = 403
-    done = by_command(hub, "--run=grpo", "--to=hub:you/calc")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "error: the hub did not take you/calc (" in done.stderr
+def test_what_the_hub_refuses_is_one_sentence(here, asked_here, monkeypatch):
+    keys = {"run": "grpo", "to": "hub:you/calc"}
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    assert "no token of the hub is here" in refusal(**keys)
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", asked_here.url)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    assert not asked_here.created
+    asked_here.refuses = 403
+    assert "the hub did not take you/calc (" in refusal(**keys)
+    asked_here.refuses = 0  # the repository is there by now, and empty
+    push.push(push.Config(**keys))
+    assert "README.md" in asked_here.repositories["you/calc"]
+    asked_here.said = lambda path, body: (200, "a page")
+    assert "the hub did not take you/other (" in refusal(run="grpo", to="hub:you/other")

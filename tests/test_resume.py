@@ -24,6 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import types
 import typing
@@ -263,8 +264,19 @@ def nursery():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tokenizer):
-    """The folder where runs start: models, data, a reward."""
-    folder = tmp_path_factory.mktemp("resume")
+    """The folder where runs start: models, data, a reward. It is in memory where there is such a
+    place: each checkpoint waits for the disk, and what is killed here is a process, not a disk."""
+    in_memory = None
+    if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 2**30:
+        in_memory = Path(tempfile.mkdtemp(prefix="nanotool-test-", dir="/dev/shm"))
+    folder = in_memory or tmp_path_factory.mktemp("resume")
+    fill(folder, tokenizer)
+    yield folder
+    if in_memory:
+        shutil.rmtree(in_memory, ignore_errors=True)
+
+
+def fill(folder, tokenizer):
     (folder / "my_rewards.py").write_text(REWARD)
     for name, size in (("base", 16), ("wider", 32)):
         models.save(tiny_model.tiny(tokenizer, 0, size, layers=1), tokenizer, folder / name)
@@ -281,7 +293,6 @@ def place(tmp_path_factory, tokenizer):
         (folder / f"{name}.jsonl").write_text(text)
     for name, text in SOURCES.items():
         (folder / f"{name}.py").write_text(text)
-    return folder
 
 
 @pytest.fixture

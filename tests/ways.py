@@ -143,6 +143,30 @@ def norm_of_nan(model) -> float:
     return parallel.clip_gradients(model, 1.0)
 
 
+def state_without_a_gradient(model) -> float:
+    """Returns how far moments are from those of one process, one of whose weights never had a
+    gradient, when DeepSpeed goes on with them."""
+    alone = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(alone.parameters(), lr=RATE)
+    loss_of(alone, 0).backward()
+    without = 1
+    list(alone.parameters())[without].grad = None
+    optimizer.step()
+    saved = optimizer.state_dict()
+    assert without not in saved["state"]
+    parallel.HERE.zero = zero.Zero1(model, torch.optim.AdamW(model.parameters(), lr=RATE))
+    parallel.HERE.zero.load_state_dict(saved)
+    state = parallel.HERE.zero.state_dict()["state"]
+    if not parallel.is_first():
+        return 0.0
+    largest = 0.0
+    for number, values in state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            right = saved["state"].get(number, {}).get(name, torch.zeros(1))
+            largest = max(largest, (values[name] - right).abs().max().item())
+    return largest
+
+
 def by_stage(stage: int):
     """Returns the way that DeepSpeed documents: its own backward and step for each micro-batch."""
 
@@ -217,6 +241,7 @@ def as_rank(environment: dict, folder: str) -> None:
             found[name] = error_of(way, copy.deepcopy(base))
         parallel.HERE.kind = "deepspeed"
         found["norm of nan"] = norm_of_nan(copy.deepcopy(base))
+        found["without a gradient"] = state_without_a_gradient(copy.deepcopy(base))
         parallel.HERE.kind = "fsdp"
         found["four bits"] = four_bits_in_shards()
     if environment["RANK"] == "0":
