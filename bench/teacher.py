@@ -31,7 +31,7 @@ from learning import model as models
 from tasks import multi, tiny
 
 GUESSES = 12_000  # demonstrations from which those without a call are taken
-PASSES = 3200  # rows that a student is shown: many times those of few episodes
+PASSES = 2400  # rows that a student is shown: many times those of few episodes
 PROBLEMS = 256  # held out
 
 
@@ -68,9 +68,11 @@ def main(argv: list[str]) -> None:
 
 def make_teacher(out_dir: Path) -> str:
     """The folder of a model that was trained on the task, as the demo does it."""
+    sft = out_dir / "teacher_sft"
+    if not (sft / "config.json").exists():
+        train(train_sft, ["--config=multi_sft.py", f"--out_dir={sft}"])
     teacher = out_dir / "teacher"
     if not (teacher / "config.json").exists():
-        sft = train(train_sft, ["--config=multi_sft.py", f"--out_dir={out_dir}/teacher_sft"])
         train(train_grpo, ["--config=multi.py", f"--model={sft}", f"--out_dir={teacher}"])
     return str(teacher)
 

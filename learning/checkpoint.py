@@ -63,12 +63,12 @@ class Run:
         self.keep_last = keep_last
         self.out_dir = Path(cfg.out_dir)
         self.folder = self.out_dir / "checkpoints"
-        self.sources = mix.fingerprint(cfg)  # of the rows, and of the files of a mix
         self.saved: int | None = None  # the last step in a checkpoint
         self.signal: int | None = None  # the one that told it to stop
         self.handlers = {}  # signal: who handled it before
         self.lock = None  # the open file that is locked, from `restore` on
         parallel.by_first(self._check_out_dir)
+        self.sources = mix.fingerprint(cfg)  # of the rows, and of the files of a mix
 
     def _check_out_dir(self) -> None:
         """Checks that this run may write to out_dir. UserError if not."""

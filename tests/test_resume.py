@@ -949,7 +949,7 @@ def test_a_source_or_a_file_that_has_changed_is_refused_at_a_resume(
     shutil.copytree(here, folder, ignore=shutil.ignore_patterns("out*"))
     monkeypatch.chdir(folder)
     script = EVERY_RUN[name][0]
-    steps = {} if name.startswith("sft") else {"steps": 2}
+    steps = {} if name.startswith("sft") else {"steps": 2, "warmup": 1}
     cfg = configured(name, "again", save_every=2, **steps)
     script.train(cfg)
     path = folder / file
