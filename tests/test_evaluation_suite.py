@@ -251,7 +251,7 @@ def test_a_model_brings_its_format_and_a_data_set_its_tools_and_limits(here):
     cfg = train_grpo.Config(format="fence", max_turns=9, tools=("search",), dtype="bfloat16")
     config.save(cfg, "out/one/config.py")
     config.save(train_sft.Config(format="tags", tools=("python",)), "out/two/config.py")
-    plan = suite.Suite(
+    plan = suite.Config(
         models=("out/one", "out/two", "out/three --max_turns=7"), data=("kinds.py", "sums.py")
     )
     made = {(c.model.name, c.data.name): c.cfg for c in evaluate.cells_of(plan)}
