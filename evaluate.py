@@ -550,6 +550,8 @@ def find_record(cfg: train_grpo.Config, given: Config) -> Record | None:
     if not begun:
         return None
     examples = examples_of(cfg, given.limit)
+    if given.category_column:
+        check_category(given.category_column, examples)
     wanted = evaluation.plain(begun_of(cfg, given, examples, {}))
     for folder, old in begun:
         if not evaluation.difference(old, wanted):
