@@ -48,11 +48,13 @@ class Entry:
 
 def is_suite(argv: list[str]) -> bool:
     """Says whether the config file of a command line is a suite: it names models."""
-    for item, following in zip(argv, [*argv[1:], ""], strict=True):
-        file = following if item == "--config" else item.removeprefix("--config=")
-        if item.startswith("--config") and file:
-            return "models" in config.names_in(file)
-    return False
+    file = ""
+    for place, item in enumerate(argv):
+        if item == "--config":
+            file = " ".join(argv[place + 1 : place + 2])
+        elif item.startswith("--config="):
+            file = item.removeprefix("--config=")
+    return "models" in config.names_in(file) if file else False
 
 
 def check(suite: Config) -> None:
