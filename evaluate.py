@@ -414,7 +414,7 @@ def evaluate_with(
         folder = Path(given.save_to)
         if not given.save_to:
             folder = config.next_folder(default_folder(given))
-        record = Record.begin(folder, begun_of(cfg, given, player.examples, outcomes_of(player)))
+        record = Record(folder, begun_of(cfg, given, player.examples, outcomes_of(player)))
     trajectories = play_all(player, record, given.n, given.batch)
     return finish(cfg, given, record, trajectories, player)
 
@@ -441,10 +441,10 @@ def finish(
         problem = f"{lost} could not be written to {record.folder} ({record.problem})"
     numbers["saved"] = str(record.folder)
     if problem:
-        numbers["not_saved"] = (
-            f"{problem}: the numbers are whole as printed; make room and go on with --resume=true, "
-            "or give another folder with --save_to=…"
-        )
+        remedy = "make room and go on with --resume=true for the files"
+        if not record.can_go_on:
+            remedy = "make room, or give another folder with --save_to=…, and evaluate again"
+        numbers["not_saved"] = f"{problem}: the numbers are whole as printed; {remedy}"
     return numbers
 
 
@@ -661,7 +661,8 @@ def play_all(player: Player, record: Record, samples: int, batch: int) -> list[T
                 )
                 record.flush(tokenizer)
         except BaseException:
-            config.tell(f"what was played is in {record.folder}: go on with --resume=true")
+            if record.can_go_on:
+                config.tell(f"what was played is in {record.folder}: go on with --resume=true")
             record.close()
             raise
     return sorted(trajectories, key=lambda trajectory: (trajectory.group, trajectory.sample))
