@@ -414,7 +414,7 @@ def evaluate_with(
         folder = Path(given.save_to)
         if not given.save_to:
             folder = config.next_folder(default_folder(given))
-        record = Record.begin(folder, begun_of(cfg, given, player.examples, outcomes_of(player)))
+        record = Record(folder, begun_of(cfg, given, player.examples, outcomes_of(player)))
     trajectories = play_all(player, record, given.n, given.batch)
     return finish(cfg, given, record, trajectories, player)
 
@@ -441,10 +441,10 @@ def finish(
         problem = f"{lost} could not be written to {record.folder} ({record.problem})"
     numbers["saved"] = str(record.folder)
     if problem:
-        numbers["not_saved"] = (
-            f"{problem}: the numbers are whole as printed; make room and go on with --resume=true, "
-            "or give another folder with --save_to=…"
-        )
+        remedy = "make room and go on with --resume=true for the files"
+        if not record.can_go_on:
+            remedy = "make room, or give another folder with --save_to=…, and evaluate again"
+        numbers["not_saved"] = f"{problem}: the numbers are whole as printed; {remedy}"
     return numbers
 
 
@@ -550,6 +550,8 @@ def find_record(cfg: train_grpo.Config, given: Config) -> Record | None:
     if not begun:
         return None
     examples = examples_of(cfg, given.limit)
+    if given.category_column:
+        check_category(given.category_column, examples)
     wanted = evaluation.plain(begun_of(cfg, given, examples, {}))
     for folder, old in begun:
         if not evaluation.difference(old, wanted):
@@ -659,7 +661,8 @@ def play_all(player: Player, record: Record, samples: int, batch: int) -> list[T
                 )
                 record.flush(tokenizer)
         except BaseException:
-            config.tell(f"what was played is in {record.folder}: go on with --resume=true")
+            if record.can_go_on:
+                config.tell(f"what was played is in {record.folder}: go on with --resume=true")
             record.close()
             raise
     return sorted(trajectories, key=lambda trajectory: (trajectory.group, trajectory.sample))
@@ -726,7 +729,7 @@ class Cell:
     missing: str = "not played yet"  # why there are no numbers
 
 
-def cells_of(plan: suite.Suite) -> list[Cell]:
+def cells_of(plan: suite.Config) -> list[Cell]:
     """Reads all configs of a suite: model after model, each with all data sets."""
     cells = []
     for model in suite.entries(plan.models, "models"):
@@ -736,7 +739,7 @@ def cells_of(plan: suite.Suite) -> list[Cell]:
     return cells
 
 
-def cell_of(plan: suite.Suite, model: suite.Entry, source: suite.Entry) -> Cell:
+def cell_of(plan: suite.Config, model: suite.Entry, source: suite.Entry) -> Cell:
     """Makes a cell: the rows, prompts, tools, rewards and limits of the data set's config; what
     belongs to the model from its run; and over both what is typed in the entries."""
     # 1. the keys of this script
@@ -800,7 +803,7 @@ def any_training_of(model: str):
         return None
 
 
-def play_suite(plan: suite.Suite) -> list[Cell]:
+def play_suite(plan: suite.Config) -> list[Cell]:
     """Plays all cells of a suite that are not there, model after model, each loaded once; writes
     suite.json and suite.html and prints them, also when it is interrupted. What fails is said, and
     its cells have no numbers; the others go on."""
@@ -938,7 +941,7 @@ def print_cell(cell: Cell) -> None:
     print(escaped(f"{cell.model.name} on {cell.data.name}"), flush=True)
 
 
-def save_suite(plan: suite.Suite, cells: list[Cell], shown: dict) -> None:
+def save_suite(plan: suite.Config, cells: list[Cell], shown: dict) -> None:
     """Writes suite.json, with all numbers, and suite.html. shown: of grading/comparing.py."""
     entries = []
     for one in evaluations_of(cells):
@@ -976,7 +979,7 @@ def evaluations_of(cells: list[Cell]) -> list[Evaluated]:
     return evaluations
 
 
-def print_suite(plan: suite.Suite, shown: dict) -> None:
+def print_suite(plan: suite.Config, shown: dict) -> None:
     """Prints a table of each data set, the averages of all, and the differences."""
     for table_of_data in shown["tables"]:
         print_table(table_of_data)
@@ -992,17 +995,19 @@ def print_table(shown: dict) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    title = Text(escaped(shown["title"]))
-    caption = Text(escaped(shown["caption"])) if shown["caption"] else None
-    out = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    out = Table()
     for place, name in enumerate(shown["columns"]):
         out.add_column(Text(escaped(name)), justify="right" if place else "left")
     for row in shown["rows"]:
         out.add_row(*(Text(escaped(text)) for text in row))
-    Console(highlight=False).print(out)
+    console = Console(highlight=False)
+    console.print(Text(escaped(shown["title"]), style="bold"))
+    console.print(out)
+    if shown["caption"]:
+        console.print(Text(escaped(shown["caption"]), style="bright_black"))
 
 
-def dry_run(plan: suite.Suite) -> None:
+def dry_run(plan: suite.Config) -> None:
     """Plays a made-up rollout of each data set (play.py), for the first model."""
     cells = cells_of(plan)
     for cell in cells:
@@ -1015,7 +1020,7 @@ def run_suite(argv: list[str]) -> None:
     """Plays a suite; with --dry_run=true it only plays a made-up rollout of each data set.
     UserError, when all is written, if cells are missing."""
     is_dry, argv = config.take_flag(argv, "dry_run")
-    plan = config.parse(suite.Suite, argv, suite.check)
+    plan = config.parse(suite.Config, argv, suite.check)
     if is_dry:
         dry_run(plan)
         return

@@ -142,13 +142,16 @@ class Trajectory:
         for name in ("example", "images", "old_logprobs", "ref_logprobs"):
             del values[name]
         values["calls"] = [vars(call) for call in self.calls]
+        values["user_turns"] = [vars(user_turn) for user_turn in self.user_turns]
         return values
 
     @classmethod
     def of_plain(cls, values: dict, example: dict, images: list) -> "Trajectory":
         """Makes one of what `plain` returned."""
         calls = [ToolCall(**call) for call in values["calls"]]
-        return cls(**values | {"example": example, "images": images, "calls": calls})
+        user_turns = [UserTurn(**user_turn) for user_turn in values["user_turns"]]
+        played = {"calls": calls, "user_turns": user_turns}
+        return cls(**values | played | {"example": example, "images": images})
 
     @property
     def outcome(self) -> float | None:

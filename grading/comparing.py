@@ -368,20 +368,22 @@ def data_of_runs(folders: list[Path], names: list[str]) -> dict:
 def settings_in(folder: Path) -> dict[str, str]:
     """Reads the settings of a run, or of an evaluation, as python text."""
     begun = begun_in(folder) if (folder / SETTINGS).exists() else None
-    if begun:
-        return {name: repr(value) for name, value in begun["settings"].items()}
-    return {name: value for name, value, _ in run_page.settings_of(folder / "config.py")}
+    if not begun:
+        return {name: value for name, value, _ in run_page.settings_of(folder / "config.py")}
+    settings = {}
+    for name, value in begun["settings"].items():
+        settings[name] = repr(tuple(value) if isinstance(value, list) else value)  # as a config has
+    return settings
 
 
 def differing_settings(folders: list[Path]) -> list[list[str | None]]:
-    """Lists the settings that are not the same everywhere: [name, value in each folder]; None where
-    it has none. A folder without settings is left out of the question."""
+    """Lists the settings that are not the same in all that have them, of which there have to be two:
+    [name, value in each folder]; None where it has none."""
     all_settings = [settings_in(folder) for folder in folders]
-    with_settings = [settings for settings in all_settings if settings]
-    names = dict.fromkeys(name for settings in with_settings for name in settings)
+    names = dict.fromkeys(name for settings in all_settings for name in settings)
     rows = []
     for name in names:
-        values = {settings.get(name) for settings in with_settings}
+        values = {settings[name] for settings in all_settings if name in settings}
         if len(values) > 1:
             rows.append([name, *(settings.get(name) for settings in all_settings)])
     return rows

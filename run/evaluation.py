@@ -51,33 +51,40 @@ class Record:
     """What an evaluation writes to its folder, which is locked until it is closed."""
 
     def __init__(self, folder: Path, begun: dict):
+        """Begins or opens an evaluation in a folder."""
         self.folder = folder
         self.begun = begun  # what settings.json holds
         self.there: list[Trajectory] = []  # what was played before, and did not end by a fault
         self.unsaved: list[tuple[Trajectory, dict]] = []  # what a full disk has not taken
         self.problem = ""  # what that disk said of it
-        self.lock = open(folder / SETTINGS, "rb")
+        self.lock = None  # the open file that is locked
+        self._save_settings()
+
+    def _save_settings(self) -> None:
+        """Writes settings.json where it is not there, and locks it. Does nothing where the disk
+        does not take it: the evaluation is played all the same."""
+        file = self.folder / SETTINGS
+        try:
+            if not file.exists():
+                save_whole(file, json.dumps(self.begun, indent=1) + "\n")
+            self.lock = open(file, "rb")
+        except OSError:
+            return
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
                 return
+            self.lock.close()
             raise UserError(
-                f"save_to '{folder}' is in use by another process: wait for it, end it, or give "
-                "another with --save_to=…"
+                f"save_to '{self.folder}' is in use by another process: wait for it, end it, or "
+                "give another with --save_to=…"
             ) from None
 
-    @classmethod
-    def begin(cls, folder: Path, begun: dict) -> "Record":
-        """Begins an evaluation in a folder that holds none. UserError if it cannot be written."""
-        try:
-            save_whole(folder / SETTINGS, json.dumps(begun, indent=1) + "\n")
-        except OSError as error:
-            problem = error.strerror or error
-            raise UserError(
-                f"cannot write to save_to '{folder}' ({problem}): give another with --save_to=…"
-            ) from None
-        return cls(folder, begun)
+    @property
+    def can_go_on(self) -> bool:
+        """Whether what it was begun with is written: without that nothing can go on."""
+        return self.lock is not None
 
     @classmethod
     def open(cls, folder: Path) -> "Record":
@@ -88,7 +95,8 @@ class Record:
 
     def close(self) -> None:
         """Leaves the folder to others."""
-        self.lock.close()
+        if self.lock:
+            self.lock.close()
 
     # -- what is there
 
@@ -151,6 +159,8 @@ class Record:
     def flush(self, tokenizer) -> None:
         """Writes what the disk has not taken before; sets `problem` where it does not take it."""
         file = self.folder / ROLLOUTS
+        if self.lock is None:
+            self._save_settings()
         while self.unsaved:
             trajectory, columns = self.unsaved[0]
             columns = columns | {

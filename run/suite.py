@@ -18,7 +18,7 @@ from run.config import UserError
 
 
 @dataclass
-class Suite:
+class Config:
     models: tuple[str, ...] = ()  # each a run, a folder, a hub id or a name there, and --key=value
     data: tuple[str, ...] = ()  # each a config, and --key=value
     out_dir: str = "out/suite"  # of suite.json, suite.html, and a folder for each cell
@@ -48,14 +48,16 @@ class Entry:
 
 def is_suite(argv: list[str]) -> bool:
     """Says whether the config file of a command line is a suite: it names models."""
-    for item, following in zip(argv, [*argv[1:], ""], strict=True):
-        file = following if item == "--config" else item.removeprefix("--config=")
-        if item.startswith("--config") and file:
-            return "models" in config.names_in(file)
-    return False
+    file = ""
+    for place, item in enumerate(argv):
+        if item == "--config":
+            file = " ".join(argv[place + 1 : place + 2])
+        elif item.startswith("--config="):
+            file = item.removeprefix("--config=")
+    return "models" in config.names_in(file) if file else False
 
 
-def check(suite: Suite) -> None:
+def check(suite: Config) -> None:
     """Checks what can be seen without the configs."""
     if not suite.models or not suite.data:
         raise UserError("a suite needs models = (…,) and data = (…,)")
@@ -87,13 +89,13 @@ def entries(texts: tuple[str, ...], key: str) -> list[Entry]:
     return found
 
 
-def chosen(suite: Suite) -> list[Entry]:
+def chosen(suite: Config) -> list[Entry]:
     """The data sets that are to be played."""
     every = entries(suite.data, "data")
     return [entry for entry in every if not suite.only or entry.name in suite.only]
 
 
-def options_for_all(suite: Suite, *typed: tuple[str, ...]) -> list[str]:
+def options_for_all(suite: Config, *typed: tuple[str, ...]) -> list[str]:
     """Writes FOR_ALL as `--key=value`, but for those that entries have typed."""
     names = {item.partition("=")[0] for options in typed for item in options}
     options = []

@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from test_endpoint import api, say  # noqa: F401
 
 import evaluate
 from grading import statistics
@@ -19,7 +20,7 @@ from run import config, evaluation
 from run.config import UserError
 from run.evaluation import fault_of, trajectory_of
 from tasks import tiny as tiny_model
-from trajectory import Trajectory
+from trajectory import ToolCall, Trajectory, UserTurn
 
 HANGS = 120  # seconds after which a process is taken for one that hangs
 PROBLEMS = 8
@@ -250,6 +251,50 @@ def test_which_ends_are_faults():
     assert not ended(rewards=(("correct", 0.0), ("side", None)))
 
 
+def test_behind_an_api_only_what_it_refused_is_asked_again(api, tmp_path):  # noqa: F811
+    """And what it takes no part of, here a seed, is still told when nothing is asked."""
+    rows = [{"prompt": f"{n} + 4?", "answer": str(n + 4)} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    refuses = True
+
+    def script(asked):
+        if "seed" in asked:
+            return 400, {"error": {"message": "seed is not supported"}}
+        text = asked["messages"][-1]["content"]
+        if refuses and text == "2 + 4?":
+            return 400, {"error": {"message": "content policy"}}
+        return say(f"\\boxed{{{eval(text[:5])}}}") if "?" in text else say("Hello.")
+
+    api.script = script
+    argv = [f"--endpoint={api.url}", "--model=gpt", f"--data={tmp_path / 'rows.jsonl'}"]
+    argv += ["--tools=", f"--save_to={tmp_path / 'out'}"]
+
+    def numbers(*more):
+        evaluate.main([*argv, *more])
+        return json.loads((tmp_path / "out" / "eval.json").read_text())
+
+    first = numbers()
+    assert (first["avg@1"], first["refused"], first["faults"]) == (0.75, 1, 1)
+    refuses = False
+    api.requests.clear()
+    second = numbers("--resume=true")
+    asked = [request["messages"][-1]["content"] for request in api.requests]
+    assert set(asked) == {"2 + 4?"} and second["avg@1"] == 1.0 and second["new_tokens"] == 7
+    assert "refused" not in second and "faults" not in second
+    api.requests.clear()
+    assert numbers("--resume=true") == second and second["not_sent"] == "seed"
+    assert api.requests == []
+
+
+def test_what_a_checkpoint_holds_of_a_trajectory_is_plain():
+    """Also what the user of an environment said."""
+    t = Trajectory({"id": 0}, calls=[ToolCall(0, "a", {}, "b", None, 0.1)])
+    t.user_turns = [UserTurn(0, "Go on.", [1])]
+    values = json.loads(json.dumps(t.plain()))
+    again = Trajectory.of_plain(values, t.example, [])
+    assert again.user_turns == t.user_turns and again.calls == t.calls
+
+
 def test_a_mix_goes_on_too(here, killed):
     argv = [*argv_of("mixed", "--temperature=1", "--resume=true", "--max_new_tokens=5")]
     argv[argv.index("rows.py")] = "both.py"
@@ -390,6 +435,10 @@ def test_the_average_by_a_column_of_the_rows(here):
     assert by_kind["long"]["ci95_low"] <= by_kind["long"]["average"]
     with pytest.raises(UserError, match="'level': row 1 has none, it has prompt, answer, kind"):
         evaluated("kinds_2", "--category_column=level")
+    with pytest.raises(UserError, match="'level': row 1 has none"):  # also where all is there
+        evaluated("kinds", "--category_column=level", "--resume=true")
+    again = evaluated("kinds", "--category_column=kind", "--resume=true")
+    assert again == numbers
 
 
 # ---- statistics

@@ -233,6 +233,17 @@ def test_mistakes_are_told_before_anything_is_loaded(text, says, here, loads):
     assert loads == [] and not Path("out/suite").exists()
 
 
+def test_which_config_is_a_suite(here):
+    for argv in (
+        ["--config", "suite.py"],
+        ["--config=suite.py"],
+        ["--n=2", "--config", "suite.py"],
+    ):
+        assert suite.is_suite(argv)
+    for argv in ([], ["--config"], ["--config", "sums.py"], ["--config", "no.py"], ["--config="]):
+        assert not suite.is_suite(argv)
+
+
 def test_a_suite_that_goes_on_has_the_same_settings(here):
     run("--only=sums")
     with pytest.raises(UserError, match="one/sums cannot go on: seed = 3, but it was begun with"):
@@ -251,7 +262,7 @@ def test_a_model_brings_its_format_and_a_data_set_its_tools_and_limits(here):
     cfg = train_grpo.Config(format="fence", max_turns=9, tools=("search",), dtype="bfloat16")
     config.save(cfg, "out/one/config.py")
     config.save(train_sft.Config(format="tags", tools=("python",)), "out/two/config.py")
-    plan = suite.Suite(
+    plan = suite.Config(
         models=("out/one", "out/two", "out/three --max_turns=7"), data=("kinds.py", "sums.py")
     )
     made = {(c.model.name, c.data.name): c.cfg for c in evaluate.cells_of(plan)}

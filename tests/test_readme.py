@@ -26,7 +26,7 @@ import train_grpo
 import train_sft
 from engines import options as engine_options
 from learning import checkpoint, memory
-from run import config
+from run import config, suite
 from run import page as run_page
 from tasks.tiny import tiny, tiny_tokenizer
 from tools import Toolbox
@@ -301,6 +301,9 @@ def parsed(script, arguments):
         _, arguments = config.take_flag(arguments, "dry_run")
         _, arguments = memory.take_card(arguments)
         config.parse(module.Config, arguments, module.check)
+    elif script == "evaluate.py" and suite.is_suite(arguments):
+        _, arguments = config.take_flag(arguments, "dry_run")
+        config.parse(suite.Config, arguments, suite.check)
     elif script == "evaluate.py":
         own, others = config.split(arguments, evaluate.Config.__dataclass_fields__)
         config.parse(evaluate.Config, own, evaluate.check)
@@ -384,7 +387,7 @@ def keys_in(text):
 def test_every_key_with_a_value_is_a_key(page):
     """Also in the text, where it stands beside no command."""
     scripts = [*ROOT.glob("*.py"), ROOT / "serve/mcp_server.py", *ROOT.glob("learning/*.py")]
-    scripts.append(ROOT / "serve/retrieve.py")
+    scripts += [ROOT / "serve/retrieve.py", ROOT / "run/suite.py"]
     scripts += [ROOT / "tasks/worked.py", ROOT / "dev/pictures.py", *ROOT.glob("bench/*.py")]
     keys = {"dry_run", "fits"}.union(*(keys_of(script) for script in scripts))
     assert keys_in(PAGES[page]) - keys == set()

@@ -31,7 +31,7 @@ from engines.scripted import ScriptedEngine
 from learning import model as models
 from learning import optim
 from rollout import Settings, rollouts
-from run import config, mix
+from run import config, evaluation, mix
 from run import log as run_log
 from run import page as run_page
 from run.config import UserError
@@ -687,28 +687,33 @@ def test_a_full_disk_ends_no_evaluation_and_leaves_no_half_file(
     place = tmp_path / "x"
     whole = run_log.write_rollouts
 
-    def torn(path, trajectories, *rest):
-        whole(path, trajectories, *rest)
+    def torn(path, trajectories, *rest, **columns):
+        whole(path, trajectories, *rest, **columns)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if what == "fsync":
-        monkeypatch.setattr(evaluate.os, "fsync", no_room)
+        monkeypatch.setattr(evaluation.os, "fsync", no_room)
     elif what == "replace":
-        monkeypatch.setattr(evaluate.Path, "replace", no_room)
+        monkeypatch.setattr(evaluation.Path, "replace", no_room)
     elif what == "large":  # a real one: no file may have more than 100 bytes
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     else:
         monkeypatch.setattr(run_log, "write_rollouts", torn if what == "torn" else no_room)
     try:
-        with pytest.raises(UserError, match="could not be written.*evaluate again") as caught:
+        with pytest.raises(UserError, match="could not be written.*whole as printed") as caught:
             evaluate.main([f"--run={full_run[0]}", "--limit=2", f"--save_to={place}"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "--resume" not in str(caught.value) and "avg@1" in capsys.readouterr().out
+    can_go_on = "--resume=true" in str(caught.value)
+    assert can_go_on == (place / "settings.json").exists()
+    assert can_go_on == (what in ("write_rollouts", "torn"))
+    assert "avg@1" in capsys.readouterr().out
     for file in place.iterdir():
         lines = file.read_text()
         if file.name == "eval.json":
+            assert json.loads(lines)["problems"] == 2
+        elif file.name == "settings.json":
             assert json.loads(lines)["problems"] == 2
         else:
             assert file.name == "rollouts.jsonl"
@@ -723,15 +728,15 @@ def test_what_a_full_disk_did_not_take_is_written_when_there_is_room(
     whole = run_log.write_rollouts
     batches = []
 
-    def at_first_full(path, trajectories, *rest):
+    def at_first_full(path, trajectories, *rest, **columns):
         batches.append(len(trajectories))
         if len(batches) == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
-        whole(path, trajectories, *rest)
+        whole(path, trajectories, *rest, **columns)
 
     monkeypatch.setattr(run_log, "write_rollouts", at_first_full)
     numbers = evaluated(full_run[0], limit=3, batch=1, save_to=str(place))
-    assert batches == [1, 2, 1] and "not_saved" not in numbers
+    assert batches == [1, 1, 1, 1] and "not_saved" not in numbers
     rows = [json.loads(line) for line in open(place / "rollouts.jsonl")]
     assert [row["group"] for row in rows] == [0, 1, 2]
 

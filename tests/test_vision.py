@@ -1012,7 +1012,7 @@ def test_a_teachers_rollouts_with_live_tools_are_learnt_from(qwen, smol, workpla
         examples=data.load("rows.jsonl"),
     )
     Path("teacher").mkdir()
-    record = Record.begin(Path("teacher"), {})
+    record = Record(Path("teacher"), {})
     played = evaluate.play_all(teacher, record, 1, 4)
     assert not record.problem and [t.reward for t in played] == [1.0, 0.0] * 3
     right = [t for t in played if t.reward]
