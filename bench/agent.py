@@ -6,8 +6,8 @@ Three processes on one machine: one plays rows as evaluate.py does, one is serve
 is all of its clients: plain sockets, because a client library would take more of the machine than
 the server. By turns, on rows that neither has seen: a round of 200 rollouts here, one of the same
 200 there. Both are greedy, so they have to sample the same number of tokens: it is checked. Linux
-only, for the load. Exit code 1 if an answer is lost, or if the endpoint has less than LEAST of
-evaluate.py's tokens per second.
+only, for the CPU time of the server. Exit code 1 if an answer is lost, or if the endpoint has less
+than LEAST of evaluate.py's tokens per second.
 """
 
 import asyncio
@@ -62,11 +62,12 @@ def play_rounds(cfg: Config) -> None:
         for start in range(0, count, cfg.at_once):
             sys.stdin.readline()
             began = time.perf_counter()
+            cpu = time.process_time()
             played = player.play(player.examples[start : start + cfg.at_once], first_group=start)
             seconds = time.perf_counter() - began
             tokens = sum(trajectory.new_tokens for trajectory in played)
-            right = sum(trajectory.outcome == 1 for trajectory in played)
-            print(json.dumps({"seconds": seconds, "tokens": tokens, "right": right}), flush=True)
+            took = {"seconds": seconds, "cpu": time.process_time() - cpu, "tokens": tokens}
+            print(json.dumps(took), flush=True)
 
 
 # -- the clients
@@ -107,6 +108,12 @@ async def ask_all(port: int, model: str, questions: list[str]) -> dict:
 # -- both by turns
 
 
+def cpu_seconds(pid: int) -> float:
+    """That a process has used so far (Linux): what it costs, however busy the machine is."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def measure(cfg: Config) -> dict:
     """Starts both, and returns what `show` prints."""
     arguments = [f"--{key}={getattr(cfg, key)}" for key in ("run", "at_once", "rounds")]
@@ -132,7 +139,9 @@ def measure(cfg: Config) -> dict:
             plays.stdin.flush()
             evaluated = json.loads(plays.stdout.readline())
             part = questions[start : start + cfg.at_once]
+            cpu = cpu_seconds(serves.pid)
             served = asyncio.run(ask_all(port, words[1], part))
+            served["cpu"] = cpu_seconds(serves.pid) - cpu
             assert served["tokens"] == evaluated["tokens"], "the rollouts are not the same"
             rounds.append({"evaluate": evaluated, "served": served})
     finally:
@@ -164,6 +173,8 @@ def show(measured: dict) -> float:
         median = statistics.median(speed(each[name]) for each in rounds)
         print(f"{name}_tokens_per_second: {median:.0f}")
     print(f"share: {share:.3f} (median of {', '.join(f'{one:.2f}' for one in shares)})")
+    costs = [each["evaluate"]["cpu"] / each["served"]["cpu"] for each in rounds]
+    print(f"share by CPU seconds of both processes: {statistics.median(costs):.3f}")
     for name in ("p50", "p99"):
         median = statistics.median(each["served"][name] for each in rounds)
         print(f"{name}_seconds: {median:.2f}")

@@ -19,6 +19,7 @@ from learning.vision import batch_positions, identities, image_inputs
 from run.config import UserError
 
 BLOCK = 256  # tokens of the vocabulary
+LONGEST_WAIT = 20  # times the patience
 
 
 @dataclass
@@ -46,7 +47,7 @@ class TransformersEngine(Engine):
 
     deterministic=True: a batch is formed only when every unfinished trajectory waits, and in an
     order that does not depend on who came first, so equal seeds give equal bits. False lets fast
-    ones go ahead while others wait for a slow tool, after `patience` seconds.
+    ones go ahead while others wait for a slow tool, when nobody has come for `patience` seconds.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class TransformersEngine(Engine):
         self.max_batch = max_batch
         self.patience = patience
         self.timer = None  # of the patience, while a batch waits for others
+        self.waits_until = 0.0  # by the loop's clock: no longer than that
         self.may_pad = may_pad(model)
         self.may_keep = self.may_pad and may_keep(model)
         self.unfinished = 0  # trajectories that have joined and not left
@@ -137,12 +139,19 @@ class TransformersEngine(Engine):
         done.add_done_callback(lambda done: self._batch_done(done, batch))
 
     def _waits_for_others(self) -> bool:
-        """Says whether those who are elsewhere may still come in time: a batch of many takes hardly
-        longer than one of few, and who comes too late waits for all of it."""
-        if self.patience and self.timer is None:
-            loop = asyncio.get_running_loop()
-            self.timer = loop.call_later(self.patience, self._lose_patience)
-        return self.timer is not None
+        """Says whether those who are elsewhere may still come in time: until nobody has come for
+        `patience` seconds, or for LONGEST_WAIT times as long. A batch of many takes hardly longer
+        than one of few, and who comes too late waits for all of it."""
+        if not self.patience:
+            return False
+        loop = asyncio.get_running_loop()
+        if self.timer is None:
+            self.waits_until = loop.time() + LONGEST_WAIT * self.patience
+        else:
+            self.timer.cancel()
+        soon = min(loop.time() + self.patience, self.waits_until)
+        self.timer = loop.call_at(soon, self._lose_patience)
+        return True
 
     def _lose_patience(self) -> None:
         self.timer = None

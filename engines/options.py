@@ -14,7 +14,7 @@ from run.config import UserError
 @dataclass
 class TransformersOptions:
     deterministic: bool = True  # equal seeds give equal bits; false: nobody waits for slow tools
-    patience: float = 0.0  # with deterministic=false: seconds that a batch waits for quick ones
+    patience: float = 0.0  # deterministic=false: a batch starts so many seconds after a newcomer
     canary: bool = True  # false: a run goes on though the engine has other weights than the trainer
 
 

@@ -100,6 +100,10 @@ def load_player(cfg: Config, argv: list[str]) -> Player:
     rollout_cfg = evaluate.load_config(argv, given)
     options = rollout_cfg.engine_options
     is_said = any(option.startswith("deterministic=") for option in options)
+    if "deterministic=true" in options:
+        raise UserError(
+            "engine_options: with deterministic=true all clients wait for the slowest: give false"
+        )
     if rollout_cfg.engine == "transformers" and not is_said:
         # else a slow tool of one client holds up all the others
         options = (*options, *ENGINE_OPTIONS)
@@ -321,6 +325,8 @@ class Agent:
 
         trajectory = Trajectory(asked.example, 0, sample)
         engine = self.player.engine
+        if self._slots.locked():
+            asked.expected.end()  # no batch is to wait for who waits here
         async with self._slots:
             engine.join()
             self.metrics.playing += 1

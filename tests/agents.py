@@ -97,10 +97,10 @@ class Script:
         return rest or "hello"
 
 
-def scripted_player(tokenizer, tools=(add,), **settings):
+def scripted_player(tokenizer, tools=(add,), vision=None, **settings):
     """A Player that is asked, and its Script."""
     box = Toolbox(list(tools))
-    chat = Chat(tokenizer, "hermes", box.schemas)
+    chat = Chat(tokenizer, "hermes", box.schemas, vision=vision)
     script = Script(tokenizer)
     engine = ScriptedEngine(script, tokenizer)
     settings = Settings(**{"temperature": 0.0, "max_tokens": 2048} | settings)

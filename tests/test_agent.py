@@ -598,3 +598,60 @@ def test_an_environment_with_a_user_of_its_own_is_not_served():
 
     with pytest.raises(UserError, match="talker has a user of its own"):
         agent.check_tools(Toolbox([talker]))
+
+
+# -- images
+
+
+def paint(colour: str):
+    """Paint a picture.
+
+    Args:
+        colour: its colour
+    """
+    return Image.new("RGB", (40, 32), colour)
+
+
+def test_a_model_that_sees_is_shown_images_and_those_of_tools_go_to_and_fro(tmp_path):
+    pytest.importorskip("trl", reason='the template is in trl: pip install -e ".[test]"')
+    import eyes
+    from transformers import AutoTokenizer
+
+    from images import to_data_uri
+    from learning.vision import find_vision
+
+    folder = eyes.folder_of("qwen3_vl", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    vision = find_vision(folder, tokenizer)
+    player, script = scripted_player(tokenizer, [paint], vision)
+    told = script.turn
+
+    async def turn(last, sampling):
+        if "paint it" in last and "tool_response" not in last:
+            return call("paint", colour="red")
+        return "I see." if "tool_response" in last else await told(last, sampling)
+
+    script.turn = turn
+    uri = to_data_uri(eyes.picture(1))
+    with serving(player) as address:
+        look = {"type": "text", "text": "paint it"}
+        asked = [{"role": "user", "content": [*showing(uri)[1:], look]}]
+        answer = post(address, body_of(asked)).json()
+        message = answer["choices"][0]["message"]
+        assert message["content"] == "I see."
+        first = script.prompts[-1]
+        assert first.count("<|image_pad|>") > first.count("<|vision_start|>") == 2
+        (_, result) = message["agent_turns"]
+        (shown,) = [part for part in result["content"] if part["type"] == "image_url"]
+        assert shown["image_url"]["url"].startswith("data:image/png;base64,")
+        # sent back as it came: the model sees both again, in their places
+        more = [*asked, message, {"role": "user", "content": "say more"}]
+        assert post(address, body_of(more)).status_code == 200
+        assert script.prompts[-1].startswith(first + "I see.<|im_end|>\n")
+        trace = CLIENT.get(f"{address}/v1/traces/{answer['id']}")
+        assert trace.text.count("data:image/") == 2
+        # what is no image, and what is too many
+        broken = showing("data:image/png;base64,AAAA")
+        for content, why in ((broken, "no image that can be read"), (showing(uri)[1:] * 17, "16")):
+            refused = post(address, body_of([{"role": "user", "content": content}]))
+            assert refused.status_code == 400 and why in refused.json()["error"]["message"]
