@@ -99,8 +99,8 @@ def main(argv: list[str]) -> None:
     listening = web.listen(cfg.host, cfg.port)
     token = token_for(root)
     asking.prepare()
-    print(f"the page: {web.address(listening)}/?token={token}", flush=True)
     print("who has this link can start programs here; Ctrl-C ends the page, not its runs")
+    print(f"the page: {web.address(listening)}/?token={token}", flush=True)
     web.serve(application(root, token, cfg.host), listening)
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from pages import HOSTILE, Served, hostile_run
 
+from run import page as run_page
+
 browsers = pytest.importorskip("browser", reason="the package websockets is not installed")
 pytest.importorskip("mcp", reason="starlette comes with mcp")
 pytestmark = pytest.mark.skipif(browsers.find() is None, reason="no Chromium on this machine")
@@ -127,8 +129,8 @@ def test_what_a_model_writes_stays_text(page, served, hostile):
     page.value(f"location.hash = toRun({json.dumps(hostile)})")
     page.until("document.querySelectorAll('#rollouts .tokens .t').length === 2")
     for section in ("curves", "rollouts", "log", "settings", "evaluation"):
-        said = page.value(f"document.querySelector('#{section}').textContent")
-        assert "<script>window.hacked=1</script>" in said, section
+        said = f"document.querySelector('#{section}').textContent"
+        page.until(f"{said}.includes('<script>window.hacked=1</script>')")
     assert HOSTILE in page.value("document.querySelector('.runhead').textContent")
     assert page.value("document.title").startswith(hostile)
     page.value(
@@ -136,7 +138,20 @@ def test_what_a_model_writes_stays_text(page, served, hostile):
         "new MouseEvent('mouseover', {bubbles: true}))"
     )
     assert "<img" in page.value("document.querySelector('#tip').textContent")
+    page.fill("[data-key=longer]", HOSTILE)
+    page.click("[data-key=resume]")
+    page.until("document.querySelector('.told').innerText.includes('expected int')")
+    assert HOSTILE[:20] in page.value("document.querySelector('.told').innerText")
     assert page.value("document.querySelectorAll('main b b, main img, main script').length") == 0
+    assert page.value(SAFE) and page.value(ELEMENTS) == own
+
+    page.click("[data-key=evaluate]")
+    page.until("document.querySelector('.verdict')?.innerText.length > 3")
+    for field in ("n", "endpoint", "save_to"):
+        page.fill(f"#field-{field}", HOSTILE)
+    page.until("document.querySelector('.verdict.why')?.innerText.includes('= \\'<img')")
+    assert hostile in page.value("document.querySelector('h1').innerText")
+    assert page.value("document.querySelectorAll('main img, main script').length") == 0
     assert page.value(SAFE) and page.value(ELEMENTS) == own
 
 
@@ -218,6 +233,20 @@ def test_the_page_goes_on_when_its_server_comes_back(page, served, tmp_path):
         again.end()
     # the refused connections are logged by the browser, and are no problem here
     page.browser.events.clear()
+
+
+def test_report_html_is_drawn_by_the_same_script(page, tmp_path):
+    """The one page of a run that can be mailed: run/page.js stands in it."""
+    run = hostile_run(tmp_path, "run")
+    run_page.page(run)
+    page.go(f"file://{run}/report.html#1")
+    page.until("document.querySelectorAll('.tokens .t').length === 2")
+    said = page.value("document.body.innerText")
+    assert "2 of 3" in said and "Curves" in said and HOSTILE in said
+    page.key("ArrowRight")
+    page.until("document.body.innerText.includes('3 of 3')")
+    assert page.value(SAFE) and page.value("document.querySelectorAll('img, iframe').length") == 0
+    assert page.value("document.querySelectorAll('script').length") == 2
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("report"), reason="report.py is not there yet")

@@ -5,7 +5,8 @@ const SCRIPT_NAMES = {
   "train_grpo.py": "GRPO, from trying (train_grpo.py)",
 };
 const CHECK_PAUSE = 400;  // ms behind the last key
-const ALWAYS = ["out_dir", "model", "data", "tools"];  // fields that are never folded
+const TRAINING = ["out_dir", "model", "data", "tools"];  // fields that are never folded
+const EVALUATION = ["limit", "n", "k", "temperature"];
 const LONG_TEXTS = ["system_prompt", "prompt_template"];
 
 async function newView(main, {script = "train_sft.py", config = "", evaluate = ""}) {
@@ -71,7 +72,8 @@ function formOf(start, form) {
   }
   check();
   const names = form.fields.map(field => field.name);
-  const differs = name => ALWAYS.includes(name)
+  const always = start.script === "evaluate.py" ? EVALUATION : TRAINING;
+  const differs = name => always.includes(name)
     || fields[name].field.value !== fields[name].field.default;
   const isWide = name => name === "tools" || LONG_TEXTS.includes(name);  // these come last
   const first = names.filter(differs).sort((a, b) => isWide(a) - isWide(b));
