@@ -142,16 +142,17 @@ def evaluation_of(home: Path, folder: Path) -> dict:
     return numbers if is_whole and is_of_this else {}
 
 
-def license_of(base: str) -> str:
-    """Reads the license of a base from the card in its files here; "" if they say none."""
+def license_of(stages: list[card.Stage]) -> str:
+    """Reads the license of the base from the card in its files here; "" if they say none."""
     from huggingface_hub import ModelCard, try_to_load_from_cache
 
-    file = Path(base).expanduser() / "README.md"
+    root = card.root_of(stages)
+    file = stages[-1].place / stages[-1].cfg.model / "README.md"
+    if root:  # a marker that is no path: known not to exist
+        cached = try_to_load_from_cache(root, "README.md")
+        file = Path(cached) if isinstance(cached, str) else file
     if not file.is_file():
-        cached = try_to_load_from_cache(base, "README.md") if "/" in base else None
-        if not isinstance(cached, str):
-            return ""
-        file = Path(cached)
+        return ""
     try:
         return str(ModelCard.load(file, ignore_metadata_errors=True).data.get("license") or "")
     except (OSError, ValueError):
@@ -197,7 +198,7 @@ def make_card(name: str, folder: Path, home: Path, cfg: Config) -> str:
         is_adapter=is_adapter,
         is_merged=cfg.merge,
         sees=(folder / "preprocessor_config.json").is_file(),
-        license=cfg.license or license_of(root or stages[-1].cfg.model),
+        license=cfg.license or license_of(stages),
         serve=serve,
         versions=versions(),
     )

@@ -58,7 +58,7 @@ class Sender:
             if self.is_closed:
                 return
             time.sleep(EVERY)
-        self.group = join(self.transport, self.store, 0, 1 + self.workers)
+        self.group = join(self.transport, self.store, 0, 1 + self.workers, self.address)
         for _, tensor in self.weights:
             if self.is_closed:
                 return

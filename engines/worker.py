@@ -10,6 +10,7 @@ import json
 import os
 import select
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
@@ -17,16 +18,30 @@ from datetime import timedelta
 STUCK = timedelta(seconds=120)  # for a connection to be made, or one tensor to go over
 
 
-def join(transport: str, store, rank: int, size: int):
+def join(transport: str, store, rank: int, size: int, address: str):
     """Makes the group of a trainer, which is rank 0, and a server's workers. It is beside those
-    that torch.distributed knows by name, of which both sides have their own."""
+    that torch.distributed knows by name, of which both sides have their own. address: of this
+    machine, at which the others reach it."""
     import torch.distributed as dist
 
     if transport == "gloo":
-        return dist.ProcessGroupGloo(store, rank, size, STUCK)
-    options = dist.ProcessGroupNCCL.Options()
+        options = dist.ProcessGroupGloo._Options()
+        # else that of the machine's name, which is 127.0.1.1 on many
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+        kind = dist.ProcessGroupGloo
+    else:
+        options = dist.ProcessGroupNCCL.Options()
+        kind = dist.ProcessGroupNCCL
     options._timeout = STUCK
-    return dist.ProcessGroupNCCL(store, rank, size, options)
+    return kind(store, rank, size, options)
+
+
+def address_towards(host: str, port: int) -> str:
+    """Returns the address of this machine from which it reaches another one."""
+    family, kind, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(place)  # nothing is sent
+        return probe.getsockname()[0]
 
 
 def bytes_of(tensor):
@@ -43,7 +58,8 @@ def received(transport: str, address: str, port: int, device) -> Iterator[tuple]
 
     store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=STUCK)
     said = json.loads(store.get("said"))
-    group = join(transport, store, store.add("joined", 1), said["size"])
+    here = address_towards(address, port)
+    group = join(transport, store, store.add("joined", 1), said["size"], here)
     for name, dtype, shape in said["tensors"]:
         place = device if transport == "nccl" else "cpu"
         tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=place)

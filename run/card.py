@@ -36,6 +36,7 @@ class Stage:
 
     script: str  # train_grpo.py
     cfg: object  # its Config
+    place: Path  # where it was run, as far as its out_dir says: its paths begin there
 
 
 @dataclass
@@ -68,8 +69,8 @@ def stages_of(model: str, classes: dict[str, type]) -> list[Stage]:
         seen.add(folder)
         # what was saved holds values alone, so nothing is run by reading it
         cfg = config.parse(classes[script], ["--config", str(file)])
-        stages.append(Stage(script, cfg))
-        model = cfg.model
+        stages.append(Stage(script, cfg, place_of(folder, cfg.out_dir)))
+        model = str(stages[-1].place / cfg.model)
 
 
 def home_of(model: str) -> Path:
@@ -78,12 +79,27 @@ def home_of(model: str) -> Path:
     return folder.parent.parent if folder.parent.name == "checkpoints" else folder
 
 
+def place_of(folder: Path, out_dir: str) -> Path:
+    """Returns the folder in which a run was begun whose out_dir is now `folder`."""
+    parts = Path(out_dir).parts
+    if not Path(out_dir).is_absolute() and folder.parts[-len(parts) :] == parts:
+        return folder.parents[len(parts) - 1]
+    return Path.cwd()
+
+
+def is_hub_id(name: str, place: Path) -> bool:
+    """Says whether a name is one of the hub's, and no path that began in `place`."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or name.startswith("out/"):
+        return False
+    is_file = name.endswith((".jsonl", ".json", ".parquet"))
+    return not is_file and not (place / name).parent.is_dir()
+
+
 def root_of(stages: list[Stage]) -> str:
     """Returns the hub id of the model that all began with; "" if it was made from scratch, or is a
     folder that others have not."""
-    model = stages[-1].cfg.model
-    is_there = Path(model).expanduser().exists()
-    return model if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) and not is_there else ""
+    first = stages[-1]
+    return first.cfg.model if is_hub_id(first.cfg.model, first.place) else ""
 
 
 def settings(cfg) -> tuple[dict, list[str]]:
@@ -137,7 +153,7 @@ def front_matter(about: About) -> str:
     datasets = []
     for stage in about.stages:
         name = stage.cfg.data.partition(":")[0]
-        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists():
+        if is_hub_id(name, stage.place):
             datasets.append(name)
     results = []
     for name, value in measured(about.evaluation).items():

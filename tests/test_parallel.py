@@ -632,7 +632,7 @@ def test_ctrl_c_saves_on_all_ranks(launched, ranks, place):
     steps = len(lines(place / "interrupted" / "metrics.jsonl"))
     (saved,) = (place / "interrupted" / "checkpoints").iterdir()
     assert saved.name == f"step-{steps:06d}"
-    codes, said = ranks("grpo", 2, "ddp", "interrupted", steps=steps + 1, save_every=0)
+    codes, said = ranks("grpo", 2, "ddp", "interrupted", steps=steps + 3, save_every=0)
     assert codes == [0, 0] and f"going on with step {steps}" in said, said
 
 

@@ -161,6 +161,44 @@ def test_the_commands_of_a_card_are_read_by_the_scripts(here, tmp_path):
         assert all(getattr(cfg, name) == getattr(stage.cfg, name) for name in told)
 
 
+def test_paths_are_those_of_the_place_where_it_was_trained(here, tmp_path, monkeypatch):
+    """Seen from elsewhere, out/calc_sft would look like a name of the hub."""
+    ours = (pushed(run="grpo", to=f"{tmp_path}/calc") / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    theirs = pushed(run=str(here / "grpo"), to=f"{tmp_path}/other/calc") / "README.md"
+    assert theirs.read_text() == ours and "python train_sft.py" in ours
+    for name in ("out/calc_sft", "rows/x.jsonl", f"{here.name}/base"):
+        assert not card.is_hub_id(name, here.parent)
+    assert card.is_hub_id("Qwen/Qwen2.5-0.5B-Instruct", here.parent)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_base_and_data_of_the_hub_are_named(here, tmp_path, method):
+    """And their license is that which the base's card here says, if it is here."""
+    values = {"model": "Qwen/Qwen2.5-0.5B-Instruct", "data": "openai/gsm8k:main", "lora_r": 8}
+    cfg = train_grpo.Config(**values)
+    stage = card.Stage("train_grpo.py", cfg, here)
+    about = card.About(
+        name="you/calc",
+        stages=[stage],
+        last_step={},
+        evaluation={},
+        is_adapter=method == "lora",
+        is_merged=False,
+        sees=False,
+        license="",
+        serve="vllm serve",
+        versions={},
+    )
+    text = card.card(about)
+    head = yaml.safe_load(text.split("---\n")[1])
+    assert head["base_model"] == values["model"] and head["datasets"] == ["openai/gsm8k"]
+    assert head["base_model_relation"] == ("adapter" if method == "lora" else "finetune")
+    assert "license" not in head and "Its license is not known here" in text
+    if method == "lora":
+        assert f"calc --base-model-id {values['model']} --outfile adapter.gguf" in text
+
+
 def test_an_adapter_is_loaded_by_peft_and_merged_weights_need_none(here, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -352,7 +352,7 @@ def test_a_command_is_well_formed(page, command):
 
 def test_there_are_commands_of_every_script():
     text = "\n".join(command for _, command in commands())
-    for script in ("train_grpo.py", "train_sft.py", "evaluate.py", "play.py", "demo.py"):
+    for script in ("train_grpo.py", "train_sft.py", "evaluate.py", "play.py", "demo.py", "push.py"):
         assert f"python {script}" in text
     for module in ("run.page", "learning.merge", "serve.mcp_server", "serve.retrieve"):
         assert f"python -m {module}" in text
