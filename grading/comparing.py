@@ -377,8 +377,8 @@ def settings_in(folder: Path) -> dict[str, str]:
 
 
 def differing_settings(folders: list[Path]) -> list[list[str | None]]:
-    """Lists the settings that are not the same in all that have them, of which there have to be two:
-    [name, value in each folder]; None where it has none."""
+    """Lists the settings that are not the same in all folders that have them: [name, value in each
+    folder]; None where it has none, and no row where only one has it."""
     all_settings = [settings_in(folder) for folder in folders]
     names = dict.fromkeys(name for settings in all_settings for name in settings)
     rows = []
