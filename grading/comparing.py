@@ -9,6 +9,7 @@ but for the system prompt, their images, and the right answer.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,7 +171,12 @@ def is_of_problem(row: dict) -> bool:
 def outcome_of(row: dict) -> float | None:
     """Reads what says right or wrong: the first reward; None where that graded nothing."""
     outcome = next(iter(row["rewards"].values()), None)
-    return float(outcome) if isinstance(outcome, int | float) else None
+    if not isinstance(outcome, int | float):
+        return None
+    try:
+        return float(outcome) if math.isfinite(outcome) else None
+    except OverflowError:  # an integer that no float holds
+        return None
 
 
 def asked(row: dict) -> list[dict]:
@@ -200,7 +206,8 @@ def question_of(messages: list[dict]) -> str:
     for message in messages:
         content = message["content"]
         if isinstance(content, list):
-            content = " ".join(str(part.get("text", "(image)")) for part in content)
+            parts = [part if isinstance(part, dict) else {"text": part} for part in content]
+            content = " ".join(str(part.get("text", "(image)")) for part in parts)
         texts.append(str(content))
     text = "\n".join(texts)
     return text if len(text) <= 400 else f"{text[:400]} …"
@@ -214,15 +221,18 @@ def average_of(numbers: dict) -> str:
     average = numbers.get(f"avg@{numbers.get('samples')}")
     if average is None:
         return "nothing graded"
-    return f"{average:.4f} ({numbers['ci95_low']:.4f} - {numbers['ci95_high']:.4f})"
+    low = written(numbers.get("ci95_low"))
+    high = written(numbers.get("ci95_high"))
+    return f"{written(average)} ({low} - {high})"
 
 
 def repeats_of_average(numbers: dict) -> set[str]:
     """Finds what is avg@n under another name, where it is: a table has it once, eval.json all."""
-    if "samples" not in numbers:
+    average_name = f"avg@{numbers.get('samples')}"
+    if average_name not in numbers:
         return set()
-    average = numbers[f"avg@{numbers['samples']}"]
-    names = {"accuracy", "reward", "pass@1", f"reward_{numbers['outcome']}"}
+    average = numbers[average_name]
+    names = {"accuracy", "reward", "pass@1", f"reward_{numbers.get('outcome')}"}
     return {name for name in names if name in numbers and numbers[name] == average}
 
 
@@ -334,8 +344,10 @@ def table_of_pairs(pairs: list[dict]) -> dict:
 
 def page(title: str, data: dict) -> str:
     """Fills run/compare.html: one page that loads nothing, and on which every text is text."""
+    # a browser's JSON has no NaN and no Infinity: they become texts
+    plain = json.loads(json.dumps({"title": title} | data), parse_constant=str)
     # ASCII, and no "<": no text of a model can end the script element that it stands in
-    text = json.dumps({"title": title} | data, separators=(",", ":")).replace("<", "\\u003c")
+    text = json.dumps(plain, separators=(",", ":")).replace("<", "\\u003c")
     template = (config.HERE / "run" / "compare.html").read_text(encoding="utf-8")
     return template.replace("{{data}}", text)
 
@@ -377,8 +389,8 @@ def settings_in(folder: Path) -> dict[str, str]:
 
 
 def differing_settings(folders: list[Path]) -> list[list[str | None]]:
-    """Lists the settings that differ among the folders that have them, two at least: [name, value
-    in each folder]; None where it has none."""
+    """Lists the settings that are not the same in all folders that have them: [name, value in each
+    folder]; None where it has none, and no row where only one has it."""
     all_settings = [settings_in(folder) for folder in folders]
     names = dict.fromkeys(name for settings in all_settings for name in settings)
     rows = []

@@ -156,6 +156,23 @@ def test_files_of_nothing_make_a_page(tmp_path, text):
     assert data_of(report.page_of([folder]))["problems"] == []
 
 
+def test_odd_numbers_and_contents_make_a_page_that_a_browser_reads(tmp_path):
+    folder = an_evaluation(tmp_path / "a", [1], odd=float("nan"))
+    rows = [row(0, 1.0), row(1, 1.0), row(2, 1.0), row(3, 10**400)]
+    rows[1]["messages"][1]["content"] = ["text", {"type": "image"}, 3]
+    lines = [json.dumps(r) for r in rows] + [json.dumps(row(4, 1.0)).replace("1.0", "1e999")]
+    (folder / "rollouts.jsonl").write_text("\n".join(lines) + "\n")
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    page = report.page_of([folder])
+    (text,) = re.findall(r'id="data">(.*?)</script>', page, re.S)
+    assert len(json.loads(text, parse_constant=refuse)["problems"]) == 5
+    (folder / "eval.json").write_text('{"model": "m", "data": "d", "samples": 1, "avg@1": 0.5}')
+    assert "0.5000 (none - none)" in report.page_of([folder])
+
+
 def test_the_command_prints_tables_and_writes_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
