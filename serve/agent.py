@@ -65,7 +65,7 @@ MOST_BYTES = 4 * 2**20  # of a request
 MOST_BYTES_WITH_IMAGES = 24 * 2**20  # to a model that sees
 MOST_SAMPLES = 128  # n of a request
 MOST_CHARACTERS = 64  # of a token, on average: few are so long
-ENGINE_OPTIONS = ("deterministic=false", "patience=0.03")  # of transformers, unless told otherwise
+ENGINE_OPTIONS = ("deterministic=false", "patience=0.05")  # of transformers, unless told otherwise
 CHATS = 64  # sets of clients' tools whose prompts are known
 ALIVE = 10.0  # seconds of silence after which a stream says that it is there
 HANDED_OUT = "(handed to the client)"
