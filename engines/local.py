@@ -19,7 +19,7 @@ from learning.vision import batch_positions, identities, image_inputs
 from run.config import UserError
 
 BLOCK = 256  # tokens of the vocabulary
-LONGEST_WAIT = 20  # times the patience
+LONGEST_WAIT = 10  # times the patience
 
 
 @dataclass

@@ -41,7 +41,7 @@ if __name__ == "__main__":
 
 import data
 import evaluate
-from chat import Chat
+from chat import Chat, flat_text
 from engines.base import Engine
 from images import Picture
 from player import Player
@@ -64,7 +64,8 @@ from serve.traces import Traces
 MOST_BYTES = 4 * 2**20  # of a request
 MOST_BYTES_WITH_IMAGES = 24 * 2**20  # to a model that sees
 MOST_SAMPLES = 128  # n of a request
-ENGINE_OPTIONS = ("deterministic=false", "patience=0.03")  # of transformers, unless told otherwise
+MOST_CHARACTERS = 64  # of a token, on average: few are so long
+ENGINE_OPTIONS = ("deterministic=false", "patience=0.05")  # of transformers, unless told otherwise
 CHATS = 64  # sets of clients' tools whose prompts are known
 ALIVE = 10.0  # seconds of silence after which a stream says that it is there
 HANDED_OUT = "(handed to the client)"
@@ -222,6 +223,8 @@ class Agent:
             raise Refused(400, "messages: this model sees no images", "messages")
 
         # 2. the prompt, with the tools of both
+        settings = self._settings(request)
+        self._check_length(request, settings)
         try:
             chat = await self._chat_with(request.tools if request.may_call else [])
             example = self.player.question(request.messages, request.images)
@@ -235,16 +238,10 @@ class Agent:
         except UserError as error:
             raise Refused(400, str(error), "messages") from None
 
-        # 3. how it is sampled
-        settings = self._settings(request)
         if len(prompt) >= settings.max_tokens:
-            raise Refused(
-                400,
-                f"messages: the conversation has {len(prompt)} tokens, and with its answer may "
-                f"have {settings.max_tokens}",
-                "messages",
-                "context_length_exceeded",
-            )
+            raise too_long(f"{len(prompt)} tokens", settings)
+
+        # 3. what plays it
         tools = [as_tool(schema) for schema in request.tools] if request.may_call else []
         return Asked(
             id=f"chatcmpl-{secrets.token_hex(12)}",
@@ -258,6 +255,15 @@ class Agent:
             prompt=prompt,
             expected=expected,
         )
+
+    def _check_length(self, request: Request, settings: Settings) -> None:
+        """Refuses what is too long by far: a megabyte takes a second to encode, in which nobody
+        is answered."""
+        length = 0
+        for message in request.messages:
+            length += len(flat_text(message["content"])) + len(str(message.get("tool_calls", "")))
+        if length > MOST_CHARACTERS * settings.max_tokens:
+            raise too_long(f"{length} characters", settings)
 
     def _settings(self, request: Request) -> Settings:
         temperature = request.temperature
@@ -360,6 +366,11 @@ class Agent:
             metrics.completion_tokens += trajectory.new_tokens
             metrics.tool_calls += len(calls)
             metrics.tool_errors += sum(call.error is not None for call in calls)
+
+
+def too_long(length: str, settings: Settings) -> Refused:
+    why = f"the conversation has {length}, and with its answer may have {settings.max_tokens}"
+    return Refused(400, f"messages: {why} tokens", "messages", "context_length_exceeded")
 
 
 def as_tool(schema: dict) -> Tool:

@@ -178,6 +178,7 @@ ODD = [
     ),
     (asking(HELLO * 1025), 400, "at most 1024, not 1025"),
     (saying("word " * 5000), 400, "tokens, and with its answer may have 2048"),
+    (saying("x" * 10**6), 400, "has 1000000 characters, and with its answer may have 2048"),
     # images
     (saying(showing(data_uri(0))), 400, "this model sees no images"),
     (saying(showing(data_uri(10 * 2**20))), 413, "a request has at most 4194304 bytes"),

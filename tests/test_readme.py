@@ -354,7 +354,13 @@ def test_there_are_commands_of_every_script():
     text = "\n".join(command for _, command in commands())
     for script in ("train_grpo.py", "train_sft.py", "evaluate.py", "play.py", "demo.py", "push.py"):
         assert f"python {script}" in text
-    for module in ("run.page", "learning.merge", "serve.mcp_server", "serve.retrieve"):
+    for module in (
+        "run.page",
+        "learning.merge",
+        "serve.mcp_server",
+        "serve.retrieve",
+        "serve.agent",
+    ):
         assert f"python -m {module}" in text
 
 
@@ -387,7 +393,7 @@ def keys_in(text):
 def test_every_key_with_a_value_is_a_key(page):
     """Also in the text, where it stands beside no command."""
     scripts = [*ROOT.glob("*.py"), ROOT / "serve/mcp_server.py", *ROOT.glob("learning/*.py")]
-    scripts += [ROOT / "serve/retrieve.py", ROOT / "run/suite.py"]
+    scripts += [ROOT / "serve/retrieve.py", ROOT / "serve/agent.py", ROOT / "run/suite.py"]
     scripts += [ROOT / "tasks/worked.py", ROOT / "dev/pictures.py", *ROOT.glob("bench/*.py")]
     keys = {"dry_run", "fits"}.union(*(keys_of(script) for script in scripts))
     assert keys_in(PAGES[page]) - keys == set()
