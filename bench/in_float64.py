@@ -18,8 +18,10 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from learning import model as models
+from learning import parallel
 
 load = models.load
+launch = parallel.launch
 
 
 def load_in_float64(*args, **options):
@@ -32,7 +34,14 @@ def in_float64(model, dtype):
     return model.double()
 
 
+def launch_in_float64(count):
+    """Starts the ranks by this file too: runpy has put the script's name in its place."""
+    sys.argv[0] = __file__
+    launch(count)
+
+
 if __name__ == "__main__":
+    parallel.launch = launch_in_float64
     models.load = load_in_float64
     models.in_dtype = in_float64
     torch.Tensor.bfloat16 = torch.Tensor.double
