@@ -1,4 +1,4 @@
-# 2-core CPU, 8 minutes beside much else. GRPO from out/mix_sft, on three tasks at once, each with its
+# 2-core CPU, 8 minutes on a busy one. GRPO from out/mix_sft, on three tasks at once, each with its
 # own rows, prompt, tools and kind of reward (right answer, exact match, final state): 0.31 -> 0.99.
 out_dir = "out/mix"
 mix = ("calc.py", "facts.py", "desk.py")  # each with :weight, else 1
