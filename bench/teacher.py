@@ -109,8 +109,8 @@ def teach(
     """Teaches the student the first `count` episodes, and measures it, before and after GRPO."""
     taught = student
     if count:
-        argv = ["--config=multi_sft.py", "--whole_names=false", f"--model={student}"]
-        argv += [f"--data={played}", f"--rows={count}", "--min_reward=1", "--learning_rate=3e-3"]
+        argv = [f"--model={student}", f"--data={played}", f"--rows={count}", "--min_reward=1"]
+        argv += ["--optimizer=muon", "--learning_rate=3e-3", "--schedule=linear"]
         argv += [f"--epochs={PASSES / count:g}", f"--seed={seed}", f"--out_dir={folder}/sft"]
         taught = train(train_sft, argv)
     argv = ["--config=multi.py", f"--model={taught}", f"--steps={steps}"]

@@ -68,7 +68,7 @@ class Run:
         self.handlers = {}  # signal: who handled it before
         self.lock = None  # the open file that is locked, from `restore` on
         parallel.by_first(self._check_out_dir)
-        self.sources = mix.fingerprint(cfg)  # of the rows, and of the files of a mix
+        self.sources = mix.fingerprint(cfg)  # of a mix
 
     def _check_out_dir(self) -> None:
         """Checks that this run may write to out_dir. UserError if not."""
@@ -472,18 +472,17 @@ def _check_same_config(cfg, file: Path) -> None:
 
 
 def _check_same_sources(cfg, now: dict, before: dict) -> None:
-    """Checks that no source of a mix says something else than when the run began, and no file of
-    rows holds others: the run would go on with other prompts. {source: {key: value}}."""
+    """Checks that no source of a mix says something else than when the run saved, and no file of
+    rows holds others: it would go on with other prompts. {source: {key: value}}."""
     for name, values in before.items():  # the names are those of `mix`, which is the same
         for key, old in values.items():
             new = now[name].get(key)
             if new == old or key in FREE:
                 continue
             said = f"{key} = {new!r}, but the run in {cfg.out_dir} has {old!r}"
-            if key == "rows":
+            if key == mix.DIGEST:
                 said = f"the file of its data has changed since the run in {cfg.out_dir} saved"
-            where = f"{name}: " if name else ""
-            raise UserError(f"{where}{said}: give that, or begin another with --out_dir=…")
+            raise UserError(f"{name}: {said}: give that, or begin another with --out_dir=…")
 
 
 def _trained(model) -> dict:

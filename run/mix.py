@@ -32,6 +32,7 @@ OF_A_SOURCE = tuple(
 # The same, where the mix does not say it for all of them.
 UNLESS_OF_THE_MIX = ("split", "limit")
 LONGEST_PERIOD = 10_000  # prompts after which the order of the sources begins anew
+DIGEST = "digest"  # in a fingerprint: of the file of a source's rows
 KEY = "mix"  # in an example, and in messages: the source that a row is of
 
 
@@ -72,15 +73,14 @@ def sources(cfg) -> list[Source]:
 
 
 def fingerprint(cfg) -> dict[str, dict]:
-    """What the rows of a run are and how they are played: {source: {key: value}}, with the digest
-    of its file as "rows". A config without a mix is the one source "", and has only the digest: its
-    keys are its own."""
+    """What the sources of a mix say: {source: {key: value}}, with the digest of its file of rows
+    as DIGEST; {} of a config without one, whose keys are its own."""
     described = {}
     for source in sources(cfg):
         keys = [key for key in (*OF_A_SOURCE, *UNLESS_OF_THE_MIX) if hasattr(source.cfg, key)]
         described[source.name] = {key: getattr(source.cfg, key) for key in keys}
-        described[source.name]["rows"] = _digest(source.cfg.data)
-    return described or {"": {"rows": _digest(cfg.data)}}
+        described[source.name][DIGEST] = _digest(source.cfg.data)
+    return described
 
 
 def _digest(data: str) -> str:

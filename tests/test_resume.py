@@ -939,10 +939,10 @@ def test_a_folder_with_more_than_a_start_is_refused_as_before(name, tmp_path):
         ("grpo_mix", "one.py", "coin", "coin:2", r"one: rewards = .*coin:2',\), but the run in"),
         ("grpo_mix", "rows.jsonl", "2 + 2", "2 + 9", "one: the file of its data has changed since"),
         ("sft_mix", "four.py", '"Hi"', '"Ho"', "four: system_prompt = 'Ho', but the run in .* has"),
-        ("sft", "demos.jsonl", "2 + 2", "2 + 9", "the file of its data has changed since the run"),
+        ("sft_mix", "three.py", "rows = 12", "rows = 14", "three: rows = 14, but the run in .* 12"),
     ],
 )
-def test_a_source_or_a_file_that_has_changed_is_refused_at_a_resume(
+def test_a_source_of_a_mix_that_has_changed_is_refused_at_a_resume(
     here, tmp_path, monkeypatch, name, file, old, new, says
 ):
     folder = tmp_path / "copy"
