@@ -1,9 +1,11 @@
 """Kills an evaluation of a trained model at random moments, goes on, and compares its numbers.
 
-    python bench/kill_evaluation.py out/calc evidence/bench/kill_evaluation.txt
+    python bench/kill_evaluation.py out/calc evidence/bench/kill_evaluation.txt greedy
+    python bench/kill_evaluation.py out/calc evidence/bench/kill_evaluation_sampled.txt sampled 128
 
-By SIGKILL, five times each, greedy and at temperature 1: at a random number of finished
-trajectories, and at random milliseconds behind that. A beginning that is killed is the next one's.
+By SIGKILL, five times, greedy or at temperature 1: at a random number of finished trajectories, and
+at random milliseconds behind that. What one has begun the next goes on with. The last argument is
+how many problems.
 """
 
 import random
@@ -16,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = 5
-WAYS = {"greedy": [], "temperature 1": ["--temperature=1", "--n=2", "--k=1,2"]}
+WAYS = {"greedy": [], "sampled": ["--temperature=1", "--n=2", "--k=1,2"]}
 
 
 def command(run: str, save_to: Path, options: list[str]) -> list[str]:
@@ -42,31 +44,33 @@ def killed(argv: list[str], folder: Path, total: int, rng: random.Random) -> tup
     return before, count(folder)
 
 
-def main(run: str, target: str) -> None:
+def main(run: str, target: str, way: str, limit: str = "512") -> None:
     rng = random.Random(17)
-    said = []
-    with tempfile.TemporaryDirectory() as place:
-        for name, options in WAYS.items():
-            whole = Path(place, f"{name} whole")
-            started = time.monotonic()
-            subprocess.run(command(run, whole, options), check=True, stdout=subprocess.DEVNULL)
-            seconds = time.monotonic() - started
-            total = count(whole)
-            ours = Path(place, f"{name} killed")
-            argv = command(run, ours, options)
-            said.append(f"{name}: {total} trajectories, {seconds:.1f} s without a kill")
-            for number in range(KILLS):
-                before, after = killed(argv, ours, total, rng)
-                said.append(f"  kill {number + 1}: {before} were there, {after} at the kill")
-            assert not (ours / "eval.json").exists(), "it ended before the last kill"
-            subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
-            texts = [(folder / "eval.json").read_bytes() for folder in (whole, ours)]
-            same = "the same bytes" if texts[0] == texts[1] else "OTHER BYTES"
-            said.append(f"  eval.json: {same}; rollouts.jsonl: {count(ours)} lines")
-            said.append(texts[1].decode())
-    text = "\n".join(said) + "\n"
-    Path(target).write_text(text)
-    print(text)
+    options = [*WAYS[way], f"--limit={limit}"]
+    with tempfile.TemporaryDirectory() as place, open(target, "w") as file:
+
+        def say(line: str) -> None:
+            print(line, flush=True)
+            file.write(line + "\n")
+            file.flush()
+
+        whole = Path(place, "whole")
+        started = time.monotonic()
+        subprocess.run(command(run, whole, options), check=True, stdout=subprocess.DEVNULL)
+        seconds = time.monotonic() - started
+        total = count(whole)
+        ours = Path(place, "killed")
+        argv = command(run, ours, options)
+        say(f"{way}: {total} trajectories, {seconds:.1f} s without a kill")
+        for number in range(KILLS):
+            before, after = killed(argv, ours, total, rng)
+            say(f"  kill {number + 1}: {before} were there, {after} at the kill")
+        assert not (ours / "eval.json").exists(), "it ended before the last kill"
+        subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+        texts = [(folder / "eval.json").read_bytes() for folder in (whole, ours)]
+        same = "the same bytes" if texts[0] == texts[1] else "OTHER BYTES"
+        say(f"  eval.json: {same}; rollouts.jsonl: {count(ours)} lines")
+        say(texts[1].decode())
 
 
 if __name__ == "__main__":
