@@ -21,6 +21,7 @@ import gc
 import itertools
 import json
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +35,6 @@ if __name__ == "__main__":
 import torch
 
 import data
-import play
 import rewards as reward_functions
 import train_grpo
 import train_sft
@@ -1013,7 +1013,10 @@ def dry_run(plan: suite.Config) -> None:
     for cell in cells:
         if cell.model == cells[0].model:
             print_cell(cell)
-            play.play_made_up(cell.cfg)
+            with tempfile.TemporaryDirectory() as folder:
+                file = f"{folder}/{cell.data.name}.py"
+                config.save(cell.cfg, file)
+                config.run_script("play.py", ["--made_up=true", "--config", file])
 
 
 def run_suite(argv: list[str]) -> None:

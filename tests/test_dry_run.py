@@ -104,14 +104,15 @@ def test_a_suite_of_models_is_played_and_each_right_answer_is_rewarded(
 ):
     """AIME 24 and 25, MATH-500, GSM8K, HumanEval, MBPP, NQ, HotpotQA, Spider, ChartQA."""
     played = []
-    play_made_up = play.play_made_up
 
-    def noted(cfg):
+    def noted(script, argv):
+        assert (script, argv[0]) == ("play.py", "--made_up=true")
+        cfg = config.parse(train_grpo.Config, argv[1:], train_grpo.check)
         if "search" in cfg.tools:
             cfg = replace(cfg, tool_options=(f"search.url={retriever}",))
-        played.append(play_made_up(cfg))
+        played.append(play.play_made_up(cfg))
 
-    monkeypatch.setattr(play, "play_made_up", noted)
+    monkeypatch.setattr(config, "run_script", noted)
     evaluate.main(["--config", f"suites/{name}", "--dry_run=true"])
     said = capsys.readouterr().out
     assert [t.outcome for t in played] == [1.0] * len(played), said
