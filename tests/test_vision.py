@@ -1042,7 +1042,7 @@ def test_a_teachers_rollouts_with_live_tools_are_learnt_from(qwen, smol, workpla
         assert (sample.ids[: len(t.ids)], sample.mask[: len(t.ids)]) == (t.ids, t.mask)
     others = samples(smol, "teacher/talks.jsonl", format="json_actions", **tools)
     assert [len(sample.images) for sample in others] == [2, 2, 2]
-    with pytest.raises(UserError, match="take 'ids' out of the rows, which makes conversations"):
+    with pytest.raises(UserError, match="or learn its messages, with --recorded=false"):
         samples(smol, "teacher/rollouts.jsonl")
 
 
