@@ -31,7 +31,7 @@ from learning import model as models
 from tasks import multi, tiny
 
 GUESSES = 12_000  # demonstrations from which those without a call are taken
-PASSES = 2400  # rows that a student is shown: many times those of few episodes
+PASSES = 9600  # rows that a student is shown: many times those of few episodes
 PROBLEMS = 256  # held out
 
 
@@ -39,7 +39,7 @@ PROBLEMS = 256  # held out
 class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     episodes: tuple[int, ...] = (0, 50, 200, 800)
-    steps: int = 20  # of GRPO, behind SFT
+    steps: int = 40  # of GRPO, behind SFT
     out_dir: str = "out/teacher"  # where the runs are made; what is there is used again
     save_to: str = "evidence/teacher"
 
