@@ -220,9 +220,10 @@ function image(row, images, number, tokens) {  // number: from 1
   caption.push(width ? `${width} × ${height} pixels` : "its file is not there");
   if (tokens) caption.push(`${tokens} tokens`);
   const words = caption.join(", ");
-  // place: where a server has it; report.html lies beside the folder of images
-  const link = width ? {href: place ?? name, target: "_blank", title: "opens the whole image"} : {};
-  const box = el(width ? "a" : "span", {class: "image", ...link});
+  // place: where a server has it, "" if nowhere; report.html lies beside the folder of images
+  const opens = width && place !== "";
+  const link = opens ? {href: place ?? name, target: "_blank", title: "opens the whole image"} : {};
+  const box = el(opens ? "a" : "span", {class: "image", ...link});
   if (copy) {
     // what is tiny is shown enlarged, pixel by pixel; what is large as its copy
     const longer = Math.max(width, height);

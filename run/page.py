@@ -121,20 +121,24 @@ def _running_mean(steps: list[int], values: list[float], window: int) -> list[fl
 # ---- report.html
 
 
-def page(out_dir, title: str = "") -> None:
+def page(out_dir, title: str = "", has_images: bool = True) -> None:
     """Writes report.html: page.html with the data of metrics.jsonl, rollouts.jsonl and config.py
     in it, and small copies of images. It loads nothing else: it can be mailed. A click on an image
     opens the whole one, where the folder `images` is still beside the page. title: "" is the
-    folder."""
+    folder. has_images: whether the page will have that folder beside it."""
     out_dir = Path(out_dir)
     rollouts, written = shown_rollouts(out_dir / "rollouts.jsonl")
+    images = images_of(out_dir, rollouts)
+    if not has_images:
+        for about in filter(None, images.values()):
+            about["place"] = ""
     data = {
         "out_dir": title or str(out_dir),
         "settings": settings_of(out_dir / "config.py"),
         **curves_of(out_dir / "metrics.jsonl"),
         "written": written,
         "rollouts": rollouts,
-        "images": images_of(out_dir, rollouts),
+        "images": images,
     }
     # ASCII, and no "<": no text of a model can end the script element that it stands in.
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

@@ -31,6 +31,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import quote
 
 from run import config
 from run.config import UserError
@@ -52,6 +53,9 @@ from tools.calling.base import Tool
 from trajectory import Trajectory
 
 try:
+    from starlette.requests import Request as HttpRequest
+    from starlette.responses import RedirectResponse
+
     from serve import mcp_server, web
     from serve.web import Refused
 except ImportError as error:
@@ -487,8 +491,11 @@ class Server:
         # 1. is it for us?
         headers = scope["headers"]
         path = scope["path"]
-        if not web.has_token(headers, self.token):
-            raise Refused(401, "a bearer token is missing or wrong", code="invalid_api_key")
+        if not web.has_token(headers, self.token) and not self._is_known_browser(scope):
+            why = "a bearer token is missing or wrong"
+            if path.startswith(TRACES):
+                why += "; a browser that has no cookie of it yet opens this with ?token=… once"
+            raise Refused(401, why, code="invalid_api_key")
         if web.is_loopback(self.cfg.host) and not web.names_loopback(headers):
             raise Refused(421, "this server is for this machine: ask for http://127.0.0.1")
         if web.is_of_other_origin(headers):
@@ -516,12 +523,19 @@ class Server:
         elif path == MODELS:
             await web.answer(send, 200, {"object": "list", "data": [self._model()]})
         elif path.startswith(TRACES):
-            await self._trace(scope, path.removeprefix(TRACES), send)
+            await self._trace(scope, receive, send)
         elif path == f"{MODELS}/{self.agent.name}":
             await web.answer(send, 200, self._model())
         else:
             why = f"there is no model {path[-80:]!r}: this server has {self.agent.name!r}"
             raise Refused(404, why, "model", "model_not_found")
+
+    def _is_known_browser(self, scope) -> bool:
+        """Says whether a browser, which sends no Authorization, may see a trace."""
+        if scope["method"] not in ("GET", "HEAD") or not scope["path"].startswith(TRACES):
+            return False
+        cookie = web.cookie_name(scope, "agent")
+        return web.has_token_of_browser(HttpRequest(scope), cookie, self.token, in_link=True)
 
     def _model(self) -> dict:
         return {
@@ -531,8 +545,16 @@ class Server:
             "owned_by": "nanotool",
         }
 
-    async def _trace(self, scope, id: str, send) -> None:
-        """Answers with the rollouts of an answer: JSON for who accepts it, else a page."""
+    async def _trace(self, scope, receive, send) -> None:
+        """Answers with the rollouts of an answer: JSON for who accepts it, else a page. A link with
+        the token leads to one without, which need not be kept secret; a cookie has it then."""
+        path = scope["path"]
+        if self.token and "token" in HttpRequest(scope).query_params:
+            response = RedirectResponse(quote(path), 303, {"cache-control": "no-store"})
+            web.set_token(response, web.cookie_name(scope, "agent"), self.token, path=TRACES)
+            await response(scope, receive, send)
+            return
+        id = path.removeprefix(TRACES)
         accept = dict(scope["headers"]).get(b"accept", b"")
         traces = self.agent.traces
         try:

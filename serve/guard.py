@@ -1,6 +1,5 @@
 """Who may ask the page (page.py) for what, and what a browser may do with the answers."""
 
-import hmac
 import json
 import math
 from urllib.parse import urlsplit
@@ -47,9 +46,9 @@ class Guard:
         if by_header:
             is_known = web.has_token(request.scope["headers"], self.token)
         else:
-            in_link = request.query_params.get("token", "") if request.scope["path"] == "/" else ""
-            given = in_link or request.cookies.get(cookie_name(request), "")
-            is_known = hmac.compare_digest(given.encode(), self.token.encode())
+            cookie = web.cookie_name(request.scope, "page")
+            in_link = request.scope["path"] == "/"
+            is_known = web.has_token_of_browser(request, cookie, self.token, in_link)
         if not is_known:
             return 401, "the token is missing or wrong: open the link that serve.page printed"
 
@@ -71,11 +70,6 @@ class Guard:
         if not request.headers.get("content-type", "").startswith("application/json"):
             return 415, "expected JSON"
         return 0, ""
-
-
-def cookie_name(request: Request) -> str:
-    """Cookies do not know ports: each page of this machine has its own."""
-    return f"nanotool_page_{request.scope['server'][1]}"
 
 
 def with_headers(send):

@@ -35,7 +35,7 @@ class Traces:
         """Makes the page of an answer. KeyError if there is none."""
         with tempfile.TemporaryDirectory() as folder:
             self._written(id, Path(folder))
-            run_page.page(folder, title=id)
+            run_page.page(folder, title=id, has_images=False)
             return (Path(folder) / "report.html").read_text(encoding="utf-8")
 
     def _written(self, id: str, folder: Path) -> Path:

@@ -16,8 +16,8 @@ from starlette.routing import Route
 from run import config
 from run import page as run_page
 from run.config import UserError
-from serve import asking, runs
-from serve.guard import body_of, cookie_name, refusal, reply
+from serve import asking, runs, web
+from serve.guard import body_of, refusal, reply
 from serve.index import Index
 from serve.machine import machine
 
@@ -84,9 +84,8 @@ class Views:
         """The page itself; who comes with the link has the token in a cookie from here on."""
         response = FileResponse(config.HERE / "serve" / "static" / "app.html")
         if "token" in request.query_params:
-            response.set_cookie(
-                cookie_name(request), self.token, httponly=True, samesite="strict", path="/"
-            )
+            cookie = web.cookie_name(request.scope, "page")
+            web.set_token(response, cookie, self.token, path="/")
         return response
 
     def static(self, request: Request) -> Response:

@@ -11,6 +11,8 @@ import socket
 
 import h11
 import uvicorn
+from starlette.requests import Request
+from starlette.responses import Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from run.config import UserError
@@ -151,6 +153,24 @@ def has_token(headers: list, token: str) -> bool:
     authorization = dict(headers).get(b"authorization", b"")
     scheme, _, value = authorization.partition(b" ")
     return scheme.lower() == b"bearer" and hmac.compare_digest(value.strip(), token.encode())
+
+
+def has_token_of_browser(request: Request, cookie: str, token: str, in_link: bool) -> bool:
+    """Whether a browser, which sends no header of ours, shows the token: in its cookie, or, where
+    links have it, as ?token=…"""
+    linked = request.query_params.get("token", "") if in_link else ""
+    given = linked or request.cookies.get(cookie, "")
+    return hmac.compare_digest(given.encode("utf-8", "replace"), token.encode())
+
+
+def cookie_name(scope, server: str) -> str:
+    """Cookies do not know ports: each server of this machine has its own."""
+    return f"nanotool_{server}_{scope['server'][1]}"
+
+
+def set_token(response: Response, cookie: str, token: str, path: str) -> None:
+    """Has the browser keep the token, where neither a script nor another site gets it."""
+    response.set_cookie(cookie, token, httponly=True, samesite="strict", path=path)
 
 
 async def refuse_token(send) -> None:

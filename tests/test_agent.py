@@ -375,6 +375,31 @@ def health(address):
 WAIT = body_of([{"role": "user", "content": "wait"}])
 
 
+def test_a_browser_opens_traces_and_nothing_else_by_a_link_with_the_token(tokenizer, monkeypatch):
+    """It cannot send Authorization: a cookie, which no script and no other site gets, does."""
+    monkeypatch.setenv("NANOTOOL_TOKEN", "s3cret")
+    player, _ = scripted_player(tokenizer)
+    bearer = {"authorization": "Bearer s3cret"}
+    with serving(player) as address, httpx.Client(trust_env=False, timeout=PATIENCE) as browser:
+        id = post(address, body_of(), headers=bearer).json()["id"]
+        place = f"{address}/v1/traces/{id}"
+        for wrong in ("", "?token=", "?token=wrong", "?token=%C3%A9", "?token=%ED%A0%80"):
+            refused = browser.get(place + wrong)
+            assert refused.status_code == 401 and "?token=" in refused.json()["error"]["message"]
+        linked = browser.get(f"{place}?token=s3cret")
+        assert linked.status_code == 303 and linked.headers["location"] == f"/v1/traces/{id}"
+        cookie = linked.headers["set-cookie"].lower()
+        assert "httponly" in cookie and "samesite=strict" in cookie and "path=/v1/traces/" in cookie
+        page = browser.get(place)
+        assert page.status_code == 200 and id in page.text and "s3cret" not in page.text
+        # by hand, as a browser would not: the cookie and the link are good for nothing else
+        pair = {"cookie": linked.headers["set-cookie"].partition(";")[0]}
+        for path in ("/v1/models", "/health", "/metrics", "/mcp"):
+            assert browser.get(f"{address}{path}?token=s3cret", headers=pair).status_code == 401
+        answer = browser.post(f"{address}{PATH}?token=s3cret", json=body_of(), headers=pair)
+        assert answer.status_code == 401
+
+
 def test_more_than_can_wait_are_told_to_come_again(tokenizer):
     player, script = scripted_player(tokenizer, max_concurrent=2)
     with serving(player, most_waiting=4) as address:
@@ -651,6 +676,7 @@ def test_a_model_that_sees_is_shown_images_and_those_of_tools_go_to_and_fro(tmp_
         assert script.prompts[-1].startswith(first + "I see.<|im_end|>\n")
         trace = CLIENT.get(f"{address}/v1/traces/{answer['id']}")
         assert trace.text.count("data:image/") == 2
+        assert trace.text.count('"place":""') == 2  # whole ones are not beside it: no links
         # what is no image, and what is too many
         broken = showing("data:image/png;base64,AAAA")
         for content, why in ((broken, "no image that can be read"), (showing(uri)[1:] * 17, "16")):
