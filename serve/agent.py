@@ -527,7 +527,8 @@ class Server:
         elif path == f"{MODELS}/{self.agent.name}":
             await web.answer(send, 200, self._model())
         else:
-            why = f"there is no model {path[-80:]!r}: this server has {self.agent.name!r}"
+            wanted = path.removeprefix(f"{MODELS}/")[:80]
+            why = f"there is no model {wanted!r}: this server has {self.agent.name!r}"
             raise Refused(404, why, "model", "model_not_found")
 
     def _is_known_browser(self, scope) -> bool:

@@ -222,7 +222,8 @@ def read_stop(asked: dict) -> list[str]:
     if isinstance(stop, str):
         stop = [stop]
     if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
-        raise refused(f"stop: expected a text or a list of texts, not {shown(stop)}", "stop")
+        wanted = "expected a text or a list of texts, none of them empty"
+        raise refused(f"stop: {wanted}, not {shown(asked['stop'])}", "stop")
     if len(stop) > MOST_STOPS:
         raise refused(f"stop: expected at most {MOST_STOPS} texts, not {len(stop)}", "stop")
     return stop
