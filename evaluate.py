@@ -518,9 +518,12 @@ def default_folder(given: Config) -> Path:
     return Path(given.run) / "eval" if given.run else Path("out/eval")
 
 
-def find_record(cfg: train_grpo.Config, given: Config) -> Record | None:
+def find_record(
+    cfg: train_grpo.Config, given: Config, remedy: str = "begin another with --save_to=…"
+) -> Record | None:
     """Finds the evaluation that goes on, with what is there of it; None if this one begins. Checks,
-    before a model is loaded, that the folder is free, or holds an evaluation of these settings."""
+    before a model is loaded, that the folder is free, or holds an evaluation of these settings.
+    remedy: where it does not."""
     # 1. it begins
     if not given.resume:
         if given.save_to:
@@ -542,8 +545,8 @@ def find_record(cfg: train_grpo.Config, given: Config) -> Record | None:
     begun = [(folder, old) for folder, old in begun if old]
     if not begun and given.save_to:
         raise UserError(
-            f"save_to '{folder}' holds no evaluation to go on with (no {evaluation.SETTINGS}): "
-            "give another with --save_to=…"
+            f"save_to '{folder}' holds no evaluation to go on with (no "
+            f"{evaluation.SETTINGS} that can be read): {remedy}"
         )
 
     # 3. the newest that has these settings
@@ -562,8 +565,7 @@ def find_record(cfg: train_grpo.Config, given: Config) -> Record | None:
             return record
     folder, old = begun[0]
     raise UserError(
-        f"{folder} cannot go on: {evaluation.difference(old, wanted)}; give that, or begin another "
-        "with --save_to=…"
+        f"{folder} cannot go on: {evaluation.difference(old, wanted)}; give that, or {remedy}"
     )
 
 
@@ -863,7 +865,8 @@ def play_cells(cells: list[Cell]) -> None:
     waiting = []
     for cell in cells:
         with noted([cell]):
-            cell.record = find_record(cell.cfg, cell.given)
+            remedy = "begin another suite with --out_dir=…"
+            cell.record = find_record(cell.cfg, cell.given, remedy)
             if cell.record and not missing_of(cell.record, cell.given):
                 cell.numbers = finish(cell.cfg, cell.given, cell.record, cell.record.there)
             else:

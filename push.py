@@ -210,6 +210,7 @@ def make_card(name: str, folder: Path, home: Path, cfg: Config) -> str:
 
 def to_folder(files: dict[str, Path | bytes], target: Path) -> None:
     """Writes files to a new folder, whole or not at all."""
+    target = target.absolute()  # of "." too
     aside = target.with_name(f".{target.name}.aside")
     shutil.rmtree(aside, ignore_errors=True)
     try:

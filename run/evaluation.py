@@ -13,6 +13,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 from collections.abc import Container
 from pathlib import Path
@@ -226,7 +227,9 @@ def trajectory_of(row: dict | None, examples: list[dict], samples: int) -> Traje
     try:
         group = row["group"]
         sample = row["sample"]
-        if not (0 <= group < len(examples) and 0 <= sample < samples):
+        if not is_exact(row) or not (0 <= group < len(examples) and 0 <= sample < samples):
+            return None
+        if row["answer"] != plain(examples[group].get("answer")):  # it is another row's
             return None
         return Trajectory(
             examples[group],
@@ -253,6 +256,42 @@ def trajectory_of(row: dict | None, examples: list[dict], samples: int) -> Traje
         return None
 
 
+# What a line holds, where it is not a number or one text.
+LISTS = (
+    ("ids", int),
+    ("mask", int),
+    ("turn_starts", int),
+    ("messages", dict),
+    ("calls", dict),
+    ("user_turns", dict),
+    ("reward_timeouts", str),
+)
+
+
+def is_exact(row: dict) -> bool:
+    """Says whether a line holds what `Record.flush` writes: its numbers are numbers. KeyError where
+    something is missing."""
+    for name, kind in LISTS:
+        if not isinstance(row[name], list) or any(type(part) is not kind for part in row[name]):
+            return False
+    if not all(type(row[name]) is int for name in ("group", "sample", "unseen_tokens")):
+        return False
+    if not all(isinstance(row[name], str) for name in ("stop", "failure")):
+        return False
+    if not isinstance(row["rewards"], dict) or not isinstance(row["metrics"], dict):
+        return False
+    graded = [value for value in (row["reward"], *row["rewards"].values()) if value is not None]
+    if not all(isinstance(value, int | float) for value in row["metrics"].values()):
+        return False
+    return len(row["ids"]) == len(row["mask"]) and all(map(is_finite, [row["seconds"], *graded]))
+
+
+def is_finite(value) -> bool:
+    """Says whether a value of JSON is a number that can be averaged."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
 def whole_groups(trajectories: list[Trajectory], samples: int) -> list[Trajectory]:
     """Leaves out the groups of which a sample is missing, for rewards that compare the samples."""
     counts = {}
@@ -268,10 +307,11 @@ def begun_in(folder: Path) -> dict | None:
     """Reads the settings.json of a folder; None if no evaluation was begun in it."""
     try:
         begun = json.loads((folder / SETTINGS).read_bytes())
-        settings = begun["settings"]
+        is_whole = isinstance(begun["settings"], dict) and type(begun["problems"]) is int
+        is_whole = is_whole and isinstance(begun["outcomes"][""], str)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return begun if isinstance(settings, dict) else None
+    return begun if is_whole else None
 
 
 def holds_only_a_start(folder: Path) -> bool:
@@ -280,9 +320,9 @@ def holds_only_a_start(folder: Path) -> bool:
     return all(entry.name == SETTINGS + ASIDE for entry in folder.iterdir())
 
 
-def plain(settings: dict) -> dict:
-    """Makes of settings what JSON makes of them, to compare them."""
-    return json.loads(json.dumps(settings))
+def plain(value):
+    """Makes of a value what JSON makes of it, to compare it."""
+    return json.loads(json.dumps(value))
 
 
 def difference(begun: dict, wanted: dict) -> str:

@@ -81,7 +81,7 @@ def entries(texts: tuple[str, ...], key: str) -> list[Entry]:
             raise UserError(f"{key}: cannot read {text!r}: write 'what --key=value' first of all")
         if not colon:
             name = Path(words[0]).name.removesuffix(".py")
-        if not NAME.fullmatch(name) or name in (".", ".."):
+        if not NAME.fullmatch(name) or name in (".", "..", "suite.json", "suite.html"):
             raise UserError(f"{key}: {name!r} is no name of a folder: write 'name: {text}'")
         if name in [entry.name for entry in found]:
             raise UserError(f"{key}: {name} is there twice: write 'other_name: {text}'")

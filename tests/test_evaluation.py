@@ -4,9 +4,11 @@ pytest tests/test_evaluation.py
 """
 
 import json
+import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -393,6 +395,47 @@ def test_lines_that_are_no_trajectories_are_told_and_played_again(here, capfd):
     assert evaluated("damaged", "--resume=true") == whole
     assert "line 2, 3, 5, 7 is no trajectory of this evaluation" in capfd.readouterr().err
     assert len(lines("damaged")) == PROBLEMS
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"reward": "x"},
+        {"reward": math.nan},
+        {"rewards": {"correct": [1]}},
+        {"mask": None},
+        {"mask": [1]},
+        {"metrics": None},
+        {"metrics": {"a": "b"}},
+        {"seconds": "x"},
+        {"group": True},
+        {"sample": 0.0},
+        {"answer": "of another row"},
+        {"messages": ["text"]},
+    ],
+    ids=str,
+)
+def test_a_line_that_somebody_has_changed_is_told_and_played_again(here, capfd, change):
+    shutil.rmtree("changed", ignore_errors=True)
+    whole = evaluated("changed")
+    rows = lines("changed")
+    rows[1] |= change
+    Path("changed/rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluated("changed", "--resume=true") == whole
+    assert "line 2 is no trajectory of this evaluation" in capfd.readouterr().err
+    assert len(lines("changed")) == PROBLEMS
+
+
+@pytest.mark.parametrize(
+    "change", [{"problems": None}, {"outcomes": {}}, {"outcomes": [1]}], ids=str
+)
+def test_settings_that_cannot_be_read_are_told(here, change):
+    shutil.rmtree("unread", ignore_errors=True)
+    evaluated("unread")
+    begun = json.loads(Path("unread/settings.json").read_text()) | change
+    Path("unread/settings.json").write_text(json.dumps(begun))
+    with pytest.raises(UserError, match="no settings.json that can be read"):
+        evaluated("unread", "--resume=true")
 
 
 def test_what_a_line_holds_is_exact(here):
