@@ -78,6 +78,8 @@ def check(cfg: Config) -> None:
     config.refuse_unused_keys(cfg, rules)
     if is_hub and not re.fullmatch(r"hub:[\w-][\w.-]*/[\w-][\w.-]*", cfg.to):
         raise UserError(f"to = {cfg.to!r}: expected hub:user/name, or a folder")
+    if not is_hub and Path(cfg.to).name in ("", ".."):  # the model is called by its last part
+        raise UserError(f"to = {cfg.to!r}: expected a new folder, called as the model is to be")
     if cfg.license and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", cfg.license):
         raise UserError(f"license = {cfg.license!r}: expected a name such as apache-2.0 or mit")
 
@@ -210,7 +212,6 @@ def make_card(name: str, folder: Path, home: Path, cfg: Config) -> str:
 
 def to_folder(files: dict[str, Path | bytes], target: Path) -> None:
     """Writes files to a new folder, whole or not at all."""
-    target = target.absolute()  # of "." too
     aside = target.with_name(f".{target.name}.aside")
     shutil.rmtree(aside, ignore_errors=True)
     try:

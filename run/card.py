@@ -63,7 +63,10 @@ def stages_of(model: str, classes: dict[str, type]) -> list[Stage]:
     while True:
         folder = home_of(model)
         file = folder / "config.py"
-        script = next((s for s, kind in classes.items() if config.is_saved(kind, file)), None)
+        script = None
+        for name, kind in classes.items():
+            if config.is_saved(kind, file, is_older=True):
+                script = name
         if script is None or folder in seen:
             return stages
         seen.add(folder)

@@ -263,8 +263,9 @@ def save(cfg, path):
     os.replace(aside, path)
 
 
-def is_saved(cls, path):
-    """Says whether a file is what `save` writes of a `cls`; it is read and not run."""
+def is_saved(cls, path, is_older=False):
+    """Says whether a file is what `save` writes of a `cls`; it is read and not run. is_older: or
+    what it wrote when `cls` had fewer fields."""
     try:
         lines = ast.parse(Path(path).read_bytes()).body
     except (OSError, SyntaxError, ValueError):
@@ -274,7 +275,8 @@ def is_saved(cls, path):
         if not isinstance(line, ast.Assign) or not isinstance(line.targets[0], ast.Name):
             return False
         names.add(line.targets[0].id)
-    return names == {field.name for field in dataclasses.fields(cls)}
+    fields = {field.name for field in dataclasses.fields(cls)}
+    return names == fields or (is_older and "out_dir" in names and names < fields)
 
 
 def changed(cfg):

@@ -285,6 +285,7 @@ def test_an_unfinished_or_torn_run_is_refused_and_nothing_is_written(copy, tmp_p
         ({"run": "grpo"}, "to is missing"),
         ({"run": "grpo", "to": "hub:alone"}, "expected hub:user/name"),
         ({"run": "grpo", "to": "hub:a/../b"}, "expected hub:user/name"),
+        ({"run": "grpo", "to": "."}, "a new folder, called as the model is to be"),
         ({"run": "grpo", "to": "x", "dtype": "float32"}, "dtype has no effect without merge=true"),
         ({"run": "grpo", "to": "x", "private": False}, "private has no effect with a folder"),
         ({"run": "grpo", "to": "x", "license": "My License"}, "expected a name such as apache-2.0"),
@@ -480,3 +481,16 @@ def test_what_the_hub_refuses_is_one_sentence(here, asked_here, monkeypatch):
     assert "README.md" in asked_here.repositories["you/calc"]
     asked_here.said = lambda path, body: (200, "a page")
     assert "the hub did not take you/other (" in refusal(run="grpo", to="hub:you/other")
+
+
+def test_a_run_of_an_older_version_is_pushed(here):
+    """Its config.py has fewer keys than today's."""
+    file = Path("sft/config.py")
+    now = file.read_text()
+    older = [line for line in now.splitlines() if not line.startswith("recorded")]
+    file.write_text("\n".join(older) + "\n")
+    try:
+        pushed(run="sft", to="older")
+    finally:
+        file.write_text(now)
+    assert "train_sft.py" in Path("older/README.md").read_text()
