@@ -915,17 +915,8 @@ def play_with_one_model(cells: list[Cell]) -> None:
     # 2. the engine, with room for the longest
     first = next(iter(players.values()))
     longest = max(player.settings.max_tokens for player in players.values())
-    everything = Mixture(
-        first.chat,
-        None,
-        first.toolbox,
-        first.rewards,
-        first.settings,
-        model=model,
-        examples=[example for player in players.values() for example in player.examples],
-        cfg=replace(first.cfg, max_tokens=longest),
-        players=players,
-    )
+    cfg = replace(first.cfg, max_tokens=longest)
+    everything = Mixture.of_players(players, model, cfg)
     with everything:
         for cell in cells:
             player = players.get(cell.data.name)

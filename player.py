@@ -305,6 +305,22 @@ class Mixture(Player):
     weights: dict = field(default_factory=dict)  # source -> Fraction
 
     @classmethod
+    def of_players(cls, players: dict[str, Player], model, cfg) -> "Mixture":
+        """Makes one of players that are there, by their names. cfg: of the engine they share."""
+        first = next(iter(players.values()))
+        return cls(
+            first.chat,
+            None,
+            first.toolbox,
+            first.rewards,
+            first.settings,
+            model=model,
+            examples=[example for player in players.values() for example in player.examples],
+            cfg=cfg,
+            players=players,
+        )
+
+    @classmethod
     def of_sources(cls, cfg, tune: str, limit: int | None) -> "Mixture":
         """Makes it of a config with a mix, as Player.of does."""
         # 1. what needs no model
@@ -338,20 +354,10 @@ class Mixture(Player):
             )
 
         # 3. the weights
-        first = players[sources[0].name]
         model = load_policy(cfg, tune, *(player.chat for player in players.values()))
-        return cls(
-            first.chat,
-            None,
-            first.toolbox,
-            first.rewards,
-            first.settings,
-            model=model,
-            examples=every_example,
-            cfg=cfg,
-            players=players,
-            weights={source.name: source.weight for source in sources},
-        )
+        mixture = cls.of_players(players, model, cfg)
+        mixture.weights = {source.name: source.weight for source in sources}
+        return mixture
 
     @property
     def toolboxes(self) -> list[Toolbox]:

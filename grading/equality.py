@@ -529,7 +529,7 @@ def _same_item(given, gold):
 
 # ---- text
 
-_BESIDE_SIGNS = re.compile(r"\s*([^\w\s])\s*")
+_BLANK_BESIDE_SIGN = re.compile(r" (?=[^\w\s])|(?<=[^\w\s]) ")
 _AND = re.compile(r",? and ")  # A and B is A, B
 
 
@@ -548,7 +548,7 @@ def _plain(text):
     text = text.lstrip(' ,;:*`"$“”‘’').rstrip(' .,;:*`"$“”‘’')
     text = re.sub(r"^\(([A-Za-z])\)$", r"\1", text)  # (B), of a multiple choice
     text = re.sub(r"^(?:the|an?)\s+(?!and\b|or\b)(?=\w{2})", "", text, flags=re.I)
-    return _BESIDE_SIGNS.sub(r"\1", text)
+    return _BLANK_BESIDE_SIGN.sub("", text)
 
 
 # ---- mathematics

@@ -14,12 +14,13 @@ import re
 import signal
 import socket
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import httpx2 as httpx
 import pytest
 from agents import call, scripted_player, serving
 from PIL import Image
+from raw_requests import exchanged
 from until import PATIENCE, until
 
 pytest.importorskip("mcp", reason='no MCP here: pip install -e ".[mcp]"')
@@ -266,25 +267,14 @@ ODD = [
 ]
 
 
-def exchanged(address, sent):
-    """What comes back for these bytes, until the server closes."""
-    port = int(address.rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port), PATIENCE) as connection:
-        # a server may answer, and close, before it has read what is too large
-        sender = threading.Thread(target=send, args=(connection, sent), daemon=True)
-        sender.start()
-        received = b""
-        with suppressed():
-            while chunk := connection.recv(65536):
-                received += chunk
-        sender.join(PATIENCE)
-    return received
+def port_of(address):
+    return int(address.rpartition(":")[2])
 
 
 @pytest.mark.parametrize("number", range(len(ODD)))
 def test_an_odd_request_is_answered_clearly_and_the_server_goes_on(served, usual, number):
     sent, status, words = ODD[number]
-    head, _, body = exchanged(served, sent).partition(b"\r\n\r\n")
+    head, _, body = exchanged(port_of(served), sent).partition(b"\r\n\r\n")
     assert head.startswith(f"HTTP/1.1 {status} ".encode()), (head[:100], body[:500])
     if words and status >= 400:
         error = json.loads(body)["error"]
@@ -299,24 +289,11 @@ def test_there_are_sixty_odd_requests():
     assert len(ODD) >= 60
 
 
-def send(connection, data):
-    with suppressed():
-        connection.sendall(data)
-
-
-@contextmanager
-def suppressed():
-    try:
-        yield
-    except (ConnectionError, TimeoutError):
-        return
-
-
 def test_requests_that_are_sent_at_once_over_one_connection_are_answered_in_order(served):
     """Pipelining."""
     first = http(body=json.dumps(body_of([{"role": "user", "content": "say one"}])).encode())
     first = first.replace(b"connection: close\r\n", b"")
-    received = exchanged(served, first + asking())
+    received = exchanged(port_of(served), first + asking())
     bodies = re.findall(rb'"message": {"role": "assistant", "content": "([^"]*)"', received)
     assert bodies == [b"one", b"the result is 42."]
 
@@ -327,14 +304,14 @@ def test_a_connection_that_sends_half_a_request_is_closed_and_holds_up_nobody(
     from serve import web
 
     monkeypatch.setattr(web, "REQUEST_SECONDS", 0.3)
-    port = int(served.rpartition(":")[2])
+    port = port_of(served)
     halves = []
     for _ in range(50):
         halves.append(socket.create_connection(("127.0.0.1", port), PATIENCE))
         halves[-1].sendall(asking()[:-20])
     assert answered(served) == usual
     for half in halves:
-        with suppressed():
+        with suppress(ConnectionError, TimeoutError):
             assert half.recv(1) == b""  # closed without an answer
         half.close()
 
@@ -469,7 +446,7 @@ def test_a_client_that_goes_away_ends_its_rollout_and_closes_its_tools(
 
     script.turn = turn
     with serving(player) as address:
-        port = int(address.rpartition(":")[2])
+        port = port_of(address)
         with socket.create_connection(("127.0.0.1", port), PATIENCE) as connection:
             connection.sendall(asking(call_first, stream=is_streamed))
             assert until(lambda: script.waiting == 1)

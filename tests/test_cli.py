@@ -363,9 +363,13 @@ def test_real_processes_end_in_one_line_and_exit_code_2(place):
 def test_an_import_is_silent_quick_and_light(place):
     code = "import train_grpo, train_sft, evaluate, rollout, sys; "
     code += f"assert not (heavy := set({HEAVY}) & set(sys.modules)), heavy"
-    *ended, seconds = start(place, "-c", code)
-    print(f"{seconds:5.1f} s  import train_grpo, train_sft, evaluate, rollout")
-    assert ended == [0, "", ""] and seconds < 5
+    for _ in range(3):  # neighbours cost processor time too: one that is quick is enough
+        *ended, seconds = start(place, "-c", code)
+        print(f"{seconds:5.1f} s  import train_grpo, train_sft, evaluate, rollout")
+        assert ended == [0, "", ""]
+        if seconds < 3:
+            break
+    assert seconds < 3
 
 
 def test_help_is_the_source_of_the_config_and_comes_at_once(place):

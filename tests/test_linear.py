@@ -23,7 +23,7 @@ from run import page as run_page
 from trajectory import escaped
 
 SIZE = 100_000  # characters
-LIMIT = 1.0  # seconds of a busy processor, a fifth on a quiet one; what is quadratic takes minutes
+LIMIT = 0.2  # seconds of the processor
 # A repeated part, or (opening, closing): as many of the one and then of the other.
 PATTERNS = r"""
 answer is |answer: |**Answer**:|answer is \n|## answer\n|answer is $$|because |#|####|#### 1\n

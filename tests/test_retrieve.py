@@ -8,7 +8,6 @@ One server runs as a process of its own, on 127.0.0.1. How fast it is: bench/ret
 import asyncio
 import json
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 from ports import free_port
+from raw_requests import exchanged
 from until import PATIENCE, until
 
 from run.config import UserError, parse
@@ -227,16 +227,7 @@ ODD = [
 @pytest.mark.parametrize("number", range(len(ODD)))
 def test_an_odd_request_is_answered_clearly_and_the_server_goes_on(port, number):
     sent, status, words = ODD[number]
-    with socket.create_connection(("127.0.0.1", port), PATIENCE) as connection:
-        # a server may answer, and close, before it has read what is too large
-        sender = threading.Thread(target=send, args=(connection, sent), daemon=True)
-        sender.start()
-        received = b""
-        with suppressed():
-            while chunk := connection.recv(65536):
-                received += chunk
-        sender.join(PATIENCE)
-    head, _, body = received.partition(b"\r\n\r\n")
+    head, _, body = exchanged(port, sent).partition(b"\r\n\r\n")
     assert head.startswith(f"HTTP/1.1 {status} ".encode()), head[:100]
     if words:
         (said,) = json.loads(body).items()
@@ -247,19 +238,6 @@ def test_an_odd_request_is_answered_clearly_and_the_server_goes_on(port, number)
 
 def test_there_are_forty_odd_requests():
     assert len(ODD) >= 40
-
-
-def send(connection, data):
-    with suppressed():
-        connection.sendall(data)
-
-
-@contextmanager
-def suppressed():
-    try:
-        yield
-    except (ConnectionError, TimeoutError):
-        return
 
 
 # -- limits
