@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import httpx2
+import pytest
 from until import until
 
 from serve import runs
@@ -106,3 +107,11 @@ def hostile_run(out: Path, name: str) -> Path:
     numbers = {"avg@1": 0.5, HOSTILE: HOSTILE, "none": float("inf"), "half": "\ud800"}
     (folder / "eval.json").write_text(json.dumps(numbers))
     return folder
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    served = Served(tmp_path_factory.mktemp("page"))
+    yield served
+    served.end_runs()
+    served.end()

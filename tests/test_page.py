@@ -12,7 +12,7 @@ import threading
 import time
 
 import pytest
-from pages import HOSTILE, ROOT, Served, hostile_run
+from pages import HOSTILE, ROOT, Served, hostile_run, served
 from until import until
 
 from run import config
@@ -26,14 +26,6 @@ from serve.index import Index
 
 SFT = {"script": "train_sft.py", "config": "calc_sft.py"}
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    served = Served(tmp_path_factory.mktemp("page"))
-    yield served
-    served.end_runs()
-    served.end()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 import pytest
-from pages import HOSTILE, Served, hostile_run
+from pages import HOSTILE, Served, hostile_run, served
 
 from run import page as run_page
 
@@ -21,14 +21,6 @@ PICTURES = os.environ.get("NANOTOOL_PICTURES")
 # what a page may hold of elements that load or run something: its own
 ELEMENTS = "document.querySelectorAll('img, script, iframe, object, embed, base').length"
 SAFE = "window.hacked === undefined"
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    served = Served(tmp_path_factory.mktemp("page"))
-    yield served
-    served.end_runs()
-    served.end()
 
 
 @pytest.fixture(scope="module")
