@@ -486,7 +486,7 @@ def _all_reduce(parameters: list) -> None:
     numbers = 0
     for parameter in parameters:
         if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
         bucket.append(parameter.grad)
         numbers += parameter.numel()
         if numbers >= BUCKET:
