@@ -50,7 +50,7 @@ from learning import model as models
 from learning.batches import Batch, micro_batches, told_apart
 from learning.checkpoint import Run
 from learning.logprobs import shared_prefixes, shares_prompts, token_logprobs
-from learning.vision import count_patches
+from learning.vision import count_patches, keeps_pictures
 from loss import (
     correction_sums,
     grpo_loss,
@@ -301,17 +301,19 @@ def check(cfg: Config) -> None:
 
 def batches(model, trajectories: list[Trajectory], token_budget: int) -> list[list[Trajectory]]:
     """Divides trajectories into micro-batches of at most token_budget tokens, padding counted, and
-    patches of images."""
+    patches of images where the tower learns."""
     lengths = [len(t.ids) for t in trajectories]
     prompts = [()] * len(trajectories)
     if shares_prompts(model):  # then a prompt that repeats counts once
         # not t.ids: problems that differ only in their picture have equal ones
         prompts = shared_prefixes(told_apart(trajectories), [t.mask for t in trajectories])
-    patches = []
-    for trajectory, prompt in zip(trajectories, prompts, strict=True):
-        # each rank has seen other images, and all have to cut alike
-        beginning = trajectory.ids[: len(prompt)]
-        patches.append(count_patches(beginning, trajectory.images, parallel.is_one_of_several()))
+    patches = None
+    if any(trajectory.images for trajectory in trajectories):
+        are_kept = keeps_pictures(model)
+        patches = []
+        for trajectory, prompt in zip(trajectories, prompts, strict=True):
+            beginning = trajectory.ids[: len(prompt)]
+            patches.append(count_patches(beginning, trajectory.images, are_kept))
     parts = micro_batches(lengths, token_budget, prompts, patches)
     return [[trajectories[i] for i in part] for part in parts]
 

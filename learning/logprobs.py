@@ -11,7 +11,14 @@ import torch
 import torch.utils.checkpoint
 
 from learning.batches import Sequence, pad, tokens_through_layers
-from learning.vision import batch_positions, count_inside, count_patches, identities, image_inputs
+from learning.vision import (
+    batch_positions,
+    count_inside,
+    count_patches,
+    identities,
+    image_inputs,
+    keeps_pictures,
+)
 
 # Of one chunk of logits, in float32: large enough for full speed, small beside a model's weights.
 LOGITS_BYTES = 2**29
@@ -330,14 +337,17 @@ def _prefixes_worth_sharing(model, ids, attention_mask, mask, images) -> list[tu
     if not attention_mask[:, 0].all():  # rows that are padded on the left
         return []
     rows = ids.tolist()
+    are_kept = True  # what the tower makes of them; of text there is none
     if images is None:
         images = [()] * len(rows)
+    else:
+        are_kept = keeps_pictures(model)
     told_apart = [identities(row, pictures) for row, pictures in zip(rows, images, strict=True)]
     prefixes = shared_prefixes(told_apart, mask.long().tolist())
     lengths = attention_mask.sum(1).tolist()
     sequences = []
     for row, pictures, length, prefix in zip(rows, images, lengths, prefixes, strict=True):
-        patches = count_patches(row[: len(prefix)], pictures)
+        patches = count_patches(row[: len(prefix)], pictures, are_kept)
         sequences.append(Sequence(length, len(prefix), prefix, *patches))
     *_, (_, are_shared) = tokens_through_layers(sequences)  # of all rows as one batch
     if not are_shared or not shares_prompts(model):

@@ -421,6 +421,8 @@ def needs(setup: Setup, gpu_gib: float, on_gpu: bool = True) -> dict[str, dict[s
     adapters = counted.adapters * (1 + share)
     weights = counted.base * (1 + share)
     gradients = sum(size for _, size, _ in counted.trained) * (1 + share)
+    if setup.optimizer == "muon":  # they are added up in float64
+        gradients = sum(8 * numbers for numbers, _, _ in counted.trained) * (1 + share)
     optimizer = _optimizer_bytes(setup, counted.trained)
     reference = counted.base if setup.has_reference else 0.0
     always = {"weights": weights, "adapters": adapters, "reference": reference}

@@ -155,11 +155,6 @@ def is_first() -> bool:
     return HERE.rank == 0
 
 
-def is_one_of_several() -> bool:
-    """Says whether other ranks learn from the same batch."""
-    return HERE.size > 1
-
-
 def must_launch(gpus: int) -> bool:
     """Says whether this process has to start the ranks: it is none itself."""
     return gpus > 1 and "RANK" not in os.environ
@@ -452,10 +447,37 @@ def sum_gradients(model) -> None:
 def clip_gradients(model, max_norm: float) -> float:
     """Scales the gradient down to max_norm; returns its norm before that."""
     if HERE.kind == "deepspeed":
+        return HERE.zero.clip(max_norm)
+    are_parts = HERE.kind == "fsdp"
+    gradients = []
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            gradients.append(parameter.grad.to_local() if are_parts else parameter.grad)
+    return clip(gradients, max_norm, are_parts)
+
+
+@torch.no_grad()
+def clip(gradients: list[torch.Tensor], max_norm: float, are_parts: bool) -> float:
+    """Scales gradients down to max_norm, in place; returns their norm before that. are_parts: of
+    one gradient, which the ranks have together.
+
+    It is computed in float64, and so does not depend on who has which part. In float32 torch's is
+    off by 5e-7 for half a million numbers, by 0.4 % for 50 million on one core.
+    """
+    norms = []
+    for gradient in gradients:
+        for part in gradient.flatten().split(2**20):  # or there would be a copy of all in float64
+            norms.append(torch.linalg.vector_norm(part, dtype=torch.float64))
+    square = torch.stack(norms).square().sum()
+    if are_parts:
         with lost_is_an_end():
-            return HERE.zero.clip(max_norm)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return number(torch.nn.utils.clip_grad_norm_(trained, max_norm))
+            dist.all_reduce(square)
+    norm = square.sqrt().item()
+    scale = max_norm / (norm + 1e-6)
+    if scale < 1:
+        for gradient in gradients:
+            gradient.mul_(scale)
+    return norm
 
 
 def _all_reduce(parameters: list) -> None:
@@ -464,7 +486,7 @@ def _all_reduce(parameters: list) -> None:
     numbers = 0
     for parameter in parameters:
         if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
         bucket.append(parameter.grad)
         numbers += parameter.numel()
         if numbers >= BUCKET:
@@ -563,14 +585,6 @@ def joined(value):
     if isinstance(value, list | tuple):
         return type(value)(joined(item) for item in value)
     return value
-
-
-def number(value: torch.Tensor) -> float:
-    """Returns what a tensor of one number says, all ranks together."""
-    if _is_cut(value):
-        with lost_is_an_end():
-            value = value.full_tensor()
-    return value.item()
 
 
 def cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

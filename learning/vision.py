@@ -54,6 +54,7 @@ FAMILIES = {  # by the model_type of the config
     "internvl": Family("GotOcr2ImageProcessorPil", "<IMG_CONTEXT>", has_grid=False, has_tiles=True),
 }
 
+PATCHES_AT_ONCE = 2**13  # that go through a tower that does not learn, without a gradient
 # Why others are not let in.
 BOTH_WAYS = (
     "its images attend both ways among themselves, so that each has to be read in one piece, and "
@@ -377,15 +378,15 @@ def count_inside(ids: list[int], pictures: Sequence[Picture]) -> int:
 
 
 def count_patches(
-    beginning: list[int], pictures: Sequence[Picture], with_seen: bool = False
+    beginning: list[int], pictures: Sequence[Picture], are_kept: bool
 ) -> tuple[int, int]:
-    """Counts the patches of a row's pictures: (of all, of those in its first ids). with_seen: of
-    those too that the tower has seen; what it made of them is kept, and none goes through again."""
+    """Counts the patches that pass through the tower with a row: (of all its pictures, of those in
+    its first ids). are_kept: what `keeps_pictures` says of the model; none passes then, whether it
+    was seen before or not: micro-batches are cut alike by ranks that have seen different ones."""
+    if are_kept:
+        return 0, 0
     inside = count_inside(beginning, pictures)
-    patches = []
-    for picture in pictures:
-        goes_through = with_seen or not picture.seen
-        patches.append(picture.patches if goes_through else 0)
+    patches = [picture.patches for picture in pictures]
     return sum(patches), sum(patches[:inside])
 
 
@@ -410,20 +411,18 @@ def image_inputs(model, pictures: Sequence[Picture], device) -> dict:
     """
     if not pictures:
         return {}
-    if getattr(model, "peft_config", None):  # adapters: peft has a base_model of its own
-        model = model.get_base_model()
-    whole = model.base_model
-    if not _can_keep(whole):
+    whole = _below_the_head(model)
+    if not keeps_pictures(model):
         return tower_inputs(pictures, device)
 
-    # 1. those that did not go through the tower before, together
+    # 1. those that did not go through the tower before, as many at once as there is room for
     new = {}
     for picture in pictures:
         seen = picture.seen
         if seen is None or seen.tower() is not whole:
             new[id(picture)] = picture
-    if new:
-        _let_see(whole, list(new.values()), device)
+    for part in _parts(list(new.values())):
+        _let_see(whole, part, device)
 
     # 2. as the tower would give them
     embeddings = [picture.seen.embeddings.to(device) for picture in pictures]
@@ -436,9 +435,17 @@ def image_inputs(model, pictures: Sequence[Picture], device) -> dict:
     return {"mm_encoder_outputs": {"image": output}}
 
 
-def _can_keep(whole) -> bool:
+def _below_the_head(model):
+    """Returns tower and layers; of a model with adapters, peft has a base_model of its own."""
+    if getattr(model, "peft_config", None):
+        model = model.get_base_model()
+    return model.base_model
+
+
+def keeps_pictures(model) -> bool:
     """Says whether what the tower makes of a picture stays the same, and can be given back to the
     model: transformers takes it since 5.19."""
+    whole = _below_the_head(model)
     if "mm_encoder_outputs" not in inspect.signature(whole.forward).parameters:
         return False
     of_text = {id(parameter) for parameter in whole.get_decoder().parameters()}
@@ -446,6 +453,19 @@ def _can_keep(whole) -> bool:
         if parameter.requires_grad and id(parameter) not in of_text:
             return False
     return True
+
+
+def _parts(pictures: list[Picture]) -> list[list[Picture]]:
+    """Divides pictures into those that go through the tower at once."""
+    parts = []
+    room = 0  # patches
+    for picture in pictures:
+        if not parts or picture.patches > room:
+            parts.append([])
+            room = PATCHES_AT_ONCE
+        parts[-1].append(picture)
+        room -= picture.patches
+    return parts
 
 
 def _let_see(whole, pictures: list[Picture], device) -> None:

@@ -13,6 +13,7 @@ Nor are the checkpoints, which are those of one process: DeepSpeed's go on with 
 ranks only.
 """
 
+import math
 import os
 import warnings
 
@@ -31,6 +32,7 @@ class Zero1:
         settings = {
             "train_micro_batch_size_per_gpu": 1,  # has to be there; nothing is divided by it
             "gradient_allreduce_op": "sum",
+            "gradient_clipping": 0.0,  # by `clip`; without a word it would be to 1
             "zero_optimization": {
                 "stage": 1,
                 # with both off nothing is hooked to the backward passes
@@ -74,9 +76,12 @@ class Zero1:
         self.engine.allreduce_gradients()
 
     def clip(self, max_norm: float) -> float:
-        """Has `step` scale the gradient down to max_norm; returns its norm, inf if not finite."""
-        self.zero.clip_grad = max_norm
-        return self.zero.scaled_global_norm().item()
+        """Scales the gradient down to max_norm; returns its norm before that, inf if not finite."""
+        parts = []  # of this rank, in each group
+        for group in self.zero.averaged_gradients.values():
+            parts += group
+        norm = parallel.clip(parts, max_norm, are_parts=True)
+        return norm if math.isfinite(norm) else math.inf
 
     def step(self) -> None:
         """Steps this rank's part, and gathers the weights of all others'."""

@@ -395,7 +395,7 @@ def test_what_a_frozen_tower_made_of_a_picture_is_kept_and_its_pixels_are_freed(
 
     scored = train_grpo.policy_logprobs(family.model, trajectories, 1.0, 10**6)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(seeing, "_can_keep", lambda whole: False)
+        patch.setattr(seeing, "keeps_pictures", lambda model: False)
         by_pixels = train_grpo.policy_logprobs(family.model, trajectories, 1.0, 10**6)
         family.model.zero_grad()
         train_grpo.accumulate(family.model, trajectories, learner)
