@@ -54,9 +54,9 @@ class Worker:
         _workers.add(self)
 
     def ask(self, request: dict, seconds: float) -> dict:
-        """Asks the process for answer(request). The clock starts when the process has the request:
-        its start does not count. Raises TimeoutError, WorkerDied, and RuntimeError if the process
-        does not start."""
+        """Asks for answer(request). The clock starts when the process has the request: its start
+        does not count. Raises TimeoutError, WorkerDied, and RuntimeError if the process does not
+        start."""
         message = encode({"seconds": seconds, "request": request})
         with self._lock:
             was_used = self.process is not None

@@ -86,8 +86,7 @@ class Episode(Client):
         return reply
 
     async def score(self) -> dict:
-        """Ends the rollout; gives the rubric's reward for its final state, and what the parts
-        gave."""
+        """Ends the rollout; gives the rubric's reward for its final state, and all metrics."""
         self.turns.put_nowait(None)  # where a limit of ours ended it
         state = await self.rollout
         failures.set([])

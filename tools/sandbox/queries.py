@@ -164,8 +164,7 @@ def _authorize(action, first, second, shadows):
 
 
 def _result(database, query, limit, cell):
-    """Gives the first `limit` rows of a query. cell: characters of a value to keep, None for
-    all."""
+    """Gives the first `limit` rows of a query. cell: characters of a value to keep, or None."""
     cursor = database.execute(query)
     if cursor.description is None:
         return {"error": "this is no query: write one SELECT statement"}
