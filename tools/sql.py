@@ -177,7 +177,7 @@ def _explained(reply, query):
 
 
 def _like(name, names):
-    """ ": did you mean x?", of the names, whatever the case; "" if none is near."""
+    """Writes ": did you mean x?", of the names, whatever the case; "" if none is near."""
     by_lower_case = {each.lower(): each for each in names}
     last_part = name.rpartition(".")[2].lower()
     hint = near(last_part, by_lower_case)

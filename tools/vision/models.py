@@ -96,7 +96,7 @@ class Detector:
         self._lock = threading.Lock()  # one forward pass at a time: memory stays bounded
 
     def __call__(self, image: "Image", labels: list[str], threshold: float) -> list[Found]:
-        """What is on an RGB image, the surest first."""
+        """Finds what is on an RGB image, the surest first."""
         import torch
 
         inputs = self.processor(text=[labels], images=image, return_tensors="pt")
@@ -137,8 +137,8 @@ class Segmenter:
         self._lock = threading.Lock()
 
     def __call__(self, image: "Image", point=None, box=None):
-        """(mask, score): a boolean array (height, width), and how sure SAM is. point: (x, y), or
-        box: (left, top, right, bottom), in pixels of the RGB image."""
+        """Finds (mask, score): a boolean array (height, width), and how sure SAM is. point: (x, y),
+        or box: (left, top, right, bottom), in pixels of the RGB image."""
         import numpy as np
         import torch
         from PIL import Image
