@@ -126,7 +126,7 @@ def check_size(width: int, height: int, name: str) -> None:
 
 
 def shown(source) -> str:
-    """How a message calls a source."""
+    """Says how a message calls a source."""
     if isinstance(source, bytes):
         return f"the image ({len(source)} bytes)"
     text = str(source)
@@ -136,7 +136,7 @@ def shown(source) -> str:
 
 
 def to_png(image: "Image") -> bytes:
-    """The bytes of a PNG file. Quick rather than small."""
+    """Encodes an image as a PNG file, quick rather than small."""
     file = io.BytesIO()
     try:
         image.save(file, "PNG", compress_level=1)
@@ -147,7 +147,7 @@ def to_png(image: "Image") -> bytes:
 
 
 def to_data_uri(image: "Image") -> str:
-    """data:image/png;base64,…: an image as text, which open_image opens again."""
+    """Encodes an image as data:image/png;base64,…, a text that open_image opens again."""
     return "data:image/png;base64," + base64.b64encode(to_png(image)).decode()
 
 
@@ -171,7 +171,7 @@ def _bytes_of(source, folder, allow_urls):
 
 
 def _of_data_uri(text):
-    """data:image/png;base64,… as RFC 2397 has it."""
+    """Decodes data:image/png;base64,…, as RFC 2397 has it."""
     name = shown(text)
     _check_length(len(text) * 3 // 4, name)
     head, comma, body = text.partition(",")
@@ -223,7 +223,7 @@ def _check_length(length, name):
 
 
 def _decoded(data, name):
-    """A PIL image of which the header is read, and which is not too large."""
+    """Opens a PIL image: its header is read, and it is not too large."""
     from PIL import Image
 
     try:
@@ -242,7 +242,7 @@ def _decoded(data, name):
 
 
 def _finished(image, name):
-    """The image, or the frame that it stands at, as RGB, upright, opaque, nothing else in it."""
+    """Reads the image, or the frame at which it stands, as RGB, upright, opaque, and no more."""
     check_size(*image.size, name)
     if image.mode == "RGB" and not hasattr(image, "fp") and not image.info:
         return image
@@ -284,7 +284,7 @@ def _to_rgb(image):
 
 
 def _eight_bits(image):
-    """Of 16-bit grey, the upper 8; floats from 0 to 1 as 0 to 255."""
+    """Makes grey of 8 bits: of 16, the upper 8; floats from 0 to 1 as 0 to 255."""
     import numpy as np
     from PIL import Image
 

@@ -318,8 +318,8 @@ async def hear_user(trajectory: Trajectory, chat: Chat, session, settings: Setti
 
 
 def asked_last(trajectory: Trajectory) -> list[dict]:
-    """The messages that the next turns answer, in which a template may look for a flag: the row's
-    prompt, or, where a user has spoken since, the system prompt and the user's last words."""
+    """Picks the messages that the next turns answer, in which a template may look for a flag: the
+    row's prompt, or, where a user has spoken since, the system prompt and the user's last words."""
     prompt = trajectory.example["messages"]
     if not trajectory.user_turns:
         return prompt
@@ -328,7 +328,7 @@ def asked_last(trajectory: Trajectory) -> list[dict]:
 
 
 def joined(content: str | list, more: str | list) -> str | list:
-    """One content of two: a text, or a list of parts if one of them is one."""
+    """Joins two contents: a text, or a list of parts if one of them is one."""
     if isinstance(content, str) and isinstance(more, str):
         return f"{content}\n\n{more}"
     parts = []
@@ -490,8 +490,8 @@ async def run_calls(
 
 
 def reminder(turns: int, settings: Settings) -> str:
-    """What the results of that turn, from 1, end with: whether it was the last one with tools, and
-    how many are left, where the settings say so."""
+    """Writes what the results of that turn, from 1, end with: whether it was the last one with
+    tools, and how many are left, where the settings say so."""
     left = settings.max_turns + settings.final_turn - turns
     if settings.final_turn and left == 1:
         return LAST_CALL
@@ -581,7 +581,7 @@ async def readable(
 
 
 def text_of(content: str | list[dict]) -> str:
-    """The text of a content, without its images."""
+    """Reads the text of a content, without its images."""
     if isinstance(content, str):
         return content
     return "".join(part.get("text", "") for part in content)

@@ -265,8 +265,8 @@ def render(
 
 
 def shown_tools(row: dict, tools: list[dict]) -> list[dict]:
-    """The schemas that a row's prompt shows: its own, those of `tools` that it names, or all of
-    these. UserError for a name that is not among them."""
+    """Picks the schemas that a row's prompt shows: its own, those of `tools` that it names, or all
+    of these. UserError for a name that is not among them."""
     if row["tools"] is None:
         return tools
     by_name = {tool["function"]["name"]: tool for tool in tools}

@@ -81,7 +81,7 @@ def train(
 
 
 def medians(rows: list[dict]) -> dict:
-    """Medians of the steps but the first two."""
+    """Computes the medians of the steps but the first two."""
     names = ("seconds", "rollout_seconds", "sync_seconds")
     return {name: statistics.median(row[name] for row in rows[2:]) for name in names}
 

@@ -117,7 +117,7 @@ WAYS = {"plain": plain, "chunked": chunked, "any head": any_head, "liger": liger
 
 
 def part(cfg: Config) -> dict:
-    """In a subprocess: one run of one way."""
+    """Measures one run of one way, in a subprocess."""
     on_gpu = torch.cuda.is_available()
     if not on_gpu:  # too large a run ends itself and nobody else
         limit = memory("/proc/meminfo", "MemAvailable") * 9 // 10

@@ -51,7 +51,7 @@ class Config:
 
 
 def draw(seed: int) -> tuple[bytes, list[tuple[str, tuple[float, float, float, float]]]]:
-    """A chart as PNG, and [(text, box in pixels)] of the tick labels that are printed in it."""
+    """Draws a chart as PNG, and gives [(text, box in pixels)] of the tick labels printed in it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -107,7 +107,7 @@ def draw(seed: int) -> tuple[bytes, list[tuple[str, tuple[float, float, float, f
 
 
 def _is_shown(label, axes):
-    """Of a tick beyond the limits of its axis, there is a label that is not drawn."""
+    """Says whether a label is drawn: that of a tick beyond the limits of its axis is not."""
     x, y = label.get_position()
     low_x, high_x = sorted(axes.get_xlim())
     low_y, high_y = sorted(axes.get_ylim())
@@ -117,7 +117,7 @@ def _is_shown(label, axes):
 
 
 def _is_covered(label, labels):
-    """Whether another label stands in its place too: then nobody can read it."""
+    """Says whether another label stands in its place too: then nobody can read it."""
     _, (left, top, right, bottom) = label
     for other in labels:
         if other is not label:
@@ -132,7 +132,7 @@ def plain(text: str) -> str:
 
 
 def is_found(label, runs) -> bool:
-    """Whether a run that lies on the label has its text. runs: [(text, box)]."""
+    """Says whether a run that lies on the label has its text. runs: [(text, box)]."""
     text, (left, top, right, bottom) = label
     for words, (x1, y1, x2, y2) in runs:
         middle_x = (x1 + x2) / 2
@@ -144,7 +144,7 @@ def is_found(label, runs) -> bool:
 
 
 def by_itself(image, mode: int, scale: int):
-    """[(word, box)] as Tesseract reads a whole image."""
+    """Reads a whole image with Tesseract alone: [(word, box)]."""
     import pytesseract
 
     image = image.resize((image.width * scale, image.height * scale))
@@ -161,7 +161,7 @@ def by_itself(image, mode: int, scale: int):
 
 
 def labels_found(cfg: Config) -> dict:
-    """{way: share of the labels} and how long a call of the tool takes."""
+    """Measures {way: share of the labels}, and how long a call of the tool takes."""
     found = {"ocr": 0, "mode 11": 0, "mode 6, double": 0}
     count = 0
     seconds = 0.0
@@ -195,7 +195,7 @@ def labels_found(cfg: Config) -> dict:
 
 
 async def crops_per_second(cfg: Config) -> float:
-    """Calls of crop on an image of a megapixel, of random boxes, by a Toolbox."""
+    """Measures calls of crop a second: random boxes of an image of a megapixel, by a Toolbox."""
     from PIL import Image
 
     box = Toolbox(["crop"], cfg.concurrency)

@@ -76,7 +76,7 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def halves(cfg: Config) -> tuple[list[str], list[tuple[str, str]]]:
-    """Passages, and (query, the passage that it asks for)."""
+    """Makes passages, and (query, the passage that it asks for)."""
     rng = random.Random(cfg.seed)
     rows = rows_of(Path(cfg.data) / "nq_open_dev.jsonl")
     passages = [f"{row['question']}\n{', '.join(row['answer'])}" for row in rows]
@@ -118,7 +118,7 @@ def functions(cfg: Config) -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def recall(index, asked) -> dict:
-    """How often the passage is among the first five; milliseconds of a query among many."""
+    """Measures how often the passage is among the first five, and a query's ms among many."""
     found = 0
     start = time.perf_counter()
     for begin in range(0, len(asked), AT_ONCE):

@@ -101,7 +101,7 @@ def ask(cfg: Config) -> dict:
 
 
 def cpu_seconds(pid: int) -> float:
-    """That a process has used so far (Linux): what it costs, however busy the machine is."""
+    """Reads how much CPU time a process has used (Linux), however busy the machine is."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

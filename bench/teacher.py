@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
 
 
 def make_teacher(out_dir: Path) -> str:
-    """The folder of a model that was trained on the task, as the demo does it."""
+    """Trains a model on the task, as the demo does it; returns its folder."""
     sft = out_dir / "teacher_sft"
     if not (sft / "config.json").exists():
         train(train_sft, ["--config=multi_sft.py", f"--out_dir={sft}"])
@@ -78,7 +78,7 @@ def make_teacher(out_dir: Path) -> str:
 
 
 def make_student(teacher: str, folder: Path, seed: int) -> str:
-    """The folder of a student that has never seen a tool called."""
+    """Trains a student that has never seen a tool called; returns its folder."""
     student = folder / "student"
     if (student / "config.json").exists():
         return str(student)
@@ -96,7 +96,7 @@ def make_student(teacher: str, folder: Path, seed: int) -> str:
 
 
 def play_teacher(teacher: str, count: int, seed: int, out_dir: Path) -> str:
-    """The file with the teacher's episodes."""
+    """Plays the teacher's episodes; returns the file with them."""
     folder = out_dir / f"seed{seed}/episodes"
     if not (folder / "eval.json").exists():
         measure(teacher, folder, ["--split=train", "--temperature=1", f"--limit={count}"], seed)

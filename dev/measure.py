@@ -33,21 +33,21 @@ LOOPS = {
 
 
 def shipped() -> list[Path]:
-    """The python files of this tree but those of tests/, bench/ and dev/, and what git ignores."""
+    """Lists the python files of this tree but tests/, bench/, dev/, and what git ignores."""
     ignored = {"tests", "bench", "dev", "out", "build", ".venv"}
     files = ROOT.rglob("*.py")
     return sorted(f for f in files if not ignored & set(f.relative_to(ROOT).parts))
 
 
 def function_nodes(file: Path) -> dict:
-    """{name: node} of the functions and methods of a file; of equal names the last one."""
+    """Finds the functions and methods of a file, {name: node}; of equal names the last one."""
     tree = ast.parse(file.read_text())
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     return {node.name: node for node in ast.walk(tree) if isinstance(node, kinds)}
 
 
 def density(source: str, first: int, last: int) -> tuple[float, float, int]:
-    """(tokens a code line, share of comment lines, code lines) of the lines first..last."""
+    """Measures the lines first..last: (tokens a code line, share of comment lines, code lines)."""
     docstrings = set()
     for node in ast.walk(ast.parse(source)):
         body = getattr(node, "body", None)

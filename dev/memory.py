@@ -74,7 +74,7 @@ def write_config(name: str, folder) -> None:
 
 
 def base_setup(folder) -> Setup:
-    """The config that all rows share."""
+    """Makes the config that all rows share."""
     cfg = train_grpo.Config(
         model=str(folder),
         engine="vllm",

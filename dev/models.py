@@ -346,7 +346,7 @@ def make(family: Family):
 
 
 def tiny_settings(config_class, family: Family) -> dict:
-    """Those of TINY that a config knows, and the family's own."""
+    """Picks the settings of TINY that a config knows, and the family's own."""
     known = set(inspect.signature(config_class.__init__).parameters)
     known |= set(config_class.attribute_map)
     settings = {name: value for name, value in TINY.items() if name in known}
@@ -452,7 +452,7 @@ def try_sampling(model, tokenizer, seen: Trials) -> bool:
 
 
 def sample(engine, requests: list) -> list:
-    """Completions of [(ids, Sampling)], all asked for at once."""
+    """Samples completions of [(ids, Sampling)], all asked for at once."""
 
     async def ask():
         for _ in requests:
@@ -467,7 +467,7 @@ def sample(engine, requests: list) -> list:
 
 
 def furthest(some: list, others: list) -> float:
-    """The largest difference of the logprobs of equal completions."""
+    """Finds the largest difference of the logprobs of equal completions."""
     values = []
     for one, other in zip(some, others, strict=True):
         difference = torch.tensor(one.logprobs) - torch.tensor(other.logprobs)
@@ -506,7 +506,7 @@ def compare_with_trainer(model, requests: list, completions: list) -> float:
 
 
 def row_logprobs(model, rows: list[list[int]], prompt_lengths: list[int]) -> torch.Tensor:
-    """The trainer's logprobs (B, T) of what follows the prompts, as one batch."""
+    """Computes the trainer's logprobs (B, T) of what follows the prompts, as one batch."""
     attention_mask = pad([[1] * len(row) for row in rows])
     mask = []
     for row, length in zip(rows, prompt_lengths, strict=True):
@@ -613,7 +613,7 @@ Largest difference of a logprob when this was written: {largest}.
 
 
 def calls_of(family: Family) -> str:
-    """What the page says of a family's tool calls."""
+    """Words what the page says of a family's tool calls."""
     from test_templates import ROWS
 
     from formats import FORMATS
@@ -631,7 +631,7 @@ def calls_of(family: Family) -> str:
 
 
 def class_name(family: Family) -> str:
-    """The name of its class in transformers, that vLLM's registry goes by."""
+    """Finds the name of a family's class in transformers, by which vLLM's registry goes."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
     auto_class = AutoModelForCausalLM if family.images is None else AutoModelForImageTextToText
@@ -639,7 +639,7 @@ def class_name(family: Family) -> str:
 
 
 def vllm_registry() -> str:
-    """The source of vLLM's list of classes; "" where vLLM is not installed."""
+    """Reads the source of vLLM's list of classes; "" where vLLM is not installed."""
     found = importlib.util.find_spec("vllm")
     if found is None or not found.submodule_search_locations:
         return ""
@@ -666,7 +666,7 @@ def row_of(family: Family, seen: Trials, registry: str) -> str:
 
 
 def refusals_of(family: Family, seen: Trials) -> list[str]:
-    """The sentences by which a family is refused, each as a line of the page."""
+    """Lists the sentences by which a family is refused, each as a line of the page."""
     what_of = {}  # sentence: what it refuses
     for what in ("sampled", "full", "lora"):
         sentence = getattr(seen, what)

@@ -116,8 +116,8 @@ def draw_report(run: Path, target: Path) -> None:
 
 
 def first_pair(rollouts: list[dict]) -> tuple[int, int]:
-    """The places of two neighbours of one step and group that both call a tool, the first rewarded
-    and the second not."""
+    """Finds the places of two neighbours of one step and group that both call a tool, the first
+    rewarded and the second not."""
     for place in range(len(rollouts) - 1):
         one = rollouts[place]
         other = rollouts[place + 1]
@@ -130,8 +130,8 @@ def first_pair(rollouts: list[dict]) -> tuple[int, int]:
 
 
 def photograph(html: str, place: int, hide: str):
-    """The page as chromium draws it, opened at the rollout of that place, without what is hidden
-    and without the white around it. It is a PIL image."""
+    """Takes a picture, a PIL image, of the page as chromium draws it, opened at the rollout of that
+    place, without what is hidden and without the white around it."""
     from PIL import Image, ImageChops
 
     browser = shutil.which("chromium") or shutil.which("chromium-browser")

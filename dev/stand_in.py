@@ -43,7 +43,7 @@ class Served:
         self.folder = folder
 
     def answer(self, path: str, body: dict) -> tuple[int, dict | str]:
-        """(status, JSON) for a request."""
+        """Answers a request: (status, JSON)."""
         if path == "/v1/models":
             cards = [{"id": BASE, "parent": None, "max_model_len": 4096}]
             cards += [{"id": name, "parent": BASE} for name in self.adapters]
@@ -63,7 +63,7 @@ class Served:
         return 200, {}
 
     def call_worker(self, method: str, arguments: list[str]):
-        """As engines/worker.py."""
+        """Does what engines/worker.py does."""
         if method == "what_it_has":
             return {"name": self.weights_name, "reads": Path(arguments[0]).exists()}
         name = arguments[-1]
@@ -102,7 +102,7 @@ class Served:
             return 200, {"choices": [self.choice(body)]}
 
     def choice(self, body: dict) -> dict:
-        """The one choice of a completion."""
+        """Samples the one choice of a completion."""
         ids = body["prompt"]
         sampling = Sampling(
             temperature=body["temperature"],
@@ -131,7 +131,7 @@ class Served:
 
     @torch.inference_mode()
     def best(self, ids: list[int], temperature: float) -> dict[str, float]:
-        """The logprobs of the two best tokens behind a prompt."""
+        """Computes the logprobs of the two best tokens behind a prompt."""
         logits = self.engine.model(input_ids=torch.tensor([ids])).logits[0, -1]
         logprobs, tokens = (logits / temperature).log_softmax(-1).topk(2)
         pairs = zip(tokens.tolist(), logprobs.tolist(), strict=True)

@@ -78,7 +78,7 @@ def growing_cache(model_config, block: int = 128):
             return self.keys, self.values
 
         def _append(self, store, old, new):
-            """The store, or a larger one, with `new` behind `old`."""
+            """Puts `new` behind `old` into the store, or into a larger one; returns that."""
             used = old.shape[-2] if old.numel() else 0
             total = used + new.shape[-2]
             # after a row has left the batch, `old` is a tensor of its own and no view of the store

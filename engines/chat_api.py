@@ -112,7 +112,7 @@ class ChatApi:
         seed: int | None = None,
         tools: list[dict] | None = None,
     ) -> Reply:
-        """The model's next message. tools: schemas.
+        """Asks for the model's next message. tools: schemas.
 
         HttpError if the API refuses or has not answered after several attempts; its kind is
         "too_long" if the conversation is longer than the model's context, "filtered" if the API
@@ -144,7 +144,7 @@ class ChatApi:
     def _body(
         self, messages: list[dict], temperature: float, seed: int | None, tools: list[dict] | None
     ) -> dict:
-        """A request, but for its limit."""
+        """Makes a request, but for its limit."""
         body = {"model": self.model, "messages": messages, "temperature": temperature}
         if seed is not None:
             body["seed"] = seed % 2**31
@@ -237,7 +237,7 @@ class ChatApi:
             tell(f"{self.url} {text}")
 
     def refusal(self, error: HttpError, key_option: str) -> UserError:
-        """What a failed `ask` is to the user. key_option: where the name of the key is given."""
+        """Says what a failed `ask` is to the user. key_option: which option names the key."""
         if error.kind == "key_unsendable":
             return UserError(f"{self.url}: the key cannot be sent: see {key_option}")
         if error.kind == "key_refused":
@@ -258,7 +258,7 @@ class ChatApi:
 
 
 def _without(body: dict, names: set[str]) -> dict:
-    """The body of a request without these parameters, and without these keys of its messages."""
+    """Drops these parameters from the body of a request, and these keys from its messages."""
     kept = {name: value for name, value in body.items() if name not in names}
     if names.intersection(THOUGHTS):
         messages = []
@@ -269,8 +269,8 @@ def _without(body: dict, names: set[str]) -> dict:
 
 
 def _refused_parameter(error: HttpError, request: dict) -> str:
-    """The parameter, or the key of a message, that a refusal names; "" if it names none that a
-    request can do without. LIMIT if the limit wants its newer name."""
+    """Finds the parameter, or the key of a message, that a refusal names; "" if it names none that
+    a request can do without. LIMIT if the limit wants its newer name."""
     if error.kind not in ("refused", "busy"):
         return ""
     if LIMIT in request:
@@ -289,9 +289,9 @@ def _refused_parameter(error: HttpError, request: dict) -> str:
 
 
 def smaller_limits(text: str, wanted: int) -> list[int]:
-    """Numbers of new tokens, the largest first, that may fit where `wanted` did not, by the numbers
-    in the refusal: the context, the prompt, what an answer may have, and their differences. [] if
-    it is the conversation that does not fit."""
+    """Guesses numbers of new tokens, the largest first, that may fit where `wanted` did not, by the
+    numbers in the refusal: the context, the prompt, what an answer may have, and their differences.
+    [] if it is the conversation that does not fit."""
     text = re.sub(r'"(code|status)": ?\d+', "", text)
     numbers = {int(number.replace(",", "")) for number in NUMBER.findall(text)[:12]}
     names_limit = NAMES_LIMIT.search(text) is not None
@@ -311,8 +311,8 @@ def smaller_limits(text: str, wanted: int) -> list[int]:
 
 
 def _read(answer, turn: int) -> Reply:
-    """The Reply in an answer's JSON. HttpError: nonsense, if there is no message in it, as some
-    APIs send with status 200 when they are busy; filtered, if the API gave the message up.
+    """Reads the Reply in an answer's JSON. HttpError: nonsense, if there is no message in it, as
+    some APIs send with status 200 when they are busy; filtered, if the API gave the message up.
     turn: how many messages of the model there are already."""
     try:
         choice = answer["choices"][0]
@@ -339,15 +339,15 @@ def _read(answer, turn: int) -> Reply:
 
 
 def _count(usage, name: str) -> int:
-    """A number of tokens; 0 where the API says none."""
+    """Reads a number of tokens; 0 where the API says none."""
     count = usage.get(name) if isinstance(usage, dict) else None
     is_number = isinstance(count, int | float) and not isinstance(count, bool)
     return int(count) if is_number and 0 <= count < 2**53 else 0
 
 
 def _text(content) -> str:
-    """The text of a message's content, which may be a list of parts, or what is no text at all.
-    Lone surrogates, which JSON can spell, become question marks."""
+    """Reads the text of a message's content, which may be a list of parts, or what is no text at
+    all. Lone surrogates, which JSON can spell, become question marks."""
     parts = content if isinstance(content, list) else [content]
     texts = []
     for part in parts:
@@ -361,7 +361,7 @@ def _text(content) -> str:
 
 
 def _thoughts(message: dict) -> dict:
-    """The keys of a message that have to go back as they came."""
+    """Picks the keys of a message that have to go back as they came."""
     thoughts = {}
     for key in THOUGHTS:
         value = message.get(key)
@@ -371,8 +371,8 @@ def _thoughts(message: dict) -> dict:
 
 
 def _tool_calls(message: dict, turn: int) -> list[dict]:
-    """The calls of a message, in the one form that goes back: what is missing in them is "", and
-    each has an id of its own."""
+    """Reads the calls of a message, in the one form that goes back: what is missing in them is "",
+    and each has an id of its own."""
     entries = message.get("tool_calls")
     if not entries and isinstance(message.get("function_call"), dict):  # as before tools
         entries = [{"function": message["function_call"]}]
@@ -411,9 +411,9 @@ def _arguments(function: dict) -> str:
 
 
 def sendable_call(tool_call: dict, is_readable: bool) -> dict:
-    """A call of the model as it may go back. APIs, and the templates behind them, refuse the whole
-    conversation for arguments that are no JSON object, or an odd name: what was wrong the model
-    reads in the result."""
+    """Mends a call of the model so that it may go back. APIs, and the templates behind them, refuse
+    the whole conversation for arguments that are no JSON object, or an odd name: what was wrong the
+    model reads in the result."""
     function = tool_call["function"]
     name = function["name"]
     if not NAME.fullmatch(name):
@@ -501,10 +501,10 @@ class Endpoint(Engine):
         with_tools: bool,
         pictures: Sequence[Picture] = (),
     ) -> Reply | str:
-        """The next message, or why there is none: "length" if the conversation is longer than the
-        model's context, "error" if the API refuses this conversation and answers others. UserError
-        if it refuses all, or does not answer after several attempts. pictures: of the images in
-        messages, in order."""
+        """Asks for the next message, or why there is none: "length" if the conversation is longer
+        than the model's context, "error" if the API refuses this conversation and answers others.
+        UserError if it refuses all, or does not answer after several attempts. pictures: of the
+        images in messages, in order."""
         if pictures:
             messages = await asyncio.to_thread(with_images, messages, pictures)
         question = {
@@ -525,7 +525,7 @@ class Endpoint(Engine):
         return "error"
 
     def report(self) -> dict:
-        """What the numbers of an evaluation have to say of the API."""
+        """Lists what the numbers of an evaluation have to say of the API."""
         lines = {}
         if self.refused:
             lines["refused"] = len(self.refused)

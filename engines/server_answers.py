@@ -15,7 +15,7 @@ UNLIKELIEST = -1000.0
 
 
 def only_choice(answer, prompt: list[int]) -> dict:
-    """The one choice of a completion of `prompt`."""
+    """Picks the one choice of a completion of `prompt`."""
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         raise ValueError(f"a completion without its one choice: {_start(answer)}")
@@ -25,8 +25,7 @@ def only_choice(answer, prompt: list[int]) -> dict:
 
 
 def with_images(answer) -> dict:
-    """What /inference/v1/generate answers, in the form of a completion: the other readers read
-    both."""
+    """Writes an answer of /inference/v1/generate as a completion: other readers read both."""
     if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
         raise ValueError(f"an answer without choices: {_start(answer)}")
     choices = []
@@ -39,8 +38,8 @@ def with_images(answer) -> dict:
 
 
 def _of_tokens(choice: dict) -> dict | None:
-    """The logprobs of a choice of /inference/v1/generate, which must be of its very tokens; None
-    where there are none, as nobody asked for them."""
+    """Reads the logprobs of a choice of /inference/v1/generate, which must be of its very tokens;
+    None where there are none, as nobody asked for them."""
     logprobs = choice.get("logprobs")
     if logprobs is None:
         return None
@@ -53,7 +52,7 @@ def _of_tokens(choice: dict) -> dict | None:
 
 
 def completion(choice: dict, sampling: Sampling, vocabulary: int) -> Completion:
-    """The turn in a choice. vocabulary: ids are below it."""
+    """Reads the turn in a choice. vocabulary: ids are below it."""
     # 1. the tokens
     ids = choice.get("token_ids")
     if not isinstance(ids, list):
@@ -91,7 +90,7 @@ def completion(choice: dict, sampling: Sampling, vocabulary: int) -> Completion:
 
 
 def prompt_logprobs(choice: dict, prompt: list[int]) -> list[float]:
-    """The logprobs (T - 1) of prompt[1:]."""
+    """Reads the logprobs (T - 1) of prompt[1:]."""
     by_position = choice.get("prompt_logprobs")
     if not isinstance(by_position, list) or len(by_position) != len(prompt):
         raise ValueError(f"prompt_logprobs of {len(prompt)} ids: {_start(by_position)}")
@@ -105,7 +104,7 @@ def prompt_logprobs(choice: dict, prompt: list[int]) -> list[float]:
 
 
 def gap_of_best(choice: dict) -> float:
-    """The difference of the two best logprobs of the first token."""
+    """Measures the difference of the two best logprobs of the first token."""
     logprobs = choice.get("logprobs")
     first = logprobs.get("top_logprobs") if isinstance(logprobs, dict) else None
     best = first[0] if isinstance(first, list) and first else None
@@ -116,7 +115,7 @@ def gap_of_best(choice: dict) -> float:
 
 
 def models_served(answer) -> tuple[str, int | None, list[str]]:
-    """(name of the model, its max_model_len if that is said, names of all adapters)."""
+    """Reads (name of the model, its max_model_len if that is said, names of all adapters)."""
     cards = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(cards, list):
         raise ValueError(f"/v1/models lists no models: {_start(answer)}")
@@ -138,7 +137,7 @@ def models_served(answer) -> tuple[str, int | None, list[str]]:
 
 
 def tokens(answer) -> list[int]:
-    """The ids of a text, from /tokenize."""
+    """Reads the ids of a text, from /tokenize."""
     ids = answer.get("tokens") if isinstance(answer, dict) else None
     if not isinstance(ids, list) or not all(type(token) is int for token in ids):
         raise ValueError(f"/tokenize says {_start(answer)}")
@@ -146,7 +145,7 @@ def tokens(answer) -> list[int]:
 
 
 def prompt_ids(answer) -> list[int]:
-    """The ids that stand for a prompt with images, from /inference/v1/generate."""
+    """Reads the ids that stand for a prompt with images, from /inference/v1/generate."""
     ids = answer.get("prompt_token_ids") if isinstance(answer, dict) else None
     if not isinstance(ids, list) or not all(type(token) is int for token in ids):
         raise ValueError(f"prompt_token_ids = {_start(ids)}: no list of ids")
@@ -154,7 +153,7 @@ def prompt_ids(answer) -> list[int]:
 
 
 def results_of_workers(answer) -> list:
-    """What the workers returned, from /collective_rpc."""
+    """Reads what the workers returned, from /collective_rpc."""
     results = answer.get("results") if isinstance(answer, dict) else None
     if not isinstance(results, list) or not results:
         raise ValueError(f"/collective_rpc says {_start(answer)}")
@@ -162,7 +161,7 @@ def results_of_workers(answer) -> list:
 
 
 def weights_held(result) -> tuple[str, bool]:
-    """What a worker says of itself: (name of the weights it has, whether it reads our folder)."""
+    """Reads what a worker says: (name of the weights it has, whether it reads our folder)."""
     name = result.get("name") if isinstance(result, dict) else None
     reads = result.get("reads") if isinstance(result, dict) else None
     if type(name) is not str or type(reads) is not bool:
@@ -171,14 +170,14 @@ def weights_held(result) -> tuple[str, bool]:
 
 
 def _logprob(value) -> float:
-    """A logprob as a float; ValueError if it is none."""
+    """Reads a logprob as a float; ValueError if it is none."""
     if type(value) not in (int, float) or not math.isfinite(value) or value > ROUNDING:
         raise ValueError(f"a logprob {_start(value)}: expected a number up to 0")
     return float(value)
 
 
 def _start(value) -> str:
-    """The beginning of what was answered, for a message."""
+    """Quotes the beginning of what was answered, for a message."""
     if isinstance(value, list | dict) and len(value) > 100:
         return f"{len(value)} entries"
     return repr(value)[:100]

@@ -191,8 +191,8 @@ class ServerEngine(Engine):
     async def _ask(
         self, ids: list[int], images: list, options: dict, session: int, read: Callable
     ) -> Completion:
-        """A completion; if a server is lost meanwhile, another one's. UserError if this turn has
-        had several answers that cannot be used."""
+        """Asks for a completion; if a server is lost meanwhile, asks another. UserError if this
+        turn has had several answers that cannot be used."""
         await self.ready.wait()
         version = self.version
         self.flying[version] += 1
@@ -217,8 +217,7 @@ class ServerEngine(Engine):
         version: int,
         read: Callable,
     ) -> tuple[Server, Completion | _Useless]:
-        """(who was asked, what came of it). Where a server is lost by other turns than this one,
-        the next is asked."""
+        """Asks a server: (which, what came of it); the next one where other turns lose it."""
         while True:
             server = await self._pick(session)
             try:
@@ -238,8 +237,9 @@ class ServerEngine(Engine):
         read: Callable,
         within: float | None = None,
     ):
-        """What `read` makes of the one choice of a completion. _Lost if there is none, or if it
-        says ValueError to it. within: seconds, None for as long as it takes."""
+        """Asks a server; gives what `read` makes of the one choice of its completion. _Lost if
+        there is none, or if it says ValueError to it. within: seconds, None for as long as it
+        takes."""
         if images and not server.shows:
             await self._prove_images(server)
         path = COMPLETIONS
@@ -276,21 +276,22 @@ class ServerEngine(Engine):
         return value
 
     def _read(self, server: Server, answer: Answer, read: Callable):
-        """What `read` makes of an answer's JSON; the server is lost if that cannot be read."""
+        """Returns what `read` makes of an answer's JSON; loses the server where it makes
+        nothing."""
         try:
             return read(answer.json())
         except (HttpError, ValueError, OverflowError, RecursionError) as error:
             raise self._lose(server, str(error)) from None
 
     async def _pick(self, session: int) -> Server:
-        """The server that has the beginning of the session cached, else the least busy one."""
+        """Picks the server that has the session's beginning cached, else the least busy one."""
         living = await self._living()
         if self.homes.get(session) not in living:
             self.homes[session] = min(living, key=lambda server: server.busy)
         return self.homes[session]
 
     async def _living(self) -> list[Server]:
-        """All servers that are alive, waiting for one; UserError if none is for `timeout` s."""
+        """Lists all servers that are alive; waits for one, UserError if none is for `timeout` s."""
         since = time.monotonic()
         while True:
             living = [server for server in self.servers if server.alive]
@@ -309,7 +310,7 @@ class ServerEngine(Engine):
             await asyncio.sleep(0.1)
 
     def _names(self) -> str:
-        """All servers, and why those were lost that answered something."""
+        """Names all servers, and why those were lost that answered something."""
         names = [
             f"{server.url}: {server.why}" if server.why else server.url for server in self.servers
         ]
@@ -318,7 +319,8 @@ class ServerEngine(Engine):
     async def _post(
         self, server: Server, path: str, body: dict, within: float | None = None
     ) -> Answer:
-        """An answer of status 200. _Lost if the server dies or is late, UserError if it refuses."""
+        """Posts a request; returns an answer of status 200. _Lost if the server dies or is late,
+        UserError if it refuses."""
         asking = read_answer(self.http, "POST", server.url + path, json=body)
         post = asyncio.ensure_future(asking)
         gone = asyncio.ensure_future(server.gone.wait())
@@ -471,7 +473,7 @@ class ServerEngine(Engine):
             self._tell(f"{server.url} does not answer yet")
 
     async def _check(self, server: Server) -> None:
-        """UserError if the server has another tokenizer than the trainer, or too little room."""
+        """Refuses a server with another tokenizer than the trainer's, or too little room."""
         body = {"model": server.base, "prompt": TOKENIZER_PROBE, "add_special_tokens": False}
         answer = await self._post(server, "/tokenize", body, PATIENCE)
         ids = self._read(server, answer, server_answers.tokens)
@@ -486,7 +488,7 @@ class ServerEngine(Engine):
             await self._prove_images(server)
 
     async def _prove_images(self, server: Server) -> None:
-        """UserError if the server shows no images, or has other tokens for one than the trainer."""
+        """Refuses a server that shows no images, or has other tokens for one than the trainer."""
         picture = self.probe
         if picture is None:
             raise UserError("engine = 'server' was started without the model's images")
@@ -510,8 +512,8 @@ class ServerEngine(Engine):
         server.shows = True
 
     async def _prove(self, server: Server) -> None:
-        """UserError if its logprobs are not of the distribution that it samples from: at half the
-        temperature the difference of two logprobs is twice as large."""
+        """Refuses a server whose logprobs are not of the distribution that it samples from: at half
+        the temperature the difference of two logprobs is twice as large."""
         at_one = await self._gap(server, temperature=1.0)
         at_half = await self._gap(server, temperature=0.5)
         if abs(at_half - 2 * at_one) > 0.1 * at_one + 1e-4:
@@ -522,7 +524,7 @@ class ServerEngine(Engine):
         server.proved = True
 
     async def _gap(self, server: Server, temperature: float) -> float:
-        """The difference of the two best logprobs behind a fixed prompt."""
+        """Measures the difference of the two best logprobs behind a fixed prompt."""
         options = {"temperature": temperature, "max_tokens": 1, "logprobs": 2, "seed": 0}
         return await self._complete(
             server, [1, 2, 3], [], options, self.version, server_answers.gap_of_best, PATIENCE
@@ -531,9 +533,9 @@ class ServerEngine(Engine):
     # Their weights
 
     async def sync(self, model, version: int) -> None:
-        """From now on, sample from these weights. With adapters, turns that are being sampled keep
-        theirs, and others wait until all servers have it. Full weights wait until all turns have
-        ended."""
+        """Makes the servers sample, from now on, from these weights. With adapters, turns that are
+        being sampled keep theirs, and others wait until all servers have it. Full weights wait
+        until all turns have ended."""
         if not self.full and not models.adapters_of(model):
             raise UserError("engine = 'server' was started for adapters, and got full weights")
         old_version = self.version
@@ -653,14 +655,14 @@ class ServerEngine(Engine):
             sender.close()
 
     async def _call_workers(self, server: Server, method: str, arguments: list[str]) -> list:
-        """What a method of engines/worker.py returns, of each of its workers."""
+        """Calls a method of engines/worker.py on all workers of a server; returns their results."""
         body = {"method": method, "args": arguments}
         answer = await self._post(server, WORKERS, body, LOADING)
         return self._read(server, answer, server_answers.results_of_workers)
 
     async def _weights_of(self, server: Server) -> str:
-        """The name of the full weights that a server has. UserError if it was started in a way in
-        which it cannot take any, or cannot read them."""
+        """Asks for the name of the full weights that a server has. UserError if it was started in a
+        way in which it cannot take any, or cannot read them."""
         try:
             results = await self._call_workers(server, "what_it_has", [str(self.memory)])
             has = [server_answers.weights_held(result) for result in results]
@@ -679,7 +681,7 @@ class ServerEngine(Engine):
         return names.pop() if len(names) == 1 else ""
 
     async def _check_own_weights(self, server: Server) -> None:
-        """UserError if a server has full weights of a training run: it is asked for the model that
+        """Refuses a server with full weights of a training run: it is asked for the model that
         it was started with, or for adapters over that."""
         try:
             results = await self._call_workers(server, "what_it_has", [str(self.memory)])
@@ -704,7 +706,7 @@ class ServerEngine(Engine):
             ) from None
 
     async def _adapters_on(self, server: Server) -> list[str]:
-        """The names of the adapters that a server has."""
+        """Lists the names of the adapters that a server has."""
         try:
             answer = await self._get(server, "/v1/models")
         except (httpx.RequestError, HttpError, TimeoutError) as error:
@@ -869,7 +871,7 @@ def probe_of(vision: Vision) -> Picture:
 
 
 def vocabulary_of(name: str, tokenizer) -> int:
-    """How many ids the model `name` has: more than its tokenizer where its embedding is padded.
+    """Counts the ids of the model `name`: more than its tokenizer where its embedding is padded.
     What is on this machine is asked, no hub."""
     from transformers import AutoConfig
 

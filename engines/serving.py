@@ -68,7 +68,7 @@ def start_command(
 
 
 def _room_for(rank: int) -> int:
-    """The --max-lora-rank for adapters of this rank."""
+    """Picks the --max-lora-rank for adapters of this rank."""
     return next((room for room in LORA_RANKS if room >= rank), rank)
 
 

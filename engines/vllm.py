@@ -125,7 +125,7 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def _fixed_options(has_gpu: bool, kv_cache_gib: float, max_model_len: int) -> dict:
-    """Options that do not depend on the model."""
+    """Collects the options that do not depend on the model."""
     options = {
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
@@ -145,7 +145,7 @@ def _fixed_options(has_gpu: bool, kv_cache_gib: float, max_model_len: int) -> di
 
 
 def _adapter_options(rank: int) -> dict:
-    """Options for adapters of this rank; none for 0."""
+    """Gives the options for adapters of this rank; none for 0."""
     if rank > RANKS[-1]:
         raise UserError(f"lora_r = {rank}: vLLM takes at most {RANKS[-1]}")
     if not rank:
@@ -160,7 +160,7 @@ def _adapter_options(rank: int) -> dict:
 
 
 def _vision_options(vision: Vision, max_model_len: int) -> dict:
-    """Options for models that are shown images."""
+    """Gives the options for models that are shown images."""
     # as many images as there is room for, each of a token at least: max_tokens is the limit
     options = {"limit_mm_per_prompt": {"image": max_model_len, "video": 0}}
     if vision.family.has_grid:
@@ -178,7 +178,7 @@ def _vision_options(vision: Vision, max_model_len: int) -> dict:
 
 
 def _started(options: dict):
-    """vLLM's AsyncLLM; UserError if it does not start."""
+    """Starts vLLM's AsyncLLM; UserError if it does not start."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -220,7 +220,7 @@ class VllmEngine(Engine):
         self.ready.set()
 
     async def begin(self, adapter: str) -> None:
-        """Once, when vLLM runs. adapter: a folder, to be sampled from until the first sync."""
+        """Prepares, once, a vLLM that runs. adapter: a folder, to be used until the first sync."""
         # no traceback of its own when its process has died: ours is one sentence
         logging.getLogger("vllm.v1.engine.async_llm").setLevel(logging.CRITICAL)
         await self._alive(self.llm.collective_rpc("end_with", args=(os.getpid(),)))
@@ -266,7 +266,7 @@ class VllmEngine(Engine):
         return [[by_token[token].logprob for token, by_token in pairs]]
 
     async def _ask(self, ids: list[int], images: list, params):
-        """vLLM's last word on one request."""
+        """Returns vLLM's last word on one request."""
         await self.ready.wait()
         version = self.version
         adapter = self.adapter
@@ -296,8 +296,8 @@ class VllmEngine(Engine):
         return out
 
     async def _alive(self, call):
-        """The result of a call to vLLM's process. UserError if that dies meanwhile: vLLM itself
-        would wait for ever."""
+        """Returns the result of a call to vLLM's process. UserError if that dies meanwhile: vLLM
+        itself would wait for ever."""
         task = asyncio.ensure_future(call)
         try:
             while not task.done():
@@ -311,10 +311,10 @@ class VllmEngine(Engine):
             task.cancel()
 
     async def sync(self, model, version: int) -> None:
-        """From now on, sample from these weights. What is being sampled keeps those it began with:
-        with adapters both are there for a while, full weights wait for it, and what is asked for
-        meanwhile waits for them. Wakes vLLM's weights if it sleeps, but not its cache: `wake` does,
-        when the trainer has given back its memory."""
+        """Makes vLLM sample, from now on, from these weights. What is being sampled keeps those it
+        began with: with adapters both are there for a while, full weights wait for it, and what is
+        asked for meanwhile waits for them. Wakes vLLM's weights if it sleeps, but not its cache:
+        `wake` does, when the trainer has given back its memory."""
         if self.asleep:
             torch.cuda.empty_cache()  # what the trainer has kept for its next step
             await self._alive(self.llm.wake_up(["weights"]))
@@ -370,7 +370,7 @@ class VllmEngine(Engine):
             await self._alive(self.llm.collective_rpc("take_weights", args=(str(file),)))
 
     def _weights(self, model) -> list[tuple[str, torch.Tensor]]:
-        """(name, weight) of all weights, as vLLM takes them."""
+        """Lists (name, weight) of all weights, as vLLM takes them."""
         return [
             (name, weight.to(self.dtype).contiguous()) for name, weight in models.weights_of(model)
         ]

@@ -106,7 +106,7 @@ _FRACTION_SIGN = re.compile("[¼-¾⅐-⅞]")
 
 
 def _without_markup(text):
-    r"""What is left without styles, marks of mathematics and braces around the whole."""
+    r"""Strips styles, marks of mathematics and braces around the whole."""
     text = _MATH_MARKS.sub("", text)
     text = _BOLD_TEXT.sub(r"\1", text)
     text = _STYLES.sub("", text)  # what is in their braces stays in braces
@@ -131,13 +131,13 @@ def _without_markup(text):
 
 
 def _spelled_fraction(match):
-    """\\frac{1}{2} of the sign for one half."""
+    """Spells the sign for one half as \\frac{1}{2}, and so on."""
     above, below = unicodedata.normalize("NFKC", match[0]).split("\u2044")
     return rf"\frac{{{above}}}{{{below}}}"
 
 
 def _is_one_group(text):
-    """Whether braces surround the whole text, and they are no set of several."""
+    """Says whether braces surround the whole text, and they are no set of several."""
     if text[:1] != "{" or text[-1:] != "}":
         return False
     depth = 0
@@ -168,7 +168,8 @@ _NUMERAL = re.compile(r"(?:\\(?:text|mathrm)\s*)?[({]*([0-9A-Z][0-9A-Z ,.]*)[)}]
 
 
 def _split_bases(text):
-    """(text, bases of the numbers in it as a Counter). A number alone comes without its base."""
+    """Splits off the bases of the numbers in a text: (text, bases as a Counter). A number alone
+    comes without its base."""
     text = _BASE_WORD.sub(r"_{\1}", text)
     bases = Counter()
     for match in _BASE.finditer(text):
@@ -282,7 +283,7 @@ _LETTER_UNIT = re.compile(rf"(?<=\d)[ ~]?([mgshLNJWVK]{_POWER})\.?$")
 
 
 def _split_letter_unit(text):
-    """As _split_unit, of a unit of one letter without `\\text{}`, which may be a variable too."""
+    """Splits off, as _split_unit, a unit of one letter without `\\text{}`: it may be a variable."""
     match = _LETTER_UNIT.search(text)
     if not match:
         return text, ()
@@ -290,7 +291,7 @@ def _split_letter_unit(text):
 
 
 def _split_unit(text):
-    """(text without a unit, the unit as a tuple of its parts, () if there is none)."""
+    """Splits a text: (it without a unit, the unit as a tuple of its parts, () if there is none)."""
     text = _SCALED_UNIT.sub(r" \1\\text{", text)
     currency = _CURRENCY.match(text)
     if currency:
@@ -310,8 +311,8 @@ def _split_unit(text):
 
 
 def _may_have_unit(value, name, parts):
-    """Whether what stands behind a value is its unit: any words behind a number, known ones behind
-    other values."""
+    """Says whether what stands behind a value is its unit: any words behind a number, known ones
+    behind other values."""
     if _NO_UNIT.search(name):
         return False
     is_known = all(part in _UNITS or not part[0].isalpha() for part in parts)
@@ -319,8 +320,8 @@ def _may_have_unit(value, name, parts):
 
 
 def _unit_parts(name):
-    """The parts of a unit: square cm and cm^2 are ("cm", "2"), miles per hour ("mile", "/",
-    "hour")."""
+    """Splits a unit into its parts: square cm and cm^2 are ("cm", "2"), miles per hour ("mile",
+    "/", "hour")."""
     name = re.sub(r"\\(?:text|textrm|mathrm|mbox|operatorname|cdot)|\\[,;:! $]?", " ", name)
     name = name.replace("^", " ").replace("circ", "°") if "circ" in name else name
     parts = []
@@ -346,7 +347,7 @@ def _unit_parts(name):
 
 
 def _same_unit(given, gold):
-    """Whether two units are the same, or one of them says nothing: "" or "units"."""
+    """Says whether two units are the same, or one of them says nothing: "" or "units"."""
     if not given or not gold or given == gold:
         return True
     if "unit" in given or "unit" in gold:
@@ -385,7 +386,7 @@ _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10
 
 
 def _same_number(given, gold):
-    """Whether two numbers are the same; None if that is not known, as one of them is none."""
+    """Says whether two numbers are the same; None if that is not known, as one of them is none."""
     number, form = _number(given)
     gold_number, gold_form = _number(gold)
     if gold_number is None:
@@ -400,8 +401,8 @@ def _same_number(given, gold):
 
 
 def _number(text):
-    """(value, form) of a number: "decimal", "scientific", "unclear" as 2e-1, "fraction" or "power";
-    (None, "") for what is not one number."""
+    """Reads (value, form) of a number: "decimal", "scientific", "unclear" as 2e-1, "fraction" or
+    "power"; (None, "") for what is not one number."""
     text = text.replace(r"\text{,}", "{,}")
     text = _TEXT.sub(r"\1", _LABEL.sub(_gap, text))
     text = _SPACES.sub(" ", _THOUSANDS.sub("", text)).strip(" *`").rstrip(" .*`")
@@ -443,7 +444,7 @@ def _number(text):
 
 
 def _repeating(sign, whole, digits, block, digit):
-    """The value of `0.1\\overline{6}`."""
+    """Computes the value of `0.1\\overline{6}`."""
     block = block or digit
     scale = 10 ** len(digits)
     value = Fraction(int(whole + digits or "0"), scale)
@@ -452,8 +453,8 @@ def _repeating(sign, whole, digits, block, digit):
 
 
 def _gap(label):
-    """What is left of a text: a blank between two digits, which are two numbers, and all of it if
-    it changes what the number says."""
+    """Says what is left of a text: a blank between two digits, which are two numbers, and all of it
+    if it changes what the number says."""
     if _NO_UNIT.search(label[0]):
         return label[0]
     before = label.string[label.start() - 1 : label.start()]
@@ -471,7 +472,7 @@ _BRACKETS = {"(": ")", "[": "]", "\\{": "\\}"}
 
 
 def _same_list(given, gold):
-    """Whether two lists of numbers are the same; None if one of them is no such list. Those in
+    """Says whether two lists of numbers are the same; None if one of them is no such list. Those in
     round or square brackets have an order."""
     brackets, given_items = _items(given)
     gold_brackets, gold_items = _items(gold)
@@ -494,7 +495,7 @@ def _same_list(given, gold):
 
 
 def _items(text):
-    """(brackets around it or "", its items): of `(1, 2]` "(]" and ["1", "2"]."""
+    """Splits a list into (brackets around it or "", its items): of `(1, 2]` "(]" and ["1", "2"]."""
     brackets = ""
     for begin in _BRACKETS:
         for end in _BRACKETS.values():
@@ -510,12 +511,12 @@ def _items(text):
 
 
 def _with_commas(text):
-    """A list with commas only: of `1 \\text{ and } 3`, "1,3"."""
+    """Writes a list with commas only: `1 \\text{ and } 3` as "1,3"."""
     return _SEPARATOR.sub(",", text)
 
 
 def _number_with_unit(text):
-    """(value, unit) of an item of a list; None if it is no number that is written as one."""
+    """Reads (value, unit) of an item of a list; None if it is not written as a number."""
     text, unit = _split_unit(text)
     number, form = _number(text)
     if form not in ("decimal", "scientific"):
@@ -534,7 +535,7 @@ _AND = re.compile(r",? and ")  # A and B is A, B
 
 
 def _same_text(given, gold):
-    """Whether they are the same words, whatever the case, and the blanks beside signs."""
+    """Says whether two texts are the same words, whatever the case, and the blanks beside signs."""
     given = _plain(given).casefold()
     gold = _plain(gold).casefold()
     if not gold:
@@ -543,7 +544,7 @@ def _same_text(given, gold):
 
 
 def _plain(text):
-    """Text without what surrounds an answer: quotes, stops, dollars, an article, `\\text{}`."""
+    """Strips what surrounds an answer: quotes, stops, dollars, an article, `\\text{}`."""
     text = " ".join(_TEXT.sub(r"\1", text).split())
     text = text.lstrip(' ,;:*`"$“”‘’').rstrip(' .,;:*`"$“”‘’')
     text = re.sub(r"^\(([A-Za-z])\)$", r"\1", text)  # (B), of a multiple choice
@@ -577,8 +578,8 @@ _OPERATIONS = [  # those that math-verify does; one kind each
 
 
 def _same_expression(given, gold):
-    """Whether two expressions are equal. Words are none: as math they are products of letters, and
-    Carol is Calor."""
+    """Says whether two expressions are equal. Words are none: as math they are products of letters,
+    and Carol is Calor."""
     given = _to_math(given)
     gold = _to_math(gold)
     if not given or not gold or not _MATH.search(gold):
@@ -593,7 +594,7 @@ def _same_expression(given, gold):
 
 
 def _to_math(text):
-    """Text as math-verify reads it: without quotes and `\\text{}`, with commas, and no 1e16."""
+    """Writes text for math-verify: without quotes and `\\text{}`, with commas, and no 1e16."""
     text = _TEXT.sub(r"\1", _with_commas(text))
     text = " ".join(text.split())
     text = text.lstrip(' ,;:*`"$“”‘’').rstrip(' .,;:*`"$“”‘’')
@@ -627,8 +628,8 @@ class _Comparer:
         self.wasted = []  # the times at which second tries came to nothing
 
     def same(self, said, gold):
-        """Whether two expressions are equal; False where that takes too long. Raises NotCompared
-        if others have taken too long of late."""
+        """Says whether two expressions are equal; False where that takes too long. Raises
+        NotCompared if others have taken too long of late."""
         verdict = self.ask(said, gold, QUICK)
         if verdict is not None:
             return verdict
@@ -643,7 +644,7 @@ class _Comparer:
         return bool(verdict)
 
     def ask(self, said, gold, seconds):
-        """Whether they are equal; None if it is not known after so many seconds."""
+        """Asks whether they are equal; None if it is not known after so many seconds."""
         request = {"said": said, "gold": gold, "seconds": seconds}
         try:
             if not self.is_reported:
@@ -661,7 +662,7 @@ _compared = functools.lru_cache(maxsize=10_000)(_Comparer().same)
 
 
 def _same_math(said, gold):
-    """Whether math-verify finds two expressions equal; False where it does not end in time."""
+    """Says whether math-verify finds two expressions equal; False where it does not end in time."""
     if _is_huge(said) and not _is_huge(gold):
         return False
     return _compared(said, gold)
@@ -673,7 +674,7 @@ LARGEST_EXPONENT = 10_000
 
 
 def _is_huge(text):
-    """Whether it has a number that no computer writes down, such as 9^{9^9}."""
+    """Says whether a text has a number that no computer writes down, such as 9^{9^9}."""
     if _HUGE.search(text):
         return True
     for match in _TOWER.finditer(text):

@@ -22,9 +22,9 @@ WANTED = ("network_namespace", "no_new_privileges", "seccomp")  # around it, whe
 
 
 def gym(trajectory, example):
-    """From 0.0 to 1.0, what score_answer(answer, entry) of the row's data set says, for rows of
-    --data=gym:NAME. An answer at which it raises, or that it has not judged after 5 seconds of the
-    processor, is wrong: 0.0. None where the process that asks it died."""
+    """Gives, from 0.0 to 1.0, what score_answer(answer, entry) of the row's data set says, for rows
+    of --data=gym:NAME. An answer at which it raises, or that it has not judged after 5 seconds of
+    the processor, is wrong: 0.0. None where the process that asks it died."""
     if "gym" not in example or "entry" not in example:
         raise UserError("reward gym is for the rows of --data=gym:NAME, which say their data set")
     text = answer(trajectory, example)
@@ -43,7 +43,7 @@ class _Scorer:
         self.is_reported = False  # whether the user was told which layers are not around them
 
     def score(self, source, text, entry):
-        """The score; None if the process died."""
+        """Asks a process for the score; None if that died."""
         name, options = parse_source(source)
         # pickled: JSON would make lists of the entry's tuples
         packed = pickle.dumps(entry)

@@ -41,7 +41,7 @@ def prepare() -> None:
 
 
 def answer(request: dict) -> dict:
-    """{"score": what the data set `name` gives `answer` for `entry`}; or {"layers"}."""
+    """Answers {"score": what the data set `name` gives `answer` for `entry`}; or {"layers"}."""
     if "layers" in request:
         return {"layers": _layers}
     data_set = _data_set(request["name"], request["options"])
@@ -67,5 +67,5 @@ def answer(request: dict) -> dict:
 
 @functools.lru_cache(maxsize=200)
 def _data_set(name, options):
-    """options: JSON, which can be a key of this cache."""
+    """Makes a data set. options: JSON, which can be a key of this cache."""
     return reasoning_gym.create_dataset(name, seed=0, size=1, **json.loads(options))

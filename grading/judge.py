@@ -122,7 +122,7 @@ class Grader:
         return None
 
     def _stop_if_hopeless(self, last_text: str) -> None:
-        """UserError if no verdict was ever readable, of many."""
+        """Refuses to go on, with UserError, if no verdict was ever readable, of many."""
         if self.readable or self.unreadable < HOPELESS:
             return
         raise UserError(
@@ -179,8 +179,8 @@ class judge:
         return filled(self.prompt, example, said=reply, scale=f"{self.scale:g}")
 
     def _score(self, text: str) -> float | None:
-        """The last score in a verdict, as a share of the scale; None if there is none, if it is
-        still a thought, or if it can be read in two ways."""
+        """Reads the last score in a verdict, as a share of the scale; None if there is none, if it
+        is still a thought, or if it can be read in two ways."""
         text = text.rpartition("</think>")[2]
         if "<think>" in text:
             return None
@@ -189,8 +189,8 @@ class judge:
         return scores.pop() if len(scores) == 1 else None
 
     def _share(self, statement: str) -> float | None:
-        """The score that stands at the beginning of a text, as a share of the scale; None if it is
-        no single number, of another scale or outside of it."""
+        """Reads the score that stands at the beginning of a text, as a share of the scale; None if
+        it is no single number, of another scale or outside of it."""
         value = VALUE.match(statement)
         if value is None:
             return None
@@ -204,8 +204,8 @@ class judge:
 
 
 def _last_statements(text: str) -> list[str]:
-    """What stands behind each "score:" of the last line that has one, up to the next one. Those
-    that tell the scale are left out."""
+    """Finds what stands behind each "score:" of the last line that has one, up to the next one.
+    Those that tell the scale are left out."""
     statements = []
     line_start = 0
     end = len(text)
@@ -221,7 +221,7 @@ def _last_statements(text: str) -> list[str]:
 
 
 def read_prompt(reward: str, prompt: str, default: str, needed: str) -> str:
-    """The text of an option `prompt`, which may be the path of one; the default if it is "".
+    """Reads the text of an option `prompt`, which may be the path of one; the default if it is "".
     needed: the field that has to be in it."""
     text = prompt or default
     may_be_path = prompt and "\n" not in prompt and len(prompt) < 1000
@@ -235,7 +235,7 @@ def read_prompt(reward: str, prompt: str, default: str, needed: str) -> str:
 
 
 def filled(prompt: str, example: dict, **fields: str) -> str:
-    """The prompt with {question} and {answer} of a row, and these fields, in their places."""
+    """Fills {question} and {answer} of a row, and these fields, into the prompt."""
     fields |= {"question": question_of(example), "answer": right_answer(example)}
     # in one pass: a reply with "{answer}" in it stays as it is
     names = "|".join(fields)
@@ -243,7 +243,7 @@ def filled(prompt: str, example: dict, **fields: str) -> str:
 
 
 def _require_reachable(api: ChatApi, reward: str) -> None:
-    """UserError if nobody is there, or wants another key."""
+    """Refuses an API where nobody is there, or that wants another key."""
     try:
         api.check_reachable()
     except HttpError as error:
@@ -257,7 +257,7 @@ def _require_reachable(api: ChatApi, reward: str) -> None:
 
 
 def question_of(example) -> str:
-    """The last message of the user."""
+    """Reads the last message of the user."""
     questions = [m["content"] for m in example["messages"] if m["role"] == "user"]
     if not questions:
         return ""

@@ -53,8 +53,8 @@ def prepare() -> None:
 
 
 def answer(request: dict) -> dict:
-    """{"same": whether the answer `said` is the answer `gold`}; None where that is not known after
-    `seconds` of the processor. Or {"layers"}."""
+    """Answers {"same": whether the answer `said` is the answer `gold`}; None where that is not
+    known after `seconds` of the processor. Or {"layers"}."""
     if "layers" in request:
         return {"layers": _layers}
 
@@ -97,7 +97,7 @@ def _parsed(text):
 
 
 def _is_near(said, gold):
-    """Whether two numbers are so: math-verify rounds to 6 decimals, and 10^{-7} to 0."""
+    """Says whether two numbers are near: math-verify rounds to 6 decimals, and 10^{-7} to 0."""
     if not _is_number(said[0]) or not _is_number(gold[0]):
         return True
     difference = abs((said[0] - gold[0]).n())

@@ -149,7 +149,7 @@ def _main(solution, given):
 
 
 async def _run_pairs(code, pairs, partial, until):
-    """(tests passed, tests): a process for each, whose output is compared here."""
+    """Runs each pair in a process, whose output is compared here: (tests passed, tests)."""
     pairs = [pair for pair in pairs if _fits(*pair)]
     passed = 0
     for given, expected in pairs:
@@ -164,12 +164,12 @@ async def _run_pairs(code, pairs, partial, until):
 
 
 def _fits(given, expected):
-    """Whether the sandbox takes such an input and shows such an output whole."""
+    """Says whether the sandbox takes such an input and shows such an output whole."""
     return len(expected) <= LONGEST_OUTPUT and _size(given) <= ROOM
 
 
 def _size(value):
-    """The bytes of a value, written as python."""
+    """Counts the bytes of a value, written as python."""
     return len(repr(value).encode("utf-8", "replace"))
 
 
@@ -348,8 +348,8 @@ def _main(steps):
 
 
 async def _run_steps(code, steps, own_builtins, until, row_number):
-    """(tests passed, tests, tests whose values cannot be compared) of the steps that `_steps_of`
-    made of the asserts. own_builtins: names of builtins that only count if they are the
+    """Runs the steps that `_steps_of` made of the asserts: (tests passed, tests, tests whose values
+    cannot be compared). own_builtins: names of builtins that only count if they are the
     program's."""
     # 1. beside the program: its values. What has to come out of an assert stays here.
     orders = []
@@ -392,7 +392,7 @@ async def _run_steps(code, steps, own_builtins, until, row_number):
 
 
 def _values_in(output, mark, count):
-    """{number of a step: its values as JSON} of the lines that begin with the mark."""
+    """Reads the lines that begin with the mark: {number of a step: its values as JSON}."""
     numbers = {str(number) for number in range(count)}
     values = {}
     for line in output.splitlines():
@@ -408,8 +408,8 @@ def _values_in(output, mark, count):
 
 @functools.lru_cache(maxsize=4096)  # the samples of a group have the same tests
 def _steps_of(text, entry, row_number):
-    """The tests as a list of _Step, and the names of builtins among them that are the program's.
-    entry: the name of the program's function, or None."""
+    """Splits the tests into a list of _Step, and finds the names of builtins among them that are
+    the program's. entry: the name of the program's function, or None."""
     try:
         body, entry = _open_check(ast.parse(text).body, entry)
     except (SyntaxError, ValueError) as error:
@@ -434,9 +434,9 @@ def _steps_of(text, entry, row_number):
 
 
 def _open_check(body, entry):
-    """(the statements, the name of the program's function or None): with those inside of
-    `def check(candidate)` in its place, if it is known for which function it is called: by the
-    row's entry_point, or by a call check(name)."""
+    """Opens `def check(candidate)`: (the statements, with those inside of it in its place, the name
+    of the program's function or None), if it is known for which function it is called: by the row's
+    entry_point, or by a call check(name)."""
     calls = [statement for statement in body if _calls_check(statement)]
     if calls:
         entry = calls[-1].value.args[0].id
@@ -454,7 +454,7 @@ def _open_check(body, entry):
 
 
 def _calls_check(statement):
-    """Whether it is a call check(name)."""
+    """Says whether a statement is a call check(name)."""
     if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Call):
         return False
     call = statement.value
@@ -464,7 +464,7 @@ def _calls_check(statement):
 
 
 def _split(body, known):
-    """A _Step for each statement. known: the names that the tests have without the program."""
+    """Makes a _Step of each statement. known: the names that the tests have without the program."""
     converters = CONVERTERS - _bound(ast.Module(body, []))
     variables = set()  # what statements of the tests assigned, and did not define or import
     steps = []
@@ -493,7 +493,7 @@ def _split(body, known):
 
 
 def _take_apart(statement, known, converters):
-    """The _Step of an assert, and the names that the program sees in it."""
+    """Makes the _Step of an assert, and finds the names that the program sees in it."""
     values = _Values(known, converters)
     condition = values.visit_truth(copy.deepcopy(statement.test))
     touched = set()
@@ -507,7 +507,7 @@ def _take_apart(statement, known, converters):
 
 
 def _has_only_values(condition):
-    """Whether a condition is made of `_values[i]` and nothing else."""
+    """Says whether a condition is made of `_values[i]` and nothing else."""
     indices = set()
     for node in ast.walk(condition):
         if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "_values":
@@ -584,12 +584,12 @@ class _Values(ast.NodeTransformer):
         return ast.parse(f"({shapes} and {ast.unparse(node)})", mode="eval").body
 
     def value(self, node, converters=()):
-        """What stands in the condition for a value of the program."""
+        """Writes what stands in the condition for a value of the program."""
         self.sources.append((ast.unparse(node), tuple(converters)))
         return ast.parse(f"_values[{len(self.sources) - 1}]", mode="eval").body
 
     def converts(self, node):
-        """Whether it is a call such as list(x), of one of the converters."""
+        """Says whether it is a call such as list(x), of one of the converters."""
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
             return False
         if node.func.id not in self.converters or node.keywords or len(node.args) != 1:
@@ -597,7 +597,7 @@ class _Values(ast.NodeTransformer):
         return not isinstance(node.args[0], ast.Starred)
 
     def is_the_programs(self, node):
-        """Whether only the program can compute it."""
+        """Says whether only the program can compute it."""
         begin = _begin(node) or node
         if isinstance(begin, ast.Name) and begin.id not in self.known:
             return True
@@ -605,7 +605,7 @@ class _Values(ast.NodeTransformer):
 
 
 def _compares_with_none(node):
-    """Whether it is `x is None` or `x is not None`."""
+    """Says whether a node is `x is None` or `x is not None`."""
     if not isinstance(node, ast.Compare) or len(node.ops) != 1:
         return False
     right = node.comparators[0]
@@ -622,10 +622,10 @@ def _begins_with_numpy(node):
 
 
 def _lacking_imports(body, entry):
-    """{name: its import} of what the tests use and do not import, because the program that they
-    were written for did: else the program at hand would compute it, and what has to come out too.
-    Not where it may be the program's own: bisect(3), Counter().stop(), or all that the tests use.
-    In its process a name that it has stays as it is."""
+    """Finds {name: its import} of what the tests use and do not import, because the program that
+    they were written for did: else the program at hand would compute it, and what has to come out
+    too. Not where it may be the program's own: bisect(3), Counter().stop(), or all that the tests
+    use. In its process a name that it has stays as it is."""
     tree = ast.Module(body, [])
     lacking = _used(tree) - _bound(tree) - BUILTINS - {entry}
     if not entry and lacking <= IMPORTS.keys():
@@ -641,7 +641,7 @@ def _lacking_imports(body, entry):
 
 
 def _is_the_librarys(name, body):
-    """Whether the tests use a name only as what IMPORTS has for it can be used."""
+    """Says whether the tests use a name only as what IMPORTS has for it can be used."""
     nodes = list(ast.walk(ast.Module(body, [])))
     uses = {node for node in nodes if isinstance(node, ast.Name) and node.id == name}
     attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
@@ -665,7 +665,7 @@ def _is_the_librarys(name, body):
 
 
 def _bound(tree):
-    """All names that the code makes."""
+    """Collects all names that the code makes."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
@@ -680,19 +680,20 @@ def _bound(tree):
 
 
 def _used(tree):
-    """All names that the code has, those that it makes too."""
+    """Collects all names that the code has, those that it makes too."""
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
 def _called(tree):
-    """The names that the code calls."""
+    """Collects the names that the code calls."""
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     return {call.func.id for call in calls if isinstance(call.func, ast.Name)}
 
 
 def _handed(tree, known):
-    """The names that the code uses bare, not as the beginning of `f(2)`, `a.b` or `a[0]`. Not those
-    inside of what begins with a name that is not known: that can be taken out by itself."""
+    """Collects the names that the code uses bare, not as the beginning of `f(2)`, `a.b` or `a[0]`.
+    Not those inside of what begins with a name that is not known: that can be taken out by
+    itself."""
     begins = {_begin(node) for node in ast.walk(tree)}
     names = set()
     waiting = [tree]
@@ -708,7 +709,7 @@ def _handed(tree, known):
 
 
 def _begin(node):
-    """What a chain of calls, attributes and indices begins with; None for another node."""
+    """Finds what a chain of calls, attributes and indices begins with; None for another node."""
     root = node
     while isinstance(root, (ast.Call, ast.Attribute, ast.Subscript)):
         root = root.func if isinstance(root, ast.Call) else root.value

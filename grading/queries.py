@@ -61,7 +61,7 @@ def sql_match(
 
 
 def _gold_result(file, query, rows, seconds, row_number):
-    """(columns, rows) of a gold query; UserError if it fails or gives more than `rows` rows."""
+    """Runs a gold query: (columns, rows); UserError if it fails or gives more than `rows` rows."""
     what = f"reward sql_match: the gold query of row {row_number}"
     try:
         result = execute(file, query, rows + 1, seconds)
@@ -85,24 +85,24 @@ _ORDER_BY = re.compile(r"\border\s++by\b", re.I)
 
 
 def _word_in_its_place(match):
-    """A blank for a comment, which may stand between ORDER and BY; else a word."""
+    """Puts a blank for a comment, which may stand between ORDER and BY; else a word."""
     return " " if match[0].startswith(_COMMENTS) else " x "
 
 
 def _reads_a_table(query):
-    """Whether it has a FROM: else it is made of constants."""
+    """Says whether a query has a FROM: else it is made of constants."""
     text = _NO_SQL.sub(_word_in_its_place, query)
     return re.search(r"\bfrom\b", text, re.I) is not None
 
 
 def _is_ordered(query):
-    """Whether it has an ORDER BY outside of parentheses, texts and comments."""
+    """Says whether a query has an ORDER BY outside of parentheses, texts and comments."""
     text = _outside(_NO_SQL.sub(_word_in_its_place, query))
     return _ORDER_BY.search(text) is not None
 
 
 def _outside(text):
-    """The text with a word in the place of each pair of parentheses and what is in it. One that is
+    """Puts a word in the place of each pair of parentheses and what is in it. One that is
     never closed, or never opened, stays."""
     # 1. which open what: (its place, where the other one is)
     opened = []
@@ -129,7 +129,7 @@ def _outside(text):
 
 
 def _same_result(result, right, ordered):
-    """Whether two results (columns, rows) of tools.sql.execute are the same."""
+    """Says whether two results (columns, rows) of tools.sql.execute are the same."""
     columns, rows = result
     right_columns, right_rows = right
     if len(columns) != len(right_columns) or len(rows) != len(right_rows):
@@ -154,14 +154,14 @@ def _same_value(value, right):
 
 
 def _rank(row):
-    """What rows are sorted by: the kind of each value, then the values, with numbers rounded; what
-    is still equal by more of their digits, and by all of them."""
+    """Makes the key that rows are sorted by: the kind of each value, then the values, with numbers
+    rounded; what is still equal by more of their digits, and by all of them."""
     kinds = [_kind(value) for value in row]
     return kinds, _rounded(row, 6), _rounded(row, 12), list(row)
 
 
 def _kind(value):
-    """A number for each kind of value: those of one kind can be sorted."""
+    """Gives a number for each kind of value: those of one kind can be sorted."""
     if value is None:
         return 0
     if _is_number(value):

@@ -105,7 +105,7 @@ def _digest(text: str) -> bytes:
 
 
 def _share_below(number: int, ranks: list[int]) -> float:
-    """The share of the others whose rank is worse, where an equal one counts half."""
+    """Computes the share of the others whose rank is worse, where an equal one counts half."""
     won = 0.0
     for i, rank in enumerate(ranks):
         if i == number:
@@ -118,8 +118,8 @@ def _share_below(number: int, ranks: list[int]) -> float:
 
 
 def read_ranking(text: str, count: int) -> list[int] | None:
-    """The rank of each of `count` replies, 0 for the best, from the last "Ranking: 2 > 1 = 3" of a
-    verdict. None if there is none, if it is still a thought, or does not name each once."""
+    """Reads the rank of each of `count` replies, 0 for the best, from the last "Ranking: 2 > 1 = 3"
+    of a verdict. None if there is none, if it is still a thought, or does not name each once."""
     text = text.rpartition("</think>")[2]
     if "<think>" in text:
         return None

@@ -57,7 +57,7 @@ class Curriculum:
         return drawn
 
     def weight(self, rate: float | None) -> float:
-        """How often a row with this rate is drawn, beside others."""
+        """Says how often a row with this rate is drawn, beside others."""
         if rate is None:
             return NEW
         if rate < self.low:
@@ -78,7 +78,7 @@ class Curriculum:
             self.rates[row] = rate if before is None else (before + rate) / 2
 
     def metrics(self) -> dict:
-        """The shares of all rows, by their rates."""
+        """Gives the shares of new, hard, fit and easy rows, by their pass rates."""
         names = {NEW: "rows_new", HARD: "rows_hard", FIT: "rows_fit", EASY: "rows_easy"}
         counts = dict.fromkeys(names.values(), 0)
         for rate in self.rates:
@@ -111,7 +111,7 @@ def make(band: tuple[float, float], file: str, examples: list[dict]) -> Curricul
 
 
 def _outcomes_in(file: str, examples: list[dict]) -> dict[int, list[float]]:
-    """The outcomes of each row in a rollouts.jsonl. Rows are told by their prompts."""
+    """Collects the outcomes of each row in a rollouts.jsonl. Rows are told by their prompts."""
     ids = {json.dumps(example["messages"]): example["id"] for example in examples}
     lengths = {len(example["messages"]) for example in examples}
     try:

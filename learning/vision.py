@@ -527,7 +527,7 @@ def positions(ids: list[int], pictures: Sequence[Picture]) -> torch.Tensor:
 
 
 def _along(start: int, count: int) -> torch.Tensor:
-    """The (3, count) positions of text."""
+    """Makes the (3, count) positions of text."""
     return torch.arange(start, start + count).expand(3, count)
 
 

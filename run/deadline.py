@@ -29,7 +29,8 @@ class Exited(Exception):
 
 
 async def in_time(work: Coroutine, seconds: float, abandoned: list) -> tuple[bool, object]:
-    """(True, the result of `work`), or (False, None) if it does not come within `seconds`.
+    """Waits for `work`: (True, its result), or (False, None) if that does not come within
+    `seconds`.
 
     Late work is cancelled; what goes on all the same is added to `abandoned`. Raises what `work`
     raises, and Exited if it exits or cancels itself.
@@ -55,8 +56,8 @@ async def in_time(work: Coroutine, seconds: float, abandoned: list) -> tuple[boo
 
 
 async def in_thread(function: Callable, abandoned: list, late: Callable | None = None):
-    """The result of function(), run in a daemon thread of its own, not one of a pool: a hung one
-    costs no worker and does not block the exit.
+    """Runs function() in a daemon thread of its own, not one of a pool: a hung one costs no worker
+    and does not block the exit.
 
     If this is cancelled, the thread is added to `abandoned` and goes on; late(result) is called
     with what it gives in the end. Raises what the function raises, Exited if it exits, and
@@ -99,19 +100,19 @@ async def in_thread(function: Callable, abandoned: list, late: Callable | None =
 
 
 def is_alive(job: threading.Thread | asyncio.Task) -> bool:
-    """Whether a thread or a task still runs."""
+    """Says whether a thread or a task still runs."""
     if isinstance(job, threading.Thread):
         return job.is_alive()
     return not job.done()
 
 
 def shown(error: BaseException) -> str:
-    """An error as it reads in a message: its type, and its text if it has one."""
+    """Writes an error as it reads in a message: its type, and its text if it has one."""
     return f"{type(error).__name__}: {str(error)[:2000]}".removesuffix(": ")
 
 
 def _refuse_more_threads(abandoned):
-    """Each costs memory for ever, as nothing can stop a thread."""
+    """Refuses one more thread where many hang: each costs memory, and nothing can stop it."""
     hanging = [job for job in abandoned if isinstance(job, threading.Thread) and job.is_alive()]
     if len(hanging) >= MOST_HANGING:
         names = sorted({thread.name for thread in hanging})
@@ -123,7 +124,7 @@ def _refuse_more_threads(abandoned):
 
 
 def _name_of(function):
-    """What the user calls it: a partial is of the function in it."""
+    """Finds what the user calls a function: a partial is of the function in it."""
     while isinstance(function, partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
@@ -136,7 +137,7 @@ def _abandon(job, abandoned):
 
 
 def _look_at_error(task):
-    """Nobody waits for the task any more, and asyncio would report an error that nobody saw."""
+    """Looks at the error of a task that nobody waits for: else asyncio would report it."""
     if not task.cancelled():
         task.exception()
 

@@ -65,7 +65,7 @@ class Answer:
         return self.body.decode("utf-8", "replace")
 
     def json(self) -> dict | list | str | int | float | bool | None:
-        """The value of its JSON. HttpError, nonsense, if it has none."""
+        """Reads the value of its JSON. HttpError, nonsense, if it has none."""
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError):
@@ -74,7 +74,7 @@ class Answer:
 
 
 def one_line(text: str, limit: int = QUOTED) -> str:
-    """The beginning of an answer, to be quoted in a message."""
+    """Cuts an answer to its beginning, in one line, to be quoted in a message."""
     return " ".join(text.split())[:limit]
 
 
@@ -119,7 +119,7 @@ def required_key(url: str, variable: str, owner: str) -> str:
 
 
 def bearer(key: str) -> dict[str, str]:
-    """The headers that carry a key; none for ""."""
+    """Makes the headers that carry a key; none for ""."""
     if not key:
         return {}
     return {"Authorization": f"Bearer {key}"}
@@ -141,7 +141,7 @@ def failures_explained():
 
 
 def check_status(answer: Answer) -> None:
-    """HttpError unless the answer has status 200."""
+    """Refuses, with HttpError, an answer that has not status 200."""
     status = answer.status
     if status == 200:
         return
@@ -158,7 +158,7 @@ def check_status(answer: Answer) -> None:
 
 
 def _retry_after(answer: Answer) -> float:
-    """Seconds after which the server wants to be asked again; 0 if it does not say a number."""
+    """Reads after how many seconds the server wants to be asked again; 0 if it says no number."""
     header = answer.headers.get("retry-after", "")
     try:
         seconds = float(header)
@@ -207,8 +207,8 @@ class HttpClient:
     async def request(
         self, method: str, url: str, **content
     ) -> dict | list | str | int | float | bool | None:
-        """The server's answer, from JSON. content: headers, params and json of the request.
-        HttpError if there is none that can be used."""
+        """Sends a request; returns the server's answer, from JSON. content: headers, params and
+        json of the request. HttpError if there is none that can be used."""
         with failures_explained():
             answer = await read_answer(self.connections, method, url, **content)
         check_status(answer)
@@ -226,7 +226,7 @@ FETCHING = 30.0  # seconds, for all of it, where nobody says otherwise
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the internet, not of this machine or its network."""
+    """Says whether an IP address is one of the internet, not of this machine or its network."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if ip.version == 6:
         # an IPv4 address inside of an IPv6 one: mapped, of 6to4, Teredo, or behind NAT64
@@ -265,7 +265,7 @@ def fetch_public(
 
 
 def _fetch_once(client, url, limit, allowed, deadline):
-    """One request, to the address that was checked."""
+    """Sends one request, to the address that was checked."""
     problem = address_problem(url)
     if problem:
         raise HttpError("refused", f"{one_line(url, 80)!r} is no address: {problem}")
@@ -293,7 +293,7 @@ def _fetch_once(client, url, limit, allowed, deadline):
 
 
 def _checked_address(host, allowed):
-    """The IP address of a host, all of whose addresses are allowed."""
+    """Finds the IP address of a host, all of whose addresses have to be allowed."""
     try:
         entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):

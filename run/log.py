@@ -83,7 +83,7 @@ def check_logger(name: str):
 
 
 def _open_logger(name: str, out_dir: Path, start: int, settings: dict | None):
-    """(write(numbers, step), finish(exit_code)) of a logger."""
+    """Opens a logger; returns its write(numbers, step) and finish(exit_code)."""
     module = check_logger(name)
     if name == "wandb":
         return _open_wandb(module, out_dir, start, settings)
@@ -166,7 +166,8 @@ class Log:
         self._try(run_page.page, self.out_dir)
 
     def _try(self, action, argument) -> None:
-        """Its failure must not hide what ended the run, nor end a good one."""
+        """Calls action(argument), and only says if it fails: that must not hide what ended the run,
+        nor end a good one."""
         try:
             action(argument)
         except Exception as error:

@@ -40,7 +40,7 @@ class Running:
 
 
 def run_blocking(coroutine):
-    """The result of a coroutine, from ordinary code. It runs on one event loop in a thread of its
-    own: engines and tools keep their connections between calls, and it works in notebooks too,
-    whose own loop is already running."""
+    """Runs a coroutine from ordinary code, and returns its result. It runs on one event loop in a
+    thread of its own: engines and tools keep their connections between calls, and it works in
+    notebooks too, whose own loop is already running."""
     return Running(coroutine).result()

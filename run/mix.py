@@ -73,8 +73,8 @@ def sources(cfg) -> list[Source]:
 
 
 def fingerprint(cfg) -> dict[str, dict]:
-    """What the sources of a mix say: {source: {key: value}}, with the digest of its file of rows
-    as DIGEST; {} of a config without one, whose keys are its own."""
+    """Describes what the sources of a mix say: {source: {key: value}}, with the digest of its file
+    of rows as DIGEST; {} of a config without one, whose keys are its own."""
     described = {}
     for source in sources(cfg):
         keys = [key for key in (*OF_A_SOURCE, *UNLESS_OF_THE_MIX) if hasattr(source.cfg, key)]
@@ -84,7 +84,7 @@ def fingerprint(cfg) -> dict[str, dict]:
 
 
 def _digest(data: str) -> str:
-    """Of a file of rows; "" for what is no file."""
+    """Digests a file of rows; "" for what is no file."""
     path = Path(data).expanduser()
     if not path.is_file():
         return ""
@@ -101,7 +101,7 @@ def _weight(text: str, weight: str) -> Fraction:
 
 
 def _of_source(cfg, of_file):
-    """The mix's config with the keys of one source."""
+    """Makes the config of one source: the mix's, with that source's keys."""
     changes = {"mix": ()}
     for key in OF_A_SOURCE:
         if hasattr(cfg, key):
@@ -159,8 +159,8 @@ def next_of_sources(
 
 @functools.cache
 def order_of_sources(weights: tuple[tuple[str, Fraction], ...]) -> list[str]:
-    """Whose turn it is, for one period: behind any number of turns each source has had its share,
-    to less than one. UserError if the weights have no short period."""
+    """Says whose turn it is, for one period: behind any number of turns each source has had its
+    share, to less than one. UserError if the weights have no short period."""
     common = math.lcm(*(weight.denominator for _, weight in weights))
     shares = {name: int(weight * common) for name, weight in weights}
     divisor = math.gcd(*shares.values())

@@ -28,7 +28,7 @@ OF_A_ROLLOUT = ("example", "trajectory")
 
 
 def find_file(name: str) -> Path | None:
-    """The file of that name: here, or else beside nanotool's own files."""
+    """Finds the file of that name: here, or else beside nanotool's own files."""
     for path in (Path(name).expanduser(), config.HERE / name):
         if path.is_file():
             return path.resolve()
@@ -36,13 +36,13 @@ def find_file(name: str) -> Path | None:
 
 
 def names_in(path: Path) -> list[str]:
-    """The public functions and classes that a python file defines; it is not run."""
+    """Lists the public functions and classes that a python file defines; it is not run."""
     text = path.read_text(encoding="utf-8")
     return re.findall(r"^(?:async def|def|class) +([A-Za-z]\w*)", text, re.MULTILINE)
 
 
 def load(path: Path, name: str, label: str, modules: dict) -> Callable:
-    """The function or class `name` of a python file, which is run.
+    """Runs a python file, once, and returns its function or class `name`.
 
     modules: {path: module} of the files that were run before, so that two names of one file share
     its module; it is filled here. Begin with an empty one: in a notebook the file may have changed.
@@ -70,7 +70,7 @@ def _run(path, label):
 
 
 def parse_options(texts: Sequence[str], key: str) -> dict[str, dict[str, str]]:
-    """{"search": {"k": "5"}} of ("search.k=5", …), the entries of the config key `key`.
+    """Reads ("search.k=5", …), the entries of the config key `key`, as {"search": {"k": "5"}}.
 
     Raises UserError for what is no option, or is given twice.
     """
@@ -88,8 +88,8 @@ def parse_options(texts: Sequence[str], key: str) -> dict[str, dict[str, str]]:
 
 
 def _joined(texts):
-    """What does not begin like an option goes on with the one before: a comma of its value, at
-    which the command line was cut."""
+    """Joins what does not begin like an option to the one before: the command line was cut at a
+    comma of its value."""
     joined = []
     for text in texts:
         if joined and not re.match(r"[\w-]+\.\w+=", text):
@@ -100,8 +100,9 @@ def _joined(texts):
 
 
 def parse_source(text: str) -> tuple[str, dict[str, object]]:
-    """("chain_sum", {"max_terms": 3}) of "chain_sum?max_terms=3", where data is named with what it
-    is made of; more behind &. A value is JSON, or else text. UserError for what is no such thing.
+    """Reads "chain_sum?max_terms=3", which names data with what it is made of, as ("chain_sum",
+    {"max_terms": 3}); more behind &. A value is JSON, or else text. UserError for what is no such
+    thing.
     """
     name, _, query = text.partition("?")
     values = {}
@@ -125,7 +126,7 @@ def bind(
     skip: Container[str] = (),
     need_all: bool = True,
 ) -> dict[str, object]:
-    """The options {name: text} as keyword arguments of a function or a class, cast to the types of
+    """Casts the options {name: text} to keyword arguments of a function or a class, by the types of
     its parameters.
 
     Parameters without a type are no options, nor are those in `skip` and those of a rollout.
@@ -157,7 +158,7 @@ def bind(
 
 
 def _kinds_of_options(function, where, skip):
-    """{parameter: its type} of what a user may set."""
+    """Finds what a user may set: {parameter: its type}."""
     annotated = function.__init__ if isinstance(function, type) else function
     hints = {}
     if isinstance(annotated, types.FunctionType):  # not the __init__ of object

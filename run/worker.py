@@ -54,9 +54,9 @@ class Worker:
         _workers.add(self)
 
     def ask(self, request: dict, seconds: float) -> dict:
-        """The reply of answer(request). The clock starts when the process has the request: its
-        start does not count. Raises TimeoutError, WorkerDied, and RuntimeError if the process does
-        not start."""
+        """Asks for answer(request). The clock starts when the process has the request: its start
+        does not count. Raises TimeoutError, WorkerDied, and RuntimeError if the process does not
+        start."""
         message = encode({"seconds": seconds, "request": request})
         with self._lock:
             was_used = self.process is not None
@@ -78,7 +78,7 @@ class Worker:
             self._stop()
 
     def _exchange(self, message):
-        """The reply as bytes, of a process that is started if there is none."""
+        """Sends a message, and returns the reply as bytes; starts the process if there is none."""
         if self.process is None:
             self._start()
         try:
@@ -127,7 +127,7 @@ class Worker:
             self._end()
 
     def _forget(self):
-        """In a child of a fork: the process is its parent's."""
+        """Forgets the process, in a child of a fork: it is the parent's."""
         self._lock = threading.Lock()  # a thread of the parent may have held it
         if self.process is not None:
             self._connection.close()
@@ -145,7 +145,7 @@ class Workers:
         _workers.add(self)
 
     def ask(self, request: dict, seconds: float) -> dict:
-        """As Worker.ask, of the first one that is free."""
+        """Asks, as Worker.ask does, the first one that is free."""
         worker = self._free.get()
         try:
             return worker.ask(request, seconds)
@@ -158,7 +158,7 @@ class Workers:
             worker.stop()
 
     def _forget(self):
-        """At the start, and in a child of a fork, all are free."""
+        """Sets all free, at the start and in a child of a fork."""
         self._free = queue.LifoQueue()  # the last one used has a warm process
         for worker in self.workers:
             self._free.put(worker)

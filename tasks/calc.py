@@ -47,12 +47,12 @@ WRONG_CODE = 1 / 6  # share of the calls whose operator is wrong
 
 
 def held_out(op: str, a: int, b: int) -> bool:
-    """Whether a problem is of "test", and never trained on."""
+    """Says whether a problem is of "test", and never trained on."""
     return zlib.crc32(f"{a}{op}{b}".encode()) % HELD_OUT == 0
 
 
 def problem(rng: random.Random, split: str) -> dict:
-    """One problem of the split: prompt, answer, and the op, a, b it was made from."""
+    """Makes a problem of the split: prompt, answer, and the op, a, b it was made from."""
     if split not in ("train", "test"):
         raise UserError(f"split = {split!r}: task:calc has train and test")
     while True:
@@ -78,14 +78,14 @@ def calculate(op: str, a: int, b: int) -> int:
 
 
 def rows(split: str, seed: int = 0, n: int | None = None) -> list[dict]:
-    """n problems of "train" (default 8192) or "test" (default 512), always the same for a seed."""
+    """Makes n problems of "train" (default 8192) or "test" (default 512), the same for a seed."""
     rng = random.Random(f"calc {split} {seed}")
     count = n or (8192 if split == "train" else 512)
     return [problem(rng, split) for _ in range(count)]
 
 
 def oracle(row: dict) -> list[dict]:
-    """The assistant messages that solve a row as it should be learnt."""
+    """Writes the assistant messages that solve a row as it should be learnt."""
     return [
         call_message(f"print({row['a']} {row['op']} {row['b']})"),
         answer_message(row["answer"]),
@@ -93,7 +93,7 @@ def oracle(row: dict) -> list[dict]:
 
 
 def call_message(code: str) -> dict:
-    """An assistant message that calls python."""
+    """Makes an assistant message that calls python."""
     function = {"name": "python", "arguments": {"code": code}}
     call = {"type": "function", "function": function}
     return {"role": "assistant", "content": "", "tool_calls": [call]}
@@ -104,7 +104,7 @@ def answer_message(answer: str | int) -> dict:
 
 
 def practice(rng: random.Random) -> list[dict]:
-    """A conversation that is nothing but copying, which a pre-trained model would know already."""
+    """Makes a conversation of nothing but copying, which a pre-trained model would know."""
     count = rng.randint(3, 6)
     parts = [f"{rng.randint(10, 99)} {rng.choice(THINGS)}" for _ in range(count)]
     text = " ".join(parts)
@@ -115,7 +115,7 @@ def practice(rng: random.Random) -> list[dict]:
 
 
 def demo(rng: random.Random) -> list[dict]:
-    """One demonstration on a train problem, as chat messages: with a call to python, or a guess."""
+    """Makes a demonstration on a train problem, as chat messages: a call to python, or a guess."""
     if rng.random() < PRACTICE:
         return practice(rng)
     row = problem(rng, "train")
@@ -133,6 +133,6 @@ def demo(rng: random.Random) -> list[dict]:
 
 
 def demos(n: int, seed: int = 0) -> list[list[dict]]:
-    """n demonstrations, always the same for a seed."""
+    """Makes n demonstrations, always the same for a seed."""
     rng = random.Random(f"calc demos {seed}")
     return [demo(rng) for _ in range(n)]

@@ -67,7 +67,7 @@ WRONG_TILE = 1 / 6  # share of those that look, at another tile
 
 
 def held_out(colour: str, place: int, number: int) -> bool:
-    """Whether a problem is of "test", and never trained on."""
+    """Says whether a problem is of "test", and never trained on."""
     return zlib.crc32(f"{colour} {place} {number}".encode()) % HELD_OUT == 0
 
 
@@ -115,7 +115,7 @@ def draw(tiles: dict[int, tuple[str, int]]):
 
 
 def box_of(place: int) -> list[int]:
-    """The box of a place as zoom takes it, [x1, y1, x2, y2] in thousandths of the picture."""
+    """Gives the box of a place as zoom takes it, [x1, y1, x2, y2] in thousandths of the picture."""
     row, column = divmod(place, PLACES)
     step = 1000 // PLACES
     return [column * step, row * step, (column + 1) * step, (row + 1) * step]
@@ -125,8 +125,8 @@ def box_of(place: int) -> list[int]:
 
 
 def problem(rng: random.Random, split: str, count: int = PLACES * PLACES) -> dict:
-    """One problem of the split: prompt, image, answer, and what it was made from. count: tiles in
-    the picture."""
+    """Makes a problem of the split: prompt, image, answer, and what it was made from. count: tiles
+    in the picture."""
     if split not in ("train", "test"):
         raise UserError(f"split = {split!r}: task:chart has train and test")
     while True:
@@ -151,7 +151,7 @@ def problem(rng: random.Random, split: str, count: int = PLACES * PLACES) -> dic
 
 
 def rows(split: str, seed: int = 0, n: int | None = None) -> list[dict]:
-    """n problems of "train" (default 4096) or "test" (default 512), always the same for a seed."""
+    """Makes n problems of "train" (default 4096) or "test" (default 512), the same for a seed."""
     rng = random.Random(f"chart {split} {seed}")
     count = n or (4096 if split == "train" else 512)
     return [problem(rng, split) for _ in range(count)]
@@ -161,7 +161,7 @@ def rows(split: str, seed: int = 0, n: int | None = None) -> list[dict]:
 
 
 def look(row: dict, place: int) -> dict:
-    """An assistant message that says where the tile is that is asked for, and zooms into it."""
+    """Makes the assistant message that says where the tile asked for is, and zooms into it."""
     call = call_message("zoom", {"image": 1, "box": box_of(place)})
     return call | {"content": said_of(row["colour"], place)}
 
@@ -172,13 +172,13 @@ def said_of(colour: str, place: int) -> str:
 
 
 def question(text: str, png: bytes) -> dict:
-    """The message of the user: a picture, and what is asked about it."""
+    """Makes the message of the user: a picture, and what is asked about it."""
     parts = [{"type": "image", "image": png}, {"type": "text", "text": text}]
     return {"role": "user", "content": parts}
 
 
 def seen(colour: str, number: int) -> dict:
-    """The message of the zoom tool, as the loop writes it."""
+    """Makes the message of the zoom tool, as the loop writes it."""
     image = {"type": "image", "image": png_of_tile(colour, number)}
     content = [{"type": "text", "text": "image 2:"}, image]
     return {"role": "tool", "name": "zoom", "content": content}
@@ -186,14 +186,14 @@ def seen(colour: str, number: int) -> dict:
 
 @functools.cache
 def png_of_tile(colour: str, number: int) -> bytes:
-    """A tile as zoom cuts it out, as a file."""
+    """Draws a tile as zoom cuts it out, as a file."""
     from PIL import Image
 
     return to_png(Image.fromarray(draw_tile(colour, number)))
 
 
 def oracle(row: dict) -> list[dict]:
-    """The assistant's messages of a perfect conversation about a row."""
+    """Writes the assistant's messages of a perfect conversation about a row."""
     return [look(row, row["place"]), answer_message(row["answer"])]
 
 
@@ -201,7 +201,7 @@ def oracle(row: dict) -> list[dict]:
 
 
 def reading(rng: random.Random) -> list[dict]:
-    """A lesson: a tile as zoom shows it, its number, and so on."""
+    """Makes a lesson: a tile as zoom shows it, its number, and so on."""
     talk = []
     for _ in range(TILES_READ):
         colour = rng.choice(list(COLOURS))
@@ -212,12 +212,12 @@ def reading(rng: random.Random) -> list[dict]:
 
 
 def some_tiles(rng: random.Random) -> dict:
-    """A train problem in whose picture there are as many tiles as it happens."""
+    """Makes a train problem with a random number of tiles in its picture."""
     return problem(rng, "train", rng.randint(1, PLACES * PLACES))
 
 
 def pointing(rng: random.Random) -> list[dict]:
-    """A lesson: where each tile of a picture is, in the order of COLOURS."""
+    """Makes a lesson: where each tile of a picture is, in the order of COLOURS."""
     row = some_tiles(rng)
     places = {colour: place for place, (colour, _) in row["tiles"].items()}
     lines = [said_of(colour, places[colour]) + "\n" for colour in COLOURS if colour in places]
@@ -226,13 +226,13 @@ def pointing(rng: random.Random) -> list[dict]:
 
 
 def calling(rng: random.Random) -> list[dict]:
-    """A lesson: the right look at a picture."""
+    """Makes a lesson: the right look at a picture."""
     row = some_tiles(rng)
     return [question(row["prompt"], row["image"]), look(row, row["place"])]
 
 
 def episode(rng: random.Random) -> list[dict]:
-    """How a demonstrator deals with a train problem: looks at a tile, or guesses."""
+    """Plays how a demonstrator deals with a train problem: looks at a tile, or guesses."""
     row = problem(rng, "train")
     asked = question(row["prompt"], row["image"])
     if rng.random() < GUESSES:
@@ -252,7 +252,7 @@ STAGES = (
 
 
 def demos(n: int, seed: int = 0) -> list[list[dict]]:
-    """n demonstrations in the order to learn them in, always the same for a seed."""
+    """Makes n demonstrations in the order to learn them in, always the same for a seed."""
     rng = random.Random(f"chart demos {seed}")
     talks = []
     end = 0.0

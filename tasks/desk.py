@@ -60,8 +60,8 @@ PRACTICE = 0.2  # share of the conversations that only repeat names and codes
 
 @functools.cache
 def orders() -> dict[str, dict]:
-    """{code: {"customer", "product", "town", "state"}}, one order of each customer, always the
-    same."""
+    """Makes one order of each customer, always the same: {code: {"customer", "product", "town",
+    "state"}}."""
     rng = random.Random("desk orders")
     codes = [f"{bird} {tree}" for bird in BIRDS for tree in TREES]
     made = {}
@@ -76,7 +76,7 @@ def orders() -> dict[str, dict]:
 
 
 def fresh() -> dict[str, dict]:
-    """A database that may be changed."""
+    """Copies the database, as one that may be changed."""
     return {code: dict(order) for code, order in orders().items()}
 
 
@@ -138,7 +138,7 @@ class Desk:
     # hooks
 
     def user(self, trajectory) -> str | None:
-        """What the customer says to the clerk's last words."""
+        """Answers the clerk's last words as the customer; None when there is no more to say."""
         words = trajectory.messages[-1]["content"].lower()
         if "name" in words:
             return f"I am {self.customer}."
@@ -150,17 +150,17 @@ class Desk:
         return "Please help me."
 
     def reward(self, trajectory) -> float:
-        """1.0 if just what the customer wished for was done."""
+        """Gives 1.0 if just what the customer wished for was done."""
         return float(self.orders == wished(self.customer, self.wish, self.town))
 
     def metrics(self) -> dict:
-        """How many orders are not as they were."""
+        """Counts how many orders are not as they were."""
         before = orders()
         return {"changed": sum(self.orders[code] != before[code] for code in before)}
 
 
 def wished(customer: str, wish: str, town: str) -> dict[str, dict]:
-    """The database as the customer wants it."""
+    """Makes the database as the customer wants it."""
     after = fresh()
     order = after[code_of(customer)]
     if wish == "move":
@@ -172,7 +172,7 @@ def wished(customer: str, wish: str, town: str) -> dict[str, dict]:
 
 @functools.cache
 def code_of(customer: str) -> str:
-    """The code of a customer's order."""
+    """Finds the code of a customer's order. UserError if there is no such customer."""
     for code, order in orders().items():
         if order["customer"] == customer:
             return code
@@ -184,19 +184,19 @@ def code_of(customer: str) -> str:
 
 @functools.cache
 def customers(split: str) -> list[str]:
-    """Who calls in a split."""
+    """Lists who calls in a split."""
     if split not in ("train", "test"):
         raise UserError(f"split = {split!r}: task:desk has train and test")
     return [name for name in NAMES if held_out(name) == (split == "test")]
 
 
 def held_out(customer: str) -> bool:
-    """Whether a customer is of "test", and never trained on."""
+    """Says whether a customer is of "test", and never trained on."""
     return zlib.crc32(f"desk {customer}".encode()) % HELD_OUT == 0
 
 
 def problem(rng: random.Random, split: str) -> dict:
-    """One problem of the split: prompt, and what the customer wants, and says when asked."""
+    """Makes a problem of the split: prompt, what the customer wants, and says when asked."""
     customer = rng.choice(customers(split))
     wish = rng.choice(list(WISHES))
     now = orders()[code_of(customer)]["town"]
@@ -211,7 +211,7 @@ def problem(rng: random.Random, split: str) -> dict:
 
 
 def rows(split: str, seed: int = 0, n: int | None = None) -> list[dict]:
-    """n problems of "train" (default 8192) or "test" (default 512), always the same for a seed."""
+    """Makes n problems of "train" (default 8192) or "test" (default 512), the same for a seed."""
     rng = random.Random(f"desk {split} {seed}")
     count = n or (8192 if split == "train" else 512)
     return [problem(rng, split) for _ in range(count)]
@@ -221,7 +221,7 @@ def rows(split: str, seed: int = 0, n: int | None = None) -> list[dict]:
 
 
 def action(tool: str, code: str, town: str) -> dict:
-    """The assistant's message that does something with an order."""
+    """Makes the assistant's message that does something with an order."""
     arguments = {"order": code}
     if tool == "move":
         arguments["town"] = town
@@ -229,7 +229,7 @@ def action(tool: str, code: str, town: str) -> dict:
 
 
 def oracle(row: dict) -> list[dict]:
-    """The assistant's messages of a perfect conversation about a row."""
+    """Writes the assistant's messages of a perfect conversation about a row."""
     return [
         words(ASK_NAME[0]),
         call_message("find", {"customer": row["customer"]}),
@@ -240,17 +240,17 @@ def oracle(row: dict) -> list[dict]:
 
 
 def any_code(rng: random.Random) -> str:
-    """A code, whether there is such an order or not."""
+    """Makes up a code, whether there is such an order or not."""
     return f"{rng.choice(BIRDS)} {rng.choice(TREES)}"
 
 
 def words(text: str) -> dict:
-    """An assistant's message that calls nothing."""
+    """Makes an assistant's message that calls nothing."""
     return {"role": "assistant", "content": text}
 
 
 def clerk(rng: random.Random, row: dict) -> list[dict]:
-    """The assistant's messages of a demonstrator."""
+    """Writes the assistant's messages of a demonstrator, who guesses and errs at times."""
     code = code_of(row["customer"])
     turns = [words(rng.choice(ASK_NAME))]
     if rng.random() < GUESSES:
@@ -267,7 +267,7 @@ def clerk(rng: random.Random, row: dict) -> list[dict]:
 
 
 def talk(row: dict, turns: list[dict]) -> list[dict]:
-    """The conversation in which these are the assistant's messages, as a Desk answers them."""
+    """Plays the conversation with these messages of the assistant, as a Desk answers them."""
     desk = Desk(row)
     messages = [{"role": "user", "content": row["prompt"]}]
     for turn in turns:
@@ -290,7 +290,7 @@ class Said:
 
 
 def practice(rng: random.Random) -> list[dict]:
-    """A conversation that is nothing but copying, which a pre-trained model would know already."""
+    """Makes a conversation of nothing but copying, which a pre-trained model would know."""
     codes = [any_code(rng) for _ in range(rng.randint(1, 3))]
     names = [rng.choice(rng.choice((NAMES, TOWNS))) for _ in range(rng.randint(1, 3))]
     parts = codes + names
@@ -303,7 +303,7 @@ def practice(rng: random.Random) -> list[dict]:
 
 
 def demo(rng: random.Random) -> list[dict]:
-    """One demonstration on a train problem."""
+    """Makes a demonstration on a train problem."""
     if rng.random() < PRACTICE:
         return practice(rng)
     row = problem(rng, "train")
@@ -311,6 +311,6 @@ def demo(rng: random.Random) -> list[dict]:
 
 
 def demos(n: int, seed: int = 0) -> list[list[dict]]:
-    """n demonstrations, always the same for a seed."""
+    """Makes n demonstrations, always the same for a seed."""
     rng = random.Random(f"desk demos {seed}")
     return [demo(rng) for _ in range(n)]

@@ -50,7 +50,7 @@ WRONG_WORD = 1 / 6  # share of the answers after a search that are another word 
 
 
 def people() -> dict[str, dict[str, str]]:
-    """{name: {"town": ..., "job": ..., "colour": ..., "drink": ...}}, always the same."""
+    """Makes all people, always the same: {name: {"town", "job", "colour", "drink"}}."""
     rng = random.Random("facts people")
     made = {}
     for first in FIRST:
@@ -69,7 +69,7 @@ def passage(name: str) -> str:
 
 
 def corpus() -> list[dict]:
-    """The passages, as the search tool reads them: {"id", "contents": '"Title"\\ntext'}."""
+    """Writes the passages as the search tool reads them: {"id", "contents": '"Title"\\ntext'}."""
     return [
         {"id": str(number), "contents": f'"{name}"\n{passage(name)}'}
         for number, name in enumerate(NAMES)
@@ -77,20 +77,20 @@ def corpus() -> list[dict]:
 
 
 def held_out(name: str) -> bool:
-    """Whether the questions about a person are of "test", and never trained on."""
+    """Says whether the questions about a person are of "test", and never trained on."""
     return zlib.crc32(name.encode()) % HELD_OUT == 0
 
 
 @functools.cache
 def names(split: str) -> list[str]:
-    """The people that the questions of a split ask about."""
+    """Lists the people that the questions of a split ask about."""
     if split not in ("train", "test"):
         raise UserError(f"split = {split!r}: task:facts has train and test")
     return [name for name in NAMES if held_out(name) == (split == "test")]
 
 
 def problem(rng: random.Random, split: str, kinds: Sequence[str] = tuple(VALUES)) -> dict:
-    """One problem of the split: prompt, answer, and the kind and name it was made from."""
+    """Makes a problem of the split: prompt, answer, and the kind and name it was made from."""
     name = rng.choice(names(split))
     kind = rng.choice(kinds)
     prompt = rng.choice(QUESTIONS[kind]).format(name=name)
@@ -98,43 +98,44 @@ def problem(rng: random.Random, split: str, kinds: Sequence[str] = tuple(VALUES)
 
 
 def rows(split: str, seed: int = 0, n: int | None = None) -> list[dict]:
-    """n problems of "train" (default 8192) or "test" (default 512), always the same for a seed."""
+    """Makes n problems of "train" (default 8192) or "test" (default 512), the same for a seed."""
     rng = random.Random(f"facts {split} {seed}")
     count = n or (8192 if split == "train" else 512)
     return [problem(rng, split) for _ in range(count)]
 
 
 def call_message(tool: str, arguments: dict) -> dict:
-    """An assistant message that calls a tool."""
+    """Makes an assistant message that calls a tool."""
     call = {"type": "function", "function": {"name": tool, "arguments": arguments}}
     return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 def answer_message(answer: str) -> dict:
-    """An assistant message that answers."""
+    """Makes an assistant message that answers."""
     return {"role": "assistant", "content": f"The answer is \\boxed{{{answer}}}."}
 
 
 def guess_message(answer: str) -> dict:
-    """An assistant message that guesses. What follows from a tool's result is worded otherwise:
-    else a model from scratch learns from so many guesses that results need not be read."""
+    """Makes an assistant message that guesses. What follows from a tool's result is worded
+    otherwise: else a model from scratch learns from so many guesses that results need not be
+    read."""
     return {"role": "assistant", "content": f"I think it is \\boxed{{{answer}}}."}
 
 
 def result_message(name: str) -> dict:
-    """The message of the search tool that found the passage of `name`."""
+    """Makes the message of the search tool that found the passage of `name`."""
     text = f'Doc 1(Title: "{name}") {passage(name)}'
     return {"role": "tool", "name": "search", "content": text}
 
 
 def oracle(row: dict) -> list[dict]:
-    """The assistant's messages of a perfect conversation about a row."""
+    """Writes the assistant's messages of a perfect conversation about a row."""
     return [call_message("search", {"query": row["name"]}), answer_message(row["answer"])]
 
 
 def practice(rng: random.Random, kinds: Sequence[str] = tuple(VALUES)) -> list[dict]:
-    """A conversation that is nothing but copying, which a pre-trained model would know already:
-    names and other words are repeated, or what is asked for stands in the question."""
+    """Makes a conversation that is nothing but copying, which a pre-trained model would know
+    already: names and other words are repeated, or what is asked for stands in the question."""
     if rng.random() < 0.5:
         row = problem(rng, "train", kinds)
         return [
@@ -151,7 +152,7 @@ def practice(rng: random.Random, kinds: Sequence[str] = tuple(VALUES)) -> list[d
 
 
 def attempt(rng: random.Random, row: dict) -> list[dict]:
-    """How a demonstrator deals with a row, as chat messages: with a search, or a guess."""
+    """Plays how a demonstrator deals with a row, as chat messages: with a search, or a guess."""
     prompt = {"role": "user", "content": row["prompt"]}
     kind = row["kind"]
     name = row["name"]
@@ -172,13 +173,13 @@ def attempt(rng: random.Random, row: dict) -> list[dict]:
 
 
 def demo(rng: random.Random) -> list[dict]:
-    """One demonstration on a train problem."""
+    """Makes a demonstration on a train problem."""
     if rng.random() < PRACTICE:
         return practice(rng)
     return attempt(rng, problem(rng, "train"))
 
 
 def demos(n: int, seed: int = 0) -> list[list[dict]]:
-    """n demonstrations, always the same for a seed."""
+    """Makes n demonstrations, always the same for a seed."""
     rng = random.Random(f"facts demos {seed}")
     return [demo(rng) for _ in range(n)]

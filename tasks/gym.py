@@ -29,10 +29,10 @@ FRUITLESS = 2000  # problems in a row that are all of the other split: it has no
 
 
 def problems(source: str, split: str, seed: int, count: int | None) -> Iterator[dict]:
-    """The first `count` rows of a split, made while they are read: prompt, answer (None where the
-    data set knows none, but scores any), the `source`, and the data set's own entry for the scorer.
-    source: the data set's name, options behind a `?`.
-    UserError for a name, an option, a split or a number of rows that there is not."""
+    """Yields the first `count` rows of a split, made while they are read: prompt, answer (None
+    where the data set knows none, but scores any), the `source`, and the data set's own entry for
+    the scorer. source: the data set's name, options behind a `?`. UserError for a name, an option,
+    a split or a number of rows that there is not."""
     if split not in ("train", "test"):
         raise UserError(f"split = {split!r}: gym:{source} has train and test")
     name, options = parse_source(source)
@@ -67,8 +67,9 @@ def _entries(name, options, seed):
 
 
 def data_set(name: str, options: dict, seed: int, size: int):
-    """A data set of reasoning_gym. UserError without the package, for an unknown name or option,
-    for a value that it does not take, and for one that has to be told what it is made of."""
+    """Makes a data set of reasoning_gym. UserError without the package, for an unknown name or
+    option, for a value that it does not take, and for one that has to be told what it is made
+    of."""
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -99,7 +100,7 @@ def data_set(name: str, options: dict, seed: int, size: int):
 
 
 def _check_type(what, value, kind):
-    """UserError for a value of another type, where that is a plain one: else it fails in a row."""
+    """Refuses a value of another type, where that is a plain one: else it would fail in a row."""
     if kind not in (int, float, bool, str):
         return
     fits = isinstance(value, int if kind is float else kind) or isinstance(value, kind)

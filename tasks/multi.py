@@ -40,15 +40,16 @@ WRONG_TOOL = 1 / 8  # share of the demonstrations that ask the wrong tool
 
 
 def right_tool(trajectory, example) -> float:
-    """1.0 if the tools that were called, in the order of their first calls, are those that the row
-    needs. A call that fails counts as one, a call of a tool that does not exist does not."""
+    """Gives 1.0 if the tools that were called, in the order of their first calls, are those that
+    the row needs. A call that fails counts as one, a call of a tool that does not exist does
+    not."""
     called = [call.name for call in trajectory.calls if call.error != "unknown_tool"]
     without_repeats = list(dict.fromkeys(called))
     return float(without_repeats == example["tool"])
 
 
 def problem(rng: random.Random, split: str) -> dict:
-    """One problem of the split: prompt, answer, tool, database, the part it is from ("calc",
+    """Makes a problem of the split: prompt, answer, tool, database, the part it is from ("calc",
     "facts", "shop", "bill" or "town"), and what it was made from."""
     part = rng.choice(("calc", "facts", "shop", rng.choice(list(QUESTIONS))))
     if part == "calc":
@@ -71,7 +72,7 @@ def problem(rng: random.Random, split: str) -> dict:
 
 
 def bill_problem(rng: random.Random, split: str) -> dict:
-    """What n pieces of the product x cost."""
+    """Makes a question for what n pieces of the product x cost."""
     while True:
         n = rng.randint(2, 9)
         x = rng.choice(shop.PRODUCTS)
@@ -83,12 +84,12 @@ def bill_problem(rng: random.Random, split: str) -> dict:
 
 
 def held_out(n: int, x: str) -> bool:
-    """Whether a bill is of "test", and never trained on."""
+    """Says whether a bill is of "test", and never trained on."""
     return zlib.crc32(f"{n} {x}".encode()) % HELD_OUT == 0
 
 
 def town_problem(rng: random.Random, split: str) -> dict:
-    """How many customers live where the person x lives."""
+    """Makes a question for how many customers live where the person x lives."""
     x = rng.choice(strangers(split))
     _, answer = shop.ask(customers_of(x))
     prompt = rng.choice(QUESTIONS["town"]).format(x=x)
@@ -97,17 +98,17 @@ def town_problem(rng: random.Random, split: str) -> dict:
 
 @functools.cache
 def strangers(split: str) -> list[str]:
-    """Whoever is no customer: a customer's town could be found by sql alone."""
+    """Lists the people who are no customers: a customer's town could be found by sql alone."""
     return sorted(set(facts.names(split)) - set(shop.CUSTOMERS))
 
 
 def customers_of(name: str) -> str:
-    """The query for the number of customers in the town where somebody lives."""
+    """Writes the query for the number of customers in the town where somebody lives."""
     return f"SELECT COUNT(*) FROM customers WHERE town = '{facts.PEOPLE[name]['town']}'"
 
 
 def rows(split: str, seed: int = 0, n: int | None = None) -> list[dict]:
-    """n problems of "train" (default 8192) or "test" (default 512), always the same for a seed."""
+    """Makes n problems of "train" (default 8192) or "test" (default 512), the same for a seed."""
     if split not in ("train", "test"):  # said here, for the parts would name their own task
         raise UserError(f"split = {split!r}: task:multi has train and test")
     rng = random.Random(f"multi {split} {seed}")
@@ -116,7 +117,7 @@ def rows(split: str, seed: int = 0, n: int | None = None) -> list[dict]:
 
 
 def python_call(code: str, value: int | str) -> list[dict]:
-    """A call to python, and its result."""
+    """Makes a call to python, and its result."""
     return [
         call_message("python", {"code": f"print({code})"}),
         {"role": "tool", "name": "python", "content": str(value)},
@@ -124,17 +125,17 @@ def python_call(code: str, value: int | str) -> list[dict]:
 
 
 def search_call(name: str) -> list[dict]:
-    """A call to search, and its result."""
+    """Makes a call to search, and its result."""
     return [call_message("search", {"query": name}), facts.result_message(name)]
 
 
 def sql_call(query: str) -> list[dict]:
-    """A call to sql, and its result."""
+    """Makes a call to sql, and its result."""
     return [call_message("sql", {"query": query}), shop.result_message(query)]
 
 
 def right_calls(row: dict) -> list[dict]:
-    """The right calls for a row, each followed by its result, as chat messages."""
+    """Makes the right calls for a row, each followed by its result, as chat messages."""
     if row["part"] == "calc":
         return python_call(f"{row['a']} {row['op']} {row['b']}", row["answer"])
     if row["part"] == "facts":
@@ -149,13 +150,13 @@ def right_calls(row: dict) -> list[dict]:
 
 
 def oracle(row: dict) -> list[dict]:
-    """The assistant's messages of a perfect conversation about a row."""
+    """Writes the assistant's messages of a perfect conversation about a row."""
     turns = [message for message in right_calls(row) if message["role"] == "assistant"]
     return turns + [answer_message(row["answer"])]
 
 
 def mistake(rng: random.Random, row: dict) -> list[dict]:
-    """The wrong tool for a row of facts or shop, and what is then guessed."""
+    """Plays a mistake: the wrong tool for a row of facts or shop, and what is then guessed."""
     if row["part"] == "facts":
         query = shop.query("price", row["name"])
         guess = rng.choice(facts.VALUES[row["kind"]])
@@ -167,7 +168,7 @@ def mistake(rng: random.Random, row: dict) -> list[dict]:
 
 
 def demo(rng: random.Random) -> list[dict]:
-    """One demonstration on a train problem, as chat messages."""
+    """Makes a demonstration on a train problem, as chat messages."""
     row = problem(rng, "train")
     prompt = [{"role": "user", "content": row["prompt"]}]
     if row["part"] in QUESTIONS:  # it needs two calls
@@ -199,6 +200,6 @@ def shop_demo(rng: random.Random, row: dict) -> list[dict]:
 
 
 def demos(n: int, seed: int = 0) -> list[list[dict]]:
-    """n demonstrations, always the same for a seed."""
+    """Makes n demonstrations, always the same for a seed."""
     rng = random.Random(f"multi demos {seed}")
     return [demo(rng) for _ in range(n)]

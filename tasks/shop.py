@@ -75,7 +75,8 @@ WRONG_QUERY = 1 / 6  # share of the queries that are those of another kind
 
 
 def tables() -> dict[str, tuple[str, list[tuple]]]:
-    """{table: (its columns, its rows)}, always the same. Prices and stocks have two digits."""
+    """Makes the tables, always the same: {table: (its columns, its rows)}. Prices and stocks have
+    two digits."""
     rng = random.Random("shop tables")
     products = [(name, rng.randint(10, 99), rng.randint(10, 99)) for name in PRODUCTS]
     customers = [(name, PEOPLE[name]["town"]) for name in CUSTOMERS]
@@ -92,7 +93,7 @@ def tables() -> dict[str, tuple[str, list[tuple]]]:
 
 @functools.cache
 def database() -> str:
-    """The path of the database, which is made if it is not there."""
+    """Gives the path of the database, which it makes if it is not there."""
     made = tables()
     digest = hashlib.sha256(repr(made).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"nanotool-{os.getuid()}"
@@ -120,7 +121,8 @@ def write_database(path: Path, made: dict[str, tuple[str, list[tuple]]]) -> None
 
 @functools.cache
 def ask(query: str) -> tuple[str, str]:
-    """(name of the column, value) of a query whose result is one value; value "" if there is none.
+    """Asks the database a query whose result is one value: (name of the column, value), with ""
+    where there is none.
 
     The result is that of SQLite itself: nothing here says twice what a query means.
     """
@@ -133,25 +135,26 @@ def ask(query: str) -> tuple[str, str]:
 
 
 def held_out(kind: str, x: str | int) -> bool:
-    """Whether a question is of "test", and never trained on."""
+    """Says whether a question is of "test", and never trained on."""
     return zlib.crc32(f"{kind} {x}".encode()) % HELD_OUT == 0
 
 
 @functools.cache
 def things(kind: str, split: str) -> list:
-    """What the questions of a kind ask about in a split."""
+    """Lists what the questions of a kind ask about in a split."""
     if split not in ("train", "test"):
         raise UserError(f"split = {split!r}: task:shop has train and test")
     return [x for x in ABOUT[kind] if held_out(kind, x) == (split == "test")]
 
 
 def query(kind: str, x: str | int) -> str:
-    """The query that answers a question."""
+    """Writes the query that answers a question."""
     return QUERIES[kind].format(x=x)
 
 
 def problem(rng: random.Random, split: str, kinds: Sequence[str] = tuple(ABOUT)) -> dict:
-    """One problem of the split: prompt, answer, database, and the kind and x it was made from."""
+    """Makes a problem of the split: prompt, answer, database, and the kind and x it is made
+    from."""
     kind = rng.choice(kinds)
     x = rng.choice(things(kind, split))
     prompt = rng.choice(QUESTIONS[kind]).format(x=x)
@@ -160,27 +163,27 @@ def problem(rng: random.Random, split: str, kinds: Sequence[str] = tuple(ABOUT))
 
 
 def rows(split: str, seed: int = 0, n: int | None = None) -> list[dict]:
-    """n problems of "train" (default 8192) or "test" (default 512), always the same for a seed."""
+    """Makes n problems of "train" (default 8192) or "test" (default 512), the same for a seed."""
     rng = random.Random(f"shop {split} {seed}")
     count = n or (8192 if split == "train" else 512)
     return [problem(rng, split) for _ in range(count)]
 
 
 def result_message(text: str) -> dict:
-    """The message of the sql tool about a query."""
+    """Makes the message of the sql tool about a query."""
     column, value = ask(text)
     content = f"{column}\n{value}" if value else "(no rows)"
     return {"role": "tool", "name": "sql", "content": content}
 
 
 def oracle(row: dict) -> list[dict]:
-    """The assistant's messages of a perfect conversation about a row."""
+    """Writes the assistant's messages of a perfect conversation about a row."""
     text = query(row["kind"], row["x"])
     return [call_message("sql", {"query": text}), answer_message(row["answer"])]
 
 
 def practice(rng: random.Random) -> list[dict]:
-    """A conversation that is nothing but copying, which a pre-trained model would know already."""
+    """Makes a conversation of nothing but copying, which a pre-trained model would know."""
     lists = (PRODUCTS, CUSTOMERS, ABOUT["above"])
     count = rng.randint(2, 5)
     text = ", ".join(str(rng.choice(rng.choice(lists))) for _ in range(count))
@@ -191,14 +194,14 @@ def practice(rng: random.Random) -> list[dict]:
 
 
 def guess(rng: random.Random, kind: str) -> str:
-    """What somebody answers who does not ask the database: a town, or a round number."""
+    """Guesses as somebody who does not ask the database: a town, or a round number."""
     if kind == "town":
         return rng.choice(TOWNS)
     return str(rng.randrange(10, 100, 10))
 
 
 def attempt(rng: random.Random, row: dict) -> list[dict]:
-    """How a demonstrator deals with a row, as chat messages: with a query, or a guess."""
+    """Plays how a demonstrator deals with a row, as chat messages: with a query, or a guess."""
     prompt = {"role": "user", "content": row["prompt"]}
     kind = row["kind"]
     if rng.random() >= USES_TOOL[kind]:
@@ -212,13 +215,13 @@ def attempt(rng: random.Random, row: dict) -> list[dict]:
 
 
 def demo(rng: random.Random) -> list[dict]:
-    """One demonstration on a train problem."""
+    """Makes a demonstration on a train problem."""
     if rng.random() < PRACTICE:
         return practice(rng)
     return attempt(rng, problem(rng, "train"))
 
 
 def demos(n: int, seed: int = 0) -> list[list[dict]]:
-    """n demonstrations, always the same for a seed."""
+    """Makes n demonstrations, always the same for a seed."""
     rng = random.Random(f"shop demos {seed}")
     return [demo(rng) for _ in range(n)]

@@ -63,7 +63,7 @@ def tiny_tokenizer(
     sees: bool = False,
     more: Sequence[tuple[list[list[dict]], list[dict]]] = (),
 ):
-    """A byte-level BPE tokenizer trained on the conversations, with TEMPLATE as its chat template.
+    """Trains a byte-level BPE tokenizer on the conversations, with TEMPLATE as its chat template.
 
     Digits are single tokens, so numbers are copied digit by digit, and a line break ends a token,
     as the roles of the template do. All else may merge, across words too, so the parts of a task
@@ -119,7 +119,7 @@ def tiny_tokenizer(
 
 
 def _with_template(inner, added):
-    """A tokenizer of transformers with TEMPLATE; added: texts that are one token each."""
+    """Makes a tokenizer of transformers with TEMPLATE; added: texts of one token each."""
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
@@ -136,7 +136,7 @@ def _with_template(inner, added):
 
 
 def tiny(tokenizer, seed: int = 0, hidden_size: int = 96, layers: int = 4, heads: int = 2):
-    """A Qwen3-shaped model from scratch, about 0.55 M parameters with a vocabulary of 768.
+    """Makes a Qwen3-shaped model from scratch, about 0.55 M parameters with a vocabulary of 768.
 
     Qwen3 and not Qwen2: with its normalised queries and keys, copying is learnt in half the steps.
     The same goes for the initial weights, which at this width are larger than the usual 0.02.
@@ -164,8 +164,8 @@ def tiny(tokenizer, seed: int = 0, hidden_size: int = 96, layers: int = 4, heads
 
 
 def tiny_that_sees(tokenizer, seed: int = 0):
-    """A SmolVLM-shaped model from scratch, about 0.5 M parameters: the language model of `tiny`, a
-    layer less, and a tower of two layers for images of SIDE x SIDE pixels, 4 tokens each."""
+    """Makes a SmolVLM-shaped model from scratch, about 0.5 M parameters: the language model of
+    `tiny`, a layer less, and a tower of two layers for images of SIDE x SIDE pixels (4 tokens)."""
     from transformers import SmolVLMForConditionalGeneration
 
     torch.manual_seed(seed)
@@ -173,7 +173,7 @@ def tiny_that_sees(tokenizer, seed: int = 0):
 
 
 def config_that_sees(tokenizer):
-    """The shape of `tiny_that_sees`."""
+    """Describes the shape of `tiny_that_sees`."""
     from transformers import SmolVLMConfig
 
     text = {

@@ -55,7 +55,7 @@ class ask:
 
     @staticmethod
     def describe(schema: dict, options: dict) -> dict:
-        """The schema, with `images` where the option says that the other model sees."""
+        """Gives the schema, with `images` where the option says that the other model sees."""
         if options.get("images"):
             return schema
         schema = copy.deepcopy(schema)
@@ -92,8 +92,8 @@ class ask:
 
 
 def image_parts(pictures: list, numbers: list[int]) -> list[dict]:
-    """The images of these numbers, from 1, as OpenAI's content parts: the originals, each behind
-    its number. ToolError for a number that is none, and for too much."""
+    """Gives the images of these numbers, from 1, as OpenAI's content parts: the originals, each
+    behind its number. ToolError for a number that is none, and for too much."""
     if len(numbers) > MOST_IMAGES:
         text = f"error: {len(numbers)} images: expected at most {MOST_IMAGES} in a question"
         raise ToolError("bad_image", text)

@@ -11,7 +11,7 @@ from tools.sandbox import caller
 
 
 def require_namespaces() -> None:
-    """UserError where a command could start no program, or what it starts would live on."""
+    """Refuses a system where a command could start no program, or what it starts would live on."""
     if not caller.layers("shell")["pid_namespace"]:
         raise UserError(
             "the bash tool cannot confine a command here, as there are no PID namespaces: use "

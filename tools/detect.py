@@ -50,7 +50,7 @@ class Detecting(ImageTool):
         load_detector(model, device)
 
     def found(self, picture, labels):
-        """What the detector finds, the surest first. ToolError for labels that are none."""
+        """Finds things in a picture, the surest first. ToolError for labels that are none."""
         cleaned = [label.strip().lower() for label in labels]
         if not 1 <= len(cleaned) <= MOST_LABELS or not all(cleaned):
             text = f"error: expected 1 to {MOST_LABELS} things to look for, each with a name"

@@ -52,7 +52,7 @@ class ocr(ImageTool):
 
 @functools.cache
 def load_rapidocr():
-    """The engine, with the models that come with its package. Raises UserError without it."""
+    """Loads the engine, with the models that come with its package. Raises UserError without it."""
     try:
         from rapidocr_onnxruntime import RapidOCR
     except ImportError:
@@ -62,7 +62,7 @@ def load_rapidocr():
 
 
 def read_by_rapidocr(image) -> list[text.Run]:
-    """The runs of text in an RGB image, from top to bottom."""
+    """Reads the runs of text in an RGB image, from top to bottom."""
     import numpy as np
 
     pixels = np.asarray(image)[:, :, ::-1]  # it takes BGR

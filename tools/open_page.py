@@ -140,8 +140,8 @@ def _size(found):
 
 
 def split(text: str, chars: int) -> list[str]:
-    """Parts of at most so many characters, cut at the end of a line or a word where there is one
-    in the second half."""
+    """Splits a text into parts of at most so many characters, cut at the end of a line or a word
+    where there is one in the second half."""
     parts = []
     while len(text) > chars:
         for mark in ("\n", " "):

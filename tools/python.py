@@ -41,7 +41,8 @@ async def python(code: str) -> str:
 
 
 def prepare(unconfined: bool = False) -> None:
-    """unconfined: code may run as our own user, where this system offers nothing better."""
+    """Refuses a system that cannot confine code. unconfined: code may run as our own user, where
+    this system offers nothing better."""
     caller.require_confinement(unconfined)
 
 

@@ -150,7 +150,7 @@ def open_index(
     query_prefix: str = "",
     passage_prefix: str = "",
 ):
-    """An index of the corpus, with find(queries, k); made if it is not there.
+    """Opens an index of the corpus, with find(queries, k); makes it if it is not there.
 
     corpus: a .jsonl file, or task:name. index: its folder, "" for one beside the corpus. dense: a
     model, by folder or name; "" for BM25. hybrid: the order of both together. rerank: a
@@ -178,7 +178,7 @@ def open_index(
 
 
 def _shown(number, contents, chars):
-    """A passage as Search-R1 shows it: the first line of `contents` is the title."""
+    """Writes a passage as Search-R1 shows it: the first line of `contents` is the title."""
     title, _, text = contents.strip().partition("\n")
     shown = f"Doc {number}(Title: {title}) {text}" if text else f"Doc {number} {title}"
     return shown if len(shown) <= chars else f"{shown[:chars]}…"
@@ -188,7 +188,7 @@ def _shown(number, contents, chars):
 
 
 def _retrieved(answer):
-    """The passages in the answer of a /retrieve server."""
+    """Reads the passages in the answer of a /retrieve server."""
     try:
         rows = [hit.get("document", hit) for hit in answer["result"][0]]
         return [of_row(row, "a passage of the server").contents for row in rows]
@@ -197,7 +197,7 @@ def _retrieved(answer):
 
 
 def _web_request(web, secret, query, k):
-    """-> method, arguments of the request to that API."""
+    """Writes the request to that API. -> its method, its arguments"""
     if web == "serper":
         return "POST", {"json": {"q": query, "num": k}, "headers": {"X-API-KEY": secret}}
     if web == "brave":
@@ -208,7 +208,7 @@ def _web_request(web, secret, query, k):
 
 
 def _web_passages(web, answer):
-    """The results in that API's answer, each "title\\nsnippet (address)"."""
+    """Reads the results in that API's answer, each "title\\nsnippet (address)"."""
     try:
         if web == "serper":
             hits = answer.get("organic")

@@ -69,7 +69,7 @@ class select_frames:
         return parts
 
     def _frames(self, wanted) -> "Iterator[tuple[int, Image | None]]":
-        """(number, frame) up to the last that is wanted; None for one that need not be opened."""
+        """Yields (number, frame) up to the last wanted; None for one that need not be opened."""
         if isinstance(self.video, list | tuple):
             for number, source in enumerate(self.video[: wanted[-1]], 1):
                 yield number, open_image(source, self.folder) if number in wanted else None

@@ -89,15 +89,16 @@ class sql:
 def execute(
     path: str, query: str, rows: int = 10_000, seconds: float = 5.0
 ) -> tuple[list[str], list[tuple]]:
-    """-> columns, the first `rows` rows (None, int, float, str, bytes). ToolError on a query that
-    is wrong, takes too long or gives too much; UserError if there is no such database."""
+    """Runs a query. -> columns, the first `rows` rows (None, int, float, str, bytes). ToolError on
+    a query that is wrong, takes too long or gives too much; UserError if there is no such
+    database."""
     _check(path)
     return _run(path, query, rows, seconds, None)
 
 
 def describe(path: str, samples: int = 2) -> str:
-    """The tables of a database by their own CREATE statements, each with its first `samples` rows
-    in comments. UserError if there is no such database, or it cannot be read."""
+    """Describes the tables of a database by their own CREATE statements, each with its first
+    `samples` rows in comments. UserError if there is no such database, or it cannot be read."""
     _check(path)
     try:
         return _ask(path, {"samples": samples}, DESCRIBE_SECONDS)["text"]
@@ -106,7 +107,7 @@ def describe(path: str, samples: int = 2) -> str:
 
 
 def _check(path):
-    """UserError if the file is no database, or one that immutable would show as it was before."""
+    """Refuses a file that is no database, or one that immutable would show as it was before."""
     if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
         raise UserError(f"{path} is no file but a pipe or a device: give a SQLite database")
     try:
@@ -127,7 +128,7 @@ def _check(path):
 
 
 def _run(path, query, rows, seconds, cell):
-    """-> columns, rows. cell: characters of a value that are of use, None for all."""
+    """Runs a query. -> columns, rows. cell: characters of a value that are of use, None for all."""
     try:
         size = len(query.encode())
     except UnicodeEncodeError:
@@ -142,7 +143,7 @@ def _run(path, query, rows, seconds, cell):
 
 
 def _table(columns, rows, limit, chars):
-    """Lines of "a | b", the header first."""
+    """Writes a result as lines of "a | b", the header first."""
     if not rows:
         return "(no rows)"
     header = " | ".join(shown(name) for name in columns)
@@ -161,7 +162,7 @@ def _table(columns, rows, limit, chars):
 
 
 def _explained(reply, query):
-    """An error of SQLite, with the names that there are if it is about one."""
+    """Writes an error of SQLite, with the names that there are if it is about one."""
     text = reply["error"]
     tables = reply.get("tables", {})
     kind, _, name = text.partition(": ")
@@ -176,7 +177,7 @@ def _explained(reply, query):
 
 
 def _like(name, names):
-    """ ": did you mean x?", of the names, whatever the case; "" if none is near."""
+    """Writes ": did you mean x?", of the names, whatever the case; "" if none is near."""
     by_lower_case = {each.lower(): each for each in names}
     last_part = name.rpartition(".")[2].lower()
     hint = near(last_part, by_lower_case)
@@ -198,7 +199,7 @@ _idle = []  # (file, worker that waits for another query of it): a worker reads 
 
 
 def _ask(path, request, seconds):
-    """What a worker replies. ToolError if it is an error, or the worker did not live to reply."""
+    """Asks a worker. ToolError if it replies an error, or does not live to reply."""
     path = os.path.realpath(path)
     status = os.stat(path)
     file = (path, status.st_dev, status.st_ino)  # another may be at this path later
@@ -232,7 +233,7 @@ def _report_layers(path):
 
 
 def _take_idle(file):
-    """A worker that has read this file before, or None."""
+    """Takes a worker that has read this file before, or None."""
     for waiting in reversed(_idle):  # the newest: those that nobody needs grow old
         if waiting[0] == file:
             try:

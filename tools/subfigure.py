@@ -33,7 +33,7 @@ class subfigure(ImageTool):
 
 
 def find_panels(image) -> list[tuple[int, int, int, int]]:
-    """The boxes (left, top, right, bottom) of the panels of an RGB image, line by line."""
+    """Finds the boxes (left, top, right, bottom) of the panels of an RGB image, line by line."""
     import numpy as np
 
     pixels = np.asarray(image).astype(np.int16)
@@ -48,7 +48,7 @@ def find_panels(image) -> list[tuple[int, int, int, int]]:
 
 
 def _line_by_line(panels):
-    """In reading order: a panel is in a line whose first one it has its middle beside."""
+    """Orders panels for reading: one is in a line if its middle is beside the first one there."""
     lines = []
     for panel in sorted(panels, key=lambda panel: panel[1]):
         middle = (panel[1] + panel[3]) / 2
@@ -88,7 +88,7 @@ def _split(is_ink, box, size, depth, panels):
 
 
 def _trimmed(is_ink, box):
-    """The box without the ground around what is in it."""
+    """Trims a box to what is in it, without the ground around that."""
     import numpy as np
 
     left, top, right, bottom = box
@@ -104,7 +104,7 @@ def _trimmed(is_ink, box):
 
 
 def _strips(has_ink):
-    """[start, end) of each strip without ink."""
+    """Finds [start, end) of each strip without ink."""
     strips = []
     start = None
     for position, inked in enumerate(has_ink.tolist()):

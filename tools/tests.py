@@ -99,7 +99,7 @@ class tests:
         return "\n\n".join(lines)
 
     async def _output(self, code, given, seconds):
-        """What the program prints, or how it failed."""
+        """Runs a program; returns what it prints, or how it failed."""
         try:
             async with asyncio.timeout(seconds):
                 return caller.observation(await caller.call("light", code, given))
@@ -110,7 +110,7 @@ class tests:
 
 
 def _first_asserts(text, first, row):
-    """The tests with so many of their asserts, those inside of functions counted too."""
+    """Cuts the tests to so many of their asserts, those inside of functions counted too."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError) as error:

@@ -26,7 +26,7 @@ class Cache:
         self._running = {}  # key -> a future that is done when the call is
 
     async def run(self, key: str, work: Callable) -> tuple[str | list, str | None, float]:
-        """What `work()`, a coroutine of (content, error, seconds), gives or gave for this key."""
+        """Returns (content, error, seconds) that the coroutine `work()` gives or gave for `key`."""
         # 1. the same call runs at this moment: wait for its result
         running = self._running.get(key)
         if running is not None:

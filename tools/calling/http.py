@@ -16,8 +16,8 @@ class ToolClient:
         self.http = HttpClient()
 
     async def fetch(self, method: str, **content) -> dict | list | str | int | float | bool | None:
-        """The server's answer, from JSON. content: headers, params and json of the request.
-        NetworkError if trying again may help, else ToolError."""
+        """Sends a request; returns the server's answer, from JSON. content: headers, params and
+        json of the request. NetworkError if trying again may help, else ToolError."""
         try:
             return await self.http.request(method, self.url, **content)
         except HttpError as error:
@@ -28,14 +28,14 @@ class ToolClient:
 
 
 def check_address(url: str) -> None:
-    """UserError if `url` is no address of a server."""
+    """Refuses, with UserError, a `url` that is no address of a server."""
     problem = address_problem(url)
     if problem:
         raise UserError(f"{url!r} is no address: {problem}")
 
 
 def tool_error(server: str, error: HttpError) -> ToolError:
-    """What a failed request is to the model: a NetworkError if trying again may help."""
+    """Says what a failed request is to the model: a NetworkError if trying again may help."""
     if error.kind == "unreachable":
         return NetworkError(f"error: {server} does not answer ({error.detail})")
     if error.kind == "busy":
@@ -54,5 +54,5 @@ def not_understood(server: str, text: str) -> ToolError:
 
 
 def plain(text: str) -> str:
-    """Text that can be sent: a lone surrogate, which JSON can hold, becomes a question mark."""
+    """Makes a text sendable: a lone surrogate, which JSON can hold, becomes a question mark."""
     return text.encode("utf-8", "replace").decode()

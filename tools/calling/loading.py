@@ -56,8 +56,8 @@ def load(
     concurrency: int = 16,
     cached: bool = True,
 ) -> tuple[list[Tool], dict, list[Environment]]:
-    """The tools, {make: state} of those that have one state for the run, made here, and the
-    environments.
+    """Loads the tools; returns them, {make: state} of those that have one state for the run, made
+    here, and the environments.
 
     timeout: seconds that an MCP server has to say what it offers. describe_only: nothing is made,
     and a required option may be missing: for SFT, which shows tools and calls none; an option that
@@ -187,15 +187,15 @@ def _find(name: str) -> Place:
 
 
 def _our_tools() -> list[str]:
-    """The names of the files in tools/ that define a tool, which has the file's name."""
+    """Lists the names of the files in tools/ that define a tool, which has the file's name."""
     folder = Path(__file__).parent.parent
     files = sorted(folder.glob("*.py"))
     return [file.stem for file in files if file.stem in plugins.names_in(file)]
 
 
 def _tools_of_servers(name: str, timeout: float) -> list[Tool]:
-    """'mcp:servers.json' is the tools of all servers in the file, 'mcp:servers.json:time' those of
-    the one named time."""
+    """Loads what 'mcp:servers.json' means, the tools of all servers in the file, or
+    'mcp:servers.json:time', those of the one named time."""
     from tools.calling import mcp
 
     path = name.removeprefix(MCP)
@@ -216,7 +216,7 @@ def _import(place, modules):
 
 
 def _describe(target: Callable, texts: dict, describe_only: bool) -> Tool:
-    """The Tool of a function or a class; its own options are bound, the common ones are not."""
+    """Describes a function or a class as a Tool; binds its own options, not the common ones."""
     is_class = inspect.isclass(target)
     function = target.__call__ if is_class else target
     if not (inspect.isfunction(function) or inspect.ismethod(function)):
@@ -274,7 +274,7 @@ def _describe(target: Callable, texts: dict, describe_only: bool) -> Tool:
 def _describe_environment(
     target: type, texts: dict, describe_only: bool
 ) -> tuple[Environment, list[Tool]]:
-    """The Environment of a class, and the Tools that its methods are, all with its `make`."""
+    """Describes a class as an Environment, and its methods as Tools, all with its `make`."""
     name = target.__name__
     hooks = hooks_of(target)
     methods = tools_of(target)
@@ -314,8 +314,8 @@ def _describe_environment(
 
 
 def _timeout_of_all(name, texts):
-    """The seconds that each call and hook of an environment has, if the user says so; all else that
-    every tool has is an option of its methods."""
+    """Reads the seconds that each call and hook of an environment has, if the user says so; all
+    else that every tool has is an option of its methods."""
     common_texts = {}
     for option, text in texts.get(name, {}).items():
         if option not in COMMON:
@@ -332,7 +332,7 @@ def _timeout_of_all(name, texts):
 
 
 def _maker(target: type, options: dict) -> Callable:
-    """make(example): an instance of the class, with these options."""
+    """Returns make(example), which makes an instance of the class with these options."""
     takes_example = _takes_example(target)
 
     def make(example: dict):
@@ -357,7 +357,7 @@ def _refuse_common_parameters(target):
 
 
 def _gives_result(function):
-    """Whether it is annotated to return a Result, or a Result or something else."""
+    """Says whether a function is annotated to return a Result, or a Result or something else."""
     hint = typing.get_type_hints(function).get("return")
     return Result in (hint, *typing.get_args(hint))
 
@@ -398,7 +398,7 @@ def _check_arguments(function):
 
 
 def _make(tool):
-    """The one state of a tool that is shared by all trajectories."""
+    """Makes the one state of a tool that is shared by all trajectories."""
     try:
         return tool.make({})
     except UserError:
@@ -412,7 +412,7 @@ def _make(tool):
 
 
 def _own_options(name, texts):
-    """{option: text} of what the user gave a tool, without the options that every tool has."""
+    """Picks what the user gave a tool, {option: text}, without the options that every tool has."""
     own_texts = {}
     for option, text in texts.get(name, {}).items():
         if option not in COMMON:
@@ -430,8 +430,8 @@ def _refuse_own_options(name, texts):
 
 
 def _refuse_idle_options(name, texts, is_told):
-    """Where tools are shown and none is called: raises UserError for options that change nothing of
-    what is shown. is_told: its schema depends on its own options."""
+    """Refuses, with UserError, options that change nothing of what is shown, where tools are shown
+    and none is called. is_told: the tool's schema depends on its own options."""
     for option in texts.get(name, {}):
         if option in COMMON or not is_told:
             what = "tools are shown here, and none is called: drop it"

@@ -83,9 +83,9 @@ TO_END = 10.0  # seconds that the end of a connection is waited for; it may go o
 
 
 def load(path: str, server: str | None, timeout: float) -> list[Tool]:
-    """The tools of all servers of the file, or of the one named `server`. Every server is started
-    to list them, for at most `timeout` seconds (its start_timeout; never under 10), and stopped.
-    Raises UserError on a file that is wrong and on a server that does not start."""
+    """Lists the tools of all servers of the file, or of the one named `server`. Every server is
+    started to list them, for at most `timeout` seconds (its start_timeout; never under 10), and
+    stopped. Raises UserError on a file that is wrong and on a server that does not start."""
     servers = read(path, server, timeout)
     future = asyncio.run_coroutine_threadsafe(_list_all(servers), _loop())
     try:
@@ -102,7 +102,7 @@ def load(path: str, server: str | None, timeout: float) -> list[Tool]:
 
 
 def _tool(server, offered, make, timeout):
-    """One tool that a server offers, as the Toolbox has it."""
+    """Makes a Tool of one that a server offers."""
     name = _safe(offered.name)
     wanted, images = image_numbers(parameters(offered.input_schema))
     function = {
@@ -136,7 +136,8 @@ def _function(name):
 
 
 def _function_with_images(name, places):
-    """places: the arguments that are numbers of images, for each of which the image is sent."""
+    """Makes the function of a tool that is sent images: `places` are the arguments in which the
+    model gives an image's number."""
 
     async def call(connection, images, /, **arguments):
         sent = dict(arguments)
@@ -150,13 +151,13 @@ def _function_with_images(name, places):
 
 
 def _safe(name):
-    """What function calling takes as a name."""
+    """Makes a name that function calling takes."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)[:NAME_LENGTH]
 
 
 def _named_apart(tools):
-    """Tools of one name, of two servers: each gets its server's name in front. Names that _safe()
-    has made equal get a number."""
+    """Renames tools of one name, of two servers: each gets its server's name in front. Names that
+    _safe() has made equal get a number."""
     count = Counter(tool.name for tool in tools)
     servers = {}  # name -> those that have it
     for tool in tools:
@@ -182,7 +183,7 @@ def _rename(tool, name):
 
 
 def _wanted(server, offered):
-    """Those of its tools that the file asks for."""
+    """Picks those of a server's tools that the file asks for."""
     names = [tool.name for tool in offered]
     wanted = server.values.get("tools", names)
     for name in wanted:
@@ -193,7 +194,7 @@ def _wanted(server, offered):
 
 
 async def _list_all(servers):
-    """What each server offers. All are started at the same time, and all have ended after it."""
+    """Lists what each server offers. All are started at the same time, and have ended after it."""
     results = await asyncio.gather(*map(_list, servers), return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
@@ -216,9 +217,9 @@ async def _list(server):
 
 @cache
 def _loop():
-    """All connections are on one event loop, in a thread of its own: they outlive the loops of
-    their callers, and no asyncio.run that ends can cut off the end of a server. It is not the loop
-    of run/loop.py: load() waits for it, also when what runs on that one makes a Toolbox."""
+    """Starts the one event loop of all connections, in a thread of its own: they outlive the loops
+    of their callers, and no asyncio.run that ends can cut off the end of a server. It is not the
+    loop of run/loop.py: load() waits for it, also when what runs on that one makes a Toolbox."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="mcp", daemon=True).start()
     return loop
@@ -240,8 +241,9 @@ class Connection:
         self._link = None
 
     async def call(self, name: str, arguments: dict, asks_again: bool = False) -> str | list | None:
-        """What the tool returns: see content(). Raises ToolError, NetworkError. asks_again: a
-        server that is lost during the call has kept nothing of it, so it can be asked again."""
+        """Calls a tool; returns what it gives: see content(). Raises ToolError, NetworkError.
+        asks_again: a server that is lost during the call has kept nothing of it, so it can be asked
+        again."""
         try:
             json.dumps(arguments, ensure_ascii=False).encode()
         except UnicodeEncodeError:  # sent, it would end the connection of all
@@ -287,7 +289,7 @@ class Connection:
         raise ToolError("server", f"{text} starts it again, without its state")
 
     def _is_session_lost(self, error, http_errors):
-        """Whether the server does not know our session any more: it was started anew, say."""
+        """Says whether the server does not know our session any more: it was started anew, say."""
         if self.server.kind == "stdio":
             return False
         if http_errors and http_errors[-1] == 404 and error.code == types.INVALID_REQUEST:
@@ -295,7 +297,7 @@ class Connection:
         return error.code in SESSION_CODES and LOST_SESSION.search(error.message) is not None
 
     async def _connected(self):
-        """The link, which is there. Raises ToolError, NetworkError if it cannot be."""
+        """Gives the link, which is there. Raises ToolError, NetworkError if it cannot be."""
         if self._link is None:
             self._link = _Link(self.server)
         link = self._link
@@ -315,8 +317,8 @@ class Connection:
             log.warning("the MCP server %r ended: %s", self.server.name, words)
 
     def _forget(self, link):
-        """Whether it was there still: of the calls that lose a connection, one is the first, and
-        another may have connected again."""
+        """Drops a link; says whether it was there still: of the calls that lose a connection, one
+        is the first, and another may have connected again."""
         is_first = self._link is link
         if is_first:
             self._link = None
@@ -355,7 +357,7 @@ class _Link:
         self.task = asyncio.create_task(self._live())
 
     async def ready(self) -> bool:
-        """Whether the connection is there; waits while it starts."""
+        """Waits while the connection starts; says whether it is there."""
         limit = self.server.start_timeout + 1  # an unwilling server takes seconds to kill
         try:
             await asyncio.wait_for(self._is_settled.wait(), limit)
@@ -392,7 +394,7 @@ class _Link:
             self._is_settled.set()
 
     async def _connect(self, stack):
-        """The handshake that all servers know comes first: some end at any other message."""
+        """Connects, by the handshake that all servers know first: some end at any other message."""
         stderr = None
         if self._is_stdio():
             stderr = stack.enter_context(_last_lines(self.stderr))
@@ -483,7 +485,7 @@ class _Link:
             self.why = f"{self.short}, from {url}: start it, or correct its url"
 
     def _explain_answer(self, error):
-        """Of a server that is alive and has answered, with an error or with what is none."""
+        """Explains an error, or nonsense, that a live server answered; False if it is neither."""
         if isinstance(error, ValidationError):
             self.short = _invalid(error)
         elif isinstance(error, MCPError) and error.code != types.CONNECTION_CLOSED:
@@ -497,20 +499,20 @@ class _Link:
         return True
 
     def last_words(self, size):
-        """The end of what it wrote to stderr."""
+        """Gives the end of what it wrote to stderr."""
         lines = [line.strip() for line in tuple(self.stderr)]
         return " | ".join(line for line in lines if line)[-size:]
 
 
 def _leaf(error):
-    """The one error that a task group wraps."""
+    """Finds the one error that a task group wraps."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
 
 
 def _invalid(error):
-    """A ValidationError in one line."""
+    """Writes a ValidationError in one line."""
     first = error.errors()[0]
     place = ".".join(map(str, first["loc"]))
     value = repr(first["input"])[:200]
@@ -548,8 +550,8 @@ async def _all_tools(client):
 
 @contextlib.contextmanager
 def _last_lines(lines):
-    """A file to write to, whose last lines are in `lines`. A thread reads: a full pipe would stop
-    the server."""
+    """Opens a file to write to, whose last lines are in `lines`. A thread reads: a full pipe would
+    stop the server."""
     read_end, write_end = os.pipe()
     source = open(read_end, encoding="utf-8", errors="replace")
     threading.Thread(target=_drain, args=(source, lines), daemon=True, name="stderr").start()

@@ -43,7 +43,7 @@ class Server:
 
 
 def read(path: str, name: str | None, timeout: float) -> list[Server]:
-    """The servers of the file, or the one of that name; those that are disabled are left out.
+    """Reads the servers of the file, or the one of that name; those that are disabled are left out.
     timeout: seconds of a call, which a server has to start at least. Raises UserError."""
     servers = _servers(path)
     if name is not None:
@@ -61,7 +61,7 @@ def read(path: str, name: str | None, timeout: float) -> list[Server]:
 
 
 def _servers(path):
-    """What the file says of each server, by name."""
+    """Reads what the file says of each server, by name."""
     try:
         whole = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
@@ -81,7 +81,7 @@ def _servers(path):
 
 
 def _server(name, where, given, timeout):
-    """One server of the file, checked."""
+    """Checks one server of the file, and makes it."""
     kind = _checked_kind(where, given)
     start_timeout = given.get("start_timeout", max(timeout, LEAST_START))
     if given.get("disabled"):  # its variables need not be there
@@ -130,7 +130,7 @@ def _checked_kind(where, given):
 
 
 def _fits(value, expected):
-    """Whether a value is what KEYS says."""
+    """Says whether a value is what KEYS says."""
     if expected == "a text":
         return isinstance(value, str) and value != ""
     if expected == "a list of texts":
@@ -143,7 +143,7 @@ def _fits(value, expected):
 
 
 def _expanded(value, where):
-    """With the environment's variables in place of ${NAME} and ${NAME:-default}."""
+    """Puts the environment's variables in place of ${NAME} and ${NAME:-default}."""
     if isinstance(value, list):
         return [_expanded(item, where) for item in value]
     if isinstance(value, dict):

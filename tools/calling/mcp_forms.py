@@ -18,9 +18,9 @@ MAY_BE_NULL = {"const", "default"}  # any other keyword that is null is not ther
 
 
 def clean_tools(answer: dict, left_out: list[str]) -> dict:
-    """The raw answer to tools/list, with schemas as parameters() makes them, and without what is no
-    tool: to `left_out` goes which and why, so that one bad tool does not take the others with it.
-    What a tool returns is shown as it is: no schema of it is needed."""
+    """Cleans the raw answer to tools/list: with schemas as parameters() makes them, and without
+    what is no tool: to `left_out` goes which and why, so that one bad tool does not take the others
+    with it. What a tool returns is shown as it is: no schema of it is needed."""
     if not isinstance(answer, dict) or not isinstance(answer.get("tools"), list):
         return answer  # the SDK will say what is wrong
     tools = []
@@ -48,8 +48,8 @@ def _clean_tool(tool):
 
 
 def clean_result(answer: dict) -> dict:
-    """The raw answer to tools/call: with content, structuredContent is not looked at, and so cannot
-    be wrong."""
+    """Cleans the raw answer to tools/call: with content, structuredContent is not looked at, and so
+    cannot be wrong."""
     if not isinstance(answer, dict):
         return answer
     answer = {key: value for key, value in answer.items() if value is not None}
@@ -64,9 +64,9 @@ def clean_result(answer: dict) -> dict:
 
 
 def parameters(schema: dict) -> dict:
-    """An inputSchema with an object's type and properties, as get_json_schema writes them: $ref is
-    replaced by what it stands for, `X or null` is X with nullable, and titles and $schema, which
-    say nothing to a model, are left out. Other keywords stay: the server checks them."""
+    """Writes an inputSchema with an object's type and properties, as get_json_schema writes them:
+    $ref is replaced by what it stands for, `X or null` is X with nullable, and titles and $schema,
+    which say nothing to a model, are left out. Other keywords stay: the server checks them."""
     made = _plain(schema, schema, ())
     open_ended = {"anyOf", "oneOf", "allOf", "patternProperties"} & made.keys()
     if "properties" not in made and open_ended:
@@ -75,7 +75,8 @@ def parameters(schema: dict) -> dict:
 
 
 def _plain(schema, root, inside):
-    """`root`: the whole schema, in which a $ref points. `inside`: the references around this."""
+    """Rewrites a part of a schema. `root`: the whole schema, in which a $ref points. `inside`: the
+    references around this."""
     if isinstance(schema, list):
         return [_plain(item, root, inside) for item in schema]
     if not isinstance(schema, dict):
@@ -95,8 +96,8 @@ def _plain(schema, root, inside):
 
 
 def _resolved(schema, root, inside):
-    """With what its $ref stands for, which may stand for another one. -> also the references that
-    are around it now: a schema within itself ends in "any value"."""
+    """Puts what its $ref stands for, which may stand for another one, into a schema. -> also the
+    references that are around it now: a schema within itself ends in "any value"."""
     while isinstance(schema.get("$ref"), str):
         reference = schema["$ref"]
         beside = {key: value for key, value in schema.items() if key != "$ref"}
@@ -107,7 +108,7 @@ def _resolved(schema, root, inside):
 
 
 def _target(root, reference):
-    """What "#/$defs/Point" stands for, {} where it is not in the schema."""
+    """Finds what "#/$defs/Point" stands for, {} where it is not in the schema."""
     if not reference.startswith("#"):
         return {}
     target = root
@@ -121,7 +122,7 @@ def _target(root, reference):
 
 
 def _nullable(schema):
-    """`X or null` becomes X with nullable."""
+    """Turns `X or null` into X with nullable."""
     null = {"type": "null"}
     options = schema.get("anyOf")
     if isinstance(options, list) and null in options:
@@ -144,7 +145,7 @@ NUMBER = {"type": "integer", "description": "The number of the image, from 1."}
 
 
 def image_numbers(schema: dict) -> tuple[dict, list[str]]:
-    """The parameters, in which an image is a number, and the names of those that are images."""
+    """Makes an image a number in the parameters; returns them, and the names of the images."""
     names = []
     properties = dict(schema["properties"])
     for name, value in properties.items():
@@ -156,7 +157,7 @@ def image_numbers(schema: dict) -> tuple[dict, list[str]]:
 
 
 def data_uri(picture: Picture) -> str:
-    """The original, with the size at which the model sees it where that is another one."""
+    """Encodes the original, with the size at which the model sees it where that is another one."""
     text = to_data_uri(picture.original)
     if len(text) > MAX_BYTES * 4 // 3:
         raise ToolError("bad_image", "error: that image is too large to be sent: crop it first")
@@ -170,7 +171,7 @@ def data_uri(picture: Picture) -> str:
 
 
 def content(result: types.CallToolResult) -> str | list | None:
-    """Text, a list of texts and PIL images, or None for nothing. Raises ToolError for an error."""
+    """Reads text, a list of texts and PIL images, or None for nothing. ToolError for an error."""
     parts = [_part(block) for block in result.content]
     if result.structured_content is not None and not parts:
         parts = [json.dumps(result.structured_content, ensure_ascii=False)]
@@ -184,7 +185,7 @@ def content(result: types.CallToolResult) -> str | list | None:
 
 
 def _part(block):
-    """A text or a PIL image."""
+    """Reads a block as a text or a PIL image."""
     if block.type == "text":
         return block.text
     if block.type == "resource_link":
@@ -214,7 +215,7 @@ def _media(data, mime_type, name):
 
 
 def _essential(png):
-    """A PNG without its optional chunks: a wrong checksum in a colour profile, as the reference
+    """Strips a PNG of its optional chunks: a wrong checksum in a colour profile, as the reference
     server "everything" sends it, is nothing to a browser, and Pillow would refuse the image."""
     made = png[:8]  # the signature
     start = 8

@@ -23,8 +23,8 @@ LARGEST = 100 << 20  # bytes of a message, as in OpenEnv's own client
 
 
 def load(url: str, timeout: float) -> tuple[Environment, Tool]:
-    """The environment of a server, and its one tool. timeout: seconds that the server has to say
-    what its action is. UserError where there is none, or it cannot be honoured."""
+    """Describes the environment of a server, and its one tool. timeout: seconds that the server has
+    to say what its action is. UserError where there is none, or it cannot be honoured."""
     check_address(url)
     schema = run_blocking(_schema_of_action(url, timeout))
     run_blocking(_refuse_one_session(url, timeout))
@@ -44,7 +44,7 @@ def load(url: str, timeout: float) -> tuple[Environment, Tool]:
 
 
 async def _schema_of_action(url, timeout):
-    """The JSON schema of the server's action, without what is not the model's to say."""
+    """Fetches the JSON schema of the server's action, without what is not the model's to say."""
     http = HttpClient()
     try:
         request = http.request("GET", f"{url.rstrip('/')}/schema")
@@ -66,7 +66,7 @@ async def _schema_of_action(url, timeout):
 
 
 async def _refuse_one_session(url, timeout):
-    """UserError where the server plays one episode at a time: a group is played at once."""
+    """Refuses a server that plays one episode at a time: a group is played at once."""
     sessions = [Session(url, {"id": 0}) for _ in range(2)]
     try:
         for session in sessions:
@@ -106,7 +106,7 @@ class Session:
         return _text(began["observation"])
 
     async def _ask(self, kind, data):
-        """What the server replies to a message. RuntimeError with its word where it refuses."""
+        """Sends a message; returns the reply. RuntimeError with its word if the server refuses."""
         await self.socket.send(json.dumps({"type": kind, "data": data}))
         reply = json.loads(await self.socket.recv())
         if reply["type"] == "error":
@@ -135,7 +135,7 @@ class Session:
 
 
 def _text(observation):
-    """An observation as the model reads it: its one field if that is text, else JSON."""
+    """Writes an observation as the model reads it: its one field if that is text, else JSON."""
     values = list(observation.values())
     if len(values) == 1 and isinstance(values[0], str):
         return values[0]

@@ -34,7 +34,7 @@ _numbers = itertools.count(1)  # of requests and episodes
 
 
 def rows(source: str, split: str, limit: int | None) -> list[dict]:
-    """The first rows of its data set: prompt, answer, and, for its rollout, `of_verifiers`."""
+    """Reads the first rows of its data set: prompt, answer, and, for a rollout, `of_verifiers`."""
     if split not in ("train", "test"):
         raise UserError(f"split = {split!r}: {PREFIX}{source} has train and test")
     made = []
@@ -58,7 +58,7 @@ def rows(source: str, split: str, limit: int | None) -> list[dict]:
 
 
 def load(source: str) -> tuple[Environment, list[Tool]]:
-    """The environment, and its tools. UserError where there is none, or it cannot be honoured."""
+    """Describes the environment and its tools. UserError if there is none, or it cannot be used."""
     make = functools.partial(Episode, source)
     environment = Environment("verifiers", make, hooks_of(Episode))
     tools = []
@@ -168,13 +168,13 @@ def _count_turns(trajectory):
 
 
 def _assistants(trajectory):
-    """The model's messages."""
+    """Picks the model's messages."""
     messages = trajectory.messages[len(trajectory.example["messages"]) :]
     return [message for message in messages if message["role"] == "assistant"]
 
 
 def _turns(trajectory, calls):
-    """The model's turns as the process is told them."""
+    """Describes the model's turns as the process is told them."""
     turns = []
     assistants = _assistants(trajectory)
     for number, message in enumerate(assistants):
@@ -200,7 +200,7 @@ def _plain(messages):
 
 
 def _without_none(message):
-    """A message as it was before a table of messages gave it the fields of all others."""
+    """Restores a message as it was before a table of messages gave it the fields of all others."""
     return {key: value for key, value in message.items() if value is not None}
 
 
@@ -273,7 +273,7 @@ _starting = threading.Lock()  # held while it is started
 
 
 def _process(source: str) -> Process:
-    """The process, with this environment loaded; another one where that has ended."""
+    """Gives the process, with this environment loaded; starts another where that has ended."""
     with _starting:
         if not _processes or _processes[-1].running.poll() is not None:
             _processes[:] = [Process()]
@@ -283,7 +283,7 @@ def _process(source: str) -> Process:
 
 
 def _python():
-    """The python that has verifiers: this one, or that of .venv/verifiers."""
+    """Finds the python that has verifiers: this one, or that of .venv/verifiers."""
     if importlib.util.find_spec("verifiers"):
         return sys.executable
     if not BESIDE.exists():

@@ -86,7 +86,7 @@ class Episode(Client):
         return reply
 
     async def score(self) -> dict:
-        """The rubric's reward for the final state, and what its functions gave."""
+        """Ends the rollout; gives the rubric's reward for its final state, and all metrics."""
         self.turns.put_nowait(None)  # where a limit of ours ended it
         state = await self.rollout
         failures.set([])
@@ -114,7 +114,7 @@ def said(messages):
 
 
 def texts_of(messages):
-    """[{role, content, tool_call_id}] of messages. NotImplementedError for what is no text."""
+    """Reads messages as [{role, content, tool_call_id}]. NotImplementedError for images, sound."""
     texts = []
     for message in messages:
         content = message.content
@@ -132,7 +132,7 @@ def shown(error):
 
 
 def why_refused(environment) -> str:
-    """Why it cannot be honoured; "" if it can."""
+    """Says why it cannot be honoured; "" if it can."""
     for part in (environment, *rubrics_in(environment.rubric)):
         for base in type(part).__mro__:
             if base.__name__ in REFUSED:
@@ -145,7 +145,7 @@ def why_refused(environment) -> str:
 
 
 def rubrics_in(rubric) -> list:
-    """The rubric, and those of which it is a group."""
+    """Lists the rubric, and those of which it is a group."""
     found = [rubric]
     for part in getattr(rubric, "rubrics", []):
         found += rubrics_in(part)
@@ -161,7 +161,7 @@ def load(source: str, name: str, arguments: dict) -> dict:
 
 
 def rows(environment, split: str, limit: int | None) -> list[dict]:
-    """The first rows of the data set (train) or the evaluation's (test); [] if there is none."""
+    """Reads the first rows of the data set (train) or the evaluation's (test); [] without one."""
     count = limit or -1
     if split == "test":
         has_rows = environment.eval_dataset_source is not None
@@ -171,7 +171,7 @@ def rows(environment, split: str, limit: int | None) -> list[dict]:
 
 
 async def answer(what: str, request: dict):
-    """The result of one request."""
+    """Gives the result of one request."""
     if what == "load":
         return load(**request)
     if what == "rows":

@@ -59,11 +59,11 @@ class Index:
         return self.searcher.num_docs
 
     def find(self, queries: list[str], k: int) -> list[list[Passage]]:
-        """The k best passages for each query, the best first."""
+        """Finds the k best passages for each query, the best first."""
         return [self.find_one(query, k) for query in queries]
 
     def find_one(self, query: str, k: int) -> list[Passage]:
-        """The k best passages, the best first."""
+        """Finds the k best passages, the best first."""
         different_words = list(dict.fromkeys(self.analyzer.analyze(query)))
         words = self._telling(different_words[:TERMS])
         if not words:
@@ -91,7 +91,7 @@ class Index:
         return found
 
     def _telling(self, words):
-        """Without the words that most passages have ("the", "of"), unless there are no others:
+        """Drops the words that most passages have ("the", "of"), unless there are no others:
         they hardly change the order, and take most of the time."""
         total = len(self)
         if total < MANY:
@@ -127,7 +127,7 @@ def _analyzer(tantivy):
 
 
 def _open(tantivy, path=None):
-    """An index in a folder, new if that is empty, or in memory."""
+    """Opens an index in a folder, new if that is empty, or in memory."""
     index = tantivy.Index(_schema(tantivy), path=path and str(path))
     index.register_tokenizer("words", _analyzer(tantivy))
     return index

@@ -37,7 +37,7 @@ class Passage:
 
 
 def of_task(corpus: str) -> list[Passage]:
-    """The passages of `task:facts`."""
+    """Reads the passages of `task:facts`."""
     name = corpus.removeprefix(TASK)
     try:
         rows = importlib.import_module(f"tasks.{name}").corpus()
@@ -52,7 +52,7 @@ def of_task(corpus: str) -> list[Passage]:
 
 
 def read(path: Path) -> Iterator[Passage]:
-    """The passages of a JSONL file, packed or not; UserError with the line that is wrong."""
+    """Reads the passages of a JSONL file, packed or not; UserError with the line that is wrong."""
     opened = gzip.open(path) if path.name.endswith(".gz") else open(path, "rb")
     number = 0  # of the line, from 1
     count = 0
@@ -69,7 +69,7 @@ def read(path: Path) -> Iterator[Passage]:
 
 
 def of_row(row, where: str, number: int = 0) -> Passage:
-    """The passage in a row. where, number: of the row. UserError if there is none."""
+    """Reads the passage in a row. where, number: of the row. UserError if there is none."""
     wanted = 'expected {"contents": "title\\ntext"} or {"title": ..., "text": ...}'
     if not isinstance(row, dict):
         raise UserError(f"{where}: {wanted}, not {str(row)[:80]}")
@@ -88,7 +88,7 @@ def of_row(row, where: str, number: int = 0) -> Passage:
 def made_folder(
     corpus: Path, folder: str, kind: str, facts: dict, fill: Callable[[Path], int]
 ) -> Path:
-    """The folder of an index that fits the corpus; made, if there is none.
+    """Finds the folder of an index that fits the corpus; makes it, if there is none.
 
     folder: where; "" for beside the corpus, or in the user's cache where nothing can be written
     there. kind: what its name ends in. facts: beside size and time of the corpus, what the index
@@ -119,7 +119,7 @@ OLD_STAMP = "nanotool-bm25.json"  # in those of earlier versions, which are made
 
 
 def made_from(path: Path) -> dict | None:
-    """What the index in a folder was made from; None if there is none."""
+    """Reads what the index in a folder was made from; None if there is none."""
     name = STAMP if (path / STAMP).exists() else OLD_STAMP
     try:
         facts = json.loads((path / name).read_text())
@@ -134,7 +134,7 @@ def _fits(path, stamp):
 
 
 def _place(corpus, kind):
-    """Beside the corpus; in the user's cache if nothing can be written there."""
+    """Says where an index goes: beside the corpus, or in the user's cache if that is read-only."""
     beside = corpus.with_name(f"{corpus.name}.{kind}")
     # tantivy makes a lock in what it opens: the index itself has to be writable too
     if os.access(beside if beside.exists() else corpus.parent, os.W_OK):
@@ -146,7 +146,7 @@ def _place(corpus, kind):
 
 @contextmanager
 def _locked(folder):
-    """Of several runs that begin at the same time one makes the index, and the others wait."""
+    """Locks a folder: of several runs that begin at once one makes the index, the others wait."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network file systems have no locks

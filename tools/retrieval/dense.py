@@ -79,7 +79,7 @@ class Index:
         return len(self.starts) - 1
 
     def find(self, queries: list[str], k: int) -> list[list[Passage]]:
-        """The k best passages for each query by the cosine of the vectors, the best first."""
+        """Finds the k best passages for each query by the cosine of the vectors, the best first."""
         import torch
 
         encoded = torch.from_numpy(self._encode_queries(queries)).to(self.vectors)  # (Q, D)
@@ -99,7 +99,7 @@ class Index:
         return Passage(id, contents, score)
 
     def _encode_queries(self, texts):
-        """Vectors of length 1, (texts, D)."""
+        """Encodes queries as vectors of length 1, (texts, D)."""
         texts = [self.query_prefix + text for text in texts]
         with self.lock:
             return self.model.encode_query(
@@ -156,13 +156,13 @@ class Hybrid:
         return len(self.indexes[0])
 
     def find(self, queries: list[str], k: int) -> list[list[Passage]]:
-        """The k best passages for each query, the best first."""
+        """Finds the k best passages for each query, the best first."""
         found = [index.find(queries, max(k, POOL)) for index in self.indexes]
         return [_fused(lists, k) for lists in zip(*found, strict=True)]
 
 
 def _fused(lists, k):
-    """The k best of the passages that several lists have."""
+    """Finds the k best of the passages that several lists have."""
     best = {}
     for passages in lists:
         for place, passage in enumerate(passages, 1):
@@ -186,7 +186,7 @@ class Reranked:
         return len(self.index)
 
     def find(self, queries: list[str], k: int) -> list[list[Passage]]:
-        """The k best passages for each query, the best first; scores are the cross-encoder's."""
+        """Finds the k best passages for each query, the best first; scored by the cross-encoder."""
         found = self.index.find(queries, max(k, POOL))
         pairs = []
         for query, passages in zip(queries, found, strict=True):
@@ -203,7 +203,7 @@ class Reranked:
 
 
 def load_model(name: str, kind: str = "SentenceTransformer"):
-    """A model of sentence-transformers, by folder or name. UserError if it cannot be loaded."""
+    """Loads a model of sentence-transformers, by folder or name. UserError if that fails."""
     option = "dense" if kind == "SentenceTransformer" else "rerank"
     try:
         import sentence_transformers
@@ -218,7 +218,7 @@ def load_model(name: str, kind: str = "SentenceTransformer"):
 
 
 def _on_device(vectors, device):
-    """On a CPU they stay mapped; a GPU gets them whole, in half the size."""
+    """Puts the vectors on a device: a CPU leaves them mapped, a GPU gets them in half the size."""
     import torch
 
     if device.type == "cpu":

@@ -116,18 +116,18 @@ async def call(server: str, code: str, stdin: str = "") -> Result:
 
 
 def wall_clock() -> asyncio.Timeout:
-    """For a call that has no deadline of its caller's: TimeoutError after WALL_SECONDS."""
+    """Limits a call that has no deadline of its caller's: TimeoutError after WALL_SECONDS."""
     return asyncio.timeout(None if DEADLINE.get() else WALL_SECONDS)
 
 
 def cpu_seconds() -> int:
-    """That each process of a call may take: no fewer than the call has, by the caller's clock."""
+    """Says how many seconds each process of a call may take: no fewer than the call has."""
     seconds = min(DEADLINE.get(), 1e9)  # what setrlimit takes
     return max(confine.CPU_SECONDS, math.ceil(seconds))
 
 
 def encode(code: str) -> bytes:
-    """The code as it is sent. Raises ToolError if it is too long."""
+    """Encodes the code as it is sent. Raises ToolError if it is too long."""
     data = code.encode("utf-8", "surrogatepass")
     if len(data) > CODE_SIZE:
         raise ToolError("bad_arguments", f"error: the code is longer than {CODE_SIZE} bytes")
@@ -140,8 +140,8 @@ async def exchange(
     session: socket.socket | None = None,
     given: bytes = b"",
 ) -> Result:
-    """One call. `hand_over` gives the far ends of two sockets, made for this call alone, to who
-    runs it: a session's code cannot speak in a later call. `session`: the socket on which the
+    """Makes one call. `hand_over` gives the far ends of two sockets, made for this call alone, to
+    who runs it: a session's code cannot speak in a later call. `session`: the socket on which the
     server tells the session's end. `given`: what can be read from stdin, but in a session. Raises
     ConnectionError if the sandbox died."""
     loop = asyncio.get_running_loop()
@@ -212,8 +212,8 @@ async def exchange(
 
 
 def observation(result: Result, raised: int | None = fork_server.RAISED) -> str:
-    """What the model reads. Raises ToolError if that is an error. `raised`: the exit status that
-    tells of an exception, of which the output has the traceback."""
+    """Writes what the model reads. Raises ToolError if that is an error. `raised`: the exit status
+    that tells of an exception, of which the output has the traceback."""
     text = shorten(result.output.decode("utf-8", "replace").rstrip("\n"), SHOWN)
     reply = result.reply
     if reply is None:
@@ -238,7 +238,7 @@ def observation(result: Result, raised: int | None = fork_server.RAISED) -> str:
 
 
 def layers(server: str = "light") -> dict[str, bool]:
-    """Which layers of this file's docstring are in force on this system. Starts the server."""
+    """Says which layers of this file's docstring are in force here. Starts the server."""
     near, far = socket.socketpair()
     with near:
         with far:
@@ -306,7 +306,7 @@ def report(missing: list[str], what: str) -> None:
 
 
 def has_fork_server() -> bool:
-    """The one place that chooses between the two ways to run a call."""
+    """Says which of the two ways to run a call there is: the one place that chooses."""
     return sys.platform == "linux"
 
 
@@ -386,7 +386,7 @@ def _popen(what, stdin, stdout):
 
 
 def _forget(name):
-    """Also in the child of a fork of ours: it shares the server's socket but must not use it."""
+    """Forgets a server, also in the child of a fork of ours, which must not use the same socket."""
     server = _servers.pop(name)
     server.control.close()
     server.process.returncode = 0  # nothing to wait for

@@ -47,8 +47,8 @@ sympy.core.random.seed(0)
 
 
 def main():
-    """Arguments: what to be, and after a blank the seconds of CPU time; the trainer's process id;
-    the folders of packages. The sockets are stdin and stdout."""
+    """Becomes what its arguments say: what to be, and after a blank the seconds of CPU time; the
+    trainer's process id; the folders of packages. The sockets are stdin and stdout."""
     what, parent, *folders = sys.argv[2:]
     what, _, cpu = what.partition(" ")
     parent = int(parent)
@@ -72,7 +72,7 @@ def main():
 
 
 def _prepare_nothing(folders):
-    """A shell imports nothing."""
+    """Does nothing: a shell imports nothing."""
 
 
 def _prepare(folders):
@@ -96,7 +96,7 @@ def _prepare_heavy(folders):
 
 
 def _make_importable(folders):
-    """The folders of PACKAGES, and a fixed seed for numpy, which takes its seeds from `secrets`."""
+    """Adds the folders of PACKAGES; fixes numpy's seeds, which it takes from `secrets`."""
     import secrets
 
     sys.path += folders
@@ -107,7 +107,7 @@ def _make_importable(folders):
 
 
 def _run(code):
-    """One call. Does not return."""
+    """Runs one call. Does not return."""
     main_module = _fresh_main()
     status = fork_server.RAISED
     try:
@@ -117,7 +117,7 @@ def _run(code):
 
 
 def _run_session(requests):
-    """A session's calls, until its caller closes `requests`. Does not return.
+    """Runs a session's calls, until its caller closes `requests`. Does not return.
 
     Everything here may be broken by the session's own code, which harms that session alone: each
     call has its own sockets, and whatever this process does not survive ends the session.
@@ -167,7 +167,7 @@ def _renew_cpu_time_by_exceptions():
 
 
 def _silence():
-    """What runs on in the background is not heard any more."""
+    """Silences what runs on in the background."""
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
@@ -176,7 +176,7 @@ def _silence():
 
 
 def _run_shell(command):
-    """bash, or sh where there is none. Does not return."""
+    """Becomes bash, or sh where there is none. Does not return."""
     shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
     _exec_shell([shell, "-c", command])
 
@@ -192,7 +192,7 @@ def _exec_shell(argv):
 
 
 def _run_shell_session(requests):
-    """A session's calls, all in one bash, until its caller closes `requests`. Does not return.
+    """Runs a session's calls, all in one bash, until its caller closes `requests`. Does not return.
 
     Here too: what the commands break, this process or that bash, harms their session alone.
     """
@@ -338,7 +338,7 @@ def _write_all(fd, data):
 
 
 def _fresh_main():
-    """The module in which code runs, as a script's; and the environment that it sees."""
+    """Makes the module in which code runs, as a script's, and sets the environment that it sees."""
     random.seed(0)
     os.environ.clear()
     for name in ("HOME", "PATH", "TMPDIR"):
@@ -353,7 +353,7 @@ def _fresh_main():
 
 
 def _run_cell(code, name, main_module):
-    """Like a notebook's cell: the value of a last bare expression is shown. -> exit status"""
+    """Runs code like a notebook's cell, showing the value of a last expression. -> exit status"""
     sys.stdin = open(0, closefd=False)
     # One object for both: in order. Line by line: what was printed before a crash is not lost.
     sys.stdout = open(
@@ -388,7 +388,7 @@ def _execute(code, name, names):
 
 
 def _exit_status(code):
-    """What sys.exit(code) means: a text is printed, and stands for 1."""
+    """Gives the exit status that sys.exit(code) means: a text is printed, and stands for 1."""
     if code is None:
         return 0
     if isinstance(code, int):

@@ -207,7 +207,7 @@ def _syscall(name, *args):
 
 
 def works(step) -> bool:
-    """Whether step(), which is run, is allowed here."""
+    """Runs step(); says whether it is allowed here."""
     try:
         step()
     except (OSError, ValueError):  # ValueError: setrlimit(), of a limit that macOS refuses
@@ -216,7 +216,7 @@ def works(step) -> bool:
 
 
 def hide_memory() -> None:
-    """No other process of this user reads this one's memory and environment, or traces it."""
+    """Keeps other processes of this user from reading this one's memory, or tracing it."""
     libc("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
@@ -235,8 +235,8 @@ def limit(kind, soft, hard=None):
 
 
 def limits_of(loaded: int, is_session: bool, cpu: int) -> dict[str, tuple]:
-    """name -> arguments of limit(). `loaded`: the bytes that the server has mapped already. `cpu`:
-    seconds."""
+    """Lists the limits: name -> arguments of limit(). `loaded`: the bytes that the server has
+    mapped already. `cpu`: seconds."""
     cpu_of_life = max(cpu, SESSION_CPU_SECONDS) if is_session else cpu
     return {
         "limit_cpu": (resource.RLIMIT_CPU, cpu, cpu_of_life),
@@ -248,21 +248,22 @@ def limits_of(loaded: int, is_session: bool, cpu: int) -> dict[str, tuple]:
 
 
 def renew_cpu_limit(cpu: int) -> None:
-    """So many seconds more for this process, up to the hard limit of a session."""
+    """Allows this process so many seconds of CPU time more, up to the hard limit of a session."""
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + cpu, hard)
 
 
 def allow_open_files(count: int) -> None:
-    """To this process, up to its hard limit."""
+    """Allows this process so many open files, up to its hard limit."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     soft = count if hard == resource.RLIM_INFINITY else min(count, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def use_huge_pages(maps: str) -> int:
-    """Half of what a fork costs is to copy, and then to drop, the list of the pages: of 4 KB, or of
-    2 MB where the kernel can (Linux 6.1). maps: /proc/self/maps. -> bytes of address space"""
+    """Puts the memory into pages of 2 MB instead of 4 KB, where the kernel can (Linux 6.1): to copy
+    and drop the list of pages is half of what a fork costs. maps: /proc/self/maps. -> bytes of
+    address space"""
     mapped = 0
     for line in maps.splitlines():
         addresses, rights, _, _, _, *name = line.split()
@@ -274,7 +275,7 @@ def use_huge_pages(maps: str) -> int:
 
 
 def _collapse(start, end):
-    """The whole huge pages between two addresses."""
+    """Collapses the whole huge pages between two addresses."""
     start = -(-start // HUGE_PAGE) * HUGE_PAGE
     end = end // HUGE_PAGE * HUGE_PAGE
     if start < end:
@@ -301,7 +302,7 @@ def _unshare():
 
 
 def _unshare_as_user():
-    """Without root: in a user namespace of our own, in which we are who we are."""
+    """Enters namespaces without root: in a user namespace, in which we are who we are."""
     uid = os.geteuid()
     gid = os.getegid()
     libc("unshare", CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC)
@@ -316,7 +317,7 @@ def _write(path, text):
 
 
 def _enter_private_root(shown):
-    """A root of only what is needed, read-only."""
+    """Enters a root of only what is needed, read-only."""
     if sys.base_prefix.startswith("/tmp/"):
         raise OSError("python itself lies where the scratch directories will be mounted")
     _change_root(functools.partial(_fill_private_root, shown))
@@ -373,7 +374,7 @@ def _bind(path, inside):
 
 
 def clone(active: dict[str, bool]) -> int:
-    """os.fork(), into new namespaces: with a PID namespace the child is its init."""
+    """Forks, as os.fork(), into new namespaces: with a PID namespace the child is its init."""
     if not active["pid_namespace"]:
         return os.fork()
     flags = CLONE_NEWPID | signal.SIGCHLD
@@ -392,7 +393,7 @@ def clone(active: dict[str, bool]) -> int:
 
 
 def probe(active: dict[str, bool], limits: dict[str, tuple]) -> dict[str, bool]:
-    """Which layers a child can put around itself, tried in a child. `active`: of the server."""
+    """Finds, in a child, which layers one can put around itself. `active`: of the server."""
     for pid_namespace in (True, False):
         trial = active | {"pid_namespace": pid_namespace}
         if not pid_namespace:
@@ -436,8 +437,8 @@ def apply_layers(
 
 
 def _steps(active, uid, limits, probing):
-    """layer -> what puts it around this process, in order: what comes later could not be done
-    before, or would keep what comes before from being done."""
+    """Lists the steps, layer -> what puts it around this process, in order: what comes later could
+    not be done before, or would keep what comes before from being done."""
 
     def own_user():
         os.setgroups([])
@@ -500,8 +501,8 @@ X32 = 0x40000000  # the same calls, renumbered
 
 @functools.cache  # made once, in the server
 def seccomp_filter(pid_namespace: bool, only_reads: bool = False) -> tuple:
-    """The calls in REFUSED fail with EPERM. only_reads: those of a process that writes no file and
-    starts no program too. -> BPF program in its two C structures."""
+    """Makes the calls in REFUSED fail with EPERM. only_reads: those of a process that writes no
+    file and starts no program too. -> BPF program in its two C structures."""
     column, machine = MACHINES[os.uname().machine]
     program = [
         (LOAD, 0, 0, MACHINE),
@@ -553,7 +554,7 @@ def _refuse_value(number, argument, value):
 
 
 def _refuse_addresses(column):
-    """sendto() with an address, its fifth argument; send() is the same call without."""
+    """Refuses sendto() with an address, its fifth argument; send() is the same call without."""
     address = FIRST_ARGUMENT + 8 * 4
     return [
         (LOAD, 0, 0, CALL_NUMBER),
@@ -580,7 +581,7 @@ def _refuse_bits(number, argument, bits):
 
 
 def _refuse_new_processes(column):
-    """Threads may start, processes not; clone3 hides its flags, so: use clone."""
+    """Lets threads start, processes not; clone3 hides its flags, so its error says: use clone."""
     return [
         *_refuse(NUMBERS["clone3"][column], FAIL_ENOSYS),
         (IS, 0, 3, NUMBERS["clone"][column]),
@@ -591,7 +592,7 @@ def _refuse_new_processes(column):
 
 
 def _refuse_limits_of_others(column):
-    """A process sets its own limits (pid 0), not those of others."""
+    """Lets a process set its own limits (pid 0), not those of others."""
     return [
         (LOAD, 0, 0, CALL_NUMBER),  # again: the lines for clone have loaded its flags
         (IS, 0, 3, NUMBERS["prlimit64"][column]),
@@ -655,7 +656,7 @@ def confine_forks(needed: list[str]) -> dict[str, bool]:
 
 
 def _can_refuse() -> bool:
-    """Whether refuse_to_act() will work, tried in a fork."""
+    """Says whether refuse_to_act() will work, by trying in a fork."""
     pid = os.fork()
     if pid == 0:
         is_refused = works(functools.partial(refuse_calls, False, only_reads=True))
@@ -664,8 +665,8 @@ def _can_refuse() -> bool:
 
 
 def refuse_to_act() -> None:
-    """From now on this process computes and reads files: it writes none, starts no process, and
-    reaches no other. Does nothing where there is no seccomp."""
+    """Confines this process, from now on, to computing and reading: it writes no file, starts no
+    process, and reaches no other. Does nothing where there is no seccomp."""
     if sys.platform == "linux":
         works(functools.partial(refuse_calls, False, only_reads=True))
 
@@ -727,7 +728,7 @@ def _become_reader_of(file):
 def confine_portably(
     scratch: str, is_session: bool = False, cpu: int = CPU_SECONDS
 ) -> dict[str, bool]:
-    """What every Unix has. -> the layers, as layers() gives them."""
+    """Confines this process with what every Unix has. -> the layers, as layers() gives them."""
     os.chdir(scratch)
     active = dict.fromkeys(LAYERS, False)
     for name, arguments in limits_of(0, is_session, cpu).items():

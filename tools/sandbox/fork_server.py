@@ -94,7 +94,7 @@ def serve(
 
 
 def _shown_inside(kind, folders):
-    """Path on the machine -> path in the private root, beside what python itself needs."""
+    """Lists path on the machine -> path in the private root, beside what python itself needs."""
     shown = {}
     for folder in folders:
         for name in PACKAGES:
@@ -137,7 +137,7 @@ class _ForkServer:
                 return
 
     def _take_request(self):
-        """False if there is none any more: the trainer's end is closed."""
+        """Starts the call of a request. False if none will come: the trainer's end is closed."""
         message, fds, _, _ = socket.recv_fds(self.control, 64, 2)
         if not message:
             return False
@@ -174,7 +174,7 @@ class _ForkServer:
         _kill(self.callers.pop(fd).pid)
 
     def _child_has_ended(self, fd):
-        """The child is dead, and with it its PID namespace."""
+        """Replies to the call of a child that is dead, and with it its PID namespace."""
         call = self.running.pop(fd)
         if self.callers.pop(call.ctl.fileno(), None) is not None:
             self.poller.unregister(call.ctl)
@@ -204,8 +204,8 @@ class _ForkServer:
 
 
 def _start_child(ctl, second, uid, active, limits, run, is_session):
-    """-> its process id and scratch directory. `second`: where the output of a call goes; where a
-    session's calls come from."""
+    """Starts the process of a call. -> its id and scratch directory. `second`: where the output of
+    a call goes; where a session's calls come from."""
     if not active["own_user"]:
         uid = os.geteuid()
     scratch = SHARED_SCRATCH
@@ -231,7 +231,8 @@ def _start_child(ctl, second, uid, active, limits, run, is_session):
 
 
 def _run_child(out, needed, put_layers, work):
-    """Does not return, and neither does work(). `needed`: the one descriptor that stays open."""
+    """Confines this child and runs work(). Does not return, and neither does that. `needed`: the
+    one descriptor that stays open."""
     try:
         os.dup2(out, 1)
         os.dup2(out, 2)
@@ -246,7 +247,7 @@ def _run_child(out, needed, put_layers, work):
 
 
 def read_code(ctl: socket.socket) -> tuple[bytes, bytes]:
-    """What the caller sends, the lengths first: the code, and what it can read from stdin."""
+    """Reads what the caller sends, the lengths first: the code, and what it can read from stdin."""
     with ctl.makefile("rb") as file:
         lengths = file.read(8)
         code = file.read(int.from_bytes(lengths[:4], sys.byteorder))
@@ -292,7 +293,7 @@ def _answer(ctl, reply):
 
 
 def _start_cleaner(scratch):
-    """Without private_root: a million files must not keep the server from its calls."""
+    """Removes scratch in a process of its own: a million files must not hold up the server."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -303,8 +304,8 @@ def _start_cleaner(scratch):
 
 
 def _remove(scratch):
-    """Not rmtree(), which stops at unreadable folders, and at a thousand in one another: here what
-    lies deeper is moved up, until nothing does."""
+    """Removes a folder; not by rmtree(), which stops at unreadable folders, and at a thousand in
+    one another: here what lies deeper is moved up, until nothing does."""
     with contextlib.suppress(OSError):  # the code may have renamed or removed it
         os.chmod(scratch, 0o700)
         folders = [scratch]

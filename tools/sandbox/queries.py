@@ -79,8 +79,9 @@ def prepare() -> None:
 
 
 def answer(request: dict) -> dict:
-    """{"columns", "rows"} of a query, {"text"} of a description, {"layers"}, {"error"}, or
-    {"late": True}. The first request's path is the only one that this process will ever read."""
+    """Answers a request: {"columns", "rows"} of a query, {"text"} of a description, {"layers"},
+    {"error"}, or {"late": True}. The first request's path is the only one that this process will
+    ever read."""
     end = time.monotonic() + request["seconds"]
     path = request["path"]
     if not _confined:
@@ -110,7 +111,7 @@ def answer(request: dict) -> dict:
 
 
 def _open(path, end):
-    """The database, read-only. end: by time.monotonic(), when what runs in it is stopped."""
+    """Opens the database, read-only. end: by time.monotonic(), when what runs in it is stopped."""
     uri = f"file:{quote(os.fsencode(path))}?mode=ro&immutable=1"
     database = sqlite3.connect(uri, uri=True, isolation_level=None)
     database.text_factory = lambda text: text.decode("utf-8", "replace")
@@ -135,7 +136,7 @@ def _open(path, end):
 
 
 def _shadow_tables(database):
-    """Tables of R*Trees. To be read, such a tree makes the statements that would write them too."""
+    """Lists tables of R*Trees. To be read, such a tree makes statements that would write them."""
     query = "SELECT name FROM sqlite_master WHERE sql LIKE 'CREATE VIRTUAL TABLE%'"
     names = [name for (name,) in database.execute(query)]
     return {f"{name}_{part}" for name in names for part in SHADOWS}
@@ -163,7 +164,7 @@ def _authorize(action, first, second, shadows):
 
 
 def _result(database, query, limit, cell):
-    """The first `limit` rows. cell: characters of a value that are of use, None for all."""
+    """Gives the first `limit` rows of a query. cell: characters of a value to keep, or None."""
     cursor = database.execute(query)
     if cursor.description is None:
         return {"error": "this is no query: write one SELECT statement"}
@@ -192,7 +193,7 @@ def _size(value):
 
 
 def _error(database, text):
-    """The reply to an error of SQLite. If it is about a name: with the names that there are."""
+    """Writes the reply to an error of SQLite: if about a name, with the names that there are."""
     reply = {"error": text}
     if text.startswith("not authorized to use function"):
         reply["error"] = f"{text}: it is none of those that a query may call"
@@ -215,7 +216,7 @@ def _is_refusal(text):
 
 
 def _description(database, samples):
-    """Each table's own CREATE statement, with its first `samples` rows in comments."""
+    """Writes each table's own CREATE statement, with its first `samples` rows in comments."""
     tables = _tables(database)
     parts = []
     for name, kind, statement in tables[:TABLES]:
@@ -248,7 +249,7 @@ def _sample_lines(database, table, samples):
 
 
 def _tables(database):
-    """(name, "table" or "view", its CREATE statement), in the order in which they were made."""
+    """Lists the tables as (name, "table" or "view", its CREATE statement), the oldest first."""
     query = (
         "SELECT name, type, sql FROM sqlite_master WHERE type IN ('table', 'view') "
         r"AND name NOT LIKE 'sqlite\_%' ESCAPE '\' ORDER BY rowid"
@@ -268,7 +269,7 @@ def _quoted(name):
 
 
 def shown(value) -> str:
-    """A value in one line, at most CELL characters of it."""
+    """Writes a value in one line, at most CELL characters of it."""
     if value is None:
         return "NULL"
     if isinstance(value, bytes):

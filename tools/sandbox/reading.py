@@ -47,7 +47,7 @@ def prepare() -> None:
 
 
 def answer(request: dict) -> dict:
-    """{"title", "text"} of the `body` that was fetched from `url`, or {"error"}. with_links:
+    """Reads the `body` that was fetched from `url`: {"title", "text"}, or {"error"}. with_links:
     whether links stay in the text. Or {"layers"}."""
     if "layers" in request:
         return {"layers": _layers}
@@ -77,7 +77,7 @@ def _is_html(body):
 
 
 def _html(body, url, with_links):
-    """(title, text): the article by trafilatura; where it finds none, all text of the page."""
+    """Reads a page as (title, text): the article by trafilatura; if it finds none, all its text."""
     tree = trafilatura.load_html(body)
     if tree is None:
         raise ValueError("no HTML")
@@ -94,7 +94,7 @@ def _html(body, url, with_links):
 
 
 def _pdf(body):
-    """(title, text of its pages)."""
+    """Reads a PDF as (title, text of its pages)."""
     reader = pypdf.PdfReader(io.BytesIO(body))
     if reader.is_encrypted and not reader.decrypt(""):
         raise ValueError("it asks for a password")

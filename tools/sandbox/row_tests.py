@@ -11,8 +11,8 @@ from run.config import UserError
 
 
 def read(tests, what: str) -> tuple[str | None, list[tuple[str, str]] | None]:
-    """(asserts as one text, None), or (None, a list of (input, output)). what: of what row and for
-    whom, for the UserError if they cannot be read."""
+    """Reads a row's tests as (asserts as one text, None), or (None, a list of (input, output)).
+    what: of what row and for whom, for the UserError if they cannot be read."""
     try:
         # an empty text too: it is no JSON, and is refused as that
         if isinstance(tests, str) and tests.lstrip()[:1] in ("[", "{", ""):
@@ -34,18 +34,18 @@ def read(tests, what: str) -> tuple[str | None, list[tuple[str, str]] | None]:
 
 
 def columns_of_mbpp(example: dict) -> list[str]:
-    """The texts of the columns that MBPP has beside its tests: a text, a list of them, or None."""
+    """Reads the columns that MBPP has beside its tests: a text, a list of them, or None."""
     columns = ("test_imports", "test_setup_code")
     return [_joined(example.get(column) or "") for column in columns]
 
 
 def lines(text: str) -> list[str]:
-    """What of an output is compared: its lines, without the spaces at their ends."""
+    """Splits an output into what is compared: its lines, without the spaces at their ends."""
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
 def _joined(text_or_lines):
-    """A text, or a list of its lines, as a text."""
+    """Joins a list of lines; a text stays as it is."""
     if isinstance(text_or_lines, str):
         return text_or_lines
     return "\n".join(text_or_lines)
@@ -57,9 +57,9 @@ def _listed(x):
 
 
 def _asserts_of_calls(name, calls):
-    """(arguments, result) of each call of a function, or of a method of Solution, as asserts. JSON
-    has no tuples, so lists are the same. If all results are lists of one, which of them are only
-    wrapped in one cannot be told: then both are right."""
+    """Writes calls of a function, or of a method of Solution, (arguments, result) each, as asserts.
+    JSON has no tuples, so lists are the same. If all results are lists of one, which of them are
+    only wrapped in one cannot be told: then both are right."""
     maybe_wrapped = all(isinstance(result, list) and len(result) == 1 for _, result in calls)
     lines = [f"_solution = globals().get({name!r}) or Solution().{name}", _LISTED]
     for arguments, result in calls:

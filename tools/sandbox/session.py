@@ -30,7 +30,7 @@ class Session:
         self._was_lost = False  # the next call has to say so
 
     async def call(self, code: str) -> str:
-        """What the code prints. ToolError if that is an error."""
+        """Runs code; returns what it prints. ToolError if that is an error."""
         data = caller.encode(code)
         if self._ctl and self._has_ended():
             self._end()
@@ -48,7 +48,7 @@ class Session:
         return _joined(note, text or self.no_output, lost)
 
     async def _run(self, data):
-        """One call. Whatever it does not survive, if only a cancellation, ends the session."""
+        """Makes one call. What it does not survive, if only a cancellation, ends the session."""
         goes_on = False
         try:
             async with caller.wall_clock():

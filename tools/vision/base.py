@@ -45,12 +45,12 @@ class ImageTool:
 
     @staticmethod
     def describe(schema: dict, options: dict) -> dict:
-        """The schema, with the convention that the option `coordinates` names."""
+        """Gives the schema, with the convention that the option `coordinates` names."""
         units = UNITS[options.get("coordinates", "relative")]
         return _filled(schema, units)
 
     def picture(self, number: int) -> Picture:
-        """The image of that number, from 1."""
+        """Finds the image of that number, from 1. ToolError if there is none."""
         count = len(self.images)
         if not count:
             raise ToolError("no_image", "error: there is no image in this conversation")
@@ -61,8 +61,8 @@ class ImageTool:
         return self.images[number - 1]
 
     def region(self, picture: Picture, box: list[float]) -> tuple[int, int, int, int]:
-        """A box as whole pixels (left, top, right, bottom) of the original: every pixel that it
-        touches. Raises ToolError for one that is none, is empty, or reaches outside."""
+        """Turns a box into whole pixels (left, top, right, bottom) of the original: every pixel
+        that it touches. Raises ToolError for one that is none, is empty, or reaches outside."""
         x1, y1, x2, y2 = self._numbers(box, 4, "bad_box", "a box [x1, y1, x2, y2]")
         width, height = self.size(picture)
         if not (x1 < x2 and y1 < y2):
@@ -78,7 +78,7 @@ class ImageTool:
         return left, top, right, bottom
 
     def place(self, picture: Picture, point: list[float]) -> tuple[float, float]:
-        """A point [x, y] in pixels of the original. ToolError for one that is none or outside."""
+        """Turns a point [x, y] into pixels of the original. ToolError if it is none or outside."""
         x, y = self._numbers(point, 2, "bad_point", "a point [x, y]")
         width, height = self.size(picture)
         if not (-SLACK <= x <= width + SLACK and -SLACK <= y <= height + SLACK):
@@ -88,13 +88,13 @@ class ImageTool:
         return min(max(0.0, x), width) * across, min(max(0.0, y), height) * down
 
     def size(self, picture: Picture) -> tuple[float, float]:
-        """Width and height of a picture in the model's coordinates."""
+        """Gives width and height of a picture in the model's coordinates."""
         if self.coordinates == "relative":
             return WIDEST, WIDEST
         return picture.shown.size
 
     def told(self, picture: Picture, pixels) -> list[int]:
-        """Pixels of the original, x and y in turn, in the model's coordinates."""
+        """Turns pixels of the original, x and y in turn, into the model's coordinates."""
         width, height = self.size(picture)
         scales = (width / picture.original.width, height / picture.original.height)
         coordinates = []
@@ -107,7 +107,7 @@ class ImageTool:
         return f"x goes from 0 to {width:g}, y from 0 to {height:g}"
 
     def _numbers(self, values, count, kind, what):
-        """The values as finite floats."""
+        """Reads the values as finite floats. ToolError for others, and for another count."""
         if len(values) != count:
             self._refuse(kind, values, f"is not {what}")
         numbers = []
@@ -136,12 +136,12 @@ def require_size(width: float, height: float, what: str) -> None:
 
 
 def as_observation(error: UserError) -> ToolError:
-    """An image that cannot be opened, as the model is told of it."""
+    """Words the error of an image that cannot be opened as the model is told of it."""
     return ToolError("bad_image", f"error: {error}")
 
 
 def _filled(value, units):
-    """A schema whose texts say the units."""
+    """Fills the units into the texts of a schema."""
     if isinstance(value, str):
         return value.replace("{units}", units)
     if isinstance(value, list):

@@ -30,7 +30,7 @@ class Found:
 
 
 def pick_device(device: str) -> str:
-    """The device of an option: auto is the GPU where there is one."""
+    """Picks the device of an option: auto is the GPU where there is one."""
     import torch
 
     if device != "auto":
@@ -40,7 +40,7 @@ def pick_device(device: str) -> str:
 
 @functools.cache
 def load_detector(name: str, device: str) -> "Detector":
-    """The detector of this name or folder, on that device. Raises UserError."""
+    """Loads the detector of this name or folder, on that device. Raises UserError."""
     from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoTokenizer
 
     config = _loaded(AutoConfig, name)
@@ -55,7 +55,7 @@ def load_detector(name: str, device: str) -> "Detector":
 
 @functools.cache
 def load_segmenter(name: str, device: str) -> "Segmenter":
-    """SAM 2 of this name or folder, on that device. Raises UserError."""
+    """Loads SAM 2 of this name or folder, on that device. Raises UserError."""
     from transformers import AutoConfig, Sam2Model
 
     config = _loaded(AutoConfig, name)
@@ -73,7 +73,7 @@ def _loaded(kind, name):
 
 
 def _image_processor(model_type, name):
-    """The one that resizes with PIL: it needs no torchvision, and is the same with it."""
+    """Loads the image processor that resizes with PIL: it is the same, and needs no torchvision."""
     from transformers import GroundingDinoImageProcessorPil, Owlv2ImageProcessorPil
 
     if model_type in ("owlv2", "owlvit"):
@@ -96,7 +96,7 @@ class Detector:
         self._lock = threading.Lock()  # one forward pass at a time: memory stays bounded
 
     def __call__(self, image: "Image", labels: list[str], threshold: float) -> list[Found]:
-        """What is on an RGB image, the surest first."""
+        """Finds what is on an RGB image, the surest first."""
         import torch
 
         inputs = self.processor(text=[labels], images=image, return_tensors="pt")
@@ -137,8 +137,8 @@ class Segmenter:
         self._lock = threading.Lock()
 
     def __call__(self, image: "Image", point=None, box=None):
-        """(mask, score): a boolean array (height, width), and how sure SAM is. point: (x, y), or
-        box: (left, top, right, bottom), in pixels of the RGB image."""
+        """Finds (mask, score): a boolean array (height, width), and how sure SAM is. point: (x, y),
+        or box: (left, top, right, bottom), in pixels of the RGB image."""
         import numpy as np
         import torch
         from PIL import Image

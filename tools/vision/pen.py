@@ -26,12 +26,12 @@ class Pen:
         self._draw.line([start, end], fill=RED, width=self.width)
 
     def box(self, region: tuple[int, int, int, int]) -> None:
-        """The outline of what is inside of region (left, top, right, bottom)."""
+        """Draws the outline of what is inside of region (left, top, right, bottom)."""
         left, top, right, bottom = region
         self._draw.rectangle([left, top, right - 1, bottom - 1], outline=RED, width=self.width)
 
     def point(self, place: tuple[float, float]) -> None:
-        """A disc with a white rim, so that it is seen on red too."""
+        """Draws a disc with a white rim, so that it is seen on red too."""
         rim = self.radius + self.width
         self._disc(place, rim, "white")
         self._disc(place, self.radius, RED)

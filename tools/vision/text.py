@@ -63,7 +63,7 @@ def require_tesseract() -> None:
 
 
 def tesseract(image: "Image", one_line: bool = False, digits: bool = False) -> list[tuple]:
-    """[(word, its left, its middle height)] as Tesseract reads an image. digits: nothing else."""
+    """Reads an image by Tesseract: [(word, its left, its middle height)]. digits: nothing else."""
     import pytesseract
 
     os.environ.setdefault("OMP_THREAD_LIMIT", "1")  # its threads wait for each other
@@ -79,7 +79,7 @@ def tesseract(image: "Image", one_line: bool = False, digits: bool = False) -> l
 
 
 def read(image: "Image") -> list[Run]:
-    """The runs of text in an RGB image, from top to bottom."""
+    """Reads the runs of text in an RGB image, from top to bottom."""
     # 1. where text may be, and each place as a line of the same height; all read at once
     boxes = find_boxes(image)
     if not boxes:
@@ -111,7 +111,7 @@ def read(image: "Image") -> list[Run]:
 
 
 def _read_sheet(lines, digits=False):
-    """The text of each line. A word belongs to the line at its height."""
+    """Reads the text of each line. A word belongs to the line at its height."""
     words_of = [[] for _ in lines]
     for word, left, middle in tesseract(_sheet(lines), digits=digits):
         number = int((middle - MARGIN / 2) // STEP)
@@ -121,7 +121,7 @@ def _read_sheet(lines, digits=False):
 
 
 def _sheet(lines):
-    """The lines below each other, on white."""
+    """Puts the lines below each other, on white."""
     from PIL import Image
 
     width = max(line.width for line in lines) + 2 * MARGIN
@@ -132,7 +132,7 @@ def _sheet(lines):
 
 
 def _line_of(image, box):
-    """A box, upright and enlarged, in grey. What stands on its end is turned: it reads upwards."""
+    """Cuts out a box, enlarged, in grey. What stands on its end is turned: it reads upwards."""
     from PIL import Image
 
     left, top, right, bottom = box
@@ -154,7 +154,7 @@ def _stands(box):
 
 
 def find_boxes(image: "Image") -> list[tuple[int, int, int, int]]:
-    """Boxes of what may be runs of text, from top to bottom."""
+    """Finds the boxes of what may be runs of text, from top to bottom."""
     import numpy as np
 
     # 1. connected parts of the size of letters; dots and commas join a run, and make none
@@ -193,14 +193,14 @@ def find_boxes(image: "Image") -> list[tuple[int, int, int, int]]:
 
 
 def _is_solid(box, area):
-    """Whether a part is a point or a square of a plot, not a letter (as `l` and `-` are narrow)."""
+    """Says whether a part is a point or a square of a plot, not a letter (`l`, `-` are narrow)."""
     width = box[2] - box[0]
     height = box[3] - box[1]
     return 0.6 < width / height < 1.7 and area > SOLID * width * height
 
 
 def components(dark) -> list[tuple[int, int, int, int, int]]:
-    """The connected parts (corners connect too) of a mask (height, width): left, top, right,
+    """Finds the connected parts (corners connect too) of a mask (height, width): left, top, right,
     bottom, and how many pixels."""
     import numpy as np
 
@@ -248,12 +248,12 @@ def components(dark) -> list[tuple[int, int, int, int, int]]:
 
 
 def _ends_before(rows, ends, above, row, start):
-    """Whether a run of the row above ends before `start`, and does not even touch its corner."""
+    """Says whether a run of the row above ends before `start`, without touching its corner."""
     return rows[above] == row - 1 and ends[above] < start
 
 
 def _groups(parts, along):
-    """Parts that stand close together in one line: along = 0 from left to right, 1 downwards."""
+    """Groups parts that stand close together in a line: along = 0 to the right, 1 downwards."""
     import numpy as np
 
     if not parts:
