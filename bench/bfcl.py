@@ -52,12 +52,17 @@ class Official:
         sys.modules[settings.__name__] = settings
         module = importlib.import_module("bfcl_eval.eval_checker.ast_eval.ast_checker")
         languages = importlib.import_module("bfcl_eval.constants.enums")
+        helpers = importlib.import_module("bfcl_eval.utils")
         self.check = module.ast_checker
+        self.is_empty = helpers.is_empty_output
         self.python = languages.Language.PYTHON
         self.data = folder / "bfcl_eval" / "data"
 
-    def verdict(self, row: dict, calls: list[dict], right: list[dict], category: str):
-        """True or False; the name of the exception where it raises."""
+    def verdict(self, row: dict, calls: list[dict], right: list[dict] | None, category: str):
+        """True or False; the name of the exception where it raises. right: None where it is only
+        asked whether there are calls."""
+        if right is None:
+            return self.is_empty(calls) == category.endswith("irrelevance")
         try:
             # copies: it is not told that they are read alone
             checked = self.check(
@@ -89,6 +94,13 @@ def our_verdict(example: dict, calls: list[dict]) -> bool:
 def variants(example: dict) -> Iterator[tuple[str, list[dict]]]:
     """Yields (what was done to them, the calls)."""
     right = right_calls(example)
+    if not right:  # nothing is to be called, or anything
+        yield "none", []
+        for tool in example["tools"]:
+            call = {tool["function"]["name"]: {}}
+            yield "a call", [call]
+            yield "two calls", [call, call]
+        return
     yield "as they are", right
 
     # 1. the calls as a whole
@@ -189,7 +201,8 @@ def compare(official: Official, category: str, limit: int) -> tuple[Counter, lis
     counts = Counter()
     lines = []
     questions = {row["id"]: row for row in bfcl.read(bfcl.file_of(category, official.data))}
-    answers = {row["id"]: row for row in bfcl.read(bfcl.answers_of(category, official.data))}
+    answers = bfcl.answers_of(category, official.data)
+    right = {row["id"]: row["ground_truth"] for row in bfcl.read(answers)} if answers else {}
     for number, made in enumerate(bfcl.rows(f"{category}?folder={official.data}")):
         if limit and number == limit:
             break
@@ -197,7 +210,7 @@ def compare(official: Official, category: str, limit: int) -> tuple[Counter, lis
         example = made | {"id": number}
         counts["questions"] += 1
         for how, calls in variants(example):
-            theirs = official.verdict(questions[id], calls, answers[id]["ground_truth"], category)
+            theirs = official.verdict(questions[id], calls, right.get(id), category)
             ours = our_verdict(example, calls)
             counts["calls"] += 1
             counts["right"] += ours
@@ -217,8 +230,6 @@ def main(argv: list[str]) -> None:
     total = Counter()
     every_line = []
     for category in bfcl.GROUPS["single_turn"]:
-        if category.endswith("relevance"):
-            continue  # right is who calls nothing, or anything: the checker is not asked
         counts, lines = compare(official, category, cfg.limit)
         total += counts
         every_line += lines

@@ -52,8 +52,8 @@ def read_function(tool) -> dict:
     name = function["name"]
     if not NAME.fullmatch(name):
         raise UserError(
-            f"its function {name!r:.80}: expected a name of 1 to 64 letters, digits, _ and -, "
-            "which all models and APIs take: write _ for anything else"
+            f"the name of its function is {name!r:.80}: expected 1 to 64 letters, digits, _ and -, "
+            "which all APIs take: write _ for anything else"
         )
     description = function.get("description") or ""
     if not isinstance(description, str):
