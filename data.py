@@ -646,14 +646,15 @@ def _names_in_row(row):
             if column in row:
                 names[column] = None
             continue
-        if isinstance(value, list) and column == "tools":
-            value = [tool if isinstance(tool, str) else read_function(tool) for tool in value]
-        elif not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        kinds = str | dict if column == "tools" else str
+        if not isinstance(value, list) or not all(isinstance(name, kinds) for name in value):
             expected = "those of rewards"
             if column == "tools":
                 expected = "the names of some of --tools=…, or schemas of functions"
             raise UserError(f"its {column!r} holds {value!r:.80}: expected {expected}, as a list")
-        names[column] = [name.strip() if isinstance(name, str) else name for name in value]
+        names[column] = [
+            name.strip() if isinstance(name, str) else read_function(name) for name in value
+        ]
     return names
 
 
@@ -700,7 +701,7 @@ def _read_rows(data, split, seed, limit):
     if data.startswith(gym.PREFIX):
         return gym.problems(data.removeprefix(gym.PREFIX), split, seed, limit)
     if data.startswith(bfcl.PREFIX):
-        return bfcl.rows(data.removeprefix(bfcl.PREFIX))
+        return bfcl.questions(data.removeprefix(bfcl.PREFIX))
     if data.startswith(verifiers.PREFIX):
         return iter(verifiers.rows(data.removeprefix(verifiers.PREFIX), split, limit))
     path = Path(data).expanduser()

@@ -547,15 +547,12 @@ def check_prompts(chat: Chat, examples: list[dict], max_tokens: int) -> None:
                 tools = [tool["function"]["name"] for tool in chat_of_row.tools]
                 data.check_calls(example["messages"], tools, remedy="name it in --tools=…")
             if roles not in seen:
-                chat_of_row.prompt(example["messages"], chat.pictures(example))
+                length = len(chat_of_row.prompt(example["messages"], chat.pictures(example)))
         except UserError as error:
             raise UserError(f"row {example['id'] + 1}: {error}") from None
+        if not seen and length >= max_tokens:
+            raise UserError(f"max_tokens = {max_tokens}: the first prompt alone has {length}")
         seen.add(roles)
-
-    first = examples[0]
-    length = len(chat.for_row(first).prompt(first["messages"], chat.pictures(first)))
-    if length >= max_tokens:
-        raise UserError(f"max_tokens = {max_tokens}: the first prompt alone has {length}")
 
 
 async def start_engine(

@@ -200,17 +200,17 @@ def compare(official: Official, category: str, limit: int) -> tuple[Counter, lis
     """Asks both about one category; returns the counts, and a line for each disagreement."""
     counts = Counter()
     lines = []
-    questions = {row["id"]: row for row in bfcl.read(bfcl.file_of(category, official.data))}
+    asked = {row["id"]: row for row in bfcl.read(bfcl.file_of(category, official.data))}
     answers = bfcl.answers_of(category, official.data)
     right = {row["id"]: row["ground_truth"] for row in bfcl.read(answers)} if answers else {}
-    for number, made in enumerate(bfcl.rows(f"{category}?folder={official.data}")):
+    for number, made in enumerate(bfcl.questions(f"{category}?folder={official.data}")):
         if limit and number == limit:
             break
         id = made["bfcl_id"]
         example = made | {"id": number}
         counts["questions"] += 1
         for how, calls in variants(example):
-            theirs = official.verdict(questions[id], calls, right.get(id), category)
+            theirs = official.verdict(asked[id], calls, right.get(id), category)
             ours = our_verdict(example, calls)
             counts["calls"] += 1
             counts["right"] += ours

@@ -32,7 +32,7 @@ def call_match(trajectory, example, *, column: str = COLUMN):
     """1.0 if the calls of the last turn are those of example["ground_truth"], in any order: a list
     of {name: {argument: [accepted values]}}, or its JSON. "" among the accepted values says that
     the argument may be left out. [] stands for no call at all, "any" for some call of the row's
-    functions.
+    functions. Each of the right calls takes the first one made that fits it.
 
     Texts are compared without case, blanks and `,./-_*^`. An argument has the type of its schema,
     or that of its first accepted value, which is then compared as it is; a whole number is a float,

@@ -39,7 +39,7 @@ TYPES = {"dict": "object", "float": "number", "tuple": "array"}  # of the leader
 NO_TYPES = ("any", "")  # which say nothing
 
 
-def rows(source: str) -> Iterator[dict]:
+def questions(source: str) -> Iterator[dict]:
     """The questions of the categories of `source`, in their order: prompt, tools, ground_truth,
     answer (the same as text), category, bfcl_id. UserError for a category that there is not, or
     that cannot be honoured, and where the files are not to be had."""

@@ -47,10 +47,10 @@ def read_function(tool) -> dict:
     templates and APIs are shown. UserError if it is none, or no call could fit it."""
     wrapped = tool.get("function") if isinstance(tool, dict) else None
     function = tool if wrapped is None else wrapped
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    if not isinstance(function, dict):
         raise UserError(f"{tool!r:.80} is no function: expected {FORM}")
-    name = function["name"]
-    if not NAME.fullmatch(name):
+    name = function.get("name")
+    if not isinstance(name, str) or not NAME.fullmatch(name):
         raise UserError(
             f"the name of its function is {name!r:.80}: expected 1 to 64 letters, digits, _ and -, "
             "which all APIs take: write _ for anything else"

@@ -205,7 +205,7 @@ def _impossible_value(schema, where):
     if isinstance(schema, bool):  # any value, or none
         return None if schema else f"{where} takes no value at all"
     if not isinstance(schema, dict):
-        return f"{where} is {_short(schema)}: expected a schema"
+        return f"{where} is {_short(schema)}: expected a JSON schema"
     problem = _unknown_type(schema, where) or _no_value(schema, where)
     if problem:
         return problem
