@@ -42,7 +42,7 @@ from operator import itemgetter
 import jinja2
 
 from formats import FORMATS, Call
-from formats.base import any_of, as_json, split_thought, with_ids
+from formats.base import any_of, as_json, split_thought, tools_of_row, with_ids
 from formats.messages import assistant_message, calls_of, count_images, has_images, openai_call
 from formats.proof import (
     QUESTION,
@@ -63,6 +63,7 @@ MARK = "\ue0f3{}\ue0f4"
 MARKED = re.compile("\ue0f3([0-9]+)\ue0f4")
 # Stands for an image in a result that is written into the text of a turn; for private use, too.
 IMAGE = "\ue0f5"
+MOST_KEPT = 256  # chats with the tools of a row
 BLIND = "this model sees no images: leave out the rows that have some"
 LABEL = re.compile(r"image \d+:\s*$")  # what the loop writes in front of an image of a result
 # What every template is given, and no option can set.
@@ -74,7 +75,8 @@ TODAY = datetime(2024, 7, 26)
 class Chat:
     """One tokenizer, one call format, one set of tools (JSON schemas as `get_json_schema` makes).
 
-    format: a name in formats.FORMATS, or "auto"; format_name: the one in use, never "auto".
+    format: a name in formats.FORMATS, or "auto"; format_name: the one in use, never "auto", and
+    without tools not yet the template's own.
     stop_ids: ids that close an assistant turn. stop_strings: text that ends a turn in an inline
     format; the ids stay as sampled even if the last token goes on behind it. differences:
     sentences on where the template itself would write a conversation in another way. options: of
@@ -97,6 +99,7 @@ class Chat:
         self.tools = list(tools)
         self.eos_ids = tuple(eos_ids)
         self.vision = vision
+        self.asked_format = format
         self.format_name = format
         self.format = FORMATS["hermes" if format == "auto" else format](self.tools)
         try:
@@ -136,15 +139,15 @@ class Chat:
         self.stop_ids = self.facts.stop_ids
         self.stop_strings = self.format.stop_strings
         self.differences = tuple(self.facts.differences)
-        self._for_rows: dict[tuple, Chat] = {}  # names of tools -> the chat with these
+        self._for_rows: dict[str, Chat] = {}  # JSON of a row's tools -> the chat with these
+        self._first_with_tools: Chat | None = None  # of these, where this one has none
 
     def with_tools(self, tools: list[dict]) -> "Chat":
         """Makes this chat with other tools, for rows that bring their own. The proof is the
         template's and takes tens of milliseconds: only that all tools are shown is repeated."""
         if not self.tools or not tools:  # a template may be another one without tools
-            return Chat(
-                self.tokenizer, self.format_name, tools, self.options, self.eos_ids, self.vision
-            )
+            format = self.format_name if self.tools else self.asked_format
+            return Chat(self.tokenizer, format, tools, self.options, self.eos_ids, self.vision)
         other = copy(self)
         other.tools = list(tools)
         other._for_rows = {}
@@ -156,15 +159,20 @@ class Chat:
         return other
 
     def for_row(self, example: dict) -> "Chat":
-        """Makes the chat with the tools that a row names, once for each choice of them; this one
-        where it names none."""
-        names = example.get("tools")
-        if names is None:
+        """Makes the chat with the tools that a row names or brings along; this one where it says
+        nothing of tools. Those of the last rows are kept."""
+        shown = tools_of_row(example.get("tools"), self.tools)
+        if shown == self.tools:
             return self
-        shown = [tool for tool in self.tools if tool["function"]["name"] in names]
-        key = tuple(tool["function"]["name"] for tool in shown)
+        key = json.dumps(shown)
         if key not in self._for_rows:
-            self._for_rows[key] = self if shown == self.tools else self.with_tools(shown)
+            # the template is proved for calls once, by the first tools that there are
+            proved = self._first_with_tools or self
+            self._for_rows[key] = proved.with_tools(shown)
+            if shown and not self.tools:
+                self._first_with_tools = self._first_with_tools or self._for_rows[key]
+            if len(self._for_rows) > MOST_KEPT:
+                self._for_rows.pop(next(iter(self._for_rows)))
         return self._for_rows[key]
 
     # What the loop uses.

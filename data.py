@@ -8,7 +8,8 @@
 Hugging Face hub id, with the name of its configuration after a colon, or task:calc, a generated
 task: tasks/calc.py, whose rows(split, seed=0) returns dicts with prompt and answer; or
 gym:leg_counting, a data set of the package reasoning_gym: tasks/gym.py; or verifiers:my-env, an
-environment of the package verifiers: tools/calling/verifiers.py.
+environment of the package verifiers: tools/calling/verifiers.py; or bfcl:simple_python, questions
+of the Berkeley Function-Calling Leaderboard: tasks/bfcl.py.
 """
 
 import ast
@@ -22,9 +23,10 @@ from pathlib import Path
 from formats.base import THINK
 from formats.messages import NOT_SEEN, calls_of, has_images, read_messages, take_images
 from run.config import UserError, near
-from tasks import gym
+from tasks import bfcl, gym
 from tools import sql
 from tools.calling import verifiers
+from tools.calling.functions import read_function
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -63,6 +65,7 @@ def load(
     """Reads a list of examples: {"id": index, "messages": [...], "answer": str or list[str]} and
     the row's other columns; those called id, messages or answer give way to these. A row may name
     its `tools` and its `reward`: then these, as lists, are the only ones of the run that it has.
+    Among its tools may be JSON schemas, of functions of its own (tools/calling/functions.py).
 
     The prompt column holds text, which becomes one user message by prompt_template, or a list of
     chat messages, read by formats/messages.py. system_prompt goes in front unless the messages have
@@ -86,6 +89,8 @@ def load(
     for index, row in enumerate(rows):
         try:
             _refuse_unseen(row)
+            if filled_in and isinstance(row.get("tools"), list):
+                row = row | {"tools": _without_none(row["tools"])}
             row = row | _names_in_row(row)
             if database:
                 row = row | _database(row, database, prompt_template)
@@ -108,10 +113,12 @@ def load(
 
 
 def is_file(data) -> bool:
-    """Says whether `data` names a file, which has no splits, and not a task, hub data set or
-    folder."""
+    """Says whether `data` names a file, or a benchmark, which has no splits, and not a task, hub
+    data set or folder."""
     if is_made_up(data):
         return False
+    if data.startswith(bfcl.PREFIX):
+        return True
     return Path(data).suffix in SUFFIXES or Path(data).expanduser().is_file()
 
 
@@ -620,8 +627,9 @@ def _refuse_surrogates(value, column):
 
 
 def _names_in_row(row):
-    """The columns by which a row says its tools and its rewards, as lists of names: `tools`, and
-    `reward` where it holds text. None, as where there is no such column: those of the run."""
+    """The columns by which a row says its tools and its rewards, as lists of names: `tools`, in
+    which schemas of functions of its own may stand too, and `reward` where it holds text. None, as
+    where there is no such column: those of the run."""
     names = {}
     for column in ("tools", "reward"):
         value = row.get(column)
@@ -638,10 +646,15 @@ def _names_in_row(row):
             if column in row:
                 names[column] = None
             continue
-        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            expected = "the names of some of --tools=…" if column == "tools" else "those of rewards"
+        kinds = str | dict if column == "tools" else str
+        if not isinstance(value, list) or not all(isinstance(name, kinds) for name in value):
+            expected = "those of rewards"
+            if column == "tools":
+                expected = "the names of some of --tools=…, or schemas of functions"
             raise UserError(f"its {column!r} holds {value!r:.80}: expected {expected}, as a list")
-        names[column] = [name.strip() for name in value]
+        names[column] = [
+            name.strip() if isinstance(name, str) else read_function(name) for name in value
+        ]
     return names
 
 
@@ -650,8 +663,18 @@ def check_names(examples: list[dict], tools: Container[str], rewards: Container[
     with the row's number."""
     for example in examples:
         where = f"row {example['id'] + 1}"
-        for name in example.get("tools") or []:
-            if name not in tools:
+        in_row = example.get("tools") or []
+        own = [tool["function"]["name"] for tool in in_row if isinstance(tool, dict)]
+        for name in own:
+            if name in tools:
+                raise UserError(
+                    f"{where}: its 'tools' has a function {name}, which is also a tool of the run: "
+                    "write its name alone, or rename it"
+                )
+            if own.count(name) > 1:
+                raise UserError(f"{where}: its 'tools' has two functions {name}: rename one")
+        for name in in_row:
+            if isinstance(name, str) and name not in tools:
                 hint = near(name, tools) or f" (there are {', '.join(tools) or 'none'})"
                 raise UserError(f"{where}: its 'tools' names {name!r}, no tool of the run{hint}")
         if not isinstance(example.get("reward"), list):
@@ -677,6 +700,8 @@ def _read_rows(data, split, seed, limit):
         return iter(task.rows(split, seed=seed))
     if data.startswith(gym.PREFIX):
         return gym.problems(data.removeprefix(gym.PREFIX), split, seed, limit)
+    if data.startswith(bfcl.PREFIX):
+        return bfcl.questions(data.removeprefix(bfcl.PREFIX))
     if data.startswith(verifiers.PREFIX):
         return iter(verifiers.rows(data.removeprefix(verifiers.PREFIX), split, limit))
     path = Path(data).expanduser()

@@ -59,7 +59,9 @@ import train_sft
 from chat import Chat
 from engines.scripted import ScriptedEngine
 from formats import FORMATS
+from formats.base import tools_of_row
 from formats.messages import calls_of, has_images
+from grading.calls import right_calls
 from images import open_image
 from learning import model as models
 from learning.vision import Vision, find_vision, tiny_vision
@@ -67,7 +69,7 @@ from loss import set_advantages
 from player import Player, check_prompts, prepare_task, validation_examples
 from rollout import Settings
 from run.config import UserError
-from tasks import tiny
+from tasks import bfcl, tiny
 from tools import Toolbox
 from trajectory import COLOURS, Trajectory, escaped, show, spans
 
@@ -285,7 +287,8 @@ def play_made_up(cfg: train_grpo.Config, show: Callable | None = None) -> Trajec
 
         # 2. the model's tokenizer, or a stand-in, and its proof
         conversation = example["messages"] + turns
-        tokenizer, cfg = local_tokenizer(cfg, [conversation], toolbox.schemas, notes)
+        schemas = tools_of_row(example.get("tools"), toolbox.schemas)
+        tokenizer, cfg = local_tokenizer(cfg, [conversation], schemas, notes)
         vision = local_vision(cfg, tokenizer)
         if vision is None:
             examples = [without_images(example, notes) for example in examples]
@@ -294,7 +297,7 @@ def play_made_up(cfg: train_grpo.Config, show: Callable | None = None) -> Trajec
         check_prompts(chat, examples, cfg.max_tokens)
 
         # 3. the oracle's words as a model would sample them
-        said = sampled_turns(chat, example, turns)
+        said = sampled_turns(chat.for_row(example), example, turns)
         engine = ScriptedEngine(lambda ids, sampling: next_said(said), tokenizer)
         with Player(chat, engine, toolbox, rewards, Settings.of(cfg)) as player:
             (trajectory,) = player.play([example])
@@ -404,6 +407,8 @@ def half_blocks(image, columns: int = 48, most_rows: int = 16) -> Text:
 
 def is_here(source: str) -> bool:
     """Says whether the rows of `source` are on this machine."""
+    if source.startswith(bfcl.PREFIX):
+        return bfcl.is_here(source.removeprefix(bfcl.PREFIX))
     return data.is_made_up(source) or Path(source).expanduser().exists()
 
 
@@ -524,6 +529,9 @@ def oracle_turns(cfg, example: dict, toolbox: Toolbox, rewards: list[str]) -> li
         if turns:
             return turns
     turns = []
+    calls = right_calls(example) if "call_match" in rewards else None
+    if calls:
+        return [calling_turn(calls)]
     callable_tools = [tool for tool in toolbox.tools.values() if not tool.ends]
     if callable_tools and cfg.max_turns > 1:
         tool = callable_tools[0]
@@ -563,11 +571,19 @@ def right_answer(cfg, rewards: list[str], example: dict) -> str:
 
 def assistant_turn(text: str, tool: str = "", arguments: dict | None = None) -> dict:
     """Writes an assistant message, with a call if a tool is named."""
-    message = {"role": "assistant", "content": text}
     if tool:
-        function = {"name": tool, "arguments": arguments}
-        message["tool_calls"] = [{"type": "function", "function": function}]
-    return message
+        return calling_turn([{tool: arguments}], text)
+    return {"role": "assistant", "content": text}
+
+
+def calling_turn(calls: list[dict], text: str = "") -> dict:
+    """Writes an assistant message with calls, each {name: arguments}."""
+    tool_calls = []
+    for call in calls:
+        for name, arguments in call.items():
+            function = {"name": name, "arguments": arguments}
+            tool_calls.append({"type": "function", "function": function})
+    return {"role": "assistant", "content": text, "tool_calls": tool_calls}
 
 
 def guess_arguments(tool, example: dict) -> dict:

@@ -79,7 +79,7 @@ class Player:
 
         # 3. the weights, unless an engine elsewhere has them
         if model is None:
-            model = load_policy(cfg, tune, chat)
+            model = load_policy(cfg, tune, chat, *chats_of_rows(chat, examples))
         settings = Settings.of(cfg)
         return cls(chat, None, toolbox, rewards, settings, None, model, examples, cfg)
 
@@ -354,7 +354,10 @@ class Mixture(Player):
             )
 
         # 3. the weights
-        model = load_policy(cfg, tune, *(player.chat for player in players.values()))
+        chats = []
+        for player in players.values():
+            chats += [player.chat, *chats_of_rows(player.chat, player.examples)]
+        model = load_policy(cfg, tune, *chats)
         mixture = cls.of_players(players, model, cfg)
         mixture.weights = {source.name: source.weight for source in sources}
         return mixture
@@ -522,23 +525,33 @@ def load_vision(cfg, tokenizer, examples: list[dict]) -> Vision | None:
     return vision
 
 
+def chats_of_rows(chat: Chat, examples: list[dict]) -> list[Chat]:
+    """Lists the chat of the first row with tools, where the run has none: their template may end
+    turns in another way."""
+    if chat.tools:
+        return []
+    with_tools = [example for example in examples if example.get("tools")]
+    return [chat.for_row(example) for example in with_tools[:1]]
+
+
 def check_prompts(chat: Chat, examples: list[dict], max_tokens: int) -> None:
-    """Checks that there is room to answer the first prompt, and that the template renders prompts
-    like all of these: one of each sequence of roles. UserError, with the row's number."""
-    length = len(chat.prompt(examples[0]["messages"], chat.pictures(examples[0])))
-    if length >= max_tokens:
-        raise UserError(f"max_tokens = {max_tokens}: the first prompt alone has {length}")
-    tools = [tool["function"]["name"] for tool in chat.tools]
+    """Checks that the template shows the tools of all these, and renders prompts like them: one of
+    each sequence of roles; and that there is room to answer the first. UserError, with the row's
+    number."""
     seen = set()
     for example in examples:
         roles = tuple(message["role"] for message in example["messages"])
         try:
+            chat_of_row = chat.for_row(example)
             if "assistant" in roles:
+                tools = [tool["function"]["name"] for tool in chat_of_row.tools]
                 data.check_calls(example["messages"], tools, remedy="name it in --tools=…")
             if roles not in seen:
-                chat.prompt(example["messages"], chat.pictures(example))
+                length = len(chat_of_row.prompt(example["messages"], chat.pictures(example)))
         except UserError as error:
             raise UserError(f"row {example['id'] + 1}: {error}") from None
+        if not seen and length >= max_tokens:
+            raise UserError(f"max_tokens = {max_tokens}: the first prompt alone has {length}")
         seen.add(roles)
 
 

@@ -13,7 +13,8 @@ trajectories. Behind the row, (trajectory, example, group), it is asked for each
 place of the trajectory, (group, example), it is asked once, and gives one value for each of them.
 
 All rewards look only at what the model wrote: grading/answers.py says what counts as its answer,
-queries.py and programs.py there have those that run code, judge.py the one that asks a model.
+queries.py and programs.py there have those that run code, judge.py the one that asks a model,
+calls.py the one that compares calls of a row's own functions.
 """
 
 import asyncio
@@ -27,6 +28,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from grading.answers import answer, last_turn, places, words
 from grading.answers import f1 as f1_of
+from grading.calls import call_match
 from grading.equality import NotCompared, equal
 from grading.gym import gym
 from grading.judge import judge
@@ -444,8 +446,9 @@ def need_answer(names: Sequence[str]) -> bool:
     not where an environment or the row's own scorer says what is right, and the others look at how
     it was done."""
     plain = {name.partition(":")[0] for name in names}
-    how = {reward.__name__ for reward in (environment, gym, turn_results, *OF_THE_WAY)}
-    return not plain & {"environment", "gym"} or not plain <= how
+    of_rows = {reward.__name__ for reward in (environment, gym, call_match)}
+    how = {reward.__name__ for reward in (turn_results, *OF_THE_WAY)}
+    return not plain & of_rows or not plain <= of_rows | how
 
 
 def check_environments(toolbox, selected: dict) -> None:
@@ -483,8 +486,8 @@ def _functions(selected):
 
 
 BUILT_IN = [
-    correct, exact_match, f1, relaxed, anls, vqa, sql_match, code_tests, judge, format, tool_use,
-    tool_bonus, needed_tool, tool_errors, repetition, repeated_calls, length, turn_calls,
+    correct, exact_match, f1, relaxed, anls, vqa, call_match, sql_match, code_tests, judge, format,
+    tool_use, tool_bonus, needed_tool, tool_errors, repetition, repeated_calls, length, turn_calls,
     redundancy, curiosity, diversity, ranking, environment, turn_results, gym,
 ]  # fmt: skip
 OF_THE_WAY = (  # whatever the answer is
@@ -493,8 +496,8 @@ OF_THE_WAY = (  # whatever the answer is
 )  # fmt: skip
 # They take microseconds and never wait, so they do without a thread, which takes 80.
 INSTANT = [
-    exact_match, f1, relaxed, vqa, format, tool_use, tool_bonus, needed_tool, tool_errors,
-    repetition, repeated_calls, length, turn_calls, redundancy, curiosity, environment,
+    exact_match, f1, relaxed, vqa, call_match, format, tool_use, tool_bonus, needed_tool,
+    tool_errors, repetition, repeated_calls, length, turn_calls, redundancy, curiosity, environment,
     turn_results,
 ]  # fmt: skip
 

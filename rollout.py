@@ -26,7 +26,7 @@ from chat import Chat
 from engines.base import Engine, Sampling
 from images import Picture
 from run.config import UserError
-from tools import Toolbox
+from tools import Session, Toolbox
 from tools.calling.base import TURN, shorten
 from tools.calling.toolbox import add_up
 from trajectory import ToolCall, Trajectory, UserTurn
@@ -383,7 +383,7 @@ async def play_turn(
     text, calls = chat.parse(completion.ids, opening)
     trajectory.messages.append(chat.message(text, calls, opening))
     was_cut = completion.finish == "length"
-    trajectory.stop = stop_before_calls(trajectory, calls, was_cut, toolbox, settings)
+    trajectory.stop = stop_before_calls(trajectory, calls, was_cut, session, settings)
     if trajectory.stop:
         return
 
@@ -404,13 +404,12 @@ async def play_turn(
 
 
 def stop_before_calls(
-    trajectory: Trajectory, calls: list, was_cut: bool, toolbox: Toolbox, settings: Settings
+    trajectory: Trajectory, calls: list, was_cut: bool, session: Session, settings: Settings
 ) -> str:
     """Says why the turn that was just added is the last one, so that its calls are not run; "" if
     they are. A call that gives the answer is run also behind the limits."""
     turns = len(trajectory.turn_starts)
-    names = trajectory.example.get("tools")  # those that the row has; None: all
-    plain_calls = [call for call in calls if not gives_answer(call, toolbox, names)]
+    plain_calls = [call for call in calls if not gives_answer(call, session)]
     has_answer = len(plain_calls) < len(calls)
     if was_cut:
         return "length"  # the call may be half of one: never executed
@@ -423,12 +422,11 @@ def stop_before_calls(
     return ""
 
 
-def gives_answer(call, toolbox: Toolbox, names: list[str] | None = None) -> bool:
-    """Says whether the call is of a tool that ends the episode (tools/finish.py). names: the tools
-    of the row, where it does not have all."""
-    tool = toolbox.tools.get(call.name)
-    is_there = tool is not None and (names is None or call.name in names)
-    return is_there and tool.ends and not call.error
+def gives_answer(call, session: Session) -> bool:
+    """Says whether the call is of a tool that ends the episode: tools/finish.py, or a function of
+    the row's own."""
+    tool = session.tools.get(call.name)
+    return tool is not None and tool.ends and not call.error
 
 
 async def run_calls(
@@ -510,7 +508,7 @@ async def run_call(call, turn: int, session, toolbox: Toolbox) -> tuple[ToolCall
         text = plain_text(call.message)
         return ToolCall(turn, call.name, call.arguments, text, call.error, 0.0), [text], {}
     outcome = await session.run(call.name, call.arguments)
-    ends = outcome.error is None and (toolbox.tools[call.name].ends or outcome.result.ends)
+    ends = outcome.error is None and (session.tools[call.name].ends or outcome.result.ends)
     tool_call = ToolCall(
         turn,
         call.name,

@@ -20,6 +20,7 @@ import httpx2 as httpx
 
 from engines.base import Engine, Sampling
 from formats import too_deep
+from formats.base import tools_of_row
 from images import Picture, open_image, to_data_uri
 from run.config import UserError, tell
 from run.http import (
@@ -471,12 +472,12 @@ class Endpoint(Engine):
         return []
 
     def for_row(self, example: dict) -> "Endpoint":
-        """The same API, told only of the tools that a row names; this one where it names none."""
-        names = example.get("tools")
-        if names is None:
+        """The same API, told of the tools that a row names or brings along; this one where it says
+        nothing of tools."""
+        if example.get("tools") is None:
             return self
         other = copy(self)
-        other.tools = [tool for tool in self.tools if tool["function"]["name"] in names]
+        other.tools = tools_of_row(example["tools"], self.tools)
         return other
 
     def reply(self, content, ids: list[int], prompt: list[dict], pictures: list) -> list[int]:

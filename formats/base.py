@@ -260,6 +260,15 @@ def properties_of(function: dict) -> dict:
     return (function.get("parameters") or {}).get("properties") or {}
 
 
+def tools_of_row(in_row: list[str | dict] | None, tools: list[dict]) -> list[dict]:
+    """Lists the schemas that a row's prompt shows. in_row: its column `tools`, names of some of
+    `tools`, and schemas of functions of its own, which follow these; None: all of `tools`."""
+    if in_row is None:
+        return tools
+    own = [tool for tool in in_row if isinstance(tool, dict)]
+    return [tool for tool in tools if tool["function"]["name"] in in_row] + own
+
+
 @dataclass
 class TextTool:
     """A tool as the text formats see it."""

@@ -338,6 +338,8 @@ def write_rollouts(path, trajectories: list, tokenizer, **columns) -> None:
                 "pieces": texts,
                 "text": tokenizer.decode(ids, skip_special_tokens=False) if ids else "",
             }
+            if trajectory.example.get("tools") is not None:  # else its tools were those of the run
+                row["tools"] = trajectory.example["tools"]
             if "mix" in trajectory.example:  # run/mix.py
                 row["source"] = trajectory.example["mix"]
             if trajectory.images:

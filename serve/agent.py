@@ -49,7 +49,6 @@ from player import Player
 from rollout import Settings, play, play_turn
 from run.http import key_from
 from tools import Toolbox
-from tools.calling.base import Tool
 from trajectory import Trajectory
 
 try:
@@ -72,7 +71,6 @@ MOST_CHARACTERS = 64  # of a token, on average: few are so long
 ENGINE_OPTIONS = ("deterministic=false", "patience=0.05")  # of transformers, unless told otherwise
 CHATS = 64  # sets of clients' tools whose prompts are known
 ALIVE = 10.0  # seconds of silence after which a stream says that it is there
-HANDED_OUT = "(handed to the client)"
 
 
 @dataclass
@@ -180,7 +178,6 @@ class Asked:
     request: Request
     example: dict
     chat: Chat  # with the client's tools
-    toolbox: Toolbox  # with the client's tools
     settings: Settings
     pictures: list[Picture]
     prompt: list[int]  # ids
@@ -246,14 +243,14 @@ class Agent:
             raise too_long(f"{len(prompt)} tokens", settings)
 
         # 3. what plays it
-        tools = [as_tool(schema) for schema in request.tools] if request.may_call else []
+        if request.tools and request.may_call:
+            example["tools"] = [*self.player.toolbox.tools, *request.tools]
         return Asked(
             id=f"chatcmpl-{secrets.token_hex(12)}",
             created=int(time.time()),
             request=request,
             example=example,
             chat=chat,
-            toolbox=self.player.toolbox.with_tools(tools),
             settings=settings,
             pictures=pictures,
             prompt=prompt,
@@ -346,7 +343,7 @@ class Agent:
                     asked.prompt,
                     asked.chat,
                     engine,
-                    asked.toolbox,
+                    self.player.toolbox,
                     asked.settings,
                     turn=turn,
                     pictures=asked.pictures,
@@ -375,17 +372,6 @@ class Agent:
 def too_long(length: str, settings: Settings) -> Refused:
     why = f"the conversation has {length}, and with its answer may have {settings.max_tokens}"
     return Refused(400, f"messages: {why} tokens", "messages", "context_length_exceeded")
-
-
-def as_tool(schema: dict) -> Tool:
-    """Makes a tool of the client's: a call that fits it ends the rollout, and goes out."""
-    name = schema["function"]["name"]
-    return Tool(name, schema, hand_out, is_async=True, ends=True)
-
-
-async def hand_out(**arguments) -> str:
-    """Stands for the client, who runs the call."""
-    return HANDED_OUT
 
 
 # -- HTTP

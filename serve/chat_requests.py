@@ -12,11 +12,11 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from engines.chat_api import NAME
 from formats.base import too_deep
 from formats.messages import read_messages, take_images
 from run.config import UserError
 from serve.web import Refused
+from tools.calling.functions import FORM, read_function
 
 TURNS = "agent_turns"  # the key of a message under which an agent's earlier turns go to and fro
 MOST_MESSAGES = 1024
@@ -273,35 +273,14 @@ def read_tool(tool, number: int) -> dict:
     where = f"tools[{number}]"
     function = tool.get("function") if isinstance(tool, dict) else None
     if not isinstance(function, dict) or tool.get("type", "function") != "function":
-        form = '{"type": "function", "function": {"name": …, "parameters": …}}'
-        raise refused(f"{where}: expected {form}, not {shown(tool)}", "tools")
-    name = function.get("name")
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        wanted = "expected 1 to 64 letters, digits, _ and -"
-        raise refused(f"{where}: its name is {shown(name)}: {wanted}", "tools")
+        raise refused(f"{where}: expected {FORM}, not {shown(tool)}", "tools")
     for key in function:
         if key not in ("name", "description", "parameters", "strict"):
             raise refused(f"{where}: {shown(key)} would not be seen: drop it", "tools")
-    description = function.get("description") or ""
-    if not isinstance(description, str):
-        raise refused(f"{where}: its description is {shown(description)}: expected text", "tools")
-    parameters = function.get("parameters") or {"type": "object", "properties": {}}
-    if not is_object_schema(parameters):
-        wanted = 'expected a JSON schema of an object, {"type": "object", "properties": {…}}'
-        raise refused(f"{where}: its parameters are {shown(parameters)}: {wanted}", "tools")
-    parameters = {"properties": {}} | parameters
-    described = {"name": name, "description": description, "parameters": parameters}
-    return {"type": "function", "function": described}
-
-
-def is_object_schema(parameters) -> bool:
-    """Says whether a schema is one of an object with named properties."""
-    if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
-        return False
-    properties = parameters.get("properties", {})
-    if not isinstance(properties, dict):
-        return False
-    return all(isinstance(schema, dict) for schema in properties.values())
+    try:
+        return read_function(tool)
+    except UserError as error:
+        raise refused(f"{where}: {error}", "tools") from None
 
 
 # ---- messages

@@ -180,8 +180,8 @@ def test_two_rewards_of_one_file_share_its_module_and_a_file_that_fails_is_told(
         (
             ["style:2"],
             "unknown reward 'style' in 'style:2': there are correct, exact_match, f1, relaxed, "
-            "anls, vqa, sql_match, code_tests, judge, format, tool_use, tool_bonus, needed_tool, "
-            "tool_errors, repetition, repeated_calls, length, turn_calls, "
+            "anls, vqa, call_match, sql_match, code_tests, judge, format, tool_use, tool_bonus, "
+            "needed_tool, tool_errors, repetition, repeated_calls, length, turn_calls, "
             "redundancy, curiosity, diversity, ranking, environment, turn_results, gym, "
             "or write file.py:function",
         ),

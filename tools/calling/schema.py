@@ -146,3 +146,118 @@ def _wrong_property(value, schema, where):
         if wrong:
             return wrong
     return None
+
+
+# ---- a schema that somebody brings along
+
+# What others call the types of JSON Schema.
+OTHER_TYPES = {
+    "dict": "object",
+    "float": "number",
+    "double": "number",
+    "int": "integer",
+    "long": "integer",
+    "bool": "boolean",
+    "str": "string",
+    "list": "array",
+    "tuple": "array",
+    "none": "null",
+}
+LIMITS = (
+    ("minimum", "maximum"),
+    ("minLength", "maxLength"),
+    ("minItems", "maxItems"),
+    ("minProperties", "maxProperties"),
+)
+
+
+def impossible(parameters) -> str | None:
+    """Says why the parameters of a function are no JSON schema that a call could fit, in half a
+    sentence; None if nothing is found. What is not known here passes, as in a call."""
+    is_object = isinstance(parameters, dict) and parameters.get("type", "object") == "object"
+    if not is_object:
+        wanted = 'expected a JSON schema of an object, {"type": "object", "properties": {…}}'
+        return f"its parameters are {_short(parameters)}: {wanted}"
+    return _impossible_object(parameters, "its parameters", takes_others=False)
+
+
+def _impossible_object(schema, where, takes_others):
+    """What is wrong with the properties of an object. takes_others: beside them, unless it says
+    else."""
+    properties = schema.get("properties", {})
+    if not isinstance(properties, dict):
+        return f"the properties of {where} are {_short(properties)}: expected an object of schemas"
+    required = schema.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        return f"what {where} require is {_short(required)}: expected a list of names"
+    for name in required:
+        if name not in properties and not schema.get("additionalProperties", takes_others):
+            return f"{where} require {name!r}, which is none of their properties"
+    for name, inner in properties.items():
+        problem = _impossible_value(inner, name)
+        if problem:
+            return problem
+    return None
+
+
+def _impossible_value(schema, where):
+    """What is wrong with the schema of a value, or with what is inside of it."""
+    if isinstance(schema, bool):  # any value, or none
+        return None if schema else f"{where} takes no value at all"
+    if not isinstance(schema, dict):
+        return f"{where} is {_short(schema)}: expected a JSON schema"
+    problem = _unknown_type(schema, where) or _no_value(schema, where)
+    if problem:
+        return problem
+    inner = [(f"{where}[]", schema["items"])] if "items" in schema else []
+    for key in ("anyOf", "oneOf", "allOf", "prefixItems"):
+        options = schema.get(key, [])
+        if not isinstance(options, list) or (key in schema and not options):
+            return f"{where}: its {key} is {_short(options)}: expected a list of schemas"
+        inner += [(where, option) for option in options]
+    for name, part in inner:
+        problem = _impossible_value(part, name)
+        if problem:
+            return problem
+    return _impossible_object(schema, where, takes_others=True)
+
+
+def _unknown_type(schema, where):
+    """A type that is none of JSON's."""
+    types = schema.get("type")
+    if types is None:
+        return None
+    names = types if isinstance(types, list) else [types]
+    for name in names or [types]:
+        if isinstance(name, str) and name in JSON_TYPES:
+            continue
+        hint = f"expected one of {', '.join(JSON_TYPES)}"
+        if isinstance(name, str):
+            plain = name.lower()
+            plain = OTHER_TYPES.get(plain, plain)
+            if plain in JSON_TYPES:
+                hint = f"write {plain}"
+            elif plain == "any":
+                hint = "leave the type out"
+        return f"{where} has the type {_short(name)}, which JSON Schema does not have: {hint}"
+    return None
+
+
+def _no_value(schema, where):
+    """An enum, or two limits, between which there is no value."""
+    if "enum" in schema:
+        values = schema["enum"]
+        if not isinstance(values, list) or not values:
+            return f"{where}: its enum is {_short(values)}: expected a list of values"
+        if not any(_has_kind(value, schema, where) for value in values):
+            return f"{where} is {' or '.join(_types(schema))}, and no value of its enum is"
+    for low, high in LIMITS:
+        least = schema.get(low)
+        most = schema.get(high)
+        if isinstance(least, int | float) and isinstance(most, int | float) and least > most:
+            return f"{where}: its {low} is {least}, above its {high}, {most}"
+    return None
+
+
+def _short(value):
+    return repr(value)[:VALUE_SHOWN]

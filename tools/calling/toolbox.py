@@ -11,13 +11,13 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
+from formats.base import tools_of_row
 from run.config import UserError, tell
 from run.deadline import Exited, in_thread, in_time, is_alive, shown
-from tools.calling import loading
+from tools.calling import functions, loading
 from tools.calling.base import (
     DEADLINE,
     Environment,
@@ -111,16 +111,6 @@ class Toolbox:
         """Threads, and tasks that swallow their cancellation, past a deadline and still alive."""
         return sum(is_alive(job) for job in self._abandoned)
 
-    def with_tools(self, tools: Sequence[Tool]) -> "Toolbox":
-        """Makes one with more tools, for a trajectory that brings its own. Slots, counts, what is
-        known and what is shared are those of this one."""
-        other = copy(self)
-        other.tools = dict(self.tools)
-        for tool in tools:
-            other.tools[tool.name] = replace(tool, timeout=tool.timeout or self.timeout)
-        other.schemas = [tool.schema for tool in other.tools.values()]
-        return other
-
     def open(self, example: dict | None = None, images: list | None = None) -> "Session":
         """The tools of one trajectory. example: its data row. images: the trajectory's Pictures, a
         list that grows: what a tool that sees finds in its example's "images"."""
@@ -141,9 +131,10 @@ class Session:
     def __init__(self, box: Toolbox, example: dict, images: list | None = None):
         self.box = box
         self.example = example if images is None else {**example, "images": images}
-        self.tools = box.tools  # name -> Tool: those of the row, if it names some
+        self.tools = box.tools  # name -> Tool: those of the row, if it says which
         if example.get("tools") is not None:
-            self.tools = {name: t for name, t in box.tools.items() if name in example["tools"]}
+            schemas = tools_of_row(example["tools"], box.schemas)
+            self.tools = functions.with_own(box.tools, schemas, box.timeout)
         self._states = {}  # a tool's make -> what it made
         self._to_close = []  # all that was made, also what is used no more
         self._making = defaultdict(asyncio.Lock)  # a tool's make -> held while it runs
