@@ -16,6 +16,7 @@ from engines.chat_api import NAME
 from formats.base import too_deep
 from formats.messages import read_messages, take_images
 from run.config import UserError
+from serve.client_schemas import impossible
 from serve.web import Refused
 
 TURNS = "agent_turns"  # the key of a message under which an agent's earlier turns go to and fro
@@ -290,6 +291,9 @@ def read_tool(tool, number: int) -> dict:
         wanted = 'expected a JSON schema of an object, {"type": "object", "properties": {…}}'
         raise refused(f"{where}: its parameters are {shown(parameters)}: {wanted}", "tools")
     parameters = {"properties": {}} | parameters
+    why = impossible(parameters)
+    if why:
+        raise refused(f"{where}: no call could fit its parameters: {why}", "tools")
     described = {"name": name, "description": description, "parameters": parameters}
     return {"type": "function", "function": described}
 

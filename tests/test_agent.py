@@ -171,6 +171,10 @@ ODD = [
         "the tool_call_ids are ['c9']: expected, once each, those of ['c1']",
     ),
     (asking([*HELLO, CALLED | {"tool_calls": [{"id": 1}]}]), 400, "its tool call {'id': 1}"),
+    (asking([*HELLO, CALLED | {"tool_calls": [CALL | {"id": [1]}]}]), 400, "id of a tool call [1]"),
+    (saying("x", role="tool", tool_call_id={"a": 1}), 400, "its tool_call_id {'a': 1}: expected"),
+    (saying("x", name=["me"]), 400, "its name ['me']: expected text"),
+    (saying("x", role="x" * 3000), 400, "expected one of system, user"),
     (asking([*HELLO, CALLED | {"agent_turns": "x"}]), 400, "agent_turns belongs to a message"),
     (
         asking([*HELLO, {"role": "assistant", "content": "", "agent_turns": HELLO}, *HELLO]),
@@ -228,6 +232,8 @@ ODD = [
     (asking(tools=[tool(parameters={"type": "string"})]), 400, "expected a JSON schema"),
     (asking(tools=[tool(parameters={"properties": {"x": 5}})]), 400, "expected a JSON schema"),
     (asking(tools=[tool(parameters=DEEP_TOOL)]), 400, "too deep"),
+    (asking(tools=[tool(parameters={"required": ["x"]})]), 400, "no call could fit its parameters"),
+    (asking(tools=[tool(parameters={"properties": {"x": {"type": "x"}}})]), 400, "x.type is 'x'"),
     (asking(tools=[tool()], tool_choice={"type": "function"}), 400, "cannot be forced"),
     (asking(tools=[tool()], parallel_tool_calls=False), 400, "parallel_tool_calls = false"),
     # HTTP
