@@ -422,6 +422,20 @@ def test_a_request_that_takes_too_long_is_ended_and_so_is_its_rollout(tokenizer,
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_server_that_ends_tells_who_waits(tokenizer, is_streamed, capfd):
+    player, script = scripted_player(tokenizer)
+    with serving(player) as address:
+        answers, thread = in_background(address, WAIT | {"stream": is_streamed})
+        assert until(lambda: script.waiting == 1)
+    thread.join(PATIENCE)
+    assert answers[0].status_code == (200 if is_streamed else 503)
+    assert "the server ends: ask again when it is back" in answers[0].text
+    assert answers[0].text.endswith("data: [DONE]\n\n") or not is_streamed
+    assert script.waiting == 0
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
 def test_a_client_that_goes_away_ends_its_rollout_and_closes_its_tools(
     tokenizer, is_streamed, tmp_path
 ):
