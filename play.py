@@ -134,9 +134,16 @@ def load_config(argv: list[str], given: Config) -> train_grpo.Config:
 def play_model(cfg: train_grpo.Config, given: Config) -> Trajectory:
     """Plays and prints the first example of a config, or the question given, with its model."""
     if given.prompt:
-        question = own_question(given)
+        messages, images = own_question(given)
         with Player.for_questions(cfg) as player:
-            trajectories = player.play([player.question(*question)])
+            if images and not player.chat.sees:
+                raise UserError(f"image has no effect: {cfg.model} sees no images, drop it")
+            trajectories = player.play([player.question(messages, images)])
+        if not trajectories[0].turn_starts:
+            raise UserError(
+                f"prompt: with what stands before it, it has {len(trajectories[0].ids)} tokens, "
+                f"and max_tokens = {cfg.max_tokens} with its answer: ask a shorter one"
+            )
     else:
         with Player.of(cfg, limit=1) as player:
             trajectories = player.play(player.examples)  # of a mix, one of each source
@@ -246,6 +253,8 @@ def talk(cfg: train_grpo.Config) -> None:
             (trajectory,) = player.play([player.question(said, images)], step=asked)
             asked += 1
             show_answer(trajectory, player.chat.tokenizer, console)
+            if not trajectory.turn_starts:
+                continue  # there was no room for an answer: the question is as if it was not asked
             messages = said + to_go_on(trajectory)
             images = [picture.original for picture in trajectory.images]
 
@@ -687,6 +696,8 @@ def lengths(trajectory: Trajectory, cfg) -> str:
 def main(argv: list[str]) -> None:
     mine, others = config.split(argv, Config.__dataclass_fields__)
     given = config.parse(Config, mine, check)
+    if "--prompt=" in mine:  # as a shell writes an empty variable: a row would be played
+        raise UserError("prompt is empty: write a question, or drop it to play a row")
     if given.demonstration:
         show_demonstration(config.parse(train_sft.Config, others, train_sft.check))
     elif given.made_up:

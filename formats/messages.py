@@ -40,6 +40,7 @@ OTHER_ROLES = {
     "observation": "tool",
     "ipython": "tool",
 }
+LABELS = ("name", "tool_call_id")  # what says whose a message is
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # the same thing, by three names
 # By which other trainers say whether a message is trained: 1 or true, 0 or false.
 FLAGS = ("weight", "loss", "loss_mask", "loss_scale", "loss_weight", "train", "trainable")
@@ -89,6 +90,8 @@ def _read_message(message, column: str, is_prompt: bool) -> dict:
         elif key in KEYS[role]:
             # parquet gives every message the keys of all, with None where one has no such key
             if key not in read and value is not None:
+                if key in LABELS:
+                    _check_label(key, value)
                 read[key] = value
         elif value not in (None, "", [], {}):
             known = ", ".join(KEYS[role])
@@ -113,7 +116,7 @@ def _role(role: str) -> str:
     wanted = role.strip().lower()
     wanted = OTHER_ROLES.get(wanted, wanted)
     remedy = f": write {wanted}" if wanted in KEYS else ""
-    raise UserError(f"role {role!r}: expected one of {', '.join(KEYS)}{remedy}")
+    raise UserError(f"role {role!r:.80}: expected one of {', '.join(KEYS)}{remedy}")
 
 
 def _content(content, role: str) -> str | list[dict]:
@@ -164,6 +167,12 @@ def _check_flag(key: str, value, is_trained: bool) -> None:
     )
 
 
+def _check_label(key: str, value) -> None:
+    """Refuses a name or an id that is none: results are put in order by them."""
+    if not isinstance(value, str | int):
+        raise UserError(f"its {key} {value!r:.80}: expected text")
+
+
 def _add_thoughts(read: dict, key: str, value) -> None:
     """Sets a message's reasoning_content."""
     if value is None or value == "":
@@ -210,7 +219,8 @@ def _results_in_order(results: list[dict], calls: list[Call]) -> list[dict]:
     named = [result.get("tool_call_id") for result in results]
     if all(ids) and all(named) and len(set(ids)) == len(ids):
         if not set(named) <= set(ids) or len(set(named)) < len(named):
-            raise UserError(f"the tool_call_ids are {named}: expected, once each, those of {ids}")
+            what = f"the tool_call_ids are {named!s:.160}"
+            raise UserError(f"{what}: expected, once each, those of {ids!s:.160}")
         positions = [ids.index(id) for id in named]
     else:
         positions = _positions_by_name(results, calls)
@@ -266,7 +276,9 @@ def calls_of(message: dict) -> list[Call]:
                 f"its tool call {entry!r:.160}: its arguments are too deep, or no JSON, which has "
                 "no NaN and no Infinity; leave the row out"
             )
-        calls.append(Call(name, arguments, id=entry.get("id") or ""))
+        id = entry.get("id") or ""
+        _check_label("id of a tool call", id)
+        calls.append(Call(name, arguments, id=id))
     return calls
 
 

@@ -451,15 +451,18 @@ class Server:
             refused = error
         except UserError as error:  # of the engine, or of a tool
             refused = Refused(500, str(error))
+        except asyncio.CancelledError:  # the server ends, and waited for its requests for a while
+            refused = Refused(503, "the server ends: ask again when it is back")
         except Exception as error:  # whatever it is: who asked is told, and the server goes on
             refused = Refused(500, f"{type(error).__name__}: {error}"[:300])
         self._count(refused)
         if has_begun:
-            event = sse(error_of(refused)) + DONE
+            is_stream = scope["path"] == COMPLETIONS  # one of MCP has events of another kind
+            event = sse(error_of(refused)) + DONE if is_stream else b""
             await send({"type": "http.response.body", "body": event})
             return
         headers = []
-        if refused.status == 429:
+        if refused.status in (429, 503):
             headers = [(b"retry-after", b"1")]
         elif refused.status == 401:
             headers = [(b"www-authenticate", b"Bearer")]

@@ -171,6 +171,10 @@ ODD = [
         "the tool_call_ids are ['c9']: expected, once each, those of ['c1']",
     ),
     (asking([*HELLO, CALLED | {"tool_calls": [{"id": 1}]}]), 400, "its tool call {'id': 1}"),
+    (asking([*HELLO, CALLED | {"tool_calls": [CALL | {"id": [1]}]}]), 400, "id of a tool call [1]"),
+    (saying("x", role="tool", tool_call_id={"a": 1}), 400, "its tool_call_id {'a': 1}: expected"),
+    (saying("x", name=["me"]), 400, "its name ['me']: expected text"),
+    (saying("x", role="x" * 3000), 400, "expected one of system, user"),
     (asking([*HELLO, CALLED | {"agent_turns": "x"}]), 400, "agent_turns belongs to a message"),
     (
         asking([*HELLO, {"role": "assistant", "content": "", "agent_turns": HELLO}, *HELLO]),
@@ -228,6 +232,8 @@ ODD = [
     (asking(tools=[tool(parameters={"type": "string"})]), 400, "expected a JSON schema"),
     (asking(tools=[tool(parameters={"properties": {"x": 5}})]), 400, "expected a JSON schema"),
     (asking(tools=[tool(parameters=DEEP_TOOL)]), 400, "too deep"),
+    (asking(tools=[tool(parameters={"required": ["x"]})]), 400, "no call could fit its parameters"),
+    (asking(tools=[tool(parameters={"properties": {"x": {"type": "x"}}})]), 400, "x.type is 'x'"),
     (asking(tools=[tool()], tool_choice={"type": "function"}), 400, "cannot be forced"),
     (asking(tools=[tool()], parallel_tool_calls=False), 400, "parallel_tool_calls = false"),
     # HTTP
@@ -413,6 +419,20 @@ def test_a_request_that_takes_too_long_is_ended_and_so_is_its_rollout(tokenizer,
         assert answer.text.endswith("data: [DONE]\n\n") or not is_streamed
         assert until(lambda: script.waiting == 0)
         assert health(address)["failed"] == 1 and health(address)["playing"] == 0
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_server_that_ends_tells_who_waits(tokenizer, is_streamed, capfd):
+    player, script = scripted_player(tokenizer)
+    with serving(player) as address:
+        answers, thread = in_background(address, WAIT | {"stream": is_streamed})
+        assert until(lambda: script.waiting == 1)
+    thread.join(PATIENCE)
+    assert answers[0].status_code == (200 if is_streamed else 503)
+    assert "the server ends: ask again when it is back" in answers[0].text
+    assert answers[0].text.endswith("data: [DONE]\n\n") or not is_streamed
+    assert script.waiting == 0
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])

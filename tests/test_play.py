@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from agents import Script
+from PIL import Image
 
 import evaluate
 import play
@@ -115,6 +116,13 @@ def test_a_talk_whose_turns_ran_out_can_go_on(script, monkeypatch, capsys):
     assert script.prompts[1].endswith("user\nsay hello<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_a_question_without_room_for_an_answer_is_as_if_it_was_not_asked(script, monkeypatch):
+    typed(monkeypatch, b"say hello\n" + b"x " * 3000 + b"\nsay bye")
+    play.main(["--run=run", "--chat=true"])
+    assert len(script.prompts) == 2
+    assert "user\nQ: say hello<|im_end|>" in script.prompts[1] and "x x" not in script.prompts[1]
+
+
 def test_a_question_of_your_own_is_asked_as_the_runs_rows_are(script, capsys):
     play.main(["--run=run", "--prompt=sum 2 3"])
     printed = capsys.readouterr().out
@@ -144,9 +152,13 @@ def test_a_group_shows_what_each_earned_and_its_advantage(script, capsys):
         (["--run=run", "--made_up=true"], "run has no effect with made_up"),
         (["--run=run", "--group=2", "--temperature=0"], "would be all alike"),
         (["--run=nothing"], "run = 'nothing': no config.py in it"),
+        (["--run=run", "--prompt="], "prompt is empty: write a question"),
+        (["--run=run", f"--prompt={'x ' * 3000}"], "tokens, and max_tokens = 2048 with its answer"),
+        (["--run=run", "--prompt=x", "--image=dot.png"], "run sees no images, drop it"),
     ],
 )
 def test_what_has_no_effect_is_refused(script, arguments, says):
+    Image.new("RGB", (8, 8)).save("dot.png")
     with pytest.raises(UserError, match=says):
         play.main(arguments)
 

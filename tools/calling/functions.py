@@ -14,7 +14,7 @@ from engines.chat_api import NAME
 from formats.base import too_deep
 from run.config import UserError
 from tools.calling.base import TURN, Tool
-from tools.calling.schema import impossible
+from tools.calling.possible import impossible
 
 FORM = '{"type": "function", "function": {"name": …, "parameters": …}}'
 NO_PARAMETERS = {"type": "object", "properties": {}}
@@ -61,9 +61,15 @@ def read_function(tool) -> dict:
     parameters = function.get("parameters") or NO_PARAMETERS
     if too_deep(parameters):
         raise UserError(f"its function {name}: its parameters are deeper than 100 levels")
+    is_object = isinstance(parameters, dict) and parameters.get("type", "object") == "object"
+    if not is_object:
+        raise UserError(
+            f"its function {name}: its parameters are {parameters!r:.80}: expected a JSON schema "
+            'of an object, {"type": "object", "properties": {…}}'
+        )
     problem = impossible(parameters)
     if problem:
-        raise UserError(f"its function {name}: {problem}")
+        raise UserError(f"its function {name}: no call could fit its parameters: {problem}")
     parameters = NO_PARAMETERS | parameters
     described = {"name": name, "description": description, "parameters": parameters}
     return {"type": "function", "function": described}
