@@ -103,7 +103,7 @@ def test_real_rows_are_played_too(name, retriever, capsys):
 def test_a_suite_of_models_is_played_and_each_right_answer_is_rewarded(
     name, retriever, monkeypatch, capsys
 ):
-    """AIME 24 and 25, MATH-500, GSM8K, HumanEval, MBPP, NQ, HotpotQA, Spider, ChartQA."""
+    """AIME 24 and 25, MATH-500, GSM8K, HumanEval, MBPP, NQ, HotpotQA, Spider, BFCL, ChartQA."""
     played = []
 
     def noted(script, argv):
@@ -118,7 +118,7 @@ def test_a_suite_of_models_is_played_and_each_right_answer_is_rewarded(
     said = capsys.readouterr().out
     assert [t.outcome for t in played] == [1.0] * len(played), said
     assert all(call.error is None for t in played for call in t.calls), said
-    assert len(played) == {"benchmarks.py": 9, "charts.py": 3, "tiny.py": 3}[name]
+    assert len(played) == {"benchmarks.py": 11, "charts.py": 3, "tiny.py": 3}[name]
 
 
 @pytest.mark.parametrize("name", [name for name in SUITES if name not in OF_MODELS])
