@@ -334,7 +334,7 @@ async def play_api_turn(
             for tool_call, call in zip(reply.tool_calls, calls, strict=True)
         ]
     trajectory.messages.append(message)
-    trajectory.stop = stop_before_calls(trajectory, calls, reply.was_cut, toolbox, settings)
+    trajectory.stop = stop_before_calls(trajectory, calls, reply.was_cut, session, settings)
     is_full = reply.all_tokens >= settings.max_tokens
     if trajectory.stop == "answered" and is_full and toolbox.has_user:
         trajectory.stop = "length"  # no room for the user of an environment

@@ -252,6 +252,8 @@ def format(trajectory, example):
         return float(len(answers) == 1)
     # given to a tool, once: what the text says beside must be the same
     finishing = [call for call in trajectory.calls if call.ends]
+    if any(trajectory.is_own(call) for call in finishing):  # of which all calls are the answer
+        return 1.0
     if len(finishing) > 1:
         return 0.0
     answered = words(answer(trajectory, example))

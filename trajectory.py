@@ -158,6 +158,11 @@ class Trajectory:
         """What says right or wrong: the first of its rewards; None where that graded nothing."""
         return next(iter(self.rewards.values()), None)
 
+    def is_own(self, call: ToolCall) -> bool:
+        """Says whether a call is of a function that its row brought along, which nobody runs."""
+        own = [tool for tool in self.example.get("tools") or () if isinstance(tool, dict)]
+        return any(tool["function"]["name"] == call.name for tool in own)
+
     @property
     def new_tokens(self) -> int:
         """How many tokens the policy sampled."""
@@ -399,7 +404,7 @@ def stats(trajectories: list[Trajectory]) -> dict:
     # calls
     calls = [call for t in trajectories for call in t.calls]
     errors = Counter(call.error for call in calls if call.error)
-    callers = [any(not call.ends for call in t.calls) for t in trajectories]
+    callers = [any(not call.ends or t.is_own(call) for call in t.calls) for t in trajectories]
     empty = [not call.result or "(no output" in call.result for call in calls]
     metrics["tool_call_rate"] = mean(callers)
     metrics["tool_calls"] = len(calls) / count
@@ -408,7 +413,8 @@ def stats(trajectories: list[Trajectory]) -> dict:
     for kind, number in sorted(errors.items()):
         metrics[f"tool_errors_{kind}"] = number
     metrics["tool_seconds"] = mean([call.seconds for call in calls])
-    metrics |= stats_by_tool(calls)
+    # each row has other functions of its own: of these, no counts by name
+    metrics |= stats_by_tool([call for t in trajectories for call in t.calls if not t.is_own(call)])
 
     # lengths and ends
     metrics["turns"] = mean([len(t.turn_starts) for t in trajectories])

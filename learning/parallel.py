@@ -46,6 +46,8 @@ LOST = 75  # exit code of a rank whose peers are gone: they know why
 PATIENCE = 30.0  # seconds that the others have to save and end, when one has failed
 BUCKET = 2**26  # numbers that are summed at once: 256 MiB of float32
 PIPE = "NANOTOOL_PIPE"  # a pipe that ends when the launcher does
+OF_A_RANK = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # beside RANK
+PER_CORE = 4  # processes of one machine, where it has no GPU
 
 
 @dataclass
@@ -72,6 +74,10 @@ def check(kind: str, gpus: int, optimizer: str, offload: bool) -> None:
         raise UserError(f"gpus = {gpus}: expected at least 1")
     if kind == "none" and gpus > 1:
         raise UserError(f"gpus = {gpus} with parallel=none: use --parallel=ddp, fsdp or deepspeed")
+    if gpus > 1 and "RANK" in os.environ and PIPE not in os.environ:
+        raise UserError(
+            f"gpus = {gpus} beside torchrun, whose --nproc-per-node says how many: give --gpus=1"
+        )
     if kind != "none" and gpus == 1 and "RANK" not in os.environ:
         raise UserError(f"parallel = {kind!r} in one process: give --gpus=8, or use torchrun")
     if offload and kind != "fsdp":
@@ -102,6 +108,9 @@ def started(kind: str):
         raise UserError(
             f"parallel = {kind!r} in one process: the scripts start several (--gpus=8), or torchrun"
         )
+    missing = [name for name in OF_A_RANK if name not in os.environ]
+    if missing:
+        raise UserError(f"RANK is set, {', '.join(missing)} not: unset it, or start by torchrun")
     _end_with_the_launcher()
     _see_one_gpu(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -169,6 +178,9 @@ def launch(count: int) -> None:
     if torch.cuda.is_available() and torch.cuda.device_count() < count:
         there = torch.cuda.device_count()
         raise UserError(f"gpus = {count}: this machine has {there}, so give --gpus={there} or less")
+    most = PER_CORE * (os.cpu_count() or 1)
+    if not torch.cuda.is_available() and count > most:
+        raise UserError(f"gpus = {count}: without a GPU at most {most} here, {PER_CORE} a core")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ from safetensors.torch import load_file
 from test_resume import (  # fixtures are found by their names
     EVERY_RUN,
     HANGS,
+    LOOK,
     UPDATES,
     assert_same,
     command,
@@ -51,6 +53,7 @@ FAR = 2e-6  # how far weights may be from those of one process: they are sums in
 BUDGET = {"token_budget": 60}  # small, so that there are more micro-batches than ranks
 SHORT = {"steps": 5, "save_every": 0}  # where nothing is killed; each checkpoint takes its time
 KINDS = ["ddp", "fsdp", "deepspeed"]
+WITHOUT_HELD_OUT = {"eval_every": 0, "eval_data": "", "eval_rows": 128}
 ADAMW = {"optimizer": "adamw", "learning_rate": 1e-3, "save_every": 0}
 # of roundings alone: rows are sampled and learnt from beside other ones
 NOISE = {"sampler_logprob_diff", "sampler_logprob_diff_p95", "sampler_logprob_diff_max"}
@@ -110,7 +113,7 @@ def begin(nursery, place):
     def start(name, size, kind, out_dir, point="", call=1, rank=0, every_rank=False, **options):
         cfg = configured(name, out_dir, resume=True, **BUDGET | options)
         if size > 1:
-            cfg = replace(cfg, parallel=kind, gpus=size)
+            cfg = replace(cfg, parallel=kind)
         config.save(cfg, f"{place}/{out_dir}.py")
         argv = ["--config", f"{place}/{out_dir}.py"]
         (place / "log").unlink(missing_ok=True)
@@ -451,8 +454,7 @@ def test_a_reward_that_raises_on_one_rank_ends_all_and_what_was_learnt_is_saved(
         "        raise KeyError('unit')\n    return float(sum(trajectory.ids) % 3 == 0)\n"
     )
     (place / "broken.py").write_text(broken)
-    options = {"rewards": ("broken.py:coin",), "save_every": 0, "eval_every": 0}
-    options |= {"eval_data": "", "eval_rows": 128}
+    options = {"rewards": ("broken.py:coin",), "save_every": 0} | WITHOUT_HELD_OUT
     out_dir = f"raises-{kind}"
     codes, said = ranks("grpo", 2, kind, out_dir, **options)
     assert 0 not in codes
@@ -461,6 +463,47 @@ def test_a_reward_that_raises_on_one_rank_ends_all_and_what_was_learnt_is_saved(
     steps = len(lines(place / out_dir / "metrics.jsonl"))
     assert steps >= 1
     assert saved.name == f"step-{steps:06d}"
+
+
+BROKEN_LOOK = LOOK.replace(
+    "        picture = self",
+    "        if os.environ['RANK'] == '1' and os.path.getsize(METRICS):\n"
+    "            raise ERROR('the lens is dirty')\n"
+    "        picture = self",
+)
+
+
+def with_broken_look(place, out_dir: str, error: str) -> dict:
+    """Options of a run whose tool raises, on rank 1 and behind the first step."""
+    file = f"{error}_{out_dir.replace('-', '_')}.py"
+    head = f"import os\n\nfrom run.config import UserError\n\nERROR = {error}\n"
+    (place / file).write_text(f"{head}METRICS = '{out_dir}/metrics.jsonl'\n{BROKEN_LOOK}")
+    options = {"tools": (f"{file}:look",), "token_budget": 400}
+    return options | {"steps": 3, "save_every": 0} | WITHOUT_HELD_OUT
+
+
+def test_a_tool_that_raises_on_one_rank_tells_the_model_so(ranks, pictures):
+    """As with one process: that is an observation, and the run goes on."""
+    options = with_broken_look(pictures, "tool-raises", "ValueError")
+    codes, said = ranks("grpo_images", 2, "ddp", "tool-raises", **options)
+    assert codes == [0, 0], said
+    metrics = lines(pictures / "tool-raises" / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [0, 1, 2]
+    errors = [row.get("tool_errors_exception", 0) for row in metrics]
+    # not every row has an image to look at, so in one step rank 1 may call nothing
+    assert errors[0] == 0 and sum(errors) > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tool_that_says_the_run_is_wrong_ends_all_ranks(ranks, pictures, kind):
+    """A UserError of a tool is one of the run's configuration, whichever rank meets it."""
+    out_dir = f"tool-ends-{kind}"
+    options = with_broken_look(pictures, out_dir, "UserError")
+    codes, said = ranks("grpo_images", 2, kind, out_dir, **options)
+    assert codes == [2, 2], said
+    assert errors_in(said) == {"error: rank 1: the lens is dirty", "error: the lens is dirty"}
+    (saved,) = (pictures / out_dir / "checkpoints").iterdir()
+    assert saved.name == f"step-{len(lines(pictures / out_dir / 'metrics.jsonl')):06d}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -515,13 +558,6 @@ def test_ranks_that_are_told_to_stop_stop_at_the_same_step(begin, ranks, alone, 
 # -- --gpus=N
 
 
-def launch(place, out_dir, **options):
-    """A process that a user starts: two ranks of it, by --gpus=2."""
-    cfg = configured("grpo", out_dir, parallel="ddp", gpus=2, **BUDGET | options)
-    config.save(cfg, f"{place}/{out_dir}.py")
-    return started(place, str(config.HERE / "train_grpo.py"), "--config", f"{out_dir}.py")
-
-
 # What a launcher sees of a script, without the seconds in which three of them import it.
 RANK = """
 import sys
@@ -529,16 +565,22 @@ import time
 
 sys.path.insert(0, sys.argv[1])
 from learning import parallel
+from run import config
 
-if parallel.must_launch(2):
-    parallel.launch(2)
-with parallel.started("ddp"):
-    while True:
-        parallel.total({"steps": 1})
-        if parallel.is_first():
-            with open(sys.argv[2], "a") as file:
-                print("one more", file=file)
-        time.sleep(0.01)
+
+def train(_):
+    if parallel.must_launch(2):
+        parallel.launch(2)
+    with parallel.started("ddp"):
+        while True:
+            parallel.total({"steps": 1})
+            if parallel.is_first():
+                with open(sys.argv[2], "a") as file:
+                    print("one more", file=file)
+            time.sleep(0.01)
+
+
+config.main(train)
 """
 
 
@@ -556,6 +598,7 @@ def started(place, *command):
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        start_new_session=True,  # or Ctrl-C would be these tests' too
         text=True,
     )
 
@@ -620,21 +663,135 @@ def test_a_launcher_that_is_killed_leaves_nobody(launched, place):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc here")
-def test_ctrl_c_saves_on_all_ranks(launched, ranks, place):
-    """By the command line of a user, each rank an interpreter of its own."""
-    process = launched(launch, "interrupted", steps=100_000, save_every=0)
-    assert until(lambda: has_lines(place / "interrupted" / "metrics.jsonl", 1), HANGS)
+def test_ctrl_c_is_passed_on_to_all_ranks(launched, place):
+    """By a command line, each rank an interpreter of its own."""
+    process = launched(launch_ranks, "interrupted")
+    assert until(lambda: has_lines(place / "interrupted", 2) or process.poll(), HANGS)
+    assert process.poll() is None, process.stdout.read()
     children = children_of(process.pid)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=HANGS)
-    assert process.returncode == 128 + signal.SIGINT, said
-    assert re.search(r"stopped after \d+ of 100000 steps; go on with ", said)
-    assert "Traceback" not in said
-    assert not any(is_there(pid) for pid in children)
-    steps = len(lines(place / "interrupted" / "metrics.jsonl"))
-    (saved,) = (place / "interrupted" / "checkpoints").iterdir()
-    assert saved.name == f"step-{steps:06d}"
-    codes, said = ranks("grpo", 2, "ddp", "interrupted", steps=steps + 3, save_every=0)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said and said.count("interrupted") == 1, said
+    assert len(children) == 2 and not any(is_there(pid) for pid in children)
+
+
+class Forked:
+    """Stands for subprocess.Popen in a launcher: its ranks are forked from it, which has imported
+    everything, and are not interpreters that take seconds to do so."""
+
+    def __init__(self, command, env, pass_fds, stdout, stderr, start_new_session):
+        assert start_new_session
+        self.returncode = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                as_launched(env, *pass_fds, stdout, stderr)
+                code = 0
+            except SystemExit as end:
+                code = end.code
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+
+    def poll(self):
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def as_launched(environment, pipe, stdout, stderr) -> None:
+    """What an interpreter does that a launcher starts: the same script once more, as a rank."""
+    os.setsid()
+    if stdout == subprocess.DEVNULL:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if stderr is not None:
+        os.dup2(stderr.fileno(), 2)
+    os.closerange(3, pipe)  # the launcher's end of the pipe among them
+    os.closerange(pipe + 1, 1024)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def as_launcher(script, argv, folder) -> None:
+    """What a user starts with --gpus=2, in a process group of its own, as a shell's are."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.pop("RANK", None)
+    parallel.subprocess = SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL)
+    command(script, argv, folder, "", 1)
+
+
+@pytest.fixture
+def launch_forked(nursery, place):
+    """launch_forked(kind, out_dir): a launcher that is running, with two ranks for very long."""
+    launchers = []
+
+    def start(kind, out_dir, **options):
+        cfg = configured("grpo", out_dir, resume=True, parallel=kind, gpus=2, **BUDGET | options)
+        config.save(cfg, f"{place}/{out_dir}.py")
+        (place / "log").unlink(missing_ok=True)
+        arguments = ("train_grpo", ["--config", f"{out_dir}.py"], str(place))
+        launcher = nursery.Process(target=as_launcher, args=arguments)
+        launcher.start()
+        launchers.append(launcher)
+        return launcher
+
+    yield start
+    for launcher in launchers:  # where a test failed; its ranks end with it
+        launcher.kill()
+        launcher.join()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc here")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_launched_run_survives_a_killed_rank_and_ctrl_c_saves_on_all_ranks(
+    launch_forked, ranks, place, kind
+):
+    out_dir = f"launched-{kind}"
+    metrics = place / out_dir / "metrics.jsonl"
+    options = {"steps": 100_000, "save_every": 2}
+
+    # 1. a rank is killed: it is named, nobody is left
+    launcher = launch_forked(kind, out_dir, **options)
+    assert until(lambda: has_lines(metrics, 3) or not launcher.is_alive(), HANGS)
+    children = children_of(launcher.pid)
+    os.kill(children[1], signal.SIGKILL)
+    launcher.join(HANGS)
+    said = (place / "log").read_text()
+    assert launcher.exitcode == 128 + signal.SIGKILL, said
+    assert errors_in(said) == {"error: rank 1 of 2 was ended by SIGKILL; the others are ended"}
+    assert len(children) == 2 and not any(is_there(pid) for pid in children)
+
+    # 2. it goes on from its last checkpoint; Ctrl-C reaches the whole group of the launcher
+    done = len(lines(metrics))
+    launcher = launch_forked(kind, out_dir, **options)
+    assert until(lambda: has_lines(metrics, done + 2) or not launcher.is_alive(), HANGS)
+    children = children_of(launcher.pid)
+    os.killpg(launcher.pid, signal.SIGINT)
+    launcher.join(HANGS)
+    said = (place / "log").read_text()
+    assert launcher.exitcode == 128 + signal.SIGINT, said
+    assert re.search(r"stopped after \d+ of 100000 steps; go on with ", said), said
+    assert "Traceback" not in said and "going on with step" in said
+    assert len(children) == 2 and not any(is_there(pid) for pid in children)
+    steps = len(lines(metrics))
+    saved = max(path.name for path in (place / out_dir / "checkpoints").iterdir())
+    assert saved == f"step-{steps:06d}"
+
+    # 3. and from what Ctrl-C has saved
+    codes, said = ranks("grpo", 2, kind, out_dir, steps=steps + 1, save_every=0)
     assert codes == [0, 0] and f"going on with step {steps}" in said, said
 
 
@@ -676,6 +833,31 @@ def test_deepspeed_that_is_not_installed_is_said_at_once(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'needs deepspeed: pip install -e "\.\[deepspeed\]"$'):
         parallel.check("deepspeed", 2, "adamw", False)
+
+
+def test_gpus_beside_torchrun_are_refused(monkeypatch):
+    """Else it would say eight, and two would run."""
+    monkeypatch.setenv("RANK", "0")
+    parallel.check("ddp", 1, "adamw", False)
+    with pytest.raises(UserError, match="gpus = 8 beside torchrun, .*: give --gpus=1$"):
+        parallel.check("ddp", 8, "adamw", False)
+    monkeypatch.setenv(parallel.PIPE, "3")  # a rank of our own launcher has the same command line
+    parallel.check("ddp", 8, "adamw", False)
+
+
+def test_a_rank_that_lacks_what_torchrun_sets_is_told(monkeypatch):
+    for name in parallel.OF_A_RANK:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="^RANK is set, LOCAL_RANK, WORLD_SIZE, .* not: unset it"):
+        with parallel.started("ddp"):
+            pass
+
+
+def test_far_more_processes_than_cores_are_not_started(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"^gpus = 100000: without a GPU at most \d+ here"):
+        parallel.launch(100_000)
 
 
 def test_a_notebook_is_told_who_starts_the_processes(monkeypatch):

@@ -251,9 +251,11 @@ def lay_in_wait(point: str, call: int) -> None:
 def nursery():
     """Where processes are forked from: it has imported everything, and made no thread."""
     context = multiprocessing.get_context("forkserver")
-    modules = ["train_grpo", "train_sft", "peft", "transformers.models.qwen3.modeling_qwen3"]
+    modules = ["light", "train_grpo", "train_sft", "peft"]
+    modules += ["transformers.models.qwen3.modeling_qwen3"]
     modules += ["transformers.models.qwen3_vl.modeling_qwen3_vl"]
-    modules += ["deepspeed", "torch.distributed.fsdp", "jinja2.sandbox"]
+    modules += ["deepspeed", "deepspeed.ops.op_builder.all_ops", "torch.distributed.fsdp"]
+    modules += ["deepspeed.module_inject.auto_ep_layer", "jinja2.sandbox", "rich.console"]
     context.set_forkserver_preload([*modules, Path(__file__).stem, "nursery"])
     paths = [str(config.HERE), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     with pytest.MonkeyPatch.context() as patch:
