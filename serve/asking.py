@@ -7,6 +7,7 @@ a question costs tenths of a second and not the seconds of that import.
 """
 
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import os
@@ -14,20 +15,25 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from multiprocessing import forkserver
+
+import psutil
 
 from run import config
 from trajectory import escaped
 
 AT_ONCE = 3  # questions; others wait
 MOST_SAID = 20_000  # characters of what a question printed
+SET_CHILD_SUBREAPER = 36  # of prctl: who loses its parent becomes a child of ours
 free = threading.BoundedSemaphore(AT_ONCE)
 context = multiprocessing.get_context("forkserver")
 
 
 def prepare() -> None:
     """Starts the process that imports torch. It goes with this one."""
-    context.set_forkserver_preload(["serve.questions", "serve.page"])
+    # not serve.page: each new process runs that as its main module, and would be warned
+    context.set_forkserver_preload(["serve.questions", "serve.views", "serve.guard"])
     # the fork server looks for modules where python does: it is not told our path
     before = os.environ.get("PYTHONPATH")
     paths = [str(config.HERE), *([before] if before else [])]
@@ -70,9 +76,7 @@ def _ask(name: str, arguments: dict, seconds: float, said) -> dict:
             with contextlib.suppress(EOFError):  # it ended
                 answer = json.loads(near.recv_bytes())
     finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)  # with whatever it started
-        process.kill()
+        end_all(process.pid)
         process.join()
         near.close()
     if is_late:
@@ -82,9 +86,23 @@ def _ask(name: str, arguments: dict, seconds: float, said) -> dict:
     return answer
 
 
+def end_all(pid: int) -> None:
+    """Ends a process with whatever it started, what has made a session of its own too."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        process.suspend()  # it starts no more
+        for inner in process.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                inner.kill()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
 def _answer(connection, printed, folder: str, name: str, arguments: dict) -> None:
     """In the new process."""
     os.setsid()  # it ends with all that it starts
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     os.chdir(folder)
     descriptor = printed.detach()
     for number in (1, 2):
@@ -98,4 +116,5 @@ def _answer(connection, printed, folder: str, name: str, arguments: dict) -> Non
     sys.stdout.flush()
     connection.send_bytes(json.dumps(answer, default=str).encode())
     connection.close()
+    time.sleep(5)  # who asked ends it, while what it started can be found
     os._exit(0)  # threads of tools need not be waited for

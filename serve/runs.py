@@ -78,7 +78,7 @@ def below(root: Path, name: str, key: str = "out_dir") -> Path:
     is_inside = False
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         inside = folder.resolve().relative_to(root.resolve())
-        is_inside = 1 <= len(inside.parts) <= DEPTH
+        is_inside = 1 <= len(inside.parts) <= DEPTH and not any(map(is_hidden, inside.parts))
     if not is_inside or ".." in folder.parts:
         raise UserError(
             f"{key} = {name!r}: this page shows the runs below {root}: give --{key}={root}/a_name"
@@ -87,10 +87,13 @@ def below(root: Path, name: str, key: str = "out_dir") -> Path:
 
 
 def leads_out(root: Path, folder: Path) -> bool:
-    """Says whether a file of a run is a link to something that is not below root."""
+    """Says whether a file of a run is a link to something that is not below root, or is no file:
+    who opens a pipe waits for ever."""
     for name in (*FILES, "images"):
         file = folder / name
         if file.is_symlink() and not file.resolve().is_relative_to(root.resolve()):
+            return True
+        if name in FILES and file.exists() and not file.is_file():
             return True
     return False
 
@@ -101,13 +104,18 @@ def found(root: Path) -> list[Path]:
     for place, inner, files in os.walk(root):
         folder = Path(place)
         depth = len(folder.relative_to(root).parts)
-        inner[:] = [name for name in inner if name not in INNER and not name.startswith(".")]
+        inner[:] = [name for name in inner if not is_hidden(name)]
         if depth == DEPTH:
             inner.clear()
         if depth and is_run(files) and not leads_out(root, folder):
             folders.append(folder)
     folders.sort(key=changed, reverse=True)
     return folders[:MOST]
+
+
+def is_hidden(name: str) -> bool:
+    """Says whether runs are not looked for in a folder of this name."""
+    return name in INNER or name.startswith(".")
 
 
 def is_run(files: list[str]) -> bool:
@@ -256,13 +264,32 @@ def newest_checkpoint(folder: Path) -> int:
 
 
 def is_finished(folder: Path) -> bool:
-    """Says whether a training wrote its model, behind its last checkpoint."""
+    """Says whether a training wrote its model, that of its last checkpoint."""
     models = [folder / "config.json", folder / "adapter_config.json"]
     there = [path.stat().st_mtime_ns for path in models if path.is_file()]
     if not there:
         return False
     checkpoint = folder / "checkpoints" / f"step-{newest_checkpoint(folder):06d}"
-    return not checkpoint.exists() or max(there) >= checkpoint.stat().st_mtime_ns
+    if not checkpoint.exists() or max(there) >= checkpoint.stat().st_mtime_ns:
+        return True
+    return has_weights_of(folder, checkpoint)  # of a run that was copied, times say nothing
+
+
+def has_weights_of(folder: Path, checkpoint: Path) -> bool:
+    """Says whether the model of a run is that of a checkpoint, as far as some bytes of both say."""
+    files = list(checkpoint.glob("*.safetensors"))
+    return bool(files) and all(sample_of(folder / file.name) == sample_of(file) for file in files)
+
+
+def sample_of(path: Path) -> list:
+    """The size of a file, and bytes from all over it; [] if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            places = [size * part // 16 for part in range(16)]
+            return [size, *(os.pread(file.fileno(), 4096, place) for place in places)]
+    except OSError:
+        return []
 
 
 def said_steps(folder: Path) -> int | None:

@@ -282,6 +282,8 @@ class Views:
 
     def ask(self, question: str, asked: dict) -> dict:
         arguments = {"script": script_of(asked), "argv": self.argv(asked)}
+        if question != "form" and arguments["script"] == "evaluate.py":
+            raise UserError(f"{question}: expected a script that trains")
         return asking.ask(question, arguments, SECONDS[question])
 
     def argv(self, asked: dict) -> list[str]:

@@ -229,6 +229,42 @@ def test_a_run_is_started_below_the_folder_alone(served, tmp_path):
     assert not (ROOT / "x").exists()
 
 
+@pytest.mark.parametrize("name", [".aside", "checkpoints", "a/images", "a/.b/c"])
+def test_a_run_is_not_started_where_none_is_looked_for(tmp_path, name):
+    with pytest.raises(UserError, match="this page shows the runs below"):
+        runs.below(tmp_path, f"{tmp_path}/{name}")
+
+
+def test_what_a_question_has_started_ends_with_it(served, tmp_path):
+    """Also what made a session of its own, and whose parent is gone."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import os, time\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        "    if os.fork():\n"
+        "        os._exit(0)\n"
+        f"    open({str(tmp_path / 'pid')!r}, 'w').write(f'{{os.getpid()}}\\n')\n"
+        "    time.sleep(600)\n"
+        "    os._exit(0)\n"
+        "os.wait()\n"
+        f"while not os.path.exists({str(tmp_path / 'pid')!r}):\n"
+        "    time.sleep(0.01)\n"
+        "def look(x: str) -> str:\n    'Looks.\\n\\n    Args:\\n        x: where\\n    '\n"
+    )
+    answer = served.act("tools", names=[f"{file}:look"])
+    assert [tool["name"] for tool in answer["tools"]] == ["look"]
+    assert until((tmp_path / "pid").read_text)
+    pid = int((tmp_path / "pid").read_text())
+    assert until(lambda: not runs.beginning_of(pid))
+    assert "RuntimeWarning" not in served.said.read_text()
+
+
+@pytest.mark.parametrize("question", ["rows", "made_up"])
+def test_only_a_training_is_asked_for_its_rows(served, question):
+    assert "a script that trains" in served.act(question, script="evaluate.py")["error"]
+
+
 def test_a_config_that_ends_or_hangs_the_check_harms_nothing(served):
     evil = served.out / "evil"
     evil.mkdir(parents=True)
@@ -273,6 +309,33 @@ def test_torn_and_foreign_files_are_read_as_far_as_they_are_whole(served):
     (served.out / os.fsdecode(b"half\xff") / "eval.json").write_text("{}")
     names = {run["name"] for run in served.read("runs")["runs"]}
     assert {"torn", "foreign", "deep"} <= names
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_opened(served):
+    pipes = served.out / "pipes"
+    pipes.mkdir()
+    (pipes / "eval.json").write_text("{}")
+    os.mkfifo(pipes / "metrics.jsonl")
+    assert "pipes" not in {run["name"] for run in served.read("runs")["runs"]}
+    assert "no run" in served.read("run", run="pipes")["error"]
+
+
+def test_a_run_that_ended_and_was_copied_has_ended(tmp_path):
+    """Times of a copy say nothing: its model is that of its last checkpoint, or an older one."""
+    run = tmp_path / "run"
+    inner = run / "checkpoints" / "step-000002"
+    inner.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 0, "loss": 1}\n{"step": 1, "loss": 1}\n')
+    (run / "config.py").write_text("steps = 2\ngroup_size = 8\n")
+    for folder in (run, inner):
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(bytes(range(256)) * 400)
+    os.utime(run / "config.json", (1, 1))
+    assert runs.state_of(tmp_path, run)["status"] == "ended"
+    weights = bytearray((run / "model.safetensors").read_bytes())
+    weights[51_200] += 1
+    (run / "model.safetensors").write_bytes(weights)
+    assert runs.state_of(tmp_path, run)["status"] == "stopped"
 
 
 def test_a_rollout_that_is_appended_or_replaced_is_seen(tmp_path):
