@@ -78,7 +78,7 @@ def test_a_call_ends_the_rollout_with_its_turn_and_an_exact_mask(tokenizer):
     assert [(c.name, c.arguments, c.error, c.ends) for c in t.calls] == [
         ("lamp", {"room": "hall", "on": True}, None, True)
     ]
-    assert json.loads(t.answer) == [{"lamp": {"room": "hall", "on": True}}]
+    assert json.loads(t.answer) == {"lamp": {"room": "hall", "on": True}}
     assert not box.errors
     prompt = prompt_of(t, tokenizer)
     assert json.dumps(WEATHER) in prompt and json.dumps(LAMP) in prompt
@@ -89,7 +89,7 @@ def test_all_calls_of_the_turn_are_recorded_and_no_turn_follows(tokenizer):
     (t,), _ = played(tokenizer, [BASEL + "\n" + BERN + STOP], row)
     assert [c.arguments["city"] for c in t.calls] == ["Basel", "Bern"]
     assert (t.stop, t.reward, len(t.turn_starts)) == ("answered", 1.0, 1)
-    assert len(json.loads(t.answer)) == 2
+    assert t.answer == '{"weather": {"city": "Basel"}}\n{"weather": {"city": "Bern"}}'
 
 
 def test_a_call_that_does_not_fit_is_told_and_may_be_made_again(tokenizer):
