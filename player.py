@@ -456,6 +456,7 @@ def prepare_task(cfg, limit: int | None = None) -> tuple[Toolbox, dict, list[dic
     reward_functions.check_environments(toolbox, rewards)
     examples = load_examples(cfg, cfg.data, cfg.split, limit or cfg.limit, cfg.seed)
     data.check_names(examples, list(toolbox.tools), list(rewards))
+    reward_functions.check_rows(rewards, examples)
     return toolbox, rewards, examples
 
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from grading.answers import answer, last_turn, places, words
 from grading.answers import f1 as f1_of
-from grading.calls import call_match
+from grading.calls import call_match, check_row
 from grading.equality import NotCompared, equal
 from grading.gym import gym
 from grading.judge import judge
@@ -469,6 +469,20 @@ def check_environments(toolbox, selected: dict) -> None:
     if turn_results in asked and not may_carry:
         why = "no tool is of an environment, or says that it returns one: def tool(…) -> Result"
         raise UserError(f"reward turn_results has no effect: {why}")
+
+
+def check_rows(selected: dict, examples: list[dict]) -> None:
+    """Checks, before anything is played, that rows say which calls are right, where a reward of
+    theirs compares calls. selected: of `select`. UserError, with the row."""
+    for example in examples:
+        for reward, _ in for_row(selected, example).values():
+            function = reward.function
+            options = {}
+            if isinstance(function, functools.partial):
+                options = function.keywords
+                function = function.func
+            if function is call_match:
+                check_row(example, **options)
 
 
 def refuse_unasked(trajectory, selected: dict) -> None:

@@ -457,10 +457,11 @@ async def run_calls(
         add_up(trajectory.metrics, measured)
 
     # did one of them end the episode?
-    for tool_call, _, _ in done:
-        if tool_call.ends:
-            trajectory.stop = "answered"
-            trajectory.answer = tool_call.result
+    ending = [tool_call for tool_call, _, _ in done if tool_call.ends]
+    if ending:
+        trajectory.stop = "answered"
+        own = [tool_call.result for tool_call in ending if trajectory.is_own(tool_call)]
+        trajectory.answer = "\n".join(own) or ending[-1].result
     if session.failure:
         trajectory.stop = "error"
     if not trajectory.stop and turns >= settings.max_turns + settings.final_turn:

@@ -57,6 +57,11 @@ def call_match(trajectory, example, *, column: str = COLUMN):
     return float(all_match(calls, wanted, functions))
 
 
+def check_row(example: dict, column: str = COLUMN) -> None:
+    """Checks that a row says which calls are right. UserError."""
+    right_answer(example, column, functions_of(example))
+
+
 def functions_of(example: dict) -> dict[str, dict]:
     """The functions of a row's own, by their names."""
     functions = {}

@@ -19,7 +19,7 @@ import play as play_script
 import train_grpo
 from grading.calls import call_match, right_calls
 from play import is_here
-from rewards import need_answer, select
+from rewards import check_rows, need_answer, select
 from run import config
 from run.config import UserError
 from tasks import bfcl
@@ -180,6 +180,10 @@ def test_a_row_that_does_not_say_what_is_right_ends_the_run(ground_truth, words)
     with pytest.raises(UserError) as refused:
         verdict(example, ("f", {"x": 1}))
     assert words in str(refused.value)
+    with pytest.raises(UserError, match="reward call_match: row 3: "):  # and before it begins
+        check_rows(select(("call_match",)), [row({"x": [1]}, x=WHOLE), example])
+    selected = select(("call_match", "correct"))
+    check_rows(selected, [example | {"reward": ["correct"]}])  # which is not scored by it
 
 
 def test_the_right_calls_may_be_text_and_in_another_column():

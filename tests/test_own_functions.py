@@ -9,6 +9,8 @@ and in SFT; and which schemas are refused when the rows are read.
 
 import asyncio
 import json
+import random
+from pathlib import Path
 
 import pytest
 from test_endpoint import api, say  # noqa: F401
@@ -17,17 +19,22 @@ from test_rollout import EXAMPLE, STOP, add, call, encode, sampled, stage
 
 import data
 import rewards
+import train_grpo
 import train_sft
 from chat import Chat
 from engines.chat_api import Endpoint
 from evaluate import play_api_turn
+from formats import Call
+from formats.messages import assistant_message
 from grading.statistics import majority
+from learning import model as models
 from player import chats_of_rows, check_prompts
 from rewards import answer
 from rollout import Settings, rollouts
 from run.config import UserError
 from run.log import write_rollouts
 from run.loop import run_blocking
+from tasks import tiny
 from tools import Toolbox
 
 
@@ -78,7 +85,7 @@ def test_a_call_ends_the_rollout_with_its_turn_and_an_exact_mask(tokenizer):
     assert [(c.name, c.arguments, c.error, c.ends) for c in t.calls] == [
         ("lamp", {"room": "hall", "on": True}, None, True)
     ]
-    assert json.loads(t.answer) == [{"lamp": {"room": "hall", "on": True}}]
+    assert json.loads(t.answer) == {"lamp": {"room": "hall", "on": True}}
     assert not box.errors
     prompt = prompt_of(t, tokenizer)
     assert json.dumps(WEATHER) in prompt and json.dumps(LAMP) in prompt
@@ -89,7 +96,7 @@ def test_all_calls_of_the_turn_are_recorded_and_no_turn_follows(tokenizer):
     (t,), _ = played(tokenizer, [BASEL + "\n" + BERN + STOP], row)
     assert [c.arguments["city"] for c in t.calls] == ["Basel", "Bern"]
     assert (t.stop, t.reward, len(t.turn_starts)) == ("answered", 1.0, 1)
-    assert len(json.loads(t.answer)) == 2
+    assert t.answer == '{"weather": {"city": "Basel"}}\n{"weather": {"city": "Bern"}}'
 
 
 def test_a_call_that_does_not_fit_is_told_and_may_be_made_again(tokenizer):
@@ -327,3 +334,62 @@ def test_a_function_that_a_format_cannot_write_is_refused_with_its_row(tokenizer
         {"role": "tool", "name": "sun", "content": "5"}]  # fmt: skip
     with pytest.raises(UserError, match="row 1: it calls sun, the tools of its prompt are weather"):
         check_prompts(Chat(tokenizer, "hermes"), [ROW | {"messages": asks}], 4096)
+
+
+# ---- it can be learnt
+
+NAMES = ("lamp", "door", "fan", "bell")
+
+
+def made_rows(count, seed):
+    """Each row has two of four functions, and its question names the right one."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        names = rng.sample(NAMES, 2)
+        right, level = rng.choice(names), rng.randint(1, 4)
+        tools = [function(name, ["level"], level="integer") for name in names]
+        ground_truth = [{right: {"level": [level]}}]
+        rows.append({"prompt": f"{right} {level}", "tools": tools, "ground_truth": ground_truth})
+    return rows
+
+
+def demonstration(row, rng):
+    """Calls the right function in six of ten, else the other one."""
+    ((right, arguments),) = row["ground_truth"][0].items()
+    names = [tool["function"]["name"] for tool in row["tools"]]
+    name = right if rng.random() < 0.2 else rng.choice(names)
+    called = Call(name, {"level": arguments["level"][0]})
+    asked = {"role": "user", "content": row["prompt"]}
+    return {"messages": [asked, assistant_message("", [called])], "tools": row["tools"]}
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"--data={path}"
+
+
+def test_a_tiny_model_learns_which_function_to_call(tmp_path, monkeypatch):
+    """SFT on imperfect demonstrations, then GRPO; both on rows with functions of their own."""
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(1)
+    demos = [demonstration(row, rng) for row in made_rows(1024, seed=0)]
+    some = [(demo["messages"], demo["tools"]) for demo in demos[:40]]
+    talks = [([messages], tools) for messages, tools in some]
+    tokenizer = tiny.tiny_tokenizer(*talks[0], more=talks[1:])
+    models.save(tiny.tiny(tokenizer, layers=2, hidden_size=64), tokenizer, "base")
+    common = ["--format=hermes", "--max_tokens=256"]
+    learning = ["--optimizer=muon", "--learning_rate=1e-2", "--schedule=linear", "--batch_size=32"]
+    data_of_sft = write_rows(tmp_path / "demos.jsonl", demos)
+    train_sft.main(["--model=base", data_of_sft, "--out_dir=sft", *learning, *common])
+    train_grpo.main([
+        "--model=sft", write_rows(tmp_path / "rows.jsonl", made_rows(512, seed=2)), "--tools=",
+        "--rewards=call_match", "--max_turns=1", "--steps=20", "--prompts_per_step=8",
+        "--group_size=8", "--max_new_tokens=40", "--learning_rate=1e-3", "--out_dir=grpo", *common,
+    ])  # fmt: skip
+    lines = [json.loads(line) for line in Path("grpo/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "reward_call_match" in line]
+    right = [step["reward_call_match"] for step in steps]
+    assert sum(right[:4]) / 4 < 0.75 and sum(right[-4:]) / 4 > 0.85, right
+    assert steps[-1]["tool_call_rate"] > 0.9
+    assert not any(name.startswith("calls_") for name in steps[-1])  # rows have hundreds of names

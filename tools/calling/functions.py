@@ -9,11 +9,12 @@ reward compares (call_match), or which goes out to the client (serve/agent.py).
 
 import json
 from dataclasses import replace
+from functools import partial
 
 from engines.chat_api import NAME
 from formats.base import too_deep
 from run.config import UserError
-from tools.calling.base import TURN, Tool
+from tools.calling.base import Tool
 from tools.calling.possible import impossible
 
 FORM = '{"type": "function", "function": {"name": …, "parameters": …}}'
@@ -33,13 +34,12 @@ def with_own(tools: dict[str, Tool], schemas: list[dict], timeout: float) -> dic
 def own_function(schema: dict) -> Tool:
     """Makes the tool that stands for a function which nobody here runs."""
     name = schema["function"]["name"]
-    return Tool(name, schema, hand_out, is_async=True, ends=True)
+    return Tool(name, schema, partial(hand_out, name), is_async=True, ends=True)
 
 
-async def hand_out(**arguments) -> str:
-    """Gives all calls of the turn, as JSON: the answer of the trajectory."""
-    _, calls = TURN.get()
-    return json.dumps([{call.name: call.arguments} for call in calls], ensure_ascii=False)
+async def hand_out(name: str, /, **arguments) -> str:
+    """Gives the call itself: those of a turn are the answer of the trajectory."""
+    return json.dumps({name: arguments}, ensure_ascii=False)
 
 
 def read_function(tool) -> dict:
