@@ -16,13 +16,8 @@ out (eval_data), else on the "test" split where the data has splits. Samples tha
 did not grade (None) are in no mean; not_graded says how many they are.
 """
 
-import contextlib
-import gc
-import itertools
 import json
 import math
-import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,27 +27,22 @@ if __name__ == "__main__":
     # the keys of train_grpo.py that shape a rollout can be given here too
     config.answer_help(__file__, "train_grpo.py", keys=config.ROLLOUT_KEYS)
 
-import torch
-
 import data
 import rewards as reward_functions
 import train_grpo
-import train_sft
 from chat import images_as_user
 from engines.base import Sampling
 from engines.chat_api import Endpoint, sendable_call
 from formats import Call, too_deep
-from grading import comparing
-from grading.comparing import Evaluated, repeats_of_average
+from grading.comparing import repeats_of_average
 from grading.statistics import interval, majority, pass_at_k
-from learning import model as models
 from player import Mixture, Player, load_examples, prepare_task
 from rollout import Settings, run_calls, seed_of, stop_before_calls
-from run import evaluation, suite
+from run import evaluation
 from run import log as run_log
 from run.config import UserError
 from run.evaluation import Record, fault_of
-from run.http import HttpError, key_from
+from run.http import key_from
 from trajectory import Trajectory, escaped, mean, stats
 
 MOST_CATEGORIES = 100
@@ -706,336 +696,20 @@ def table(numbers: dict) -> None:
     Console(highlight=False).print(out)
 
 
-# ---- a suite: several models on several data sets (run/suite.py)
-
-# What belongs to a model, as it is loaded once for all data sets: of a run its own, else what its
-# entry says.
-OF_LOADING = (
-    "dtype tune lora_r lora_alpha lora_targets engine urls engine_options gpu_memory_utilization "
-    "max_concurrent"
-).split()
-# What belongs to a run that it was trained with; of another model, what the data set's config says.
-OF_PROMPTS = ("format", "template_options", "min_pixels", "max_pixels")
-
-
-@dataclass
-class Cell:
-    """One model on one data set."""
-
-    model: suite.Entry
-    data: suite.Entry
-    cfg: train_grpo.Config
-    given: Config
-    record: Record | None = None  # what was played before
-    numbers: dict | None = None
-    missing: str = "not played yet"  # why there are no numbers
-
-
-def cells_of(plan: suite.Config) -> list[Cell]:
-    """Reads all configs of a suite: model after model, each with all data sets."""
-    cells = []
-    for model in suite.entries(plan.models, "models"):
-        for source in suite.chosen(plan):
-            with mix.told_by(f"{model.name} on {source.name}"):
-                cells.append(cell_of(plan, model, source))
-    return cells
-
-
-def cell_of(plan: suite.Config, model: suite.Entry, source: suite.Entry) -> Cell:
-    """Makes a cell: the rows, prompts, tools, rewards and limits of the data set's config; what
-    belongs to the model from its run; and over both what is typed in the entries."""
-    # 1. the keys of this script
-    names = Config.__dataclass_fields__
-    of_model, model_options = config.split(model.options, names)
-    of_source, source_options = config.split(source.options, names)
-    typed_of_model = keys_of(of_model)
-    of_source = [item for item in of_source if keys_of([item]) - typed_of_model]
-    for_all = suite.options_for_all(plan, model.options, source.options)
-    given = config.parse(Config, [*for_all, *of_source, *of_model], check)
-    save_to = Path(plan.out_dir) / model.name / source.name
-    given = replace(given, save_to=str(save_to), resume=plan.resume)
-    if given.run or "--config" in model.options:
-        raise UserError("models are named first of all, without --run and --config")
-
-    # 2. the data set's config, and what of it belongs to the model
-    misplaced = sorted(keys_of(source_options) & {*OF_LOADING, "model"})
-    if misplaced:
-        raise UserError(f"{misplaced[0]} belongs to a model: write it behind one")
-    source_argv = ["--config", source.what, *source_options]
-    cfg = config.parse(train_grpo.Config, source_argv, keys=config.ROLLOUT_KEYS)
-    if cfg.mix:
-        raise UserError(f"{source.what} is a mix: name its sources as data sets of their own")
-    if "data" not in keys_of(source_options):
-        cfg = replace(cfg, data=cfg.eval_data or cfg.data)
-    trained = any_training_of(model.what)
-    plain = train_grpo.Config()
-    changes = {name: getattr(trained, name, getattr(plain, name)) for name in OF_LOADING}
-    if trained:
-        of_prompts = {name: getattr(trained, name, getattr(plain, name)) for name in OF_PROMPTS}
-        changes |= of_prompts | {"chat_template": ""}  # which is saved with the model
-    base = replace(cfg, **changes)
-
-    # 3. what is typed for the model
-    typed = keys_of(model_options)
-    if given.endpoint:
-        refuse_keys_of_engines(typed)
-    cfg = config.parse(train_grpo.Config, model_options, keys=config.ROLLOUT_KEYS, base=base)
-    if given.split != Config.split and data.is_file(cfg.data):
-        raise UserError(f"split has no effect on {cfg.data!r}: a file has no splits, so drop it")
-    cfg = without_idle_keys(cfg, base, typed)
-    cfg = for_evaluation(cfg, given, model.what)
-    train_grpo.check(cfg)
-    return Cell(model, source, cfg, given)
-
-
-def keys_of(options: Sequence[str]) -> set[str]:
-    """Names the keys of `--key=value`s."""
-    return {item.removeprefix("--").partition("=")[0] for item in options}
-
-
-def any_training_of(model: str):
-    """Reads the config by which train_grpo.py or train_sft.py made a model; None if neither did."""
-    trained = training_of(model)
-    file = Path(model) / "config.py"
-    if trained or not file.is_file():
-        return trained
-    try:
-        return config.parse(train_sft.Config, ["--config", str(file)])
-    except UserError:
-        return None
-
-
-def play_suite(plan: suite.Config) -> list[Cell]:
-    """Plays all cells of a suite that are not there, model after model, each loaded once; writes
-    suite.json and suite.html and prints them, also when it is interrupted. What fails is said, and
-    its cells have no numbers; the others go on."""
-    # 1. all mistakes that can be seen at once
-    cells = cells_of(plan)
-    if plan.resume:
-        for cell in cells:
-            refuse_other_settings(cell)
-        Path(plan.out_dir).mkdir(parents=True, exist_ok=True)
-    else:
-        config.fresh_dir(plan.out_dir, "go on with --resume=true")
-
-    # 2. model after model
-    try:
-        for _, of_model in itertools.groupby(cells, key=lambda cell: cell.model.name):
-            play_cells(list(of_model))
-    finally:
-        shown = comparing.data_of_evaluations(evaluations_of(cells))
-        save_suite(plan, cells, shown)
-        print_suite(plan, shown)
-    return cells
-
-
-def refuse_other_settings(cell: Cell) -> None:
-    """Checks that what was begun of a cell may go on with its settings."""
-    folder = Path(cell.given.save_to)
-    begun = evaluation.begun_in(folder)
-    if begun is None:
-        return
-    now = evaluation.plain(settings_of(cell.cfg, cell.given))
-    problem = evaluation.difference_of_settings(begun["settings"], now)
-    if problem:
-        raise UserError(
-            f"{folder} cannot go on: {problem}; give that, or begin another suite with --out_dir=…"
-        )
-
-
-@contextlib.contextmanager
-def noted(cells: list[Cell]):
-    """Notes for cells why they have no numbers, says it once, and lets the others go on."""
-    try:
-        yield
-    except Exception as error:  # whatever a model, an engine or a data set may raise
-        why = " ".join(str(error).split())[:500]
-        if not isinstance(error, UserError):
-            why = f"{type(error).__name__}: {why}"
-        for cell in cells:
-            if cell.numbers is None:
-                cell.missing = why
-        names = ", ".join(f"{cell.model.name} on {cell.data.name}" for cell in cells)
-        config.tell(f"{names}: {why}")
-
-
-def play_cells(cells: list[Cell]) -> None:
-    """Plays the cells of one model."""
-    # 1. what was played before needs no model
-    waiting = []
-    for cell in cells:
-        with noted([cell]):
-            remedy = "begin another suite with --out_dir=…"
-            cell.record = find_record(cell.cfg, cell.given, remedy)
-            if cell.record and not missing_of(cell.record, cell.given):
-                cell.numbers = finish(cell.cfg, cell.given, cell.record, cell.record.there)
-            else:
-                waiting.append(cell)
-
-    # 2. the rest; one that is loaded shows images in one way
-    local = []
-    for cell in waiting:
-        if cell.given.endpoint:
-            with noted([cell]), open_player(cell.cfg, cell.given) as player:
-                require_endpoint(player.engine)
-                print_cell(cell)
-                cell.numbers = evaluate_with(player, cell.cfg, cell.given, cell.record)
-        else:
-            local.append(cell)
-    for _, alike in itertools.groupby(local, key=lambda c: (c.cfg.min_pixels, c.cfg.max_pixels)):
-        alike = list(alike)
-        with noted(alike):
-            play_with_one_model(alike)
-        gc.collect()  # its weights, before the next are loaded
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def require_endpoint(endpoint: Endpoint) -> None:
-    """Checks that an API is there, which its first question would wait half a minute for."""
-    try:
-        endpoint.api.check_reachable()
-    except HttpError as error:
-        raise endpoint.api.refusal(error, "--key_env") from None
-
-
-def play_with_one_model(cells: list[Cell]) -> None:
-    """Plays cells of one model, which is loaded once, and whose engine is started once."""
-    # 1. a player for each data set; the first one loads the model
-    players = {}
-    model = None
-    for cell in cells:
-        with noted([cell]):
-            player = Player.of(cell.cfg, limit=cell.given.limit, model=model)
-            model = player.model
-            players[cell.data.name] = player
-    if not players:
-        return
-
-    # 2. the engine, with room for the longest
-    first = next(iter(players.values()))
-    longest = max(player.settings.max_tokens for player in players.values())
-    cfg = replace(first.cfg, max_tokens=longest)
-    everything = Mixture.of_players(players, model, cfg)
-    with everything:
-        for cell in cells:
-            player = players.get(cell.data.name)
-            if player is None:
-                continue
-            player.engine = everything.engine
-            with noted([cell]):
-                if model is not None:
-                    models.check_positions(model, cell.cfg.model, cell.cfg.max_tokens)
-                print_cell(cell)
-                cell.numbers = evaluate_with(player, cell.cfg, cell.given, cell.record)
-
-
-def print_cell(cell: Cell) -> None:
-    """Says what is played next."""
-    print(escaped(f"{cell.model.name} on {cell.data.name}"), flush=True)
-
-
-def save_suite(plan: suite.Config, cells: list[Cell], shown: dict) -> None:
-    """Writes suite.json, with all numbers, and suite.html. shown: of grading/comparing.py."""
-    entries = []
-    for one in evaluations_of(cells):
-        entry = {"model": one.model, "data": one.data, "folder": str(one.folder)}
-        entry |= {"numbers": one.numbers} if one.numbers else {"missing": one.missing}
-        entries.append(entry)
-    written = {
-        "models": dict(zip(names_of(plan.models, "models"), plan.models, strict=True)),
-        "data": dict(zip(names_of(plan.data, "data"), plan.data, strict=True)),
-        "cells": entries,
-        "compared": shown["pairs"],
-    }
-    folder = Path(plan.out_dir)
-    evaluation.save_whole(folder / "suite.json", json.dumps(written, indent=2) + "\n")
-    page = comparing.page(f"{plan.out_dir}: suite", shown)
-    evaluation.save_whole(folder / "suite.html", page)
-
-
-def names_of(texts: tuple[str, ...], key: str) -> list[str]:
-    """Names the entries of a suite."""
-    return [entry.name for entry in suite.entries(texts, key)]
-
-
-def evaluations_of(cells: list[Cell]) -> list[Evaluated]:
-    """Makes what is shown of cells: by the names of the suite."""
-    evaluations = []
-    for cell in cells:
-        numbers = cell.numbers
-        if numbers is not None:
-            numbers = {name: value for name, value in numbers.items() if name != "saved"}
-        missing = "" if numbers else cell.missing
-        folder = Path(cell.given.save_to)
-        one = Evaluated(cell.model.name, cell.data.name, folder, numbers, missing)
-        evaluations.append(one)
-    return evaluations
-
-
-def print_suite(plan: suite.Config, shown: dict) -> None:
-    """Prints a table of each data set, the averages of all, and the differences."""
-    for table_of_data in shown["tables"]:
-        print_table(table_of_data)
-    print_table(shown["overview"])
-    if shown["differences"]:
-        print_table(shown["differences"])
-    print(f"saved: {plan.out_dir}/suite.json, suite.html")
-
-
-def print_table(shown: dict) -> None:
-    """Prints a table of grading/comparing.py; its texts without markup: a name may look like it."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    out = Table()
-    for place, name in enumerate(shown["columns"]):
-        out.add_column(Text(escaped(name)), justify="right" if place else "left")
-    for row in shown["rows"]:
-        out.add_row(*(Text(escaped(text)) for text in row))
-    console = Console(highlight=False)
-    console.print(Text(escaped(shown["title"]), style="bold"))
-    console.print(out)
-    if shown["caption"]:
-        console.print(Text(escaped(shown["caption"]), style="bright_black"))
-
-
-def dry_run(plan: suite.Config) -> None:
-    """Plays a made-up rollout of each data set (play.py), for the first model."""
-    cells = cells_of(plan)
-    for cell in cells:
-        if cell.model == cells[0].model:
-            print_cell(cell)
-            with tempfile.TemporaryDirectory() as folder:
-                file = f"{folder}/{cell.data.name}.py"
-                config.save(cell.cfg, file)
-                config.run_script("play.py", ["--made_up=true", "--config", file])
-
-
-def run_suite(argv: list[str]) -> None:
-    """Plays a suite; with --dry_run=true it only plays a made-up rollout of each data set.
-    UserError, when all is written, if cells are missing."""
-    is_dry, argv = config.take_flag(argv, "dry_run")
-    plan = config.parse(suite.Config, argv, suite.check)
-    if is_dry:
-        dry_run(plan)
-        return
-    cells = play_suite(plan)
-    missing = [cell for cell in cells if cell.numbers is None]
-    if missing:
-        names = ", ".join(f"{cell.model.name} on {cell.data.name}" for cell in missing)
-        raise UserError(
-            f"{len(missing)} of {len(cells)} cells are missing ({names}): --resume=true plays them"
-        )
-    for cell in cells:
-        if "not_saved" in cell.numbers:
-            raise UserError(cell.numbers["not_saved"])
+def is_suite(argv: list[str]) -> bool:
+    """Says whether the config file of a command line is a suite: it names models."""
+    file = ""
+    for place, item in enumerate(argv):
+        if item == "--config":
+            file = " ".join(argv[place + 1 : place + 2])
+        elif item.startswith("--config="):
+            file = item.removeprefix("--config=")
+    return "models" in config.names_in(file) if file else False
 
 
 def main(argv: list[str]) -> None:
-    if suite.is_suite(argv):
-        run_suite(argv)
+    if is_suite(argv):
+        config.run_script("suite/play.py", argv)
         return
     mine, others = config.split(argv, Config.__dataclass_fields__)
     given = config.parse(Config, mine, check)

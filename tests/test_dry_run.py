@@ -17,14 +17,15 @@ import evaluate
 import play
 import train_grpo
 import train_sft
-from run import config, suite
+from run import config
 from run.config import UserError
+from suite import play as suites
 
 ROOT = Path(config.HERE)
 SHARED = ROOT.parent / "shared" / "data"
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
 SUITES = sorted(path.name for path in (ROOT / "configs" / "suites").glob("*.py"))
-OF_MODELS = [name for name in SUITES if suite.is_suite(["--config", f"suites/{name}"])]
+OF_MODELS = [name for name in SUITES if evaluate.is_suite(["--config", f"suites/{name}"])]
 # What the real rows in ../shared/data are for, and where they differ from the hub's.
 REAL = {
     "aime.py": ("aime24.jsonl", "--prompt_column=problem", "--answer_column=answer"),
@@ -113,7 +114,7 @@ def test_a_suite_of_models_is_played_and_each_right_answer_is_rewarded(
         played.append(play.play_made_up(cfg))
 
     monkeypatch.setattr(config, "run_script", noted)
-    evaluate.main(["--config", f"suites/{name}", "--dry_run=true"])
+    suites.main(["--config", f"suites/{name}", "--dry_run=true"])
     said = capsys.readouterr().out
     assert [t.outcome for t in played] == [1.0] * len(played), said
     assert all(call.error is None for t in played for call in t.calls), said

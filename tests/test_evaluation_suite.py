@@ -16,8 +16,11 @@ import pytest
 import evaluate
 import player
 from learning import model as models
-from run import config, evaluation, suite
+from run import config, evaluation
 from run.config import UserError
+from suite import plan as plans
+from suite import play as suites
+from suite.cells import cells_of
 from tasks import tiny as tiny_model
 
 REWARDS = """
@@ -74,7 +77,7 @@ def loads(monkeypatch):
 
 
 def run(*argv) -> dict:
-    evaluate.main(["--config", "suite.py", *argv])
+    suites.main(["--config", "suite.py", *argv])
     return json.loads(Path("out/suite/suite.json").read_text())
 
 
@@ -239,9 +242,17 @@ def test_which_config_is_a_suite(here):
         ["--config=suite.py"],
         ["--n=2", "--config", "suite.py"],
     ):
-        assert suite.is_suite(argv)
+        assert evaluate.is_suite(argv)
     for argv in ([], ["--config"], ["--config", "sums.py"], ["--config", "no.py"], ["--config="]):
-        assert not suite.is_suite(argv)
+        assert not evaluate.is_suite(argv)
+
+
+def test_evaluate_hands_a_suite_over(here, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [])
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main(["--config", "suite.py", "--only=summs"])
+    assert ended.value.code == 2
+    assert "error: only = 'summs': expected one of" in capsys.readouterr().err
 
 
 def test_a_suite_that_goes_on_has_the_same_settings(here):
@@ -262,10 +273,10 @@ def test_a_model_brings_its_format_and_a_data_set_its_tools_and_limits(here):
     cfg = train_grpo.Config(format="fence", max_turns=9, tools=("search",), dtype="bfloat16")
     config.save(cfg, "out/one/config.py")
     config.save(train_sft.Config(format="tags", tools=("python",)), "out/two/config.py")
-    plan = suite.Config(
+    plan = plans.Config(
         models=("out/one", "out/two", "out/three --max_turns=7"), data=("kinds.py", "sums.py")
     )
-    made = {(c.model.name, c.data.name): c.cfg for c in evaluate.cells_of(plan)}
+    made = {(c.model.name, c.data.name): c.cfg for c in cells_of(plan)}
     assert [made[name, "kinds"].format for name in ("one", "two", "three")] == [
         "fence",
         "tags",

@@ -20,7 +20,7 @@ ROOT = Path(config.HERE)
 # The rooms, from the ground up: a file imports from its own room and from those above it here.
 ROOMS = """
     trajectory run images loss formats tasks learning engines tools grading chat data rewards
-    rollout player train_grpo train_sft evaluate play report push demo serve
+    rollout player train_grpo train_sft evaluate suite play report push demo serve
 """.split()
 OTHERS = ("configs", "bench", "notebooks", "dev")  # folders that no file of a room imports from
 SHIPPED = sorted(

@@ -26,8 +26,9 @@ import train_grpo
 import train_sft
 from engines import options as engine_options
 from learning import checkpoint, memory
-from run import config, suite
+from run import config
 from run import page as run_page
+from suite import plan as plans
 from tasks.tiny import tiny, tiny_tokenizer
 from tools import Toolbox
 
@@ -301,9 +302,9 @@ def parsed(script, arguments):
         _, arguments = config.take_flag(arguments, "dry_run")
         _, arguments = memory.take_card(arguments)
         config.parse(module.Config, arguments, module.check)
-    elif script == "evaluate.py" and suite.is_suite(arguments):
+    elif script == "evaluate.py" and evaluate.is_suite(arguments):
         _, arguments = config.take_flag(arguments, "dry_run")
-        config.parse(suite.Config, arguments, suite.check)
+        config.parse(plans.Config, arguments, plans.check)
     elif script == "evaluate.py":
         own, others = config.split(arguments, evaluate.Config.__dataclass_fields__)
         config.parse(evaluate.Config, own, evaluate.check)
@@ -393,7 +394,7 @@ def keys_in(text):
 def test_every_key_with_a_value_is_a_key(page):
     """Also in the text, where it stands beside no command."""
     scripts = [*ROOT.glob("*.py"), ROOT / "serve/mcp_server.py", *ROOT.glob("learning/*.py")]
-    scripts += [ROOT / "serve/retrieve.py", ROOT / "serve/agent.py", ROOT / "run/suite.py"]
+    scripts += [ROOT / "serve/retrieve.py", ROOT / "serve/agent.py", ROOT / "suite/plan.py"]
     scripts += [ROOT / "tasks/worked.py", ROOT / "dev/pictures.py", *ROOT.glob("bench/*.py")]
     keys = {"dry_run", "fits"}.union(*(keys_of(script) for script in scripts))
     assert keys_in(PAGES[page]) - keys == set()

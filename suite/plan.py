@@ -4,8 +4,8 @@
     data = ("calc.py", "hard: calc.py --data=hard.jsonl --n=8 --temperature=1")  # configs
 
 An entry is what one would type: a model or a config, and behind it `--key=value`. It is called by
-the last part of its path, or as stands before a colon. evaluate.py makes a cell of each model and
-each data set, an evaluation in a folder of its own.
+the last part of its path, or as stands before a colon. suite/cells.py makes a cell of each model
+and each data set, an evaluation in a folder of its own.
 """
 
 import re
@@ -44,17 +44,6 @@ class Entry:
     name: str
     what: str  # the model, or the config
     options: tuple[str, ...]  # --key=value
-
-
-def is_suite(argv: list[str]) -> bool:
-    """Says whether the config file of a command line is a suite: it names models."""
-    file = ""
-    for place, item in enumerate(argv):
-        if item == "--config":
-            file = " ".join(argv[place + 1 : place + 2])
-        elif item.startswith("--config="):
-            file = item.removeprefix("--config=")
-    return "models" in config.names_in(file) if file else False
 
 
 def check(suite: Config) -> None:
