@@ -480,7 +480,9 @@ def clip(gradients: list[torch.Tensor], max_norm: float, are_parts: bool) -> flo
     for gradient in gradients:
         for part in gradient.flatten().split(2**20):  # or there would be a copy of all in float64
             norms.append(torch.linalg.vector_norm(part, dtype=torch.float64))
-    square = torch.stack(norms).square().sum()
+    square = torch.zeros((), dtype=torch.float64)
+    if norms:
+        square = torch.stack(norms).square().sum()
     if are_parts:
         with lost_is_an_end():
             dist.all_reduce(square)

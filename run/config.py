@@ -182,8 +182,12 @@ def tell(line):
 
 
 def say_at_once(text):
-    """Prints a line before what takes long is imported: a screen that stays dark looks broken."""
-    print(text, flush=True)
+    """Prints a line before what takes long is imported: a screen that stays dark looks broken. Of
+    several processes one does: their launcher (learning/parallel.py), or the first of torchrun's.
+    """
+    is_launched = "NANOTOOL_PIPE" in os.environ
+    if not is_launched and os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 
 def answer_help(file, other=None, keys=()):

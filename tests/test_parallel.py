@@ -835,6 +835,20 @@ def test_deepspeed_that_is_not_installed_is_said_at_once(monkeypatch):
         parallel.check("deepspeed", 2, "adamw", False)
 
 
+@pytest.mark.parametrize(
+    "environment, says",
+    [({}, True), ({"RANK": "0"}, True), ({"RANK": "3"}, False), ({parallel.PIPE: "3"}, False)],
+)
+def test_that_it_loads_is_said_once(monkeypatch, capsys, environment, says):
+    """By a launcher, or by the first process of torchrun."""
+    for name in ("RANK", parallel.PIPE):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    config.say_at_once("loading")
+    assert capsys.readouterr().out == ("loading\n" if says else "")
+
+
 def test_gpus_beside_torchrun_are_refused(monkeypatch):
     """Else it would say eight, and two would run."""
     monkeypatch.setenv("RANK", "0")
