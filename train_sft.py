@@ -679,6 +679,8 @@ def train_here(cfg: Config) -> dict:
         cfg.weight_decay,
         cfg.tower_share,
     )
+    if cfg.optimizer == "muon":
+        optim.add_up_in_float64(model)
 
     # 2. where it goes on: weights, optimizers and random generators of the last checkpoint
     state = run.restore(model, optimizers) or {"step": 0, "metrics": {}}

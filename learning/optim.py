@@ -83,7 +83,6 @@ def optimizers(
         return [parallel.HERE.zero]
     if not for_muon:
         return [adamw]
-    add_up_in_float64(model)
     make_muon = functools.partial(
         torch.optim.Muon,
         lr=learning_rate,
@@ -94,9 +93,9 @@ def optimizers(
 
 
 def add_up_in_float64(model) -> None:
-    """Has the gradients of all passes be added up in float64: then the sum is the same, in whatever
-    order and by however many ranks. Muon needs that: it multiplies in bfloat16, which makes 0.4 %
-    of a number out of a last bit of float32."""
+    """Has the gradients of all passes be added up in float64, until `step` rounds them: the sum is
+    then the same, in whatever order and by however many ranks. Muon needs that: it multiplies in
+    bfloat16, which makes 0.4 % of a number out of a last bit of float32."""
     with parallel.whole(model):  # fsdp: shards have gradients of their own, rounded already
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -104,7 +103,7 @@ def add_up_in_float64(model) -> None:
 
 
 def round_gradients(model) -> list:
-    """Rounds gradients to the dtype of their weights; returns the weights whose were another."""
+    """Rounds gradients to the dtype of their weights; returns the weights where that was needed."""
     rounded = []
     for parameter in model.parameters():
         gradient = parameter.grad

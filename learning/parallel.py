@@ -338,6 +338,15 @@ def together():
         yield
     except Exception as caught:
         error = caught
+
+    # 1. has any rank failed? one number tells, and nearly always none has
+    failed = torch.tensor(0 if error is None else 1)
+    with lost_is_an_end():
+        dist.all_reduce(failed, dist.ReduceOp.MAX)
+    if not failed.item():
+        return
+
+    # 2. which, and why
     failure = None
     if error is not None:
         failure = (str(error) or type(error).__name__, isinstance(error, torch.OutOfMemoryError))

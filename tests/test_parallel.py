@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from multiprocessing import forkserver
 from types import SimpleNamespace
 
 import pytest
@@ -36,6 +37,7 @@ from test_resume import (  # fixtures are found by their names
     configured,
     left_by,
     lines,
+    newest,
     nursery,
     pictures,
     place,
@@ -183,6 +185,135 @@ def assert_learnt_alike(first, second, far=FAR, relative=2e-4, noise=5e-5) -> No
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert (ours[name] - theirs[name]).abs().max() <= far, name
+
+
+# -- --gpus=N: interpreters, first of all, while a process to fork from imports everything
+
+
+@pytest.fixture(scope="module", autouse=True)
+def begun(nursery):
+    forkserver.ensure_running()
+
+
+# What a launcher sees of a script, without the seconds in which three of them import it.
+RANK = """
+import sys
+import time
+
+sys.path.insert(0, sys.argv[1])
+from learning import parallel
+from run import config
+
+
+def train(_):
+    if parallel.must_launch(2):
+        parallel.launch(2)
+    with parallel.started("ddp"):
+        while True:
+            parallel.total({"steps": 1})
+            if parallel.is_first():
+                with open(sys.argv[2], "a") as file:
+                    print("one more", file=file)
+            time.sleep(0.01)
+
+
+config.main(train)
+"""
+
+
+def launch_ranks(place, file):
+    """Two ranks that do nothing but wait for each other, and write to the file."""
+    (place / "rank.py").write_text(RANK)
+    return started(place, "rank.py", str(config.HERE), file)
+
+
+def started(place, *command):
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=place,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # or Ctrl-C would be these tests' too
+        text=True,
+    )
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that one has started: the ranks, in order."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
+
+
+def is_there(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def has_lines(file, count: int) -> bool:
+    return file.exists() and len(file.read_text().splitlines()) >= count
+
+
+@pytest.fixture
+def launched(place):
+    """launched(launch, …): a process that a user starts, whose ranks end with it."""
+    processes = []
+
+    def start(launch, *args, **options):
+        process = launch(place, *args, **options)
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:  # where a test failed
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc here")
+def test_a_rank_that_is_killed_is_named_and_none_is_left(launched, place):
+    process = launched(launch_ranks, "gone")
+    assert until(lambda: has_lines(place / "gone", 2) or process.poll(), HANGS)
+    assert process.poll() is None, process.stdout.read()
+    ranks = children_of(process.pid)
+    os.kill(ranks[1], signal.SIGKILL)
+    said, _ = process.communicate(timeout=HANGS)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert errors_in(said) == {"error: rank 1 of 2 was ended by SIGKILL; the others are ended"}
+    assert not any(is_there(pid) for pid in ranks)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc here")
+def test_a_launcher_that_is_killed_leaves_nobody(launched, place):
+    process = launched(launch_ranks, "left")
+    assert until(lambda: has_lines(place / "left", 1) or process.poll(), HANGS)
+    assert process.poll() is None, process.stdout.read()
+    ranks = children_of(process.pid)
+    process.kill()
+    process.wait()
+    assert until(lambda: not any(is_there(pid) for pid in ranks))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc here")
+def test_ctrl_c_is_passed_on_to_all_ranks(launched, place):
+    """By a command line, each rank an interpreter of its own."""
+    process = launched(launch_ranks, "interrupted")
+    assert until(lambda: has_lines(place / "interrupted", 2) or process.poll(), HANGS)
+    assert process.poll() is None, process.stdout.read()
+    children = children_of(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=HANGS)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said and said.count("interrupted") == 1, said
+    assert len(children) == 2 and not any(is_there(pid) for pid in children)
+
+
+# -- ranks that learn what one process learns
 
 
 @pytest.fixture(scope="module")
@@ -419,21 +550,16 @@ def test_a_killed_run_goes_on_bit_for_bit(ranks, two_ranks, place, kind, kills):
     assert_same(left_by(place / out_dir), left_by(undisturbed))
 
 
-@pytest.mark.parametrize(
-    "kind, first, second, kind_then",
-    [
-        ("ddp", 2, 4, "deepspeed"),
-        ("fsdp", 2, 4, "fsdp"),
-        ("fsdp", 4, 1, "none"),
-        ("deepspeed", 4, 1, "none"),
-    ],
-)
-def test_another_number_of_ranks_goes_on(ranks, alone, place, kind, first, second, kind_then):
-    out_dir = f"{kind}-{first}-{second}"
-    codes, said = ranks("grpo", first, kind, out_dir, "before a checkpoint", 5)
-    assert -signal.SIGKILL in codes, said
-    codes, said = ranks("grpo", second, kind_then, out_dir)
-    assert codes == [0] * second, said
+@pytest.mark.parametrize("kind, kind_then", [("fsdp", "fsdp"), ("ddp", "deepspeed")])
+def test_another_number_of_ranks_goes_on(ranks, alone, place, kind, kind_then):
+    """2 -> 4 -> 1, each killed behind a checkpoint of its own."""
+    out_dir = f"{kind}-2-4-1"
+    for size, kind_now in ((2, kind), (4, kind_then)):
+        codes, said = ranks("grpo", size, kind_now, out_dir, "before a checkpoint", 3)
+        assert -signal.SIGKILL in codes, said
+    assert "going on with step 2" in said and newest(place / out_dir).name == "step-000004"
+    codes, said = ranks("grpo", 1, "none", out_dir)
+    assert codes == [0] and "going on with step 4" in said, said
     assert_learnt_alike(place / out_dir, alone("grpo"))
 
 
@@ -555,125 +681,7 @@ def test_ranks_that_are_told_to_stop_stop_at_the_same_step(begin, ranks, alone, 
     assert_learnt_alike(place / out_dir, alone("grpo"))
 
 
-# -- --gpus=N
-
-
-# What a launcher sees of a script, without the seconds in which three of them import it.
-RANK = """
-import sys
-import time
-
-sys.path.insert(0, sys.argv[1])
-from learning import parallel
-from run import config
-
-
-def train(_):
-    if parallel.must_launch(2):
-        parallel.launch(2)
-    with parallel.started("ddp"):
-        while True:
-            parallel.total({"steps": 1})
-            if parallel.is_first():
-                with open(sys.argv[2], "a") as file:
-                    print("one more", file=file)
-            time.sleep(0.01)
-
-
-config.main(train)
-"""
-
-
-def launch_ranks(place, file):
-    """Two ranks that do nothing but wait for each other, and write to the file."""
-    (place / "rank.py").write_text(RANK)
-    return started(place, "rank.py", str(config.HERE), file)
-
-
-def started(place, *command):
-    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
-    return subprocess.Popen(
-        [sys.executable, *command],
-        cwd=place,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,  # or Ctrl-C would be these tests' too
-        text=True,
-    )
-
-
-def children_of(pid: int) -> list[int]:
-    """The processes that one has started: the ranks, in order."""
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return [int(child) for child in file.read().split()]
-
-
-def is_there(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def has_lines(file, count: int) -> bool:
-    return file.exists() and len(file.read_text().splitlines()) >= count
-
-
-@pytest.fixture
-def launched(place):
-    """launched(launch, …): a process that a user starts, whose ranks end with it."""
-    processes = []
-
-    def start(launch, *args, **options):
-        process = launch(place, *args, **options)
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:  # where a test failed
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc here")
-def test_a_rank_that_is_killed_is_named_and_none_is_left(launched, place):
-    process = launched(launch_ranks, "gone")
-    assert until(lambda: has_lines(place / "gone", 2) or process.poll(), HANGS)
-    assert process.poll() is None, process.stdout.read()
-    ranks = children_of(process.pid)
-    os.kill(ranks[1], signal.SIGKILL)
-    said, _ = process.communicate(timeout=HANGS)
-    assert process.returncode == 128 + signal.SIGKILL
-    assert errors_in(said) == {"error: rank 1 of 2 was ended by SIGKILL; the others are ended"}
-    assert not any(is_there(pid) for pid in ranks)
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc here")
-def test_a_launcher_that_is_killed_leaves_nobody(launched, place):
-    process = launched(launch_ranks, "left")
-    assert until(lambda: has_lines(place / "left", 1) or process.poll(), HANGS)
-    assert process.poll() is None, process.stdout.read()
-    ranks = children_of(process.pid)
-    process.kill()
-    process.wait()
-    assert until(lambda: not any(is_there(pid) for pid in ranks))
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc here")
-def test_ctrl_c_is_passed_on_to_all_ranks(launched, place):
-    """By a command line, each rank an interpreter of its own."""
-    process = launched(launch_ranks, "interrupted")
-    assert until(lambda: has_lines(place / "interrupted", 2) or process.poll(), HANGS)
-    assert process.poll() is None, process.stdout.read()
-    children = children_of(process.pid)
-    os.killpg(process.pid, signal.SIGINT)
-    said, _ = process.communicate(timeout=HANGS)
-    assert process.returncode == 130, said
-    assert "Traceback" not in said and said.count("interrupted") == 1, said
-    assert len(children) == 2 and not any(is_there(pid) for pid in children)
+# -- --gpus=N, forked
 
 
 class Forked:
