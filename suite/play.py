@@ -7,6 +7,7 @@ python evaluate.py --config suites/tiny.py --resume=true  # what is missing
 import contextlib
 import gc
 import itertools
+import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from run import config, evaluation
 from run.config import UserError
 from run.http import HttpError
 from suite import plan as plans
-from suite.cells import Cell, cells_of
+from suite.cells import Cell, cell_of, cells_of
 from suite.show import evaluations_of, print_suite, save_suite
 from trajectory import escaped
 
@@ -53,9 +54,11 @@ def play_suite(plan: plans.Config) -> list[Cell]:
     its cells have no numbers; the others go on."""
     # 1. all mistakes that can be seen at once
     cells = cells_of(plan)
+    others = []
     if plan.resume:
         for cell in cells:
             refuse_other_settings(cell)
+        others = left_out(plan)
         Path(plan.out_dir).mkdir(parents=True, exist_ok=True)
     else:
         config.fresh_dir(plan.out_dir, "go on with --resume=true")
@@ -65,8 +68,9 @@ def play_suite(plan: plans.Config) -> list[Cell]:
         for _, of_model in itertools.groupby(cells, key=lambda cell: cell.model.name):
             play_cells(list(of_model))
     finally:
-        shown = comparing.data_of_evaluations(evaluations_of(cells))
-        save_suite(plan, cells, shown)
+        everything = in_order(plan, cells + others)
+        shown = comparing.data_of_evaluations(evaluations_of(everything))
+        save_suite(plan, everything, shown)
         print_suite(plan, shown)
     return cells
 
@@ -83,6 +87,36 @@ def refuse_other_settings(cell: Cell) -> None:
         raise UserError(
             f"{folder} cannot go on: {problem}; give that, or begin another suite with --out_dir=…"
         )
+
+
+def left_out(plan: plans.Config) -> list[Cell]:
+    """Finds the cells that are not asked for (`only`), but were played before with these settings:
+    they stay in the tables."""
+    cells = []
+    names = [source.name for source in plans.chosen(plan)]
+    for model in plans.entries(plan.models, "models"):
+        for source in plans.entries(plan.data, "data"):
+            file = Path(plan.out_dir) / model.name / source.name / evaluation.NUMBERS
+            if source.name in names or not file.is_file():
+                continue
+            try:
+                cell = cell_of(plan, model, source)
+                refuse_other_settings(cell)
+            except UserError as error:
+                config.tell(f"{model.name} on {source.name} is left out of the tables: {error}")
+                continue
+            cell.numbers = json.loads(file.read_text(encoding="utf-8"))
+            cells.append(cell)
+    return cells
+
+
+def in_order(plan: plans.Config, cells: list[Cell]) -> list[Cell]:
+    """Puts cells in the order of the suite."""
+    names = [entry.name for entry in plans.entries(plan.models, "models")]
+    sources = [entry.name for entry in plans.entries(plan.data, "data")]
+    return sorted(
+        cells, key=lambda cell: (names.index(cell.model.name), sources.index(cell.data.name))
+    )
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ missing is said, and only that is played again.
 import http.server
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -169,6 +170,20 @@ def test_a_model_that_is_not_there_leaves_its_cells_missing(here, loads, capsys)
     loads.clear()
     assert all(table_of(run("--resume=true")).values())
     assert sorted(loads) == ["out/no", "out/one", "out/three"]
+
+
+def test_with_only_a_suite_goes_on_and_keeps_what_was_played_of_the_others(here, loads, capsys):
+    whole = table_of(run())
+    shutil.rmtree("out/suite/two/kinds")
+    loads.clear()
+    assert table_of(run("--resume=true", "--only=kinds")) == whole
+    assert loads == ["out/two"] and list(whole)[4] == ("two", "kinds")
+    text = Path("suite.py").read_text()
+    Path("suite.py").write_text(text.replace("--n=2", "--n=3").replace("sums.py", "sums: no.py"))
+    kept = table_of(run("--resume=true", "--only=kinds"))
+    assert kept == {key: whole[key] for key in whole if key[1] == "kinds"}
+    said = capsys.readouterr().err
+    assert "one on long is left out of the tables" in said and "one on sums" in said
 
 
 class Api(http.server.BaseHTTPRequestHandler):
