@@ -310,7 +310,8 @@ async def play_api_turn(
     step: int,
 ) -> None:
     """Plays one message of a model behind an API and runs its calls; sets trajectory.stop if it was
-    the last. There are no token ids: tokens are counted as the API says."""
+    the last. There are no token ids: tokens are counted as the API says. chat: the endpoint, told
+    of the row's tools."""
     # 1. ask for the next message; without tools where the turn is for the answer alone
     turn = len(trajectory.turn_starts)
     where = (settings.seed, step, trajectory.group, trajectory.sample, turn)
@@ -318,7 +319,7 @@ async def play_api_turn(
     is_final = settings.final_turn and turn == settings.max_turns
     # where APIs show images: in a user's message behind the results
     messages = images_as_user(trajectory.messages)
-    reply = await endpoint.ask(messages, sampling, not is_final, trajectory.images)
+    reply = await chat.ask(messages, sampling, not is_final, trajectory.images)
     if isinstance(reply, str):  # why there is none
         trajectory.stop = reply
         return

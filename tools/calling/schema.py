@@ -187,7 +187,7 @@ def _impossible_object(schema, where, takes_others):
     properties = schema.get("properties", {})
     if not isinstance(properties, dict):
         return f"the properties of {where} are {_short(properties)}: expected an object of schemas"
-    required = schema.get("required", [])
+    required = schema.get("required") or []
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
         return f"what {where} require is {_short(required)}: expected a list of names"
     for name in required:
@@ -245,8 +245,8 @@ def _unknown_type(schema, where):
 
 def _no_value(schema, where):
     """An enum, or two limits, between which there is no value."""
-    if "enum" in schema:
-        values = schema["enum"]
+    values = schema.get("enum")
+    if values is not None:
         if not isinstance(values, list) or not values:
             return f"{where}: its enum is {_short(values)}: expected a list of values"
         if not any(_has_kind(value, schema, where) for value in values):
