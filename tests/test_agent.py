@@ -227,6 +227,12 @@ ODD = [
     (asking(tools=[tool(parameters="x")]), 400, "expected a JSON schema of an object"),
     (asking(tools=[tool(parameters={"type": "string"})]), 400, "expected a JSON schema"),
     (asking(tools=[tool(parameters={"properties": {"x": 5}})]), 400, "expected a JSON schema"),
+    (
+        asking(tools=[tool(parameters={"properties": {"x": {"type": "float"}}})]),
+        400,
+        "write number",
+    ),
+    (asking(tools=[tool(parameters={"required": ["x"]})]), 400, "none of the properties"),
     (asking(tools=[tool(parameters=DEEP_TOOL)]), 400, "too deep"),
     (asking(tools=[tool()], tool_choice={"type": "function"}), 400, "cannot be forced"),
     (asking(tools=[tool()], parallel_tool_calls=False), 400, "parallel_tool_calls = false"),

@@ -290,9 +290,9 @@ IMPOSSIBLE = [
     ({"name": "f", "parameters": [1]}, "f: its parameters are [1]: expected a JSON schema of an"),
     (with_parameters(type="string"), "its parameters are {'type': 'string'}: expected a JSON"),
     (with_parameters(type="dict"), "its parameters are {'type': 'dict'}: expected a JSON schema"),
-    (with_parameters(properties=[]), "the properties of its parameters are []: expected an"),
-    (with_parameters(required="x"), "what its parameters require is 'x': expected a list"),
-    (with_parameters(required=["x"]), "its parameters require 'x', which is none of their"),
+    (with_parameters(properties=[]), "its parameters: 'properties' is []: expected an"),
+    (with_parameters(required="x"), "its parameters: 'required' is 'x': expected a list"),
+    (with_parameters(required=["x"]), "its parameters: 'required' names 'x', which is none of the"),
     (with_parameters(properties={"x": 5}), "f: x is 5: expected a JSON schema"),
     (with_parameters(properties={"x": False}), "x takes no value at all"),
     (with_parameters(properties={"x": {"type": "float"}}), "x has the type 'float', which JSON "

@@ -186,13 +186,13 @@ def _impossible_object(schema, where, takes_others):
     else."""
     properties = schema.get("properties", {})
     if not isinstance(properties, dict):
-        return f"the properties of {where} are {_short(properties)}: expected an object of schemas"
+        return f"{where}: 'properties' is {_short(properties)}: expected an object of schemas"
     required = schema.get("required") or []
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-        return f"what {where} require is {_short(required)}: expected a list of names"
+        return f"{where}: 'required' is {_short(required)}: expected a list of names"
     for name in required:
         if name not in properties and not schema.get("additionalProperties", takes_others):
-            return f"{where} require {name!r}, which is none of their properties"
+            return f"{where}: 'required' names {name!r}, which is none of the properties"
     for name, inner in properties.items():
         problem = _impossible_value(inner, name)
         if problem:
