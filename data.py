@@ -43,7 +43,7 @@ SPEAKERS = {
 CALL_ROLES = ("function_call", "tool_call")
 RESULT_ROLES = ("observation", "tool_response")
 FILLED_TAGS = ("<ref-object>", "<bbox>")  # of ms-swift, from a column `objects`
-NAME = re.compile(r"\w+")  # of a tool
+NAME = re.compile(r"[\w-]+")  # of a tool
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell it, UTF-8 cannot
 
 # ---- examples: what prompts and rewards are made of

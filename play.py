@@ -61,7 +61,7 @@ from engines.scripted import ScriptedEngine
 from formats import FORMATS
 from formats.base import tools_of_row
 from formats.messages import calls_of, has_images
-from grading.calls import right_calls
+from grading.calls import COLUMN, right_calls
 from images import open_image
 from learning import model as models
 from learning.vision import Vision, find_vision, tiny_vision
@@ -538,9 +538,10 @@ def oracle_turns(cfg, example: dict, toolbox: Toolbox, rewards: list[str]) -> li
         if turns:
             return turns
     turns = []
-    calls = right_calls(example) if "call_match" in rewards else None
-    if calls:
-        return [calling_turn(calls)]
+    if "call_match" in rewards and COLUMN in example:
+        calls = right_calls(example)
+        if calls:
+            return [calling_turn(calls)]
     callable_tools = [tool for tool in toolbox.tools.values() if not tool.ends]
     if callable_tools and cfg.max_turns > 1:
         tool = callable_tools[0]

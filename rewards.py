@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from grading.answers import answer, last_turn, places, words
 from grading.answers import f1 as f1_of
-from grading.calls import call_match, check_row
+from grading.calls import call_match, check_row, functions_of
 from grading.equality import NotCompared, equal
 from grading.gym import gym
 from grading.judge import judge
@@ -252,7 +252,8 @@ def format(trajectory, example):
         return float(len(answers) == 1)
     # given to a tool, once: what the text says beside must be the same
     finishing = [call for call in trajectory.calls if call.ends]
-    if any(trajectory.is_own(call) for call in finishing):  # of which all calls are the answer
+    own = functions_of(example)
+    if any(call.name in own for call in finishing):  # all calls of such are one answer
         return 1.0
     if len(finishing) > 1:
         return 0.0

@@ -231,6 +231,12 @@ ODD = [
     (asking(tools=[tool(parameters="x")]), 400, "expected a JSON schema of an object"),
     (asking(tools=[tool(parameters={"type": "string"})]), 400, "expected a JSON schema"),
     (asking(tools=[tool(parameters={"properties": {"x": 5}})]), 400, "expected a JSON schema"),
+    (
+        asking(tools=[tool(parameters={"properties": {"x": {"type": "float"}}})]),
+        400,
+        "write number",
+    ),
+    (asking(tools=[tool(parameters={"required": ["x"]})]), 400, "none of its properties"),
     (asking(tools=[tool(parameters=DEEP_TOOL)]), 400, "too deep"),
     (asking(tools=[tool(parameters={"required": ["x"]})]), 400, "no call could fit its parameters"),
     (asking(tools=[tool(parameters={"properties": {"x": {"type": "x"}}})]), 400, "x.type is 'x'"),

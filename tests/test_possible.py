@@ -52,6 +52,7 @@ POSSIBLE = [
     having(type=["string", "null"], description=5, pattern="(a+)+$", title="City"),
     having(type="integer", enum=[1, 2], minimum=1, maximum=1, default="x"),
     having(type="boolean", const=True),
+    having(type="string", enum=None) | {"required": None},
     having(anyOf=[{"type": "string"}, {"type": "null"}], nullable=True),
     having(type="object", additionalProperties={"type": "number"}),
     having(type="object", required=["x"]),  # others are taken there

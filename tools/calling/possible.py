@@ -105,8 +105,8 @@ def _remedy(name) -> str:
 
 def _wrong_values(schema: dict) -> str | None:
     """Looks at what lists the values: there has to be one, and one of the type."""
-    values = schema.get("enum", [schema.get("const")])
-    key = "enum" if "enum" in schema else "const"
+    key = "enum" if schema.get("enum") is not None else "const"
+    values = schema["enum"] if key == "enum" else [schema.get("const")]
     if not isinstance(values, list) or not values:
         return f"enum is {_shown(values)}: expected a list of the values that fit"
     if key not in schema or "type" not in schema:
@@ -124,7 +124,7 @@ def _has_type(value, name: str) -> bool:
 
 
 def _wrong_required(schema: dict) -> str | None:
-    required = schema.get("required", [])
+    required = schema.get("required") or []  # some clients write null
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
         return f"required is {_shown(required)}: expected a list of names"
     if schema.get("additionalProperties") is False:
