@@ -15,12 +15,12 @@ from run import config
 if __name__ == "__main__":
     config.answer_help(__file__)
 
-from evaluate import print_table
 from grading import comparing
 from grading.comparing import Evaluated
 from run import page as run_page
 from run.config import UserError
 from run.evaluation import NUMBERS, ROLLOUTS, save_whole
+from suite.show import print_table
 
 MOST = 8  # folders, one for each colour of the page
 SAVE_TO = "compare.html"
