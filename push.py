@@ -80,6 +80,11 @@ def check(cfg: Config) -> None:
         raise UserError(f"to = {cfg.to!r}: expected hub:user/name, or a folder")
     if not is_hub and Path(cfg.to).name in ("", ".."):  # the model is called by its last part
         raise UserError(f"to = {cfg.to!r}: expected a new folder, called as the model is to be")
+    if not is_hub and not re.fullmatch(r"\w[\w.-]*", Path(cfg.to).name):
+        raise UserError(
+            f"to = {cfg.to!r}: the model is called by its last part, in the commands of its card "
+            "too: expected letters, digits, ., _ and - there"
+        )
     if cfg.license and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", cfg.license):
         raise UserError(f"license = {cfg.license!r}: expected a name such as apache-2.0 or mit")
 

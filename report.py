@@ -15,12 +15,12 @@ from run import config
 if __name__ == "__main__":
     config.answer_help(__file__)
 
-from evaluate import print_table
 from grading import comparing
 from grading.comparing import Evaluated
 from run import page as run_page
 from run.config import UserError
 from run.evaluation import NUMBERS, ROLLOUTS, save_whole
+from suite.show import print_table
 
 MOST = 8  # folders, one for each colour of the page
 SAVE_TO = "compare.html"
@@ -117,10 +117,20 @@ def table_of_runs(folders: list[Path], names: list[str]) -> dict:
     return {"title": "last step", "caption": "", "columns": columns, "rows": rows}
 
 
+def target_of(save_to: str) -> Path:
+    """Says which file the page is written to. UserError where none can be."""
+    target = Path(save_to).expanduser()
+    if not save_to or target.is_dir():
+        raise UserError(f"save_to = {save_to!r}: expected a file, such as {SAVE_TO}")
+    if not target.parent.is_dir():
+        raise UserError(f"save_to = {save_to!r}: make the folder '{target.parent}' first")
+    return target
+
+
 def main(argv: list[str]) -> None:
     # 1. what is compared
     save_to, folders = config.split(argv, ("save_to",))
-    target = Path(save_to[-1].partition("=")[2]) if save_to else Path(SAVE_TO)
+    target = target_of(save_to[-1].partition("=")[2] if save_to else SAVE_TO)
     for item in folders:
         if item.startswith("-"):
             raise UserError(f"cannot read {item!r}: write python report.py out/a out/b")
@@ -147,7 +157,10 @@ def main(argv: list[str]) -> None:
         print_table(comparing.table_of_pairs(pairs))
 
     # 3. the page
-    save_whole(target, page_of(folders))
+    try:
+        save_whole(target, page_of(folders))
+    except OSError as error:
+        raise UserError(config.disk_problem(error)) from None
     print(f"saved: {target}")
 
 

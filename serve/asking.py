@@ -77,6 +77,7 @@ def _ask(name: str, arguments: dict, seconds: float, said) -> dict:
                 answer = json.loads(near.recv_bytes())
     finally:
         end_all(process.pid)
+        process.kill()  # one that has no group of its own yet
         process.join()
         near.close()
     if is_late:

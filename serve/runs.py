@@ -4,10 +4,11 @@
     runs.start(Path("out"), Path("out/calc"), command, script="train_grpo.py")
     runs.stop(Path("out/calc"))                       # as Ctrl-C: the step is finished and saved
 
-Who runs in a folder is known from its lock, which every training holds, and from process.json,
-which `start` writes: the pid, and when the process of that pid began, so that another one which has
-got the same number later is not taken for it. Both outlive whoever started the run, and nobody has
-to be asked. Lines that a kill left torn are left out.
+Who runs in a folder is known from its lock, which every training holds (an evaluation that of its
+settings.json), and from process.json, which `start` writes: the pid, and when the process of that
+pid began, so that another one which has got the same number later is not taken for it. All of it
+outlives whoever started the run, and nobody has to be asked. Lines that a kill left torn are left
+out.
 """
 
 import ast
@@ -28,6 +29,7 @@ import psutil
 from run import config
 from run import page as run_page
 from run.config import UserError
+from run.evaluation import SETTINGS
 
 PROCESS = "process.json"
 SAID = "log.txt"  # what a started run prints
@@ -189,6 +191,22 @@ def holder_of(folder: Path) -> int:
     return 0 if kind == fcntl.F_UNLCK else pid
 
 
+def evaluator_of(folder: Path) -> int:
+    """The pid of the process that evaluates in a folder: it holds the lock of settings.json, and
+    Linux lists who does. 0 if none does, or where there is no such list."""
+    try:
+        stat = (folder / SETTINGS).stat()
+        locks = Path("/proc/locks").read_text()
+    except OSError:
+        return 0
+    place = f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}:{stat.st_ino}"
+    for line in locks.splitlines():
+        words = line.split()  # number, kind, advisory, for what, pid, file, from, to
+        if len(words) == 8 and words[1] == "FLOCK" and words[5] == place:
+            return max(0, int(words[4]))
+    return 0
+
+
 def pid_of(folder: Path) -> int:
     """The pid of the process that runs in a folder, 0 if none does."""
     for process in list(children.values()):
@@ -196,7 +214,7 @@ def pid_of(folder: Path) -> int:
     record = record_of(folder)
     if record and record.get("began") and beginning_of(record["pid"]) == record["began"]:
         return record["pid"]
-    return holder_of(folder)
+    return holder_of(folder) or evaluator_of(folder)
 
 
 # ---- what is known of a run
@@ -381,6 +399,8 @@ def status_of(folder: Path, state: dict) -> tuple[str, str]:
         return "crashed", f"it was killed, or the power was gone; its last line: {words}"
     if words:  # that of a started run, which ended otherwise
         return "crashed", words
+    if state["kind"] == "evaluation" and (folder / SETTINGS).is_file():
+        return "stopped", "not all is played: python evaluate.py --resume=true goes on"
     is_saved = state["step"] and state["checkpoint"] == state["step"]
     if is_saved:
         return "stopped", f"saved after {state['step']} steps"

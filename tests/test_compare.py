@@ -147,6 +147,25 @@ def test_what_is_no_run_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "save_to, says",
+    [
+        ("", "expected a file, such as compare.html"),
+        (".", "expected a file"),
+        ("none/x.html", "make the folder 'none' first"),
+        ("/proc/x.html", "cannot use '/proc/x.html"),
+    ],
+)
+def test_a_page_that_cannot_be_written_is_refused_in_a_sentence(
+    tmp_path, monkeypatch, save_to, says
+):
+    monkeypatch.chdir(tmp_path)
+    a_run(tmp_path / "a", 2)
+    with pytest.raises(UserError, match=says):
+        report.main(["a", f"--save_to={save_to}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
     "text", ["", "null\n[]\n3\n", '{"group": 0}\n{"group": [], "rewards": {}, "messages": []}\n']
 )
 def test_files_of_nothing_make_a_page(tmp_path, text):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from pages import HOSTILE, ROOT, Served, hostile_run, served
@@ -17,6 +18,7 @@ from until import until
 
 from run import config
 from run.config import UserError
+from run.evaluation import Record
 
 pytest.importorskip("mcp", reason="starlette comes with mcp")
 
@@ -390,6 +392,20 @@ def test_the_lock_of_a_training_says_who_runs_there_and_asking_takes_none(tmp_pa
             runs.start(tmp_path / "out", folder, SLEEP, "train_sft.py")
         process.kill()
     assert runs.pid_of(folder) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="this system lists no locks")
+def test_an_evaluation_of_a_terminal_runs_as_long_as_it_holds_its_settings(tmp_path):
+    """One that was not started from here has neither process.json nor the lock of a training."""
+    folder = tmp_path / "calc" / "eval"
+    folder.mkdir(parents=True)
+    (folder / "rollouts.jsonl").write_text("")
+    record = Record(folder, {"settings": {}})
+    state = runs.state_of(tmp_path, folder)
+    assert (state["pid"], state["status"]) == (os.getpid(), "running")
+    record.close()
+    state = runs.state_of(tmp_path, folder)
+    assert (state["pid"], state["status"]) == (0, "stopped") and "--resume=true" in state["why"]
 
 
 def test_a_second_start_is_refused_and_so_is_a_second_stop(asleep):
