@@ -620,8 +620,8 @@ def _refuse_surrogates(value, column):
 
 
 def _names_in_row(row):
-    """The columns by which a row says its tools and its rewards, as lists of names: `tools`, and
-    `reward` where it holds text. None, as where there is no such column: those of the run."""
+    """Reads the columns by which a row says its tools and its rewards, as lists of names: `tools`,
+    and `reward` where it holds text. None, as where there is no such column: those of the run."""
     names = {}
     for column in ("tools", "reward"):
         value = row.get(column)

@@ -471,7 +471,7 @@ class Endpoint(Engine):
         return []
 
     def for_row(self, example: dict) -> "Endpoint":
-        """The same API, told only of the tools that a row names; this one where it names none."""
+        """Gives the same API, told only of the tools that a row names; itself if it names none."""
         names = example.get("tools")
         if names is None:
             return self
