@@ -314,7 +314,7 @@ def state_of(root: Path, folder: Path) -> dict:
 
 
 def numbers_of(folder: Path, row: dict) -> dict:
-    """Picks the few numbers that say how a run does: of its last step, or its evaluation."""
+    """Picks the few numbers that say how a run does: of its last step, and of an evaluation."""
     numbers = {}
     for name in ("reward", "accuracy", "val_accuracy", "loss", "val_loss"):
         if isinstance(row.get(name), int | float):
