@@ -135,7 +135,7 @@ def oracle(data, example) -> list[dict] | None:
 
 
 def _column(row, name, key):
-    """The value of a row's column; UserError if there is none. key: the config's, for messages."""
+    """Reads a row's column; UserError if there is none. key: the config's, for messages."""
     if name not in row:
         raise UserError(f"no column {name!r}, there are {', '.join(row)}: choose with --{key}=…")
     if row[name] is None or row[name] == "" or row[name] == []:
@@ -144,7 +144,7 @@ def _column(row, name, key):
 
 
 def _prompt(row, column, template, answer_column):
-    """The messages of the prompt column: its own, or one that the template makes of its text."""
+    """Reads the prompt column as messages: its own, or one that the template makes of its text."""
     prompt = _column(row, column, "prompt_column")
     if not isinstance(prompt, list):
         if isinstance(prompt, dict) or _is_json_of_messages(prompt):
@@ -158,7 +158,7 @@ def _prompt(row, column, template, answer_column):
 
 
 def _is_json_of_messages(text):
-    """Whether a text is the JSON of chat messages: the model would read all its quotes."""
+    """Says whether a text is the JSON of chat messages: the model would read all its quotes."""
     if not isinstance(text, str) or not re.match(r"\s*\[\s*\{", text):
         return False
     try:
@@ -169,7 +169,7 @@ def _is_json_of_messages(text):
 
 
 def _fill(template, row, prompt_column, answer_column):
-    """The template with its {column}s replaced, once: braces in the data are just text."""
+    """Replaces the {column}s of the template, once: braces in the data are just text."""
 
     def value(match):
         name = match[1]
@@ -185,7 +185,7 @@ def _fill(template, row, prompt_column, answer_column):
 
 
 def _answer(value, column, after):
-    """The answer of a row: text, or a list of accepted texts."""
+    """Reads the answer of a row: text, or a list of accepted texts."""
     if isinstance(value, list):
         # parquet and data frames fill lists with null and NaN
         items = [item for item in value if item is not None and item == item]
@@ -207,7 +207,7 @@ def _answer(value, column, after):
 
 
 def _database(row, template, prompt_template):
-    """What a row's SQLite file adds to it: database, its path, and schema, if the prompt has it."""
+    """Reads what a row's SQLite file adds: database, its path, and schema, if the prompt has it."""
     is_whole_path = re.fullmatch(r"\{\w+\}", template) is not None
 
     def value(match):
@@ -359,7 +359,7 @@ def _decoded(ids, tokenizer):
 
 
 def _recorded(row, folder):
-    """The ids and the mask of a recorded trajectory, and its images."""
+    """Reads the ids and the mask of a recorded trajectory, and its images."""
     ids = row["ids"]
     mask = row["mask"]
     if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
@@ -379,7 +379,7 @@ def _recorded(row, folder):
 
 
 def _conversation(row, filled_in, folder):
-    """The messages and the tools of a demonstration, in one form whatever the source wrote.
+    """Reads the messages and the tools of a demonstration, in one form whatever the source wrote.
     filled_in: its objects have keys whose value None only says that there is no such key."""
     if "messages" not in row and isinstance(row.get("conversations"), list):
         row = row | {"messages": _of_speakers(row["conversations"])}
@@ -410,7 +410,7 @@ def _conversation(row, filled_in, folder):
 
 
 def _of_speakers(turns):
-    """The messages of a `conversations` column: {"from", "value"}, as LLaMA-Factory reads it."""
+    """Reads a `conversations` column, {"from", "value"}, as LLaMA-Factory does, as messages."""
     messages = []
     for turn in turns:
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
@@ -440,8 +440,8 @@ def _with_system(messages, system):
 
 
 def _with_calls(messages):
-    """Messages in which calls are messages of their own, and results have another role, in OpenAI's
-    form; all others stay as they are.
+    """Writes in OpenAI's form messages in which calls are messages of their own, and results have
+    another role; all others stay as they are.
 
     What the assistant says in front of a call, and several calls, are one message.
     """
@@ -468,7 +468,7 @@ def _with_calls(messages):
 
 
 def _calls_in(content):
-    """(the thinking in front of them, the calls) of the JSON of a call, or of a list of calls."""
+    """Reads the JSON of a call, or a list of them: (the thinking in front of them, the calls)."""
     text = content if isinstance(content, str) else json.dumps(content)
     thinking = THINK.match(text)
     head = thinking[0] if thinking else ""
@@ -495,8 +495,8 @@ def _refuse_filled_tags(messages):
 
 
 def _schemas(tools):
-    """A row's tools: a list of JSON schemas, or of names of tools of the run, or its JSON text;
-    None where it has none."""
+    """Reads a row's tools: a list of JSON schemas, or of names of tools of the run, or its JSON
+    text; None where it has none."""
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None
@@ -534,8 +534,8 @@ def image_folder(data) -> str | None:
 
 
 def _with_images(row, messages, folder):
-    """(the row, its messages), with the images of both taken out into row["images"]; what has none
-    stays as it is."""
+    """Takes the images of a row and its messages out into row["images"]: (the row, its messages);
+    what has none stays as it is."""
     messages, sources = take_images(messages, _image_column(row))
     if not sources:
         return row, messages
@@ -545,7 +545,7 @@ def _with_images(row, messages, folder):
 
 
 def _image_column(row):
-    """What the columns image and images hold, as a list."""
+    """Reads what the columns image and images hold, as a list."""
     found = []
     for name in ("image", "images"):
         value = row.get(name)
@@ -584,13 +584,13 @@ def _has_system_message(messages):
 
 
 def _is_filled_in(data):
-    """Whether the objects of a row have keys whose value None only says that there is no such key:
-    Parquet gives every object the keys of all."""
+    """Says whether the objects of a row have keys whose value None only says that there is no such
+    key: Parquet gives every object the keys of all."""
     return not data.startswith("task:") and Path(data).suffix not in (".json", ".jsonl")
 
 
 def _without_none(value):
-    """A value of JSON without the keys, at any depth, that hold None."""
+    """Drops the keys of a value of JSON, at any depth, that hold None."""
     if isinstance(value, dict):
         return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):
@@ -627,8 +627,8 @@ def _refuse_surrogates(value, column):
 
 
 def _names_in_row(row):
-    """The columns by which a row says its tools and its rewards, as lists of names: `tools`, in
-    which schemas of functions of its own may stand too, and `reward` where it holds text. None, as
+    """Reads the columns by which a row says its tools and its rewards, as lists of names: `tools`,
+    in which schemas of functions of its own may stand too, and `reward` where it holds text. None, as
     where there is no such column: those of the run."""
     names = {}
     for column in ("tools", "reward"):
@@ -694,7 +694,7 @@ def check_names(examples: list[dict], tools: Container[str], rewards: Container[
 
 
 def _read_rows(data, split, seed, limit):
-    """An iterator over the rows, as dicts: what comes after `limit` is not read, or not made."""
+    """Gives an iterator over the rows, as dicts. What comes after `limit` is not read or made."""
     if data.startswith("task:"):
         task = _task(data.removeprefix("task:"))
         return iter(task.rows(split, seed=seed))
@@ -731,7 +731,7 @@ def _file_rows(path, data):
 
 
 def _json_rows(path):
-    """Objects, one per line (blank lines are skipped), or one array of them in a .json file."""
+    """Yields objects, one per line (blank lines are skipped), or of an array in a .json file."""
     with open(path, "rb") as file:
         begin = file.read(4096).lstrip()[:1]
         file.seek(0)
@@ -757,7 +757,7 @@ def _json_rows(path):
 
 
 def _parquet_rows(path):
-    """The rows of a parquet file, read batch by batch."""
+    """Yields the rows of a parquet file, read batch by batch."""
     import pyarrow
     import pyarrow.parquet
 
@@ -769,7 +769,7 @@ def _parquet_rows(path):
 
 
 def _hub_rows(name, config, split):
-    """The rows of a hub data set, or of a folder."""
+    """Yields the rows of a hub data set, or of a folder."""
     import datasets
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -795,7 +795,7 @@ def _hub_rows(name, config, split):
 
 
 def _undecoded(rows):
-    """The rows with their images as the bytes of their files, a hundredth of what pixels take."""
+    """Leaves the images of the rows as their files' bytes, a hundredth of what pixels take."""
     import datasets
 
     for name, feature in (rows.features or {}).items():
@@ -808,14 +808,14 @@ def _undecoded(rows):
 
 
 def _task(name):
-    """The module of a task."""
+    """Imports the module of a task."""
     if name not in _task_names():
         raise UserError(f"no task {name!r}; there are {', '.join(_task_names())}")
     return importlib.import_module(f"tasks.{name}")
 
 
 def _task_names():
-    """The files in tasks/ that make rows: tiny.py has the model of all of them."""
+    """Lists the files in tasks/ that make rows: tiny.py has the model of all of them."""
     return sorted(path.stem for path in TASKS.glob("*.py") if _makes_rows(path))
 
 
@@ -828,5 +828,5 @@ def _makes_rows(path):
 
 
 def _flat(error):
-    """An exception's message on one line."""
+    """Writes an exception's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__

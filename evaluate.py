@@ -375,7 +375,7 @@ def read_api_call(function: dict) -> Call:
 
 
 def refuse_constant(name: str) -> None:
-    """ValueError for NaN and Infinity, which only python takes for JSON."""
+    """Refuses, with ValueError, NaN and Infinity, which only python takes for JSON."""
     raise ValueError(f"{name} is no number of JSON")
 
 
@@ -601,7 +601,7 @@ def outcomes_of(player: Player) -> dict[str, str]:
 
 
 def sources_of(player: Player) -> dict[str, Player]:
-    """The players of a mix by its sources; {} of a player that is none."""
+    """Finds the players of a mix by its sources; {} of a player that is none."""
     return player.players if isinstance(player, Mixture) else {}
 
 

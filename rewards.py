@@ -52,7 +52,7 @@ READABLE = (
 
 
 def correct(trajectory, example):
-    """1.0 if the model's answer equals example["answer"], or one of them if it is a list.
+    """Gives 1.0 if the model's answer equals example["answer"], or one of them if it is a list.
 
     A unit (a percent or currency sign, words in `\\text{}`, or such as dollars or cm without it) is
     dropped where only one of the two has it: 50% is 50, not 0.5; two have to be the same. A whole
@@ -79,8 +79,8 @@ def correct(trajectory, example):
 
 
 def exact_match(trajectory, example):
-    """1.0 if the words of the model's answer are those of example["answer"], or of one of them if
-    it is a list, as in SQuAD: whatever the case, the articles and the punctuation."""
+    """Gives 1.0 if the words of the model's answer are those of example["answer"], or of one of
+    them if it is a list, as in SQuAD: whatever the case, the articles and the punctuation."""
     golds = _golds(example, "exact_match")
     answered = words(answer(trajectory, example) or "")
     if not answered:
@@ -89,9 +89,9 @@ def exact_match(trajectory, example):
 
 
 def f1(trajectory, example):
-    """How many words the model's answer shares with example["answer"], as in SQuAD: the harmonic
-    mean of the share of its words that are right and the share of the right words that it has. If
-    that is a list, the best of them. Weigh it with care: half an answer earns half."""
+    """Measures how many words the model's answer shares with example["answer"], as in SQuAD: the
+    harmonic mean of the share of its words that are right and the share of the right words that it
+    has. If that is a list, the best of them. Weigh it with care: half an answer earns half."""
     golds = _golds(example, "f1")
     text = answer(trajectory, example)
     if text is None:
@@ -100,8 +100,8 @@ def f1(trajectory, example):
 
 
 def relaxed(trajectory, example, *, tolerance: float = 0.05):
-    """1.0 if the model's answer is example["answer"], or one of them if it is a list, as ChartQA
-    counts it (Masry et al. 2022, arXiv 2203.10244, after PlotQA): a number may be off by
+    """Gives 1.0 if the model's answer is example["answer"], or one of them if it is a list, as
+    ChartQA counts it (Masry et al. 2022, arXiv 2203.10244, after PlotQA): a number may be off by
     `tolerance` of the right one, 0.05 there; every other text has to be the same but for its case
     and the blanks around it. Years are numbers here, as there: 2010 for 2020 is right. Two forms
     are read that the code which is commonly used does not: 1,200 is 1200, and 12% is 12 (0.12
@@ -124,7 +124,7 @@ def _is_near(text, gold, tolerance):
 
 
 def _plain_number(text):
-    """The number that a text is, in the forms that charts print; None if it is none."""
+    """Reads the number that a text is, in the forms that charts print; None if it is none."""
     text = text.strip().replace("\N{MINUS SIGN}", "-").removesuffix("%").strip()
     if not _PRINTED_NUMBER.fullmatch(text):
         return None
@@ -138,10 +138,11 @@ _PRINTED_NUMBER = re.compile(
 
 
 def anls(trajectory, example, *, threshold: float = 0.5):
-    """How much of the text of example["answer"] the model's answer has, the best of several: 1 less
-    the edit distance as a share of the longer text, whatever the case; 0.0 below `threshold`. It
-    is the similarity of ST-VQA (Biten et al. 2019, arXiv 1905.13648), of which DocVQA and TextVQA's
-    kind report the mean, ANLS: a letter misread costs little, another word everything."""
+    """Measures how much of the text of example["answer"] the model's answer has, the best of
+    several: 1 less the edit distance as a share of the longer text, whatever the case; 0.0 below
+    `threshold`. It is the similarity of ST-VQA (Biten et al. 2019, arXiv 1905.13648), of which
+    DocVQA and TextVQA's kind report the mean, ANLS: a letter misread costs little, another word
+    everything."""
     golds = _golds(example, "anls")
     text = answer(trajectory, example)
     if text is None:
@@ -165,7 +166,7 @@ LONGEST_TEXT = 1000  # characters: a longer answer is compared as a whole
 
 
 def _edit_distance(first, second):
-    """Levenshtein's: how many letters to insert, leave out or replace."""
+    """Counts how many letters to insert, leave out or replace (Levenshtein's distance)."""
     row = list(range(len(second) + 1))
     for i, letter in enumerate(first, 1):
         above_left = row[0]
@@ -178,10 +179,10 @@ def _edit_distance(first, second):
 
 
 def vqa(trajectory, example):
-    """The soft accuracy of VQA and TextVQA (Antol et al. 2015, arXiv 1505.00468): example["answer"]
-    is the list of what ten people answered, and an answer that n of nine gave counts min(n / 3, 1);
-    of ten, the mean over those that leave one out: 0.3, 0.6, 0.9, 1.0 for what 1, 2, 3, 4 of them
-    said. Whatever the case, the articles, the punctuation; two is 2."""
+    """Computes the soft accuracy of VQA and TextVQA (Antol et al. 2015, arXiv 1505.00468):
+    example["answer"] is the list of what ten people answered, and an answer that n of nine gave
+    counts min(n / 3, 1); of ten, the mean over those that leave one out: 0.3, 0.6, 0.9, 1.0 for
+    what 1, 2, 3, 4 of them said. Whatever the case, the articles, the punctuation; two is 2."""
     golds = _golds(example, "vqa")
     if len(golds) < MIN_VOTES:
         raise UserError(
@@ -202,12 +203,12 @@ _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none":
 
 
 def _vote(text):
-    """What an answer is compared as."""
+    """Splits an answer into the words that it is compared by."""
     return [_DIGITS.get(word, word) for word in words(text)]
 
 
 def _golds(example, reward):
-    """The right answers, at least one. A row without one stops the run: it cannot be judged."""
+    """Lists the right answers. A row without one stops the run: it cannot be judged."""
     golds = example["answer"]
     if not isinstance(golds, list):
         golds = [golds]
@@ -218,8 +219,8 @@ def _golds(example, reward):
 
 
 def oracle(name: str, example: dict) -> str | None:
-    """A last message that earns 1.0 from the reward of this name, for a dry run; None if that does
-    not depend on the message, or the row does not say what would be right."""
+    """Writes a last message that earns 1.0 from the reward of this name, for a dry run; None if
+    that does not depend on the message, or the row does not say what would be right."""
     gold = example.get("solution" if name == "code_tests" else "answer")
     if name == "vqa" and isinstance(gold, list):  # what most said
         gold = max(gold, key=gold.count, default=None)
@@ -242,7 +243,7 @@ def oracle(name: str, example: dict) -> str | None:
 
 
 def format(trajectory, example):
-    """1.0 if the model ended by its own choice, made no malformed call and gave just one answer."""
+    """Gives 1.0 if the model chose to end, made no malformed call, and gave just one answer."""
     if trajectory.stop != "answered":
         return 0.0
     if any(call.error in MALFORMED for call in trajectory.calls):
@@ -262,8 +263,8 @@ def format(trajectory, example):
 
 
 def tool_use(trajectory, example):
-    """1.0 if at least one call ran without an error; more calls do not give more. Give it a small
-    weight and not for long: any call that runs is rewarded, a useless one too."""
+    """Gives 1.0 if at least one call ran without an error; more calls do not give more. Give it a
+    small weight and not for long: any call that runs is rewarded, a useless one too."""
     for call in trajectory.calls:
         if call.error is None and not call.ends:
             return 1.0
@@ -271,8 +272,8 @@ def tool_use(trajectory, example):
 
 
 def tool_bonus(trajectory, example, *, each: float = 0.1, cap: float = 0.2):
-    """`each` for every call that ran without an error, `cap` at most. The same call again earns
-    nothing, but a useless one does: give it for a warm start, not for long."""
+    """Gives `each` for every call that ran without an error, `cap` at most. The same call again
+    earns nothing, but a useless one does: give it for a warm start, not for long."""
     ran = set()
     for call in trajectory.calls:
         if call.error is None and not call.ends:
@@ -281,8 +282,8 @@ def tool_bonus(trajectory, example, *, each: float = 0.1, cap: float = 0.2):
 
 
 def needed_tool(trajectory, example, *, tolerance: float = 0.05):
-    """1.0 if the answer is right, as `relaxed` says, and a call that ran helped to it: where the
-    row says "needs_tool", true or false, only a row that does need one earns it, and a row that
+    """Gives 1.0 if the answer is right, as `relaxed` says, and a call that ran helped to it: where
+    the row says "needs_tool", true or false, only a row that does need one earns it, and a row that
     does not earns 1.0 for the right answer without any. Unlike tool_use it pays for no call that
     led to nothing; a call that was made for show it cannot tell from one that helped."""
     if not relaxed(trajectory, example, tolerance=tolerance):
@@ -291,8 +292,8 @@ def needed_tool(trajectory, example, *, tolerance: float = 0.05):
 
 
 def repeated_calls(trajectory, example, *, each: float = 0.1, cap: float = 0.5):
-    """-`each` for every call that was made before with the same arguments, -`cap` at most. Unlike
-    repetition, it looks at calls alone, and does not weigh less in a long trajectory."""
+    """Gives -`each` for every call that was made before with the same arguments, -`cap` at most.
+    Unlike repetition, it looks at calls alone, and does not weigh less in a long trajectory."""
     made = [(call.name, repr(call.arguments)) for call in trajectory.calls]
     return -min(cap, each * (len(made) - len(set(made))))
 
@@ -323,9 +324,9 @@ class tool_errors:
 
 
 def repetition(trajectory, example, *, n: int = 3):
-    """From 0.0 down to -1.0: the share of the n-grams (of words and signs, in all that the model
-    wrote between the calls) that it had written before, and the share of its calls that it had made
-    before, with the same arguments."""
+    """Gives, from 0.0 down to -1.0, the share of the n-grams (of words and signs, in all that the
+    model wrote between the calls) that it had written before, and the share of its calls that it
+    had made before, with the same arguments."""
     grams = _grams(trajectory, example, n)
     calls = [(call.name, repr(call.arguments)) for call in trajectory.calls]
     return -min(1.0, _share_repeated(grams) + _share_repeated(calls))
@@ -335,7 +336,7 @@ _PARTS = re.compile(r"\w+|[^\w\s]")  # words and signs
 
 
 def _grams(trajectory, example, n):
-    """The n-grams of words and signs in all that the model wrote between the calls."""
+    """Lists the n-grams of words and signs in all that the model wrote between the calls."""
     grams = []
     prompt_length = len(example["messages"])
     for message in trajectory.messages[prompt_length:]:
@@ -356,8 +357,9 @@ def _share_repeated(items):
 
 
 def length(trajectory, example, *, limit: int, buffer: int = 256):
-    """Soft overlong punishment (DAPO, arXiv 2503.14476): 0.0 up to limit - buffer tokens that the
-    model wrote, in all turns together; from there linearly down to -1.0 at limit and above."""
+    """Gives the soft overlong punishment (DAPO, arXiv 2503.14476): 0.0 up to limit - buffer tokens
+    that the model wrote, in all turns together; from there linearly down to -1.0 at limit and
+    above."""
     over = trajectory.new_tokens - (limit - buffer)
     if not buffer:
         return -1.0 if over >= 0 else 0.0
@@ -365,8 +367,8 @@ def length(trajectory, example, *, limit: int, buffer: int = 256):
 
 
 def turn_calls(trajectory, example):
-    """For turn_credit, a number for each turn: 1.0 if it made calls and all of them ran, -1.0 if
-    one failed, 0.0 for a turn without calls. Give it a small weight, as with tool_use."""
+    """Gives, for turn_credit, a number for each turn: 1.0 if it made calls and all of them ran,
+    -1.0 if one failed, 0.0 for a turn without calls. Give it a small weight, as with tool_use."""
     values = [0.0 for _ in trajectory.turn_starts]
     for call in trajectory.calls:
         if call.turn >= len(values):  # the tools could not even be opened
@@ -379,8 +381,8 @@ def turn_calls(trajectory, example):
 
 
 def redundancy(trajectory, example, *, limit: int = 1):
-    """-1.0 for every call above `limit`: the penalty of Pixel Reasoner (arXiv 2505.15966), where it
-    counts 0.05 and the limit is 1. A call that gives the answer is none."""
+    """Gives -1.0 for every call above `limit`: the penalty of Pixel Reasoner (arXiv 2505.15966),
+    where it counts 0.05 and the limit is 1. A call that gives the answer is none."""
     return float(min(0, limit - _calls_made(trajectory)))
 
 
@@ -392,7 +394,7 @@ def _calls_made(trajectory):
 
 
 def curiosity(group, example, *, rate: float = 0.3):
-    """For whoever called a tool, how much the share of the group that did is below `rate`, else
+    """Gives whoever called a tool how much the share of the group that did is below `rate`, else
     0.0: Pixel Reasoner's bonus (arXiv 2505.15966, where it counts 0.5), so that calling is not
     given up before it is learnt, and nothing is paid for it once it is common. Weigh it beside
     `redundancy`. (The code that was published with the paper pays another one.)"""
@@ -402,10 +404,10 @@ def curiosity(group, example, *, rate: float = 0.3):
 
 
 def diversity(group, example, *, n: int = 3):
-    """From 0.0 to 1.0: how little a trajectory shares with each other one of its group, on average.
-    What two share is the Jaccard index of their n-grams (of words and signs, in all that the model
-    wrote between the calls) and their calls, with arguments. None where there is no other. It pays
-    for wrong answers as for right ones: give it a small weight."""
+    """Gives, from 0.0 to 1.0, how little a trajectory shares with each other one of its group, on
+    average. What two share is the Jaccard index of their n-grams (of words and signs, in all that
+    the model wrote between the calls) and their calls, with arguments. None where there is no
+    other. It pays for wrong answers as for right ones: give it a small weight."""
     written = []
     for trajectory in group:
         calls = {(call.name, repr(call.arguments)) for call in trajectory.calls}
@@ -420,7 +422,7 @@ def diversity(group, example, *, n: int = 3):
 
 
 def _jaccard(first, second):
-    """The share of what either has that both have; 1.0 where neither has anything."""
+    """Computes the share of what either has that both have; 1.0 where neither has anything."""
     either = len(first | second)
     return len(first & second) / either if either else 1.0
 
@@ -429,14 +431,14 @@ def _jaccard(first, second):
 
 
 def environment(trajectory, example):
-    """What the environments among the tools give their final states, by `reward(self, trajectory)`,
-    added up. None where one of them gave none, or failed."""
+    """Gives what the environments among the tools give their final states, by `reward(self,
+    trajectory)`, added up. None where one of them gave none, or failed."""
     return trajectory.final_reward
 
 
 def turn_results(trajectory, example):
-    """For turn_credit, a number for each turn: the rewards that the Results of its calls carried,
-    added up; 0.0 for a turn without one."""
+    """Gives, for turn_credit, a number for each turn: the rewards that the Results of its calls
+    carried, added up; 0.0 for a turn without one."""
     values = [0.0 for _ in trajectory.turn_starts]
     for call in trajectory.calls:
         if call.reward is not None:
@@ -497,7 +499,7 @@ def refuse_unasked(trajectory, selected: dict) -> None:
 
 
 def _functions(selected):
-    """What is called of the selected rewards."""
+    """Lists the functions of the selected rewards."""
     rewards = [reward for reward, _ in selected.values()]
     return [reward.function if isinstance(reward, Reward) else reward for reward in rewards]
 
@@ -551,7 +553,7 @@ def _how_asked(function):
 
 
 def as_rewards(selected: dict) -> dict:
-    """The same with a Reward for each plain function."""
+    """Makes a Reward of each plain function among the selected rewards."""
     rewards = {}
     for name, (reward, weight) in selected.items():
         if not isinstance(reward, Reward):
@@ -579,8 +581,9 @@ COMMON = [option.name for option in fields(CommonOptions)]
 def select(
     names: Sequence[str], options: Sequence[str] = (), timeout: float = 60.0
 ) -> dict[str, tuple[Reward, float]]:
-    """{name: (reward, weight)} of ("correct", "format:0.1", "my_rewards.py:shout:0.5") and
-    ("tool_bonus.cap=0.3", …). timeout: seconds of a call, where no option says otherwise.
+    """Finds the rewards ("correct", "format:0.1", "my_rewards.py:shout:0.5") with their options
+    ("tool_bonus.cap=0.3", …): {name: (reward, weight)}. timeout: seconds of a call, where no option
+    says otherwise.
 
     A file is looked for here and then beside this one. Raises UserError for a wrong name, weight or
     option, and what a reward that is a class raises when it is made.
@@ -639,7 +642,7 @@ def _find(text: str, modules: dict) -> tuple[str, Callable, float]:
 
 
 def _weight(text, parts):
-    """The weight in `parts`, what `text` has behind the name."""
+    """Reads the weight in `parts`, what `text` has behind the name."""
     if not parts:
         return 1.0
     try:
@@ -652,7 +655,7 @@ def _weight(text, parts):
 
 
 def _with_options(name: str, function: Callable, texts: dict, timeout: float) -> Reward:
-    """The Reward: its options {option: text} bound, a class instantiated."""
+    """Makes the Reward: binds its options {option: text}, instantiates a class."""
     where = f"{OPTIONS}: {name}"
     common_texts = {option: text for option, text in texts.items() if option in COMMON}
     own_texts = {option: text for option, text in texts.items() if option not in COMMON}
@@ -682,7 +685,7 @@ def _with_options(name: str, function: Callable, texts: dict, timeout: float) ->
 
 
 def for_row(selected: dict, example: dict) -> dict:
-    """Those of the selected rewards that a row has: what its `reward` names, or all."""
+    """Picks those of the selected rewards that a row has: what its `reward` names, or all."""
     names = example.get("reward")
     if not isinstance(names, list):
         return selected
@@ -690,7 +693,7 @@ def for_row(selected: dict, example: dict) -> dict:
 
 
 async def score(trajectory, example, selected) -> dict:
-    """{name: value} of all selected rewards but those that see the group, unweighted; None where
+    """Asks all selected rewards but those that see the group: {name: value}, unweighted; None where
     one is None, NaN or infinite. A value is a number, or a list of numbers, one for each turn of
     the model.
 
@@ -707,9 +710,10 @@ async def score(trajectory, example, selected) -> dict:
 
 
 async def score_group(group: list[Trajectory], selected) -> list[dict]:
-    """The same of the rewards that see the group, for each of its trajectories, in their order.
-    group: all samples of one prompt, of which each has ended; their own rewards may be read in
-    trajectory.rewards. A reward that is asked once and takes too long is None for all of them."""
+    """Asks, as `score` does, the rewards that see the group, for each of its trajectories, in
+    order. group: all samples of one prompt, of which each has ended; their own rewards may be read
+    in trajectory.rewards. A reward that is asked once and takes too long is None for all of
+    them."""
     selected = as_rewards(selected)
     example = group[0].example
     questions = {}
@@ -744,7 +748,7 @@ class Question:
     group: list[Trajectory] | None = None
 
     def bound(self) -> Callable:
-        """The reward with its arguments, ready to be called."""
+        """Gives the reward with its arguments, ready to be called."""
         function = self.reward.function
         if self.reward.asked == "once":
             return functools.partial(function, self.group, self.example)
@@ -775,7 +779,7 @@ class Question:
 
 
 async def _ask_all(questions: dict) -> dict:
-    """The answers of all questions {key: Question}, which are asked at once."""
+    """Asks all questions {key: Question} at once; returns {key: answer}."""
     answers = {}
     tasks = {}
     try:
@@ -794,7 +798,7 @@ async def _ask_all(questions: dict) -> dict:
 
 
 def _answer_now(question):
-    """The answer of a reward that never waits."""
+    """Asks a reward that never waits."""
     try:
         call = question.bound()
         return question.read(call())
@@ -803,7 +807,7 @@ def _answer_now(question):
 
 
 async def _answer_in_time(question):
-    """The answer of a reward, or what counts at its deadline."""
+    """Asks a reward; returns its answer, or what counts at its deadline."""
     reward = question.reward
     call = question.bound()
     async with reward.slots:
@@ -832,7 +836,7 @@ def _end_run(name, error, example):
 
 
 def _remedy(error, example):
-    """What to do about an error of a reward: where it read what is not there, what is there."""
+    """Says what to do about an error of a reward: where it read what is not there, what is."""
     if isinstance(error, AttributeError):
         wanted = error.obj
         if isinstance(wanted, dict) and "role" in wanted:
@@ -851,7 +855,8 @@ def _remedy(error, example):
 
 
 def _numbers(name, value, trajectory):
-    """What a reward gave, as a number, a list of numbers, or None if one is none, NaN or infinite.
+    """Reads what a reward gave, as a number, a list of numbers, or None if one is none, NaN or
+    infinite.
 
     Raises TypeError, ValueError or OverflowError for what is no number."""
     values = value if isinstance(value, list) else [value]
@@ -867,7 +872,7 @@ def _numbers(name, value, trajectory):
 
 
 def summed(scores: dict) -> dict:
-    """The values of `score` as one number each: the sum over the turns."""
+    """Sums each value of `score` over the turns, to one number."""
     sums = {}
     for name, value in scores.items():
         sums[name] = sum(value, 0.0) if isinstance(value, list) else value
@@ -875,7 +880,7 @@ def summed(scores: dict) -> dict:
 
 
 def by_turn(scores: dict, selected: dict) -> list[float] | None:
-    """The weighted sum of the rewards that are lists, turn by turn; None if none of them is."""
+    """Sums, weighted, the rewards that are lists, turn by turn; None if none of them is."""
     weighted = []  # a list of turns for each of these rewards
     for name, value in scores.items():
         if isinstance(value, list):
@@ -887,7 +892,7 @@ def by_turn(scores: dict, selected: dict) -> list[float] | None:
 
 
 def total(rewards: dict, selected: dict) -> float | None:
-    """The weighted sum, or None if one that weighs something is None. Weight 0: only logged."""
+    """Computes the weighted sum, None if one that weighs something is. Weight 0: only logged."""
     terms = []
     for name, (_, weight) in selected.items():
         if weight == 0:

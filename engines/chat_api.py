@@ -472,8 +472,8 @@ class Endpoint(Engine):
         return []
 
     def for_row(self, example: dict) -> "Endpoint":
-        """The same API, told of the tools that a row names or brings along; this one where it says
-        nothing of tools."""
+        """Gives the same API, told of the tools that a row names or brings along; this one where it
+        says nothing of tools."""
         if example.get("tools") is None:
             return self
         other = copy(self)

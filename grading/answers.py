@@ -96,7 +96,7 @@ def last_turn(trajectory, example):
 
 
 def _last_text(trajectory, example):
-    """The text of the last turn, if it is the model's: without thoughts and calls."""
+    """Reads the text of the last turn, if it is the model's: without thoughts and calls."""
     messages = trajectory.messages[len(example["messages"]) :]  # few-shot answers are not its own
     if not messages or messages[-1]["role"] != "assistant":
         return ""
@@ -130,7 +130,7 @@ def _last_text(trajectory, example):
 
 
 def _without_calls(text, was_cut):
-    """The text without calls that are in a tag, or behind [TOOL_CALLS]. Of a turn that was cut,
+    """Cuts calls that are in a tag, or behind [TOOL_CALLS], out of a text. Of a turn that was cut,
     also without one that has no end."""
     code_ends = {fence.start: fence.end for fence in _fences(text) if fence.code is not None}
     code_starts = sorted(code_ends)
@@ -162,7 +162,7 @@ def _without_calls(text, was_cut):
 
 
 def _without(text, spans):
-    """The text without its parts [(start, end)], which are in order."""
+    """Cuts the parts [(start, end)], which are in order, out of a text."""
     parts = []
     position = 0
     for start, end in spans:
@@ -173,7 +173,7 @@ def _without(text, spans):
 
 
 def _json_thought(text):
-    """What an answer in the format json_actions says, None for an object that is none."""
+    """Reads what an answer in the format json_actions says, None for an object that is none."""
     try:
         turn = json.loads(text)
     except (ValueError, RecursionError):
@@ -204,7 +204,7 @@ _FENCE_BEGIN = re.compile(r"(?<!`)```(?:`*+([^\n`]*)(\n|\Z)|`*+[^\n]*?```)")
 
 
 def _fences(text):
-    """All code of a text: blocks of lines, closed or not, and what is in ``` on one line."""
+    """Finds all code of a text: blocks of lines, closed or not, and what is in ``` on one line."""
     line_closings = []  # (start, end) of ``` at the start of a line, alone or with words behind
     text_closings = []  # of ``` at the end of a line of code
     openings = []  # of ```language at the start of a line
@@ -237,7 +237,7 @@ def _fences(text):
 
 
 def _closing(start, line_closings, text_closings, openings):
-    """(start, end) of the fence that closes the code from `start` on, None if there is none."""
+    """Finds (start, end) of the fence that closes the code from `start` on, or None."""
     in_line = _first_from(line_closings, start)
     in_text = _first_from(text_closings, start)
     if in_line is None:
@@ -250,7 +250,7 @@ def _closing(start, line_closings, text_closings, openings):
 
 
 def _first_from(spans, start):
-    """The first of the spans, which are in order, that begins at `start` or later, or None."""
+    """Finds the first of the spans, in order, that begins at `start` or later, or None."""
     index = bisect.bisect_left(spans, (start, start))
     return spans[index] if index < len(spans) else None
 
@@ -269,8 +269,8 @@ def places(text, ended):
 
 
 def _after_leads(text):
-    """What stands behind "answer is": a display of mathematics, else up to the end of the line, or
-    of the sentence, or up to its reason. Of "Final answer: the answer is 18" only 18."""
+    """Reads what stands behind "answer is": a display of mathematics, else up to the end of the
+    line, or of the sentence, or up to its reason. Of "Final answer: the answer is 18" only 18."""
     answers = []
     leads = list(_LEAD.finditer(text))
     line_end = -1
@@ -298,7 +298,7 @@ def _after_leads(text):
 
 
 def _display_end(text, start):
-    """Where the content of a display of mathematics ends that begins here; None if none does."""
+    """Finds where the display of mathematics that begins here ends; None if none does."""
     closing = _DISPLAYS.get(text[start : start + 2])
     if closing is None:
         return None
@@ -307,7 +307,7 @@ def _display_end(text, start):
 
 
 def _after_hashes(text):
-    """The lines after `####`, but no heading: one without a digit that is not the last line."""
+    """Reads the lines after `####`, but no heading: one without a digit, if not the last."""
     lines = []
     for match in _HASHES.finditer(text):
         is_last = match.end() == len(text)
@@ -317,7 +317,7 @@ def _after_hashes(text):
 
 
 def _boxed(text):
-    r"""The contents of all closed \boxed{…}, in order; of nested ones the innermost."""
+    r"""Reads the contents of all closed \boxed{…}, in order; of nested ones the innermost."""
     open_braces = []  # (where its content begins, whether \boxed stands before it)
     contents = []
     last_start = -1  # of the last of the contents

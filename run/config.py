@@ -60,8 +60,8 @@ class UserError(Exception):
 
 
 def parse(cls, argv, check=None, keys=None, base=None):
-    """An instance of the flat dataclass `cls`: its defaults (or the values of `base`, an instance),
-    `--config file.py`, `--key=value`.
+    """Makes an instance of the flat dataclass `cls`, from its defaults (or the values of `base`, an
+    instance), `--config file.py`, `--key=value`.
 
     check(cfg) comes last, for rules across keys. keys: names that have an effect in the calling
     script; any other is refused on the command line (a config file is shared between scripts and
@@ -91,7 +91,7 @@ def parse(cls, argv, check=None, keys=None, base=None):
 
 
 def _read_command_line(argv, kinds, keys, default):
-    """{key: text} of `--key=value` and `--config file.py`; the key of the latter is config."""
+    """Reads `--key=value` and `--config file.py`, whose key is config, as {key: text}."""
     texts = {}
     items = list(argv)
     while items:
@@ -217,7 +217,7 @@ def answer_help(file, other=None, keys=()):
 
 
 def _lines_of_keys(file, keys):
-    """The lines of `class Config` that are of these keys, and the comments that head them."""
+    """Picks the lines of `class Config` that are of these keys, and the comments that head them."""
     _, lines, fields = _read_source(file)
     hidden = {0}  # "class Config:"
     for name, first, end in fields:
@@ -239,7 +239,7 @@ def _is_heading(line):
 
 
 def _read_source(file):
-    """-> docstring, lines of `class Config`, [(field, first line of it, line behind it)]."""
+    """Reads a script: docstring, lines of `class Config`, [(field, first line, line behind it)]."""
     source = (HERE / file).read_text(encoding="utf-8")
     tree = ast.parse(source)
     docstring = ast.get_docstring(tree)
@@ -284,7 +284,7 @@ def is_saved(cls, path, is_older=False):
 
 
 def changed(cfg):
-    """The names of the fields that differ from their default, for rules like "has no effect"."""
+    """Lists the fields that differ from their default, for rules like "has no effect"."""
     default = type(cfg)()
     names = set()
     for field in dataclasses.fields(cfg):
@@ -341,7 +341,7 @@ def next_folder(folder):
 
 
 def numbered_folders(folder):
-    """Those that `next_folder` has made, the first one first."""
+    """Lists the folders that `next_folder` has made, the first one first."""
     return [name for name in _numbered(folder) if name.is_dir()]
 
 
@@ -350,7 +350,7 @@ def _numbered(folder):
 
 
 def near(name, names):
-    """': did you mean learning_rate?' for a misspelt name, '' where nothing is near."""
+    """Suggests ': did you mean learning_rate?' for a misspelt name, '' where nothing is near."""
     import difflib  # here: only for messages
 
     close = difflib.get_close_matches(name, list(names), n=1)
@@ -371,7 +371,7 @@ def _unknown(key, names, where=""):
 
 
 def _instead(item):
-    """What to write for an item that is no --key=value."""
+    """Says what to write for an item that is no --key=value."""
     bare = item.lstrip("-")
     if item.removesuffix("=") == "--config":
         return "--config calc.py"
@@ -383,7 +383,7 @@ def _instead(item):
 
 
 def as_typed(value):
-    """A default as one would type it, for messages: 2e-5, none, true, a,b."""
+    """Writes a default as one would type it, for messages: 2e-5, none, true, a,b."""
     if isinstance(value, tuple):
         return ",".join(as_typed(item) for item in value)
     if value is None:
@@ -398,7 +398,7 @@ def as_typed(value):
 
 
 def names_in(name):
-    """The names that a config file assigns; none of one that cannot be read: `parse` tells that."""
+    """Lists the names that a config file assigns; none if it cannot be read: `parse` tells that."""
     try:
         tree = ast.parse(_found(name).read_bytes())
     except (OSError, SyntaxError, ValueError, UserError):
@@ -411,7 +411,7 @@ def names_in(name):
 
 
 def _found(name):
-    """The path of a config file: here, or in configs/."""
+    """Finds a config file: here, or in configs/."""
     path = Path(name)
     if not path.is_file():
         path = HERE / "configs" / name
@@ -455,7 +455,7 @@ def _run_file(name, kinds):
 
 
 def _fitted(key, kind, value, where, typed):
-    """The value as a `kind`, or UserError. where: " in calc.py", for messages."""
+    """Casts the value to a `kind`, or raises UserError. where: " in calc.py", for messages."""
     try:
         return cast(kind, value, typed)
     except ValueError:
@@ -463,7 +463,7 @@ def _fitted(key, kind, value, where, typed):
 
 
 def describe_type(kind) -> str:
-    """A type as it reads in a message."""
+    """Describes a type as it reads in a message."""
     arms = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         return f"one of {', '.join(map(str, arms))}"
@@ -479,7 +479,7 @@ def describe_type(kind) -> str:
 
 
 def cast(kind, value, typed: bool):
-    """`value` as a `kind`; typed: it is text of the command line, else a python value.
+    """Casts `value` to a `kind`; typed: it is text of the command line, else a python value.
 
     Raises ValueError if it does not fit, and AssertionError for a kind that no field may have.
     """
@@ -549,7 +549,7 @@ def _cast_to_bool(value, typed):
 
 
 def _number(kind, value):
-    """A finite int or float of a number or a text, or ValueError; 1e3 is a fine int."""
+    """Reads a number or a text as a finite int or float, or ValueError; 1e3 is a fine int."""
     try:
         if kind is int and not isinstance(value, float):
             return int(value)  # not by way of a float, which has 53 bits

@@ -363,7 +363,7 @@ def digest_of_rows(examples: list[dict]) -> str:
 
 
 def _told(value) -> str:
-    """A value that JSON has not: bytes and images by what is in them, dates as they read."""
+    """Writes a value that JSON has not: bytes and images by what is in them, dates as they read."""
     content = value
     if hasattr(value, "tobytes"):  # of PIL and of numpy
         content = value.tobytes()

@@ -47,8 +47,8 @@ ROLLOUT_KEYS = (
 
 
 def panels_of(keys: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """What is drawn of a run that logged these keys: CURVES, and of a mix (run/mix.py) the accuracy
-    of each source."""
+    """Lists what is drawn of a run that logged these keys: CURVES, and of a mix (run/mix.py) the
+    accuracy of each source."""
     of_sources = [key for key in keys if key.endswith("/accuracy") and not key.startswith("val_")]
     panels = list(CURVES)
     if of_sources:
@@ -106,7 +106,7 @@ def _draw_panel(axes, title: str, keys: list[str], rows: list[dict]) -> None:
 
 
 def _running_mean(steps: list[int], values: list[float], window: int) -> list[float]:
-    """For each step the mean of the values in the last few steps: of what is measured more seldom,
+    """Averages, for each step, the values in the last few steps: of what is measured more seldom,
     itself."""
     means = []
     first = 0  # the place of the earliest step that counts
@@ -146,7 +146,7 @@ def page(out_dir, title: str = "", has_images: bool = True) -> None:
 
 
 def points_of(rows: list[dict]) -> dict[str, list]:
-    """The values of each key, None where there is none; of many steps, means of a few of them."""
+    """Collects the values of each key, None where it has none; of many steps, some means."""
     size = max(1, math.ceil(len(rows) / POINTS))
     parts = []
     for start in range(0, len(rows), size):
@@ -170,7 +170,7 @@ def _mean_of(key: str, rows: list[dict]) -> float | None:
 
 
 def shown_rollouts(path: Path) -> tuple[list[dict], int]:
-    """(the rollouts that the page shows, how many the file holds)."""
+    """Reads (the rollouts that the page shows, how many the file holds)."""
     if not path.exists():
         return [], 0
     written = path.read_bytes().count(b"\n")
@@ -186,14 +186,14 @@ def shown_rollouts(path: Path) -> tuple[list[dict], int]:
 
 
 def spread(total: int, most: int) -> list[int]:
-    """The numbers of at most `most` of `total` things: evenly apart, the first, the last."""
+    """Picks at most `most` of `total` things, by number: evenly apart, the first, the last."""
     if total <= most:
         return list(range(total))
     return [i * (total - 1) // (most - 1) for i in range(most)]
 
 
 def shown_of(row: dict) -> dict:
-    """What the page holds of a row of rollouts.jsonl."""
+    """Picks what the page holds of a row of rollouts.jsonl."""
     shown = {key: row.get(key) for key in ROLLOUT_KEYS}
     pieces = row.get("pieces")
     if pieces is None:  # an old row: the ids
@@ -210,12 +210,12 @@ def shown_of(row: dict) -> dict:
 
 
 def _is_image_name(name) -> bool:
-    """Whether it is a file that run/log.py wrote: nothing else on this machine is opened."""
+    """Says whether it is a file that run/log.py wrote: nothing else on this machine is opened."""
     return isinstance(name, str) and IMAGE_NAME.fullmatch(name) is not None
 
 
 def _image_spans(row: dict) -> list[list[int]]:
-    """Which tokens stand for each image: (first, end). [] where the row does not say so."""
+    """Reads which tokens stand for each image: (first, end). [] where the row does not say so."""
     spans = row.get("image_spans")
     names = row.get("images")
     if not isinstance(spans, list) or not isinstance(names, list) or len(spans) != len(names):
@@ -232,8 +232,8 @@ def _image_spans(row: dict) -> list[list[int]]:
 
 
 def images_of(out_dir: Path, rollouts: list[dict]) -> dict[str, dict]:
-    """The images of the rollouts by their names: size, and a small copy as a data URI; None for one
-    that is not there, and no copy of those for which there is no room."""
+    """Reads the images of the rollouts by their names: size, and a small copy as a data URI; None
+    for one that is not there, and no copy of those for which there is no room."""
     images = {}
     room = THUMBNAIL_BYTES
     for rollout in rollouts:
@@ -247,7 +247,7 @@ def images_of(out_dir: Path, rollouts: list[dict]) -> dict[str, dict]:
 
 
 def _thumbnail(file: Path, room: int) -> dict | None:
-    """An image's size, and its copy of at most THUMBNAIL pixels, if it fits into `room` bytes."""
+    """Reads an image's size, and copies it, at most THUMBNAIL pixels, if `room` bytes will do."""
     from PIL import Image
 
     try:
@@ -272,14 +272,14 @@ def _thumbnail(file: Path, room: int) -> dict | None:
 
 
 def _kinds_of_mask(mask: list[int]) -> str:
-    """The kinds (see Trajectory.kinds) of a row without them: what of its context is a tool's
-    result is not known."""
+    """Writes the kinds (see Trajectory.kinds) of a row without them: what of its context is a
+    tool's result is not known."""
     return "".join("t" if trained else "c" for trained in mask)
 
 
 def settings_of(path: Path) -> list[tuple[str, str, str | None]]:
-    """(name, value, default) as python text, from a run's config.py. Defaults are those of the
-    training script whose Config has nearly these names; None for a name that it has not."""
+    """Reads (name, value, default), as python text, from a run's config.py. Defaults are those of
+    the training script whose Config has nearly these names; None for a name that it has not."""
     values = values_of(path)
     choices = [{}]  # where no script is near
     for script in sorted(config.HERE.glob("train_*.py")):
@@ -289,7 +289,7 @@ def settings_of(path: Path) -> list[tuple[str, str, str | None]]:
 
 
 def values_of(path: Path) -> dict[str, str]:
-    """{name: value as python text} of a run's config.py; nothing of it is run."""
+    """Reads a run's config.py as {name: value as python text}; nothing of it is run."""
     values = {}
     try:
         written = ast.parse(path.read_bytes()).body
@@ -302,7 +302,7 @@ def values_of(path: Path) -> dict[str, str]:
 
 
 def _defaults(script: Path) -> dict[str, str]:
-    """{name: default as python text} of the Config of a script."""
+    """Reads the Config of a script as {name: default as python text}."""
     defaults = {}
     for node in ast.parse(script.read_bytes()).body:  # importing it would import torch
         if isinstance(node, ast.ClassDef) and node.name == "Config":
@@ -313,7 +313,7 @@ def _defaults(script: Path) -> dict[str, str]:
 
 
 def _template() -> str:
-    """page.html with its style and its script in it."""
+    """Reads page.html, with its style and its script put in."""
     parts = {}
     for name in ("page.html", "page.css", "page.js"):
         parts[name] = (config.HERE / "run" / name).read_text(encoding="utf-8")
@@ -322,7 +322,7 @@ def _template() -> str:
 
 
 def curves_of(path: Path) -> dict:
-    """What the curves of a metrics.jsonl are drawn from."""
+    """Collects what the curves of a metrics.jsonl are drawn from."""
     rows = [finite_numbers(row) for row in steps_of(path)]
     return {
         "panels": panels_of(dict.fromkeys(key for row in rows for key in row)),

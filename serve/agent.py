@@ -193,7 +193,7 @@ class Asked:
         return replies.reply_of(trajectory, self.chat, self.own_tools, self.request.stop, name)
 
     def call_name(self, sample: int) -> str:
-        """What the ids of a sample's calls begin with."""
+        """Says what the ids of a sample's calls begin with."""
         return f"call_{self.id[-12:]}_{sample}"
 
 
@@ -278,7 +278,7 @@ class Agent:
         return replace(self.player.settings, temperature=temperature, seed=seed)
 
     async def _chat_with(self, tools: list[dict]) -> Chat:
-        """The chat with the client's tools behind the agent's own. UserError, Refused."""
+        """Gives the chat with the client's tools behind the agent's own. UserError, Refused."""
         if not tools:
             return self.player.chat
         for tool in tools:
@@ -403,7 +403,7 @@ def error_of(refused: Refused) -> dict:
 
 
 def application(cfg: Config, player: Player, name: str):
-    """The ASGI application of a Player that is entered. Its event loop is that of the Player."""
+    """Makes the ASGI application of an entered Player, whose event loop it shares."""
     server = Server(cfg, Agent(player, cfg, name))
 
     async def app(scope, receive, send):

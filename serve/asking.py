@@ -48,8 +48,8 @@ def prepare() -> None:
 
 
 def ask(name: str, arguments: dict, seconds: float) -> dict:
-    """The answer of questions.ALL[name](**arguments), with what it printed as `said`; {"error": a
-    sentence} if it has none, or none in time."""
+    """Asks questions.ALL[name](**arguments): its answer, with what it printed as `said`; {"error":
+    a sentence} if it has none, or none in time."""
     if not free.acquire(timeout=seconds):
         return {"error": f"{AT_ONCE} other questions take long: ask again"}
     try:
@@ -100,7 +100,7 @@ def end_all(pid: int) -> None:
 
 
 def _answer(connection, printed, folder: str, name: str, arguments: dict) -> None:
-    """In the new process."""
+    """Answers, in the new process."""
     os.setsid()  # it ends with all that it starts
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -36,7 +36,7 @@ class Guard:
         await self.app(scope, receive, with_headers(send))
 
     def refusal(self, request: Request) -> tuple[int, str]:
-        """(status, why) of a request that is not answered; (0, "") for one that is."""
+        """Says (status, why) of a request that is not answered; (0, "") of one that is."""
         # 1. who says another name to this machine was sent here by a name server (DNS rebinding)
         if self.is_local and not web.names_loopback(request.scope["headers"]):
             return 403, "this page is served to 127.0.0.1 and localhost alone"
@@ -58,7 +58,7 @@ class Guard:
         return 0, ""
 
     def foreign(self, request: Request, by_header: bool) -> tuple[int, str]:
-        """(status, why) of a request to change something that another page made."""
+        """Says (status, why) of another page's request to change something; (0, "") of ours."""
         origin = request.headers.get("origin")
         site = request.headers.get("sec-fetch-site")
         host = request.headers.get("host", "")
@@ -96,14 +96,14 @@ def with_headers(send):
 
 
 def reply(value, status: int = 200) -> Response:
-    """An answer as JSON, in ASCII: a text on the disk may hold half a character, which UTF-8 has
-    not."""
+    """Makes an answer as JSON, in ASCII: a text on the disk may hold half a character, which UTF-8
+    has not."""
     text = json.dumps(finite(value), allow_nan=False)
     return Response(text, status, {"cache-control": "no-store"}, media_type="application/json")
 
 
 def finite(value):
-    """A value without the numbers that JSON has not: they become texts."""
+    """Makes texts of the numbers in a value that JSON has not."""
     if isinstance(value, dict):
         return {str(key): finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -118,7 +118,7 @@ def refusal(status: int, sentence: str) -> Response:
 
 
 async def body_of(request: Request) -> dict:
-    """The JSON object of a request. UserError for anything else."""
+    """Reads the JSON object of a request. UserError for anything else."""
     body = b""
     async for part in request.stream():
         body += part

@@ -44,13 +44,13 @@ class Index:
                     self.end += len(line)
 
     def facts(self) -> tuple[list[dict], int]:
-        """(those of the rollouts that are listed, how many there are)."""
+        """Gives (the facts of the rollouts that are listed, how many there are)."""
         with self.lock:
             chosen = run_page.spread(len(self.all), run_page.POINTS)
             return [self.all[number] for number in chosen], len(self.all)
 
     def row(self, number: int) -> dict | None:
-        """A whole rollout; None if there is none of this number."""
+        """Reads a whole rollout; None if there is none of this number."""
         with self.lock:
             if number >= len(self.places):
                 return None
@@ -66,7 +66,7 @@ class Index:
 
 
 def facts_of(row: dict, number: int) -> dict:
-    """What the pager needs to know of a rollout before it is looked at."""
+    """Collects what the pager needs to know of a rollout before it is looked at."""
     advantages = run_page.finite_numbers(dict(enumerate(row.get("advantages") or ())))
     reward = row.get("reward")
     return {

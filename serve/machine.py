@@ -12,7 +12,7 @@ cards_seen = {"at": 0.0, "cards": []}  # of nvidia-smi, which takes a while
 
 
 def machine(root: Path) -> dict:
-    """What this machine does: cores, memory, disk, GPUs."""
+    """Measures what this machine does: cores, memory, disk, GPUs."""
     memory = psutil.virtual_memory()
     answer = {
         "cores": psutil.cpu_count(),
@@ -27,7 +27,7 @@ def machine(root: Path) -> dict:
 
 
 def cpu_percent() -> float:
-    """The share of all cores that was busy since this was asked last, in percent."""
+    """Measures the share of all cores that was busy since this was asked last, in percent."""
     before = cpu_seen["times"]
     now = psutil.cpu_times()
     cpu_seen["times"] = now
@@ -37,7 +37,7 @@ def cpu_percent() -> float:
 
 
 def gpus() -> list[dict]:
-    """What nvidia-smi says of each GPU; [] where there is none."""
+    """Reads what nvidia-smi says of each GPU; [] where there is none."""
     if time.monotonic() - cards_seen["at"] < 2 and cards_seen["at"]:
         return cards_seen["cards"]
     wanted = "name,utilization.gpu,memory.used,memory.total"

@@ -67,7 +67,7 @@ class Config:
 
 
 def check(cfg: Config) -> None:
-    """Rules across keys."""
+    """Checks the rules across keys."""
     if cfg.stdio == cfg.http:
         raise UserError("expected one of --stdio and --http")
     config.refuse_unused_keys(
@@ -81,7 +81,7 @@ def check(cfg: Config) -> None:
 
 
 def toolbox(cfg: Config, tools: list[str]) -> Toolbox:
-    """The tools that are served. Raises UserError."""
+    """Makes the Toolbox of the tools that are served. Raises UserError."""
     if not tools:
         raise UserError("no tool is named: write python -m serve.mcp_server python --stdio")
     box = Toolbox(
@@ -100,7 +100,7 @@ def toolbox(cfg: Config, tools: list[str]) -> Toolbox:
 
 
 def stateful(box: Toolbox) -> list[str]:
-    """The names of the tools that keep a state between the calls of a session."""
+    """Lists the tools that keep a state between the calls of a session."""
     names = []
     for tool in box.tools.values():
         if tool.make and not tool.shared and not tool.pure and not tool.sees:
@@ -119,8 +119,8 @@ class Health:
 
 
 def server(box: Toolbox, session: Session | None = None, health: Health | None = None) -> Server:
-    """The MCP server of a Toolbox. session: the one of all calls; None: each MCP session's own.
-    health: where calls are counted."""
+    """Makes the MCP server of a Toolbox. session: the one of all calls; None: each MCP session's
+    own. health: where calls are counted."""
     needs_session = bool(stateful(box)) and session is None
     health = health or Health()
 
@@ -188,7 +188,7 @@ SIZE = re.compile(r"data:[^,]*;shown=(\d{1,5})x(\d{1,5})[;,]", re.ASCII)
 
 
 async def _call_with_image(box, tool, arguments):
-    """A call of a tool that sees -> content, error kind or None. The image that came with it is
+    """Calls a tool that sees -> content, error kind or None. The image that came with it is
     the only one there is, and gone after it."""
     pictures = []
     if "image" in arguments:
@@ -206,7 +206,8 @@ async def _call_with_image(box, tool, arguments):
 
 
 def _picture(text):
-    """Of base64 or a data URI; `;shown=640x480` in it is the size at which a model sees it."""
+    """Reads a picture of base64 or a data URI; `;shown=640x480` in it is the size at which a model
+    sees it."""
     if not isinstance(text, str):
         raise UserError("image must be base64 or a data URI")
     is_uri = text[:5].lower() == "data:"
@@ -220,7 +221,7 @@ def _picture(text):
 
 
 def _session_of(ctx, box):
-    """The Toolbox session of this MCP session, closed with it."""
+    """Gives the Toolbox session of this MCP session, closed with it."""
     connection = ctx.session._connection  # the SDK has no other way to what ends with a session
     if "session" not in connection.state:
         session = box.open({})
@@ -230,7 +231,7 @@ def _session_of(ctx, box):
 
 
 def _blocks(content):
-    """What a tool returned, as MCP sends it."""
+    """Writes what a tool returned as MCP sends it."""
     parts = content if isinstance(content, list) else [content]
     blocks = []
     for part in parts:
@@ -285,7 +286,7 @@ MOST_WITH_IMAGE = MOST + MAX_BYTES * 4 // 3  # which travels as base64
 
 
 def at_mcp(box: Toolbox, host: str, health: Health):
-    """The ASGI application of MCP at /mcp, for whoever asks; it has a lifespan."""
+    """Makes the ASGI application of MCP at /mcp, for whoever asks; it has a lifespan."""
     sees = any(tool.sees for tool in box.tools.values())
     return server(box, health=health).streamable_http_app(
         host=host,
@@ -295,7 +296,7 @@ def at_mcp(box: Toolbox, host: str, health: Health):
 
 
 def application(cfg: Config, box: Toolbox):
-    """The ASGI application: MCP, for who has the token."""
+    """Makes the ASGI application: MCP, for who has the token."""
     health = Health()
     inner = at_mcp(box, cfg.host, health)
     token = key_from(cfg.token_env)
@@ -315,7 +316,7 @@ def application(cfg: Config, box: Toolbox):
 
 
 def gpu_memory() -> dict:
-    """Bytes that torch holds on the GPU, if this process uses one."""
+    """Counts the bytes that torch holds on the GPU, if this process uses one."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return {}
@@ -340,7 +341,7 @@ def _end_with_stdin():
 
 
 def main(argv: list[str]) -> None:
-    """The names of tools, then the options."""
+    """Serves, as the command line says: the names of tools, then the options."""
     tools = list(itertools.takewhile(lambda item: not item.startswith("-"), argv))
     options = []
     for item in argv[len(tools) :]:

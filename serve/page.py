@@ -56,7 +56,7 @@ class Config:
 
 
 def check(cfg: Config) -> None:
-    """Rules across keys."""
+    """Checks the rules across keys."""
     if not 0 <= cfg.port < 65536:
         raise UserError(f"port = {cfg.port}: expected 0 to 65535")
     if not cfg.out_dir:
@@ -66,8 +66,8 @@ def check(cfg: Config) -> None:
 
 
 def token_for(root: Path) -> str:
-    """The token of this page: that of the environment, or one that stays with the folder, so that a
-    browser which has it goes on after a restart. Only this user can read it."""
+    """Gives the token of this page: that of the environment, or one that stays with the folder, so
+    that a browser which has it goes on after a restart. Only this user can read it."""
     token = key_from(TOKEN_ENV)
     if token:
         return token
@@ -85,7 +85,7 @@ def token_for(root: Path) -> str:
 
 
 def application(root: Path, token: str, host: str):
-    """The ASGI application."""
+    """Makes the ASGI application."""
     return Guard(Starlette(routes=Views(root, token).routes()), token, host)
 
 

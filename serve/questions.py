@@ -41,7 +41,7 @@ BY_BUTTON = {
 
 
 def parsed(script: str, argv: list[str]):
-    """The config that the script makes of its command line, checked."""
+    """Reads a command line as the script does: its config, checked."""
     if script == "evaluate.py":
         mine, others = config.split(argv, evaluate.Config.__dataclass_fields__)
         given = config.parse(evaluate.Config, mine, evaluate.check)
@@ -55,7 +55,7 @@ def parsed(script: str, argv: list[str]):
 
 
 def form(script: str, argv: list[str]) -> dict:
-    """The fields of a script's Config, with the values of a config file, and the tools to tick."""
+    """Lists the fields of a script's Config, with a config file's values, and the tools to tick."""
     module = SCRIPTS[script]
     if script == "evaluate.py":
         argv, _ = config.split(argv, module.Config.__dataclass_fields__)
@@ -83,7 +83,7 @@ def form(script: str, argv: list[str]) -> dict:
 
 
 def typed(value) -> str:
-    """A value as one types it behind --key=."""
+    """Writes a value as one types it behind --key=."""
     if isinstance(value, tuple):
         return ",".join(typed(item) for item in value)
     if value is None or isinstance(value, bool):
@@ -92,7 +92,7 @@ def typed(value) -> str:
 
 
 def choices_of(kind) -> list[str]:
-    """The values that a key can have, [] where they are not counted."""
+    """Lists the values that a key can have, [] where there is no such list."""
     if kind is bool:
         return ["false", "true"]
     if typing.get_origin(kind) is typing.Literal:
@@ -101,8 +101,8 @@ def choices_of(kind) -> list[str]:
 
 
 def comments_of(script: str) -> dict[str, tuple[str, str]]:
-    """{key: (the heading that it stands below, its comment)}, from the source of the Config, which
-    is what --help prints."""
+    """Reads {key: (the heading that it stands below, its comment)} from the source of the Config,
+    which is what --help prints."""
     _, lines, fields = config._read_source(script)
     comments = {}
     heading = ""
@@ -123,7 +123,7 @@ def comments_of(script: str) -> dict[str, tuple[str, str]]:
 
 
 def comment_in(lines: list[str]) -> str:
-    """The comment of a field."""
+    """Finds the comment of a field."""
     for line in lines:
         before, mark, comment = line.partition("  # ")
         if mark:
@@ -132,7 +132,7 @@ def comment_in(lines: list[str]) -> str:
 
 
 def our_tools() -> list[dict]:
-    """The tools of tools/ and the first sentence of what they say of themselves."""
+    """Lists the tools of tools/ and the first sentence of what they say of themselves."""
     tools = []
     for file in sorted((config.HERE / "tools").glob("*.py")):
         if file.stem not in plugins.names_in(file):
@@ -147,7 +147,7 @@ def our_tools() -> list[dict]:
 
 
 def told_by(node) -> str:
-    """The first paragraph of a docstring: of a class, that of its call."""
+    """Reads the first paragraph of a docstring: of a class, that of its call."""
     for inner in getattr(node, "body", ()):
         if isinstance(node, ast.ClassDef) and getattr(inner, "name", "") == "__call__":
             return told_by(inner)
@@ -207,7 +207,7 @@ def is_behind(run: checkpoint.Run) -> bool:
 
 
 def rows(script: str, argv: list[str]) -> dict:
-    """The first rows as the run would see them; of a mix, those of each source."""
+    """Reads the first rows as the run would see them; of a mix, those of each source."""
     cfg = parsed(script, argv)
     sources = [("", cfg)]
     if cfg.mix:
@@ -231,7 +231,7 @@ def first_rows(script: str, cfg) -> list[dict]:
 
 
 def plain_row(row: dict, source: str) -> dict:
-    """What is shown of a row: its messages, and its other columns as text."""
+    """Picks what is shown of a row: its messages, and its other columns as text."""
     messages = []
     for message in row.get("messages", ()):
         text = message.get("content") or ""
@@ -250,8 +250,7 @@ def plain_row(row: dict, source: str) -> dict:
 
 
 def tools(names: list[str], options: list[str]) -> dict:
-    """What a run with these tools would tell its model of them: each is loaded, and a server is
-    asked."""
+    """Says what a run tells its model of these tools: each is loaded, and a server is asked."""
     toolbox = Toolbox(tuple(names), options=tuple(options))
     described = []
     for schema in toolbox.schemas:
@@ -268,7 +267,7 @@ def tools(names: list[str], options: list[str]) -> dict:
 
 
 def made_up(script: str, argv: list[str]) -> dict:
-    """A made-up rollout, of SFT the first row, as run/page.js draws it."""
+    """Plays a made-up rollout, of SFT the first row, as run/page.js draws it."""
     cfg = parsed(script, argv)
     rollouts = []
     images = {}
@@ -288,7 +287,7 @@ def made_up(script: str, argv: list[str]) -> dict:
 
 
 def compare(folders: list[str]) -> dict:
-    """The page of report.py about several runs."""
+    """Makes the page of report.py about several runs."""
     import report
 
     return {"html": report.page_of([Path(folder) for folder in folders])}
@@ -299,7 +298,7 @@ ALL["compare"] = compare
 
 
 def answer(name: str, arguments: dict) -> dict:
-    """The answer to a question, or {"error": the sentence why not}."""
+    """Answers a question, or {"error": the sentence why not}."""
     sys.argv = [arguments.get("script", "serve.page")]  # for messages
     try:
         return ALL[name](**arguments)

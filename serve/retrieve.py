@@ -72,7 +72,7 @@ class Config:
 
 
 def check(cfg: Config) -> None:
-    """Rules across keys."""
+    """Checks the rules across keys."""
     if not cfg.corpus:
         raise UserError("corpus = '': expected a file of passages: --corpus=wiki.jsonl")
     config.require_positive(cfg, "topk timeout most_waiting")
@@ -97,7 +97,7 @@ class Question:
 
 
 def read_question(body: bytes, default_topk: int) -> Question:
-    """What a request asks for. Raises Refused."""
+    """Reads what a request asks for. Raises Refused."""
     try:
         given = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -158,7 +158,7 @@ class Retriever:
         self._waiting = asyncio.Queue()
 
     async def retrieve(self, body: bytes) -> dict:
-        """The answer to a request. Raises Refused."""
+        """Answers a request. Raises Refused."""
         start = time.perf_counter()
         question = read_question(body, self.cfg.topk)
         if self.metrics.waiting >= self.cfg.most_waiting:
@@ -205,7 +205,7 @@ class Retriever:
                     question.results.set_result(found)
 
     def _search(self, questions):
-        """A list of results for each question."""
+        """Finds a list of results for each question."""
         queries = []
         most = 1
         for question in questions:
@@ -219,7 +219,7 @@ class Retriever:
 
 
 def _shown(passages, question):
-    """What a query found, as Search-R1 sends it."""
+    """Writes what a query found as Search-R1 sends it."""
     documents = [{"id": passage.id, "contents": passage.contents} for passage in passages]
     if not question.with_scores:
         return documents
@@ -235,7 +235,7 @@ METHODS = {"/retrieve": "POST", "/health": "GET", "/metrics": "GET"}
 
 
 def application(cfg: Config, index):
-    """The ASGI application. Its event loop begins with its lifespan."""
+    """Makes the ASGI application. Its event loop begins with its lifespan."""
     token = key_from(cfg.token_env)
     retriever = None
     working = None

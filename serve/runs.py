@@ -48,8 +48,8 @@ known_values: dict[Path, tuple] = {}  # of each config.py: what it was like, wha
 
 
 def folder_of(root: Path, name: str) -> Path:
-    """The folder of a run by its name below root, "calc/eval". UserError for whatever would lead
-    out of root, links too."""
+    """Finds the folder of a run by its name below root, "calc/eval". UserError for whatever would
+    lead out of root, links too."""
     folder = root / name if is_inner(name) else None
     is_inside = False
     if folder is not None:
@@ -74,8 +74,8 @@ def is_inner(name: str) -> bool:
 
 
 def below(root: Path, name: str, key: str = "out_dir") -> Path:
-    """The folder that a run is to write to, which has to be below root to be seen. UserError if it
-    is not."""
+    """Finds the folder that a run is to write to, which has to be below root to be seen. UserError
+    if it is not."""
     folder = Path(name)
     is_inside = False
     with contextlib.suppress(OSError, ValueError, RuntimeError):
@@ -101,7 +101,7 @@ def leads_out(root: Path, folder: Path) -> bool:
 
 
 def found(root: Path) -> list[Path]:
-    """The folders of runs below root, the one that was written to last first."""
+    """Lists the folders of runs below root, the one that was written to last first."""
     folders = []
     for place, inner, files in os.walk(root):
         folder = Path(place)
@@ -126,7 +126,7 @@ def is_run(files: list[str]) -> bool:
 
 
 def changed(folder: Path) -> float:
-    """When a run last wrote, in seconds since 1970."""
+    """Says when a run last wrote, in seconds since 1970."""
     times = [0.0]
     for name in FILES:
         with contextlib.suppress(OSError):
@@ -138,7 +138,7 @@ def changed(folder: Path) -> float:
 
 
 def beginning_of(pid: int) -> str:
-    """When the process of this number began, as a text that no other process will have; "" if
+    """Says when the process of this number began, as a text that no other process will have; "" if
     there is none, or only its remains."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
@@ -158,7 +158,7 @@ def beginning_of(pid: int) -> str:
 
 
 def record_of(folder: Path) -> dict:
-    """What process.json says; {} where there is none that can be read."""
+    """Reads what process.json says; {} where there is none that can be read."""
     try:
         record = json.loads((folder / PROCESS).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -175,8 +175,8 @@ def write_record(folder: Path, record: dict) -> None:
 
 
 def holder_of(folder: Path) -> int:
-    """The pid of the process that holds the lock of an out_dir, 0 if none does. Asking takes no
-    lock: a run that begins at this moment is not disturbed."""
+    """Finds the pid of the process that holds the lock of an out_dir, 0 if none does. Asking takes
+    no lock: a run that begins at this moment is not disturbed."""
     is_mac = sys.platform == "darwin"
     form = "qqihh" if is_mac else "hhqqi"
     wanted = (0, 0, 0, fcntl.F_WRLCK, os.SEEK_SET) if is_mac else (fcntl.F_WRLCK, 0, 0, 0, 0)
@@ -208,7 +208,7 @@ def evaluator_of(folder: Path) -> int:
 
 
 def pid_of(folder: Path) -> int:
-    """The pid of the process that runs in a folder, 0 if none does."""
+    """Finds the pid of the process that runs in a folder, 0 if none does."""
     for process in list(children.values()):
         process.poll()  # or its remains would stay
     record = record_of(folder)
@@ -221,7 +221,7 @@ def pid_of(folder: Path) -> int:
 
 
 def last_row(path: Path) -> dict:
-    """The last whole row of a .jsonl that is of a step, {} if there is none near its end."""
+    """Reads the last whole row of a .jsonl that is of a step, {} if there is none near its end."""
     for line in reversed(tail_of(path).splitlines()):
         row = run_page.row_of(line)
         if row is not None and run_page.is_of_step(row):
@@ -230,7 +230,7 @@ def last_row(path: Path) -> dict:
 
 
 def tail_of(path: Path, size: int = TAIL) -> bytes:
-    """The last bytes of a file; none if it cannot be read."""
+    """Reads the last bytes of a file; none if it cannot be read."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - size))
@@ -240,7 +240,7 @@ def tail_of(path: Path, size: int = TAIL) -> bytes:
 
 
 def values_of(folder: Path) -> dict[str, str]:
-    """{key: python text} of a run's config.py, which is read again when it has changed."""
+    """Reads {key: python text} of a run's config.py, again when that has changed."""
     file = folder / "config.py"
     try:
         stat = file.stat()
@@ -253,7 +253,7 @@ def values_of(folder: Path) -> dict[str, str]:
 
 
 def plain(text: str | None):
-    """The value of a python text, None where it is none."""
+    """Reads the value of a python text, None where it is none."""
     try:
         return ast.literal_eval(text or "None")
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -261,7 +261,7 @@ def plain(text: str | None):
 
 
 def kind_of(folder: Path, values: dict) -> str:
-    """ "GRPO", "SFT" or "evaluation"."""
+    """Says what a run is: "GRPO", "SFT", "training" or "evaluation"."""
     script = record_of(folder).get("script")
     if script in SCRIPTS:
         return SCRIPTS[script]
@@ -272,7 +272,7 @@ def kind_of(folder: Path, values: dict) -> str:
 
 
 def newest_checkpoint(folder: Path) -> int:
-    """The step of the newest checkpoint, 0 if there is none."""
+    """Finds the step of the newest checkpoint, 0 if there is none."""
     steps = [0]
     for path in (folder / "checkpoints").glob("step-*"):
         number = path.name.removeprefix("step-")
@@ -311,7 +311,8 @@ def sample_of(path: Path) -> list:
 
 
 def said_steps(folder: Path) -> int | None:
-    """The updates of an SFT, which follow from its rows: it prints them when it has read them."""
+    """Reads the number of updates of an SFT, which follow from its rows: it prints them when it has
+    read them."""
     with contextlib.suppress(OSError), open(folder / SAID, "rb") as file:
         said = re.findall(
             rb"; (\d{1,12}) steps, [\d,]+ of ", file.read(TAIL) + tail_of(folder / SAID)
@@ -321,7 +322,7 @@ def said_steps(folder: Path) -> int | None:
 
 
 def last_words(folder: Path) -> str:
-    """The last line that a started run printed; "" where the run went on since, without us."""
+    """Reads the last line that a started run printed; "" where it went on since, without us."""
     with contextlib.suppress(OSError):
         logged = (folder / "metrics.jsonl").stat().st_mtime
         if logged > (folder / SAID).stat().st_mtime + 60:
@@ -332,7 +333,7 @@ def last_words(folder: Path) -> str:
 
 
 def state_of(root: Path, folder: Path) -> dict:
-    """What is shown of a run in the list."""
+    """Collects what is shown of a run in the list."""
     values = values_of(folder)
     kind = kind_of(folder, values)
     record = record_of(folder)
@@ -358,7 +359,7 @@ def state_of(root: Path, folder: Path) -> dict:
 
 
 def numbers_of(folder: Path, row: dict) -> dict:
-    """The few numbers that say how a run does: of its last step, of an evaluation its outcome."""
+    """Picks the few numbers that say how a run does: of its last step, and of an evaluation."""
     numbers = {}
     for name in ("reward", "accuracy", "val_accuracy", "loss", "val_loss"):
         if isinstance(row.get(name), int | float):
@@ -373,7 +374,7 @@ def numbers_of(folder: Path, row: dict) -> dict:
 
 
 def evaluation_of(folder: Path) -> dict:
-    """What eval.json says; {} where there is none that can be read."""
+    """Reads what eval.json says; {} where there is none that can be read."""
     try:
         numbers = json.loads((folder / "eval.json").read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -382,7 +383,7 @@ def evaluation_of(folder: Path) -> dict:
 
 
 def status_of(folder: Path, state: dict) -> tuple[str, str]:
-    """(running, stopping, ended, stopped or crashed, why)."""
+    """Says (running, stopping, ended, stopped or crashed, why)."""
     if state["pid"]:
         return ("stopping", "") if state["told_to_stop"] else ("running", "")
     words = last_words(folder)
@@ -408,7 +409,7 @@ def status_of(folder: Path, state: dict) -> tuple[str, str]:
 
 
 def listed(root: Path) -> list[dict]:
-    """The states of all runs below root, the newest first."""
+    """Lists the states of all runs below root, the newest first."""
     states = []
     for folder in found(root):
         with contextlib.suppress(FileNotFoundError):  # removed meanwhile
@@ -421,7 +422,7 @@ def listed(root: Path) -> list[dict]:
 
 @contextlib.contextmanager
 def alone(root: Path):
-    """One start at a time below root, of all pages that there are."""
+    """Lets one start at a time happen below root, of all pages that there are."""
     root.mkdir(parents=True, exist_ok=True)
     with open(root / ".page.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -65,7 +65,7 @@ class Config:
 
 
 def check(cfg: Config) -> None:
-    """Rules across keys."""
+    """Checks the rules across keys."""
     if not 1 <= cfg.port < 65536:
         raise UserError(f"port = {cfg.port}: expected 1 to 65535")
     if cfg.report_every < 0:
@@ -105,7 +105,7 @@ KINDS = {  # what a value has to be
 
 
 def read(path: str, first_port: int) -> list[Service]:
-    """The services of the file, each with a port. Raises UserError."""
+    """Reads the services of the file, each with a port. Raises UserError."""
     try:
         whole = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
@@ -159,7 +159,7 @@ def _fits(value, expected):
 
 
 def servers_file(services: list[Service], cfg: Config) -> dict:
-    """What --tools=mcp:file.json reads."""
+    """Makes what --tools=mcp:file.json reads."""
     servers = {}
     for service in services:
         # a call may have to wait until the service is there again
@@ -255,7 +255,7 @@ class Running:
             self.lines.extend(chunk.decode("utf-8", "replace").splitlines())
 
     async def _come_up(self):
-        """None when it serves, or why it does not."""
+        """Waits until it serves: None, or why it does not."""
         end = time.monotonic() + self.service.start_timeout
         while time.monotonic() < end:
             if self.process.returncode is not None:
@@ -278,7 +278,7 @@ class Running:
                 return f"did not answer for {HANGING:g} s"
 
     async def _ask(self, seconds):
-        """Whether it tells its health."""
+        """Asks for its health; says whether it tells it."""
         try:
             async with asyncio.timeout(seconds):
                 url = self.service.url(self.cfg.host, "health")
@@ -318,7 +318,7 @@ class Running:
         return f", saying {' | '.join(lines)[-600:]!r}" if lines else ""
 
     def row(self) -> list[str]:
-        """How it does, for the table; speed is since the last one."""
+        """Says how it does, for the table; speed is since the last one."""
         now = time.monotonic()
         calls = self.health.get("calls", 0)
         before, calls_before = self._reported
@@ -344,7 +344,7 @@ COLUMNS = "service state calls calls/s ms running errors restarts GPU_GiB".split
 
 
 def table(running: list[Running]) -> str:
-    """How all of them do, in columns."""
+    """Writes how all of them do, in columns."""
     rows = [COLUMNS, *(each.row() for each in running)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     lines = []
@@ -394,7 +394,7 @@ async def _tell(running, cfg):
 
 
 def main(argv: list[str]) -> None:
-    """The file of the services, then the options."""
+    """Serves, as the command line says: the file of the services, then the options."""
     if not argv or argv[0].startswith("-"):
         raise UserError("no file is named: write python -m serve.tools services.json")
     cfg = config.parse(Config, argv[1:], check)

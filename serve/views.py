@@ -81,7 +81,7 @@ class Views:
         return routes
 
     def home(self, request: Request) -> Response:
-        """The page itself; who comes with the link has the token in a cookie from here on."""
+        """Gives the page itself; who comes with the link has the token in a cookie from here on."""
         response = FileResponse(config.HERE / "serve" / "static" / "app.html")
         if "token" in request.query_params:
             cookie = web.cookie_name(request.scope, "page")
@@ -95,11 +95,11 @@ class Views:
         return FileResponse(config.HERE / file, media_type=kind)
 
     def favicon(self, request: Request) -> Response:
-        """None: a browser asks for it of itself, and would log an error."""
+        """Answers with no icon: a browser asks for one of itself, and would log an error."""
         return Response(status_code=204)
 
     def image(self, request: Request) -> Response:
-        """An image of a rollout, which run/log.py wrote."""
+        """Gives an image of a rollout, which run/log.py wrote."""
         name = request.query_params.get("name", "")
         try:
             folder = self.folder(request)
@@ -111,7 +111,7 @@ class Views:
         return FileResponse(file, media_type="image/png")
 
     def compare(self, request: Request) -> Response:
-        """The page of report.py about several runs, or the sentence why there is none."""
+        """Gives the page of report.py about several runs, or the sentence why there is none."""
         names = request.query_params.getlist("run")
         headers = {"content-security-policy": REPORT_POLICY}
         try:
@@ -126,7 +126,7 @@ class Views:
         return Response(answer["html"], 200, headers, media_type="text/html; charset=utf-8")
 
     def folder(self, request: Request) -> Path:
-        """The folder of the run that a request is about."""
+        """Finds the folder of the run that a request is about."""
         folder = runs.folder_of(self.root, request.query_params.get("run", ""))
         if not folder.is_dir() or runs.leads_out(self.root, folder):
             raise UserError(f"no run '{folder}'")
@@ -136,8 +136,8 @@ class Views:
         return {"root": str(self.root), "runs": runs.listed(self.root)}
 
     def run(self, request: Request) -> dict:
-        """All of a run but its rollouts. seen: what the asker has of its curves, so that they are
-        read and sent only when there is more."""
+        """Gives all of a run but its rollouts. seen: what the asker has of its curves, so that they
+        are read and sent only when there is more."""
         folder = self.folder(request)
         answer = {"state": runs.state_of(self.root, folder)}
         answer["evaluations"] = evaluations_in(self.root, folder)
@@ -163,7 +163,7 @@ class Views:
         return index
 
     def rollout(self, request: Request) -> dict:
-        """One rollout, by the number of its line."""
+        """Gives one rollout, by the number of its line."""
         folder = self.folder(request)
         number = request.query_params.get("number", "")
         row = None
@@ -180,7 +180,7 @@ class Views:
         return {"row": shown, "images": images}
 
     def log(self, request: Request) -> dict:
-        """The end of what a run printed."""
+        """Gives the end of what a run printed."""
         folder = self.folder(request)
         text = runs.tail_of(folder / runs.SAID, MOST_LOG).decode("utf-8", "replace")
         return {"text": as_read(text), "is_there": (folder / runs.SAID).is_file()}
@@ -189,7 +189,7 @@ class Views:
         return machine(self.root)
 
     def configs(self, request: Request) -> dict:
-        """The files of configs/ by the script that they are for."""
+        """Lists the files of configs/ by the script that they are for."""
         files = {"train_grpo.py": [], "train_sft.py": []}
         for file in sorted((config.HERE / "configs").glob("*.py")):
             script = "train_sft.py" if "sft" in file.stem.split("_") else "train_grpo.py"
@@ -200,7 +200,7 @@ class Views:
     # ---- what is asked with POST
 
     def form(self, asked: dict) -> dict:
-        """The fields of a script; a folder that is free is suggested."""
+        """Lists the fields of a script; suggests a folder that is free."""
         answer = self.ask("form", asked)
         for field in answer.get("fields", ()):
             if field["name"] == "out_dir":
@@ -208,7 +208,7 @@ class Views:
         return answer
 
     def free_folder(self, out_dir: str) -> str:
-        """The folder that a config names, or the first behind it that no run is in; below ours."""
+        """Finds the folder, below ours, that a config names, or the first free one behind it."""
         name = Path(out_dir).name or "run"
         names = [name, *(f"{name}-{number}" for number in range(2, 1000))]
         return str(next(self.root / name for name in names if not (self.root / name).exists()))
@@ -287,7 +287,7 @@ class Views:
         return asking.ask(question, arguments, SECONDS[question])
 
     def argv(self, asked: dict) -> list[str]:
-        """The command line of a form: what its config file and its values say."""
+        """Makes the command line of a form: what its config file and its values say."""
         argv = []
         resumed = word(asked, "resume")
         evaluated = word(asked, "evaluate")
@@ -315,7 +315,7 @@ class Views:
         return argv
 
     def recorded(self, name: str) -> list[str]:
-        """The command line of an evaluation that was started from here, to go on with it."""
+        """Reads the command line of an evaluation that was started from here, to go on with it."""
         record = runs.record_of(runs.folder_of(self.root, name))
         command = record.get("command")
         if record.get("script") != "evaluate.py" or not isinstance(command, list):
@@ -324,7 +324,7 @@ class Views:
         return [*(word for word in options if word != "--resume=true"), "--resume=true"]
 
     def config_file(self, name: str) -> str:
-        """The config file of this name: one of configs/, or "run:calc", that of a run."""
+        """Finds the config file of this name: one of configs/, or "run:calc", that of a run."""
         if name.startswith("run:"):
             return str(runs.folder_of(self.root, name.removeprefix("run:")) / "config.py")
         known = {file.name for file in (config.HERE / "configs").glob("*.py")}
@@ -340,7 +340,7 @@ class Views:
         return ["python", path_of(script), *argv]
 
     def of_evaluation(self, asked: dict, argv: list[str]) -> tuple[list[str], Path]:
-        """(the command line of an evaluation with the folder that it writes to, that folder)."""
+        """Makes (an evaluation's command line with the folder that it writes to, that folder)."""
         given = [item for item in argv if item.startswith("--save_to=")]
         if given and given[-1] != "--save_to=":
             return argv, runs.below(self.root, given[-1].removeprefix("--save_to="), "save_to")
@@ -360,12 +360,12 @@ def script_of(asked: dict) -> str:
 
 
 def path_of(script: str) -> str:
-    """A script as one would type it here."""
+    """Writes a script as one would type it here."""
     return script if Path.cwd() == config.HERE else str(config.HERE / script)
 
 
 def word(asked: dict, name: str) -> str:
-    """A text of a request, "" where it has none."""
+    """Reads a text of a request, "" where it has none."""
     value = asked.get(name) or ""
     if not isinstance(value, str):
         raise UserError(f"{name}: expected text")
@@ -394,7 +394,7 @@ def require_sendable(text: str) -> None:
 
 
 def answering(reader):
-    """The endpoint of a reader, which gets the request and runs in a thread."""
+    """Makes the endpoint of a reader, which gets the request and runs in a thread."""
 
     def endpoint(request: Request) -> Response:
         try:
@@ -410,7 +410,7 @@ def answering(reader):
 
 
 def acting(action):
-    """The endpoint of an action, which gets the request's JSON and runs in a thread."""
+    """Makes the endpoint of an action, which gets the request's JSON and runs in a thread."""
 
     async def endpoint(request: Request) -> Response:
         try:
@@ -426,13 +426,13 @@ def acting(action):
 
 
 def as_read(text: str) -> str:
-    """What a run printed, as one reads it: of a line that is written over, the last version."""
+    """Writes what a run printed as one reads it: a line that is written over, as it was last."""
     lines = [line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")]
     return "\n".join(lines)
 
 
 def evaluations_in(root: Path, folder: Path) -> list[dict]:
-    """The evaluations in the folder of a run."""
+    """Lists the evaluations in the folder of a run."""
     states = []
     for inner in sorted(folder.glob("eval*")):
         if inner.is_dir() and not inner.is_symlink() and any(inner.iterdir()):
@@ -441,7 +441,7 @@ def evaluations_in(root: Path, folder: Path) -> list[dict]:
 
 
 def stamp_of(file: Path) -> str:
-    """Another text whenever a file has changed."""
+    """Stamps a file: another text whenever it has changed."""
     try:
         stat = file.stat()
     except OSError:

@@ -69,7 +69,7 @@ class ImpatientProtocol(H11Protocol):
 
 
 def settings(app) -> uvicorn.Config:
-    """Of the server, whatever it serves."""
+    """Makes the settings of the server, whatever it serves."""
     return uvicorn.Config(
         app,
         http=ImpatientProtocol,
@@ -109,7 +109,7 @@ async def live(receive, send) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket at that address; port 0 is any free one. UserError if it is taken."""
+    """Opens a socket at that address; port 0 is any free one. UserError if it is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -125,7 +125,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address(listening: socket.socket) -> str:
-    """http://host:port"""
+    """Writes http://host:port"""
     host, port = listening.getsockname()[:2]
     if ":" in host:
         host = f"[{host}]"
@@ -136,12 +136,12 @@ def address(listening: socket.socket) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Only those names of this machine for which a request's Host is looked at, too."""
+    """Says whether it is a name of this machine for which a request's Host is looked at, too."""
     return host in ("127.0.0.1", "localhost", "::1")
 
 
 def require_token(host: str, token_env: str) -> None:
-    """UserError where other machines are let in and nothing is asked of them."""
+    """Refuses to let other machines in and ask nothing of them."""
     if not key_from(token_env) and not is_loopback(host):
         raise UserError(
             f"host = {host!r} lets other machines in: set the environment variable "
@@ -150,7 +150,7 @@ def require_token(host: str, token_env: str) -> None:
 
 
 def has_token(headers: list, token: str) -> bool:
-    """Whether a request carries the bearer token; if there is none, anything does."""
+    """Says whether a request carries the bearer token; if there is none, anything does."""
     if not token:
         return True
     authorization = dict(headers).get(b"authorization", b"")
@@ -159,15 +159,15 @@ def has_token(headers: list, token: str) -> bool:
 
 
 def has_token_of_browser(request: Request, cookie: str, token: str, in_link: bool) -> bool:
-    """Whether a browser, which sends no header of ours, shows the token: in its cookie, or, where
-    links have it, as ?token=…"""
+    """Says whether a browser, which sends no header of ours, shows the token: in its cookie, or,
+    where links have it, as ?token=…"""
     linked = request.query_params.get("token", "") if in_link else ""
     given = linked or request.cookies.get(cookie, "")
     return hmac.compare_digest(given.encode("utf-8", "replace"), token.encode())
 
 
 def cookie_name(scope, server: str) -> str:
-    """Cookies do not know ports: each server of this machine has its own."""
+    """Names a cookie: cookies do not know ports, so each server of this machine has its own."""
     return f"nanotool_{server}_{scope['server'][1]}"
 
 
@@ -182,8 +182,8 @@ async def refuse_token(send) -> None:
 
 
 def names_loopback(headers: list) -> bool:
-    """Whether a request's Host is this machine. A web page whose name server sends it to 127.0.0.1
-    (DNS rebinding) says its own name there."""
+    """Says whether a request's Host is this machine. A web page whose name server sends it to
+    127.0.0.1 (DNS rebinding) says its own name there."""
     written = dict(headers).get(b"host", b"").decode("latin-1")
     try:
         return is_on_this_machine(f"http://{written}")
@@ -192,7 +192,7 @@ def names_loopback(headers: list) -> bool:
 
 
 def is_of_other_origin(headers: list) -> bool:
-    """Whether a request comes from a web page that this server did not serve."""
+    """Says whether a request comes from a web page that this server did not serve."""
     headers = dict(headers)
     origin = headers.get(b"origin")
     host = headers.get(b"host", b"")
@@ -203,8 +203,8 @@ def is_of_other_origin(headers: list) -> bool:
 
 
 async def read_body(scope, receive, most: int) -> bytes:
-    """The body of a request. Raises Refused if it has more than `most` bytes, or its sender has
-    gone."""
+    """Reads the body of a request. Raises Refused if it has more than `most` bytes, or its sender
+    has gone."""
     too_large = Refused(413, f"a request has at most {most} bytes")
     headers = dict(scope["headers"])
     length = headers.get(b"content-length", b"0")
@@ -231,8 +231,7 @@ async def read_body(scope, receive, most: int) -> bytes:
 
 
 def prometheus(prefix: str, metrics, counters: list[str]) -> str:
-    """The numbers of a dataclass in the text that Prometheus reads. counters: those that only
-    grow."""
+    """Writes a dataclass's numbers in the text that Prometheus reads. counters: those that grow."""
     lines = []
     for name, value in vars(metrics).items():
         is_counter = name in counters

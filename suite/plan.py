@@ -79,7 +79,7 @@ def entries(texts: tuple[str, ...], key: str) -> list[Entry]:
 
 
 def chosen(suite: Config) -> list[Entry]:
-    """The data sets that are to be played."""
+    """Lists the data sets that are to be played."""
     every = entries(suite.data, "data")
     return [entry for entry in every if not suite.only or entry.name in suite.only]
 

@@ -31,7 +31,7 @@ def save_suite(plan: plans.Config, cells: list[Cell], shown: dict) -> None:
 
 
 def names_of(texts: tuple[str, ...], key: str) -> list[str]:
-    """Names the entries of a plans."""
+    """Names the entries of a key."""
     return [entry.name for entry in plans.entries(texts, key)]
 
 

@@ -115,6 +115,61 @@ def test_shipped_code_has_no_bare_except_no_global_and_nothing_left_to_do(path):
     assert re.findall(r"\b(?:TODO|FIXME|XXX|HACK)\b", path.read_text()) == []
 
 
+# Of these no docstring begins with a verb, though they end like one.
+NO_VERBS = """
+    As Boxes Columns Files Functions Its Lines Medians Messages Options Passages Pixels Rewards Rows
+    Threads Tokens Tools Trajectories Values Vectors Weights This
+""".split()
+
+
+def begins_with_a_verb(docstring):
+    """Says whether it is in the third person: "Reads …", "Says whether …", "Reduce-scatters …"."""
+    first = re.match(r"[A-Z][a-z-]*s(?=[\s,;:.])", docstring)
+    return first is not None and first[0] not in NO_VERBS
+
+
+def may_begin_otherwise(path, function, docstring):
+    """Says whether a function's docstring is for others, or of what is no deed.
+
+    A tool's is a prompt: it explains its arguments to a model. That of an `__init__` explains
+    arguments too, and a property is a thing.
+    """
+    is_prompt = room_of(path) in ("tools", "tasks") and "\nArgs:\n" in docstring
+    is_property = any(ast.unparse(one).endswith("property") for one in function.decorator_list)
+    return is_prompt or is_property or function.name == "__init__"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=names(SHIPPED))
+def test_docstrings_of_functions_begin_with_a_verb(path):
+    wrong = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        docstring = ast.get_docstring(node)
+        if docstring is None or may_begin_otherwise(path, node, docstring):
+            continue
+        if not begins_with_a_verb(docstring):
+            wrong.append(f"line {node.lineno}: {docstring.splitlines()[0]}")
+    assert wrong == [], 'expected "Reads …", "Says whether …", "Refuses, with UserError, …"'
+
+
+@pytest.mark.parametrize(
+    "docstring",
+    [
+        "The rows of a split.",
+        "Rows of a split.",
+        "Whether it may.",
+        "UserError where it may not.",
+        "read the rows.",
+        "{name: value} of the rows.",
+        "Levenshtein's distance.",
+        "",
+    ],
+)
+def test_the_rule_for_docstrings_refuses_what_begins_otherwise(docstring):
+    assert not begins_with_a_verb(docstring)
+
+
 def test_what_is_said_on_stderr_goes_through_one_function():
     """C6: it may quote a model, a tool or a server, so it is printed escaped."""
     places = []

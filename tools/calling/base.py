@@ -70,7 +70,7 @@ class Result:
 
 
 def number(value, what: str) -> float:
-    """What an environment gave, as a float. UserError if it is no number; it may be infinite."""
+    """Reads what an environment gave, as a float, infinite too. UserError if it is no number."""
     try:
         return float(value + 0)  # a text has no sum with 0, which float() would read
     except (TypeError, ValueError, OverflowError):
@@ -78,7 +78,7 @@ def number(value, what: str) -> float:
 
 
 def numbers(values, what: str) -> dict[str, float]:
-    """What is to be measured, as {name: number}. UserError for anything else."""
+    """Reads what is to be measured, as {name: number}. UserError for anything else."""
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise UserError(f"{what} is {values!r:.80}: expected a dict of names and numbers")
     measured = {}
@@ -106,7 +106,7 @@ class NetworkError(ToolError):
 
 
 def numbered(images: list, number: int) -> "Picture":
-    """The trajectory's image of that number, from 1. ToolError if there is none."""
+    """Finds the trajectory's image of that number, from 1. ToolError if there is none."""
     if isinstance(number, int) and 1 <= number <= len(images):
         return images[number - 1]
     there = f"the images are 1 to {len(images)}" if images else "there are no images here"

@@ -43,7 +43,7 @@ def is_environment(target) -> bool:
 
 
 def hooks_of(target: type) -> dict[str, Callable]:
-    """The hooks of an environment. UserError for one that cannot be called as it will be."""
+    """Finds the hooks of an environment. UserError for one that cannot be called as it will be."""
     members = _members(target)
     hooks = {}
     for name, given in (*HOOKS.items(), (CLOSE, ())):
@@ -66,8 +66,8 @@ def hooks_of(target: type) -> dict[str, Callable]:
 
 
 def tools_of(target: type) -> dict[str, Callable]:
-    """The methods of an environment that are tools, in the order in which they stand. UserError for
-    a static method or one of the class, and for a mark that says nothing here."""
+    """Finds the methods of an environment that are tools, in the order in which they stand.
+    UserError for a static method or one of the class, and for a mark that says nothing here."""
     class_name = target.__name__
     methods = {}
     for name, member in _members(target).items():
@@ -95,7 +95,7 @@ def _refuse_marks(target, name, marks):
 
 
 def _members(target):
-    """{name: what the class has by that name}, as written: bases first, without those of object."""
+    """Collects {name: what the class has by it}, as written: bases first, without object's."""
     members = {}
     for base in reversed(target.__mro__[:-1]):
         members |= vars(base)

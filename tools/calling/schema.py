@@ -23,7 +23,7 @@ VALUE_SHOWN = 80  # characters of a wrong value
 
 
 def wrong_arguments(name: str, parameters: dict, arguments) -> str | None:
-    """What is wrong, as half a sentence, or None."""
+    """Says what is wrong with arguments, as half a sentence, or None."""
     if not isinstance(arguments, dict):
         return f"the arguments of {name} must be a JSON object"
     properties = _part(parameters, "properties", dict)
@@ -42,7 +42,7 @@ def wrong_arguments(name: str, parameters: dict, arguments) -> str | None:
 
 
 def signature(name: str, parameters: dict) -> str:
-    """add(a: integer, b?: integer): how the tool is called."""
+    """Writes how a tool is called: add(a: integer, b?: integer)."""
     required = _part(parameters, "required", list)
     shown = []
     for argument, schema in _part(parameters, "properties", dict).items():
@@ -52,7 +52,7 @@ def signature(name: str, parameters: dict) -> str:
 
 
 def kind(schema) -> str:
-    """What a value has to be, in words."""
+    """Says what a value has to be, in words."""
     if not isinstance(schema, dict):
         return "any value"
     if "enum" in schema:
@@ -71,7 +71,7 @@ def _json(value):
 
 
 def _part(schema, key, expected):
-    """The part of a schema, empty if it is not there, or is broken."""
+    """Reads the part of a schema, empty if it is not there, or is broken."""
     part = schema.get(key)
     return part if isinstance(part, expected) else expected()
 
@@ -84,8 +84,8 @@ def _types(schema):
 
 
 def _wrong_value(value, schema, where):
-    """What is wrong with a value, or with what is inside of it; None if nothing is. `where`: its
-    name in words, such as table['k'][1]."""
+    """Says what is wrong with a value, or with what is inside of it; None if nothing is. `where`:
+    its name in words, such as table['k'][1]."""
     if not isinstance(schema, dict):
         return None
     if value is None and schema.get("nullable"):
@@ -100,7 +100,7 @@ def _wrong_value(value, schema, where):
 
 
 def _has_kind(value, schema, where):
-    """Whether the value itself is what kind() says."""
+    """Says whether the value itself is what kind() says."""
     options = _part(schema, "anyOf", list)
     if options:
         return any(_wrong_value(value, option, where) is None for option in options)

@@ -112,8 +112,8 @@ class Toolbox:
         return sum(is_alive(job) for job in self._abandoned)
 
     def open(self, example: dict | None = None, images: list | None = None) -> "Session":
-        """The tools of one trajectory. example: its data row. images: the trajectory's Pictures, a
-        list that grows: what a tool that sees finds in its example's "images"."""
+        """Opens the tools of one trajectory. example: its data row. images: the trajectory's
+        Pictures, a list that grows: what a tool that sees finds in its example's "images"."""
         return Session(self, example or {}, images)
 
     async def close(self) -> None:
@@ -143,7 +143,7 @@ class Session:
         self.failure = ""  # how an environment failed: then the trajectory is over
 
     async def call(self, name: str, arguments: dict | None) -> tuple[str | list, str | None, float]:
-        """-> content (text, or a list of texts and PIL images), error kind or None, seconds."""
+        """Calls a tool; gives content (text, or a list of texts and PIL images), error, seconds."""
         outcome = await self.run(name, arguments)
         return outcome.content, outcome.error, outcome.seconds
 
@@ -176,7 +176,7 @@ class Session:
         return Outcome(content, error, seconds, result)
 
     async def _known_or_called(self, tool, arguments):
-        """What this very call gave before, if that is kept, or what it gives now."""
+        """Returns what this very call gave before, if that is kept, or what it gives now."""
         if not (tool.pure and self.box.keeps_results):
             return await self._call_in_turn(tool, arguments)
         state_key = ""  # what the result depends on beside the arguments
@@ -244,7 +244,7 @@ class Session:
             return content, error, time.perf_counter() - start
 
     async def _call_with_retries(self, tool, arguments):
-        """What the tool returns; after a NetworkError it is called again, tool.retries times."""
+        """Calls the tool; after a NetworkError again, tool.retries times."""
         DEADLINE.set(tool.timeout)  # here: in a task of its own, and so for this call alone
         retries = tool.retries
         pause = PAUSE
@@ -284,8 +284,8 @@ class Session:
         return parts
 
     async def reply(self, trajectory) -> list | None:
-        """What the user of an environment says behind an answer, as texts and PIL images; None if
-        there is none, or no more to say. Sets `failure` if it cannot say it."""
+        """Asks what the user of an environment says behind an answer, as texts and PIL images; None
+        if there is none, or no more to say. Sets `failure` if it cannot say it."""
         for environment in self.box.environments:
             if "user" in environment.hooks:
                 said = await self._ask(environment, "user", trajectory)
@@ -293,8 +293,8 @@ class Session:
         return None
 
     async def settle(self, trajectory) -> tuple[float | None, dict[str, float]]:
-        """(the rewards that environments give their final states, added up; what they measure of
-        them). None if one gives none, or fails, which sets `failure`."""
+        """Asks for (the rewards that environments give their final states, added up; what they
+        measure of them). None if one gives none, or fails, which sets `failure`."""
         rewards = []
         metrics = {}
         for environment in self.box.environments:
@@ -312,7 +312,7 @@ class Session:
         return sum(rewards), metrics
 
     async def _ask(self, environment: Environment, hook: str, *given):
-        """What a hook gives, in its time; None if it fails, or if anything failed before, which is
+        """Asks a hook, in its time; None if it fails, or if anything failed before, which is
         what `failure` says."""
         if self.failure:
             return None
@@ -360,11 +360,12 @@ class Session:
     # -- states
 
     async def make(self, tool: Tool) -> tuple[bool, object]:
-        """(True, its instance), or (False, None) at the deadline. Raises what making it raises."""
+        """Makes a tool's instance: (True, it), or (False, None) at the deadline. Raises what making
+        it raises."""
         return await in_time(self._state(tool), tool.timeout, self.box._abandoned)
 
     async def _state(self, tool: Tool | Environment):
-        """What tool.make made for this trajectory, or for the run; made now if it is the first."""
+        """Gives what tool.make made for this trajectory, or for the run; makes it at first."""
         is_shared = isinstance(tool, Tool) and tool.shared
         owner = self.box if is_shared else self
         states = self.box._shared if is_shared else self._states
@@ -420,7 +421,7 @@ async def _close_one_by_one(box, instances):
 
 
 def _holding(lock, function, name):
-    """The function, which holds the lock while it runs, under the name of its tool."""
+    """Makes the function hold the lock while it runs, under the name of its tool."""
 
     def work():
         with lock:
@@ -448,7 +449,7 @@ def _too_late(tool):
 
 
 def _content_of(result: Result):
-    """The text and the images of a Result."""
+    """Gives the text and the images of a Result."""
     if not result.images:
         return _content(result.text)
     parts = [result.text, *result.images]
@@ -456,13 +457,13 @@ def _content_of(result: Result):
 
 
 def _parts(said) -> list:
-    """What was said, as a list of texts and images."""
+    """Lists what was said, as texts and images."""
     content = _content(said)
     return content if isinstance(content, list) else [content]
 
 
 def _content(result):
-    """Text, or a list of texts and images."""
+    """Makes a result text, or a list of texts and images."""
     pil = sys.modules.get("PIL.Image")
     if pil is None:  # then there can be no image, and importing it takes a moment
         return _text(result)
@@ -490,7 +491,7 @@ def _text(value):
 
 
 def _cut(content):
-    """The content with every text cut to MAX_RESULT_CHARS."""
+    """Cuts every text of a content to MAX_RESULT_CHARS."""
     if isinstance(content, list):
         return [_cut(part) for part in content]
     if isinstance(content, str):
