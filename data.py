@@ -628,8 +628,8 @@ def _refuse_surrogates(value, column):
 
 def _names_in_row(row):
     """Reads the columns by which a row says its tools and its rewards, as lists of names: `tools`,
-    in which schemas of functions of its own may stand too, and `reward` where it holds text. None, as
-    where there is no such column: those of the run."""
+    in which schemas of functions of its own may stand too, and `reward` where it holds text.
+    None, as where there is no such column: those of the run."""
     names = {}
     for column in ("tools", "reward"):
         value = row.get(column)

@@ -59,8 +59,8 @@ class Official:
         self.data = folder / "bfcl_eval" / "data"
 
     def verdict(self, row: dict, calls: list[dict], right: list[dict] | None, category: str):
-        """True or False; the name of the exception where it raises. right: None where it is only
-        asked whether there are calls."""
+        """Asks it: True or False, or the name of the exception that it raises. right: None where it
+        is only asked whether there are calls."""
         if right is None:
             return self.is_empty(calls) == category.endswith("irrelevance")
         try:

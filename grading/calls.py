@@ -29,10 +29,10 @@ ENDED = ("answered", "max_turns")  # with calls that fit their schemas, or that 
 
 
 def call_match(trajectory, example, *, column: str = COLUMN):
-    """1.0 if the calls of the last turn are those of example["ground_truth"], in any order: a list
-    of {name: {argument: [accepted values]}}, or its JSON. "" among the accepted values says that
-    the argument may be left out. [] stands for no call at all, "any" for some call of the row's
-    functions. Each of the right calls takes the first one made that fits it.
+    """Gives 1.0 if the calls of the last turn are those of example["ground_truth"], in any order: a
+    list of {name: {argument: [accepted values]}}, or its JSON. "" among the accepted values says
+    that the argument may be left out. [] stands for no call at all, "any" for some call of the
+    row's functions. Each of the right calls takes the first one made that fits it.
 
     Texts are compared without case, blanks and `,./-_*^`. An argument has the type of its schema,
     or that of its first accepted value, which is then compared as it is; a whole number is a float,
@@ -63,7 +63,7 @@ def check_row(example: dict, column: str = COLUMN) -> None:
 
 
 def functions_of(example: dict) -> dict[str, dict]:
-    """The functions of a row's own, by their names."""
+    """Collects the functions of a row's own, by their names."""
     functions = {}
     for tool in example.get("tools") or []:
         if isinstance(tool, dict):
@@ -117,7 +117,7 @@ def right_calls(example: dict, column: str = COLUMN) -> list[dict] | None:
 
 
 def _first_of_each(arguments):
-    """The first accepted value of each argument that has one."""
+    """Takes the first accepted value of each argument that has one."""
     chosen = {}
     for name, accepted in arguments.items():
         values = [value for value in accepted if value != LEFT_OUT]
@@ -127,7 +127,7 @@ def _first_of_each(arguments):
 
 
 def _plain(value):
-    """An accepted value as a call has it: an object has accepted values for each key."""
+    """Writes an accepted value as a call has it: an object has accepted values for each key."""
     if isinstance(value, dict):
         return _first_of_each(value)
     if isinstance(value, list):
@@ -201,13 +201,13 @@ def value_matches(value, accepted: list, schema: dict) -> bool:
 
 
 def _type_in(schema):
-    """The type of python that a schema asks for; where it does not say, text."""
+    """Finds the type of python that a schema asks for; where it does not say, text."""
     name = schema.get("type")
     return TYPES.get(name, str) if isinstance(name, str) else str
 
 
 def _type_of_first(values):
-    """The type of the first value that does not stand for none; None without one."""
+    """Finds the type of the first value that does not stand for none; None without one."""
     for value in values:
         if value != LEFT_OUT:
             return type(value)
@@ -215,7 +215,7 @@ def _type_of_first(values):
 
 
 def _has_item_types(value, option, item_type):
-    """Whether the items have the type of the schema, or that of the first one accepted."""
+    """Says whether the items have the type of the schema, or that of the first one accepted."""
     if not isinstance(option, list):
         return True
     types = (item_type, _type_of_first(option))
@@ -223,7 +223,7 @@ def _has_item_types(value, option, item_type):
 
 
 def _object_matches(value, option):
-    """Whether an object has accepted values, and no key too many or too few."""
+    """Says whether an object has accepted values, and no key too many or too few."""
     if not isinstance(option, dict) or not isinstance(value, dict):
         return False
     for key, inner in value.items():
@@ -233,14 +233,14 @@ def _object_matches(value, option):
 
 
 def _objects_match(value, option):
-    """Whether a list of objects is this one, in its order."""
+    """Says whether a list of objects is this one, in its order."""
     if len(value) != len(option):
         return False
     return all(_object_matches(inner, each) for inner, each in zip(value, option, strict=True))
 
 
 def _same(value):
-    """What a value is compared as: a text without what makes no difference."""
+    """Makes what a value is compared as: a text without what makes no difference."""
     return value.translate(IGNORED).lower() if isinstance(value, str) else value
 
 

@@ -192,8 +192,8 @@ def holder_of(folder: Path) -> int:
 
 
 def evaluator_of(folder: Path) -> int:
-    """The pid of the process that evaluates in a folder: it holds the lock of settings.json, and
-    Linux lists who does. 0 if none does, or where there is no such list."""
+    """Finds the pid of the process that evaluates in a folder: it holds the lock of settings.json,
+    and Linux lists who does. 0 if none does, or where there is no such list."""
     try:
         stat = (folder / SETTINGS).stat()
         locks = Path("/proc/locks").read_text()
@@ -300,7 +300,7 @@ def has_weights_of(folder: Path, checkpoint: Path) -> bool:
 
 
 def sample_of(path: Path) -> list:
-    """The size of a file, and bytes from all over it; [] if it cannot be read."""
+    """Reads the size of a file, and bytes from all over it; [] if it cannot be read."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -40,9 +40,9 @@ NO_TYPES = ("any", "")  # which say nothing
 
 
 def questions(source: str) -> Iterator[dict]:
-    """The questions of the categories of `source`, in their order: prompt, tools, ground_truth,
-    answer (the same as text), category, bfcl_id. UserError for a category that there is not, or
-    that cannot be honoured, and where the files are not to be had."""
+    """Reads the questions of the categories of `source`, in their order: prompt, tools,
+    ground_truth, answer (the same as text), category, bfcl_id. UserError for a category that there
+    is not, or that cannot be honoured, and where the files are not to be had."""
     names, folder = read_source(source)
     place = Path(folder).expanduser() if folder else from_hub(names)
     files = [(name, file_of(name, place), answers_of(name, place)) for name in names]
@@ -119,7 +119,7 @@ def from_hub(names: list[str]) -> Path:
 
 
 def names_of(category: str) -> list[str]:
-    """How a category is called in the names of files, today's first."""
+    """Lists how a category is called in the names of files, today's first."""
     old = OLD_NAMES.get(category)
     return [category, old] if old else [category]
 

@@ -100,6 +100,31 @@ def test_nothing_is_imported_by_a_star(path):
         assert not stars, f"line {node.lineno}"
 
 
+def defined_in(path):
+    """The names that a file has: what it defines, sets or imports, also below an if or a try."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", ALL, ids=names(ALL))
+def test_what_is_imported_from_a_file_of_ours_is_there(path):
+    """Also what is imported in a script that no test starts."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or node.module not in MODULES:
+            continue
+        there = defined_in(MODULES[node.module])
+        for alias in node.names:
+            is_file = f"{node.module}.{alias.name}" in MODULES
+            assert is_file or alias.name in there, f"line {node.lineno}: {alias.name}"
+
+
 @pytest.mark.parametrize("path", ALL, ids=names(ALL))
 def test_lines_have_at_most_100_columns(path):
     lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
