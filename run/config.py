@@ -178,7 +178,8 @@ def disk_problem(error):
 def tell(line):
     """Prints a line on stderr, at once and without what a terminal obeys: it may quote a model, a
     tool, a server or a data set."""
-    print(escaped(line), file=sys.stderr, flush=True)
+    # with its end in one piece: several ranks may write at once
+    print(f"{escaped(line)}\n", end="", file=sys.stderr, flush=True)
 
 
 def say_at_once(text):
