@@ -57,6 +57,11 @@ class Engine:
         """Takes over the weights of `model`: from now on, it samples from them."""
         raise NotImplementedError(f"{type(self).__name__} cannot take weights")
 
+    @property
+    def has_died(self) -> bool:
+        """Says whether it can answer nothing any more, as its process is gone."""
+        return False
+
     def join(self) -> None:
         """Hears that a trajectory starts, which will call generate."""
 

@@ -232,6 +232,10 @@ class VllmEngine(Engine):
         if adapter:
             await self._adopt(adapter, 0)
 
+    @property
+    def has_died(self) -> bool:
+        return self.llm.errored
+
     async def generate(self, ids: list[int], images: list, sampling: Sampling) -> Completion:
         from vllm import SamplingParams
 

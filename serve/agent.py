@@ -505,7 +505,7 @@ class Server:
         if path == COMPLETIONS:
             await self._complete(scope, receive, send)
         elif path == "/health":
-            await web.answer(send, 200, {"status": "healthy", **vars(self.metrics)})
+            await self._tell_health(send)
         elif path == "/metrics":
             text = web.prometheus("nanotool_agent", self.metrics, COUNTERS)
             await web.answer(send, 200, text)
@@ -519,6 +519,14 @@ class Server:
             wanted = path.removeprefix(f"{MODELS}/")[:80]
             why = f"there is no model {wanted!r}: this server has {self.agent.name!r}"
             raise Refused(404, why, "model", "model_not_found")
+
+    async def _tell_health(self, send) -> None:
+        """Answers whether it can answer, for whoever would start it again."""
+        if self.agent.player.engine.has_died:
+            why = "the engine has died: start the server again"
+            await web.answer(send, 503, {"status": why, **vars(self.metrics)})
+            return
+        await web.answer(send, 200, {"status": "healthy", **vars(self.metrics)})
 
     def _is_known_browser(self, scope) -> bool:
         """Says whether a browser, which sends no Authorization, may see a trace."""

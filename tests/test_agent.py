@@ -540,6 +540,15 @@ def test_health_and_metrics_tell_what_was_done(tokenizer):
 # -- tools that fail
 
 
+def test_a_server_whose_engine_has_died_is_not_healthy(tokenizer, monkeypatch):
+    player, _ = scripted_player(tokenizer)
+    with serving(player) as address:
+        assert CLIENT.get(f"{address}/health").json()["status"] == "healthy"
+        monkeypatch.setattr(type(player.engine), "has_died", True)
+        answer = CLIENT.get(f"{address}/health")
+        assert answer.status_code == 503 and "the engine has died" in answer.json()["status"]
+
+
 def test_tools_whose_processes_are_killed_meanwhile_are_made_anew_and_answers_go_on(tokenizer):
     """Those of python's sandbox."""
     player, script = scripted_player(tokenizer, ["python"])
