@@ -203,7 +203,7 @@ def test_what_is_said_on_stderr_goes_through_one_function():
             if "file=sys.stderr" in line or "sys.stderr.write" in line:
                 places.append((module, line.strip()))
     interrupted = 'print("interrupted", file=sys.stderr)'
-    tell = "print(escaped(line), file=sys.stderr, flush=True)"
+    tell = 'print(f"{escaped(line)}\\n", end="", file=sys.stderr, flush=True)'
     assert sorted(places) == [("run.config", interrupted), ("run.config", tell)]
 
 
