@@ -254,8 +254,13 @@ class Views:
             server["headers"] = {"Authorization": f"Bearer ${{{variable}}}"}
         folder = self.root / ".servers"
         folder.mkdir(parents=True, exist_ok=True)
+        written = json.dumps({"mcpServers": {name: server}}, indent=1) + "\n"
         file = folder / f"{name}.json"
-        file.write_text(json.dumps({"mcpServers": {name: server}}, indent=1) + "\n")
+        number = 1
+        while file.exists() and file.read_text(encoding="utf-8") != written:
+            number += 1  # a run may name that one, and go on with it
+            file = folder / f"{name}-{number}.json"
+        file.write_text(written, encoding="utf-8")
         return {"tool": f"mcp:{file}"}
 
     def start(self, asked: dict) -> dict:

@@ -102,10 +102,10 @@ def left_out(plan: plans.Config) -> list[Cell]:
             try:
                 cell = cell_of(plan, model, source)
                 refuse_other_settings(cell)
-            except UserError as error:
+                cell.numbers = json.loads(file.read_text(encoding="utf-8"))
+            except (UserError, OSError, ValueError) as error:  # it may have been edited
                 config.tell(f"{model.name} on {source.name} is left out of the tables: {error}")
                 continue
-            cell.numbers = json.loads(file.read_text(encoding="utf-8"))
             cells.append(cell)
     return cells
 

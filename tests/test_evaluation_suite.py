@@ -178,6 +178,12 @@ def test_with_only_a_suite_goes_on_and_keeps_what_was_played_of_the_others(here,
     loads.clear()
     assert table_of(run("--resume=true", "--only=kinds")) == whole
     assert loads == ["out/two"] and list(whole)[4] == ("two", "kinds")
+    numbers = Path("out/suite/three/long/eval.json")
+    whole_numbers = numbers.read_text()
+    numbers.write_text("{")  # as an editor may leave it
+    assert ("three", "long") not in table_of(run("--resume=true", "--only=kinds"))
+    assert "three on long is left out of the tables" in capsys.readouterr().err
+    numbers.write_text(whole_numbers)
     text = Path("suite.py").read_text()
     Path("suite.py").write_text(text.replace("--n=2", "--n=3").replace("sums.py", "sums: no.py"))
     kept = table_of(run("--resume=true", "--only=kinds"))

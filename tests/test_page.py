@@ -570,6 +570,9 @@ def test_an_mcp_server_is_asked_for_its_tools_or_says_why_not(served):
     assert [tool["name"] for tool in answer["tools"]] == ["python"]
     written = served.act("server", name="gone", where="http://127.0.0.1:9/mcp")
     assert "gone" in served.act("tools", names=[written["tool"]])["error"]
+    other = served.act("server", name="gone", where="http://127.0.0.1:10/mcp")
+    assert other["tool"] != written["tool"], "a run may go on with the first one"
+    assert served.act("server", name="gone", where="http://127.0.0.1:9/mcp") == written
     for name in ("", "../x", "a b", HOSTILE, "x" * 300):
         answer = served.act("server", name=name, where=command)
         assert "error" in answer, name
