@@ -168,6 +168,14 @@ def main(run):
         sys.exit(130)  # what a shell reports for a program that Ctrl-C ended
 
 
+def show_uncaught(kind, error, traceback):
+    """Shows what nothing caught: of Ctrl-C only that it was pressed."""
+    if issubclass(kind, KeyboardInterrupt):
+        tell("interrupted")
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
 def disk_problem(error):
     """Says in a sentence what a disk did not do, where, and what to do then."""
     place = f"'{error.filename}'" if error.filename else "the disk"
@@ -192,12 +200,14 @@ def say_at_once(text):
 
 
 def answer_help(file, other=None, keys=()):
-    """Answers -h and --help, if sys.argv has one of them, and exits with 0.
+    """Answers -h and --help, if sys.argv has one of them, and exits with 0. Else has Ctrl-C be told
+    in a word from here on, also while the script still imports.
 
     Prints the file's docstring and the source of its `class Config` and, of the other file's, those
     of `keys` that it has not itself. Nothing is imported. Relative names are beside nanotool's
     scripts.
     """
+    sys.excepthook = show_uncaught
     if "-h" not in sys.argv[1:] and "--help" not in sys.argv[1:]:
         return
     docstring, lines, fields = _read_source(file)

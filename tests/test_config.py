@@ -6,6 +6,7 @@ pytest tests/test_config.py
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -416,6 +417,15 @@ def test_a_script_ends_a_mistake_with_one_line_and_a_bug_with_its_traceback():
     assert code == 1 and "Traceback" in err and "ValueError: a bug" in err
 
 
+def test_ctrl_c_while_a_script_imports_is_one_word_and_a_bug_there_is_not():
+    head, tail = SCRIPT.split("from dataclasses")
+    write(head + "raise KeyboardInterrupt\nfrom dataclasses" + tail, "script.py")
+    assert run("script.py") == (-signal.SIGINT, "", "interrupted\n")
+    write(head + "raise ValueError('a bug')\nfrom dataclasses" + tail, "script.py")
+    code, _, err = run("script.py")
+    assert code == 1 and "Traceback" in err and "ValueError: a bug" in err
+
+
 def test_help_prints_the_docstring_and_the_source_of_the_config_without_running_the_script():
     head, tail = SCRIPT.split("from dataclasses")
     write(head + "raise SystemExit('not reached')\nfrom dataclasses" + tail, "script.py")
@@ -499,6 +509,7 @@ def test_a_mistake_that_quotes_control_characters_shows_them_escaped(text, shown
 
 def test_help_is_not_answered_unasked(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script.py", "--steps=3"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # it sets another one
     config.answer_help("no_such_file.py")
 
 
