@@ -228,7 +228,12 @@ class Player:
         begun = self.begun
         self.begun = None
         with parallel.together():
-            played = begun.result()
+            try:
+                played = begun.result()
+            except Exception:
+                # with fsdp a pass that goes on would gather weights while they are taken apart
+                run_blocking(self.engine.settle())
+                raise
         played = parallel.gathered(played)
         self._prepare_images(played)
         return sorted(played, key=lambda trajectory: (trajectory.group, trajectory.sample))

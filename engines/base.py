@@ -68,6 +68,9 @@ class Engine:
     def leave(self) -> None:
         """Hears that a trajectory has ended: no batch needs to wait for it any more."""
 
+    async def settle(self) -> None:
+        """Waits until nothing is sampled any more, where trajectories were given up."""
+
     async def sleep(self) -> None:
         """Gives the GPU's memory to the trainer."""
 

@@ -88,6 +88,10 @@ class TransformersEngine(Engine):
         self.version = version
         self.kept.clear()  # other weights have other keys and values
 
+    async def settle(self) -> None:
+        # behind the batch that is decoded, which ends with its next token
+        await asyncio.get_running_loop().run_in_executor(self.thread, int)
+
     async def close(self) -> None:
         self.thread.shutdown(wait=False, cancel_futures=True)
         _fail(self.waiting, RuntimeError("the engine was closed while a turn waited"))
