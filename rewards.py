@@ -477,15 +477,24 @@ def check_environments(toolbox, selected: dict) -> None:
 def check_rows(selected: dict, examples: list[dict]) -> None:
     """Checks, before anything is played, that rows say which calls are right, where a reward of
     theirs compares calls. selected: of `select`. UserError, with the row."""
+    # 1. which rewards compare calls, and their options
+    comparing = {}
+    for name, (reward, _) in selected.items():
+        function = reward.function
+        options = {}
+        if isinstance(function, functools.partial):
+            options = function.keywords
+            function = function.func
+        if function is call_match:
+            comparing[name] = options
+    if not comparing:
+        return
+
+    # 2. the rows that are scored by them
     for example in examples:
-        for reward, _ in for_row(selected, example).values():
-            function = reward.function
-            options = {}
-            if isinstance(function, functools.partial):
-                options = function.keywords
-                function = function.func
-            if function is call_match:
-                check_row(example, **options)
+        for name in for_row(selected, example):
+            if name in comparing:
+                check_row(example, **comparing[name])
 
 
 def refuse_unasked(trajectory, selected: dict) -> None:

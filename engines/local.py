@@ -89,8 +89,10 @@ class TransformersEngine(Engine):
         self.kept.clear()  # other weights have other keys and values
 
     async def settle(self) -> None:
-        # behind the batch that is decoded, which ends with its next token
-        await asyncio.get_running_loop().run_in_executor(self.thread, int)
+        # what is asked of the thread now comes behind the batch that it decodes, and that one ends
+        # with its next token
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self.thread, lambda: None)
 
     async def close(self) -> None:
         self.thread.shutdown(wait=False, cancel_futures=True)

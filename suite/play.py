@@ -7,7 +7,6 @@ python evaluate.py --config suites/tiny.py --resume=true  # what is missing
 import contextlib
 import gc
 import itertools
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -96,14 +95,14 @@ def left_out(plan: plans.Config) -> list[Cell]:
     names = [source.name for source in plans.chosen(plan)]
     for model in plans.entries(plan.models, "models"):
         for source in plans.entries(plan.data, "data"):
-            file = Path(plan.out_dir) / model.name / source.name / evaluation.NUMBERS
-            if source.name in names or not file.is_file():
+            folder = Path(plan.out_dir) / model.name / source.name
+            if source.name in names or not (folder / evaluation.NUMBERS).is_file():
                 continue
             try:
                 cell = cell_of(plan, model, source)
                 refuse_other_settings(cell)
-                cell.numbers = json.loads(file.read_text(encoding="utf-8"))
-            except (UserError, OSError, ValueError) as error:  # it may have been edited
+                cell.numbers = comparing.evaluated(folder).numbers
+            except UserError as error:
                 config.tell(f"{model.name} on {source.name} is left out of the tables: {error}")
                 continue
             cells.append(cell)

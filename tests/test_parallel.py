@@ -275,12 +275,18 @@ def launched(place):
         process.stdout.close()
 
 
+def ranks_at_work(launched, out_dir, lines):
+    """Starts a launcher, and waits until its ranks have written so many lines of metrics. Returns
+    its process, and the pids of its ranks."""
+    process = launched(launch_ranks, out_dir.name)
+    assert until(lambda: has_lines(out_dir, lines) or process.poll(), HANGS)
+    assert process.poll() is None, process.stdout.read()
+    return process, children_of(process.pid)
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc here")
 def test_a_rank_that_is_killed_is_named_and_none_is_left(launched, place):
-    process = launched(launch_ranks, "gone")
-    assert until(lambda: has_lines(place / "gone", 2) or process.poll(), HANGS)
-    assert process.poll() is None, process.stdout.read()
-    ranks = children_of(process.pid)
+    process, ranks = ranks_at_work(launched, place / "gone", 2)
     os.kill(ranks[1], signal.SIGKILL)
     said, _ = process.communicate(timeout=HANGS)
     assert process.returncode == 128 + signal.SIGKILL
@@ -290,10 +296,7 @@ def test_a_rank_that_is_killed_is_named_and_none_is_left(launched, place):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc here")
 def test_a_launcher_that_is_killed_leaves_nobody(launched, place):
-    process = launched(launch_ranks, "left")
-    assert until(lambda: has_lines(place / "left", 1) or process.poll(), HANGS)
-    assert process.poll() is None, process.stdout.read()
-    ranks = children_of(process.pid)
+    process, ranks = ranks_at_work(launched, place / "left", 1)
     process.kill()
     process.wait()
     assert until(lambda: not any(is_there(pid) for pid in ranks))
@@ -302,10 +305,7 @@ def test_a_launcher_that_is_killed_leaves_nobody(launched, place):
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc here")
 def test_ctrl_c_is_passed_on_to_all_ranks(launched, place):
     """By a command line, each rank an interpreter of its own."""
-    process = launched(launch_ranks, "interrupted")
-    assert until(lambda: has_lines(place / "interrupted", 2) or process.poll(), HANGS)
-    assert process.poll() is None, process.stdout.read()
-    children = children_of(process.pid)
+    process, children = ranks_at_work(launched, place / "interrupted", 2)
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=HANGS)
     assert process.returncode == 130, said

@@ -8,7 +8,7 @@ references to nowhere. That two parts which are right by themselves exclude each
 The time it takes grows with the schema's length alone, and no `pattern` is tried.
 """
 
-from tools.calling.schema import JSON_TYPES
+from tools.calling.schema import JSON_TYPES, has_type
 
 BOUNDS = {"minimum": "maximum", "minLength": "maxLength", "minItems": "maxItems"}
 # What others call the types of JSON Schema.
@@ -112,15 +112,9 @@ def _wrong_values(schema: dict) -> str | None:
     if key not in schema or "type" not in schema:
         return None
     types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-    if not any(_has_type(value, name) for value in values for name in types):
+    if not any(has_type(value, name) for value in values for name in types):
         return f"{key} is {_shown(schema[key])}: none of it is of the type {_shown(schema['type'])}"
     return None
-
-
-def _has_type(value, name: str) -> bool:
-    if isinstance(value, bool):  # to python a number
-        return name == "boolean"
-    return isinstance(value, JSON_TYPES[name])
 
 
 def _wrong_required(schema: dict) -> str | None:

@@ -111,13 +111,16 @@ def _has_kind(value, schema, where):
     for name in types:
         if name not in JSON_TYPES:
             return True  # not one that we know
-        if isinstance(value, bool):  # it is an int to Python, not to JSON
-            has_type = name == "boolean"
-        else:
-            has_type = isinstance(value, JSON_TYPES[name])
-        if has_type:
+        if has_type(value, name):
             return True
     return not types
+
+
+def has_type(value, name: str) -> bool:
+    """Says whether a value has one of JSON_TYPES."""
+    if isinstance(value, bool):  # it is an int to Python, not to JSON
+        return name == "boolean"
+    return isinstance(value, JSON_TYPES[name])
 
 
 def _wrong_item(value, schema, where):
